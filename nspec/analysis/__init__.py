@@ -1,0 +1,1 @@
+"""What masks say about languages: density and overlap."""

@@ -1,0 +1,1 @@
+"""Multilingual machine translation: corpora, vocabulary, sampling, training, search, scores."""

@@ -1,0 +1,1 @@
+"""Neuron specialisation of any ``nn.Module``: profile, select, apply, save."""
