@@ -1,0 +1,54 @@
+"""Argument checks with one wording. Every message says what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:
+    """Raises ValueError unless ``tensor`` has the expected shape; None in ``expected`` stands for any size."""
+    found = tuple(tensor.shape)
+    if len(found) != len(expected) or any(want is not None and have != want for have, want in zip(found, expected)):
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
+
+
+def boolean(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is bool."""
+    if tensor.dtype.is_floating_point or str(tensor.dtype) != "torch.bool":
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
+
+
+def active_sets(active: Tensor, d_ff: int, task_offsets: Tensor | None) -> None:
+    """Checks ``active``: bool ``[d_ff]``, or ``[tasks, d_ff]`` together with ``task_offsets`` ``[tasks + 1]``."""
+    boolean("active", active)
+    if task_offsets is None:
+        shape("active", active, [d_ff])
+        return
+    shape("active", active, [None, d_ff])
+    offsets(task_offsets, active.shape[0])
+
+
+def offsets(task_offsets: Tensor, tasks: int | None = None) -> None:
+    """Checks dtype and shape of ``task_offsets``; the values are checked where they are read."""
+    if task_offsets.dtype.is_floating_point or str(task_offsets.dtype) not in ("torch.int32", "torch.int64"):
+        raise TypeError(f"task_offsets has dtype {task_offsets.dtype}, expected torch.int32 or torch.int64")
+    shape("task_offsets", task_offsets, [None if tasks is None else tasks + 1])
+    if task_offsets.shape[0] < 1:
+        raise ValueError("task_offsets is empty, expected tasks + 1 numbers that start with 0")
+
+
+def segments(task_offsets: Tensor | None, tokens: int) -> list[tuple[int, int]]:
+    """The token ranges of the tasks: ``[(0, tokens)]`` without offsets.
+
+    Raises:
+        ValueError: the offsets do not rise from 0 to the number of tokens.
+    """
+    if task_offsets is None:
+        return [(0, tokens)]
+    bounds = task_offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"task_offsets is {bounds}, expected numbers that rise from 0 to the {tokens} tokens")
+    return list(zip(bounds, bounds[1:]))

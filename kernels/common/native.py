@@ -1,0 +1,88 @@
+"""The native library (``kernels/csrc``): found, loaded on first use, and where it cannot be used, the reason.
+
+It lies beside this file once setup.py has built it. Nothing is loaded at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+
+import torch
+
+#: Where setup.py and CMakeLists.txt put it. The same name on Linux and macOS: it is loaded, never linked against.
+LIBRARY = Path(__file__).resolve().parent / "libnspec_cpu.so"
+
+
+def setting() -> str:
+    """``NSPEC_NATIVE``: ``"0"`` (not used), ``"1"`` (used where it can be: the default) or ``"require"``.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get("NSPEC_NATIVE", "1")
+    if value not in ("0", "1", "require"):
+        raise ValueError(f"NSPEC_NATIVE must be 0, 1 or require, found {value!r}")
+    return value
+
+
+def build_version(library: str | os.PathLike[str] = LIBRARY) -> str | None:
+    """The PyTorch version whose headers a library was built with, or None where the file is no library of ours."""
+    try:
+        found = re.search(rb"nspec-native-build: torch ([^;\0]+);", Path(library).read_bytes())
+    except OSError:
+        return None
+    return found.group(1).decode() if found else None
+
+
+@functools.cache
+def _load(library: Path) -> str | None:
+    """Loads the library once a process; the reason where that fails."""
+    if not library.is_file():
+        return (
+            f"the native library is not there ({library}); build it with `NSPEC_BUILD_NATIVE=1 pip install "
+            "--no-build-isolation .`, which needs torch, CMake and a C++ compiler"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        built = build_version(library)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if built is None:
+            return f"{library} is not a native library of nspec: {first_line}"
+        return f"{library} was built with torch {built}, this is torch {torch.__version__}: {first_line}"
+    return None
+
+
+def why_not() -> str | None:
+    """Why the native library is not used, in one line; None where it is. The first call loads it.
+
+    Raises:
+        RuntimeError: ``NSPEC_NATIVE=require`` and the library cannot be loaded; the message is the reason.
+        ValueError: ``NSPEC_NATIVE`` is none of 0, 1 and require.
+    """
+    wanted = setting()
+    if wanted == "0":
+        return "NSPEC_NATIVE=0"
+    reason = _load(LIBRARY)
+    if reason is not None and wanted == "require":
+        raise RuntimeError(f"NSPEC_NATIVE=require: {reason}")
+    return reason
+
+
+def available() -> bool:
+    """Whether native operators can be called in this process. The first call loads the library."""
+    return why_not() is None
+
+
+def require() -> None:
+    """Loads the library.
+
+    Raises:
+        RuntimeError: it cannot be used; the message is :func:`why_not`'s.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the native library is not used: {reason}")

@@ -1,0 +1,132 @@
+"""The operator ``nspec::compact_ffn``: the feed-forward block over the active neurons, with the exact correction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import checks
+from ..common.active import active_index
+from ..common.autocast import cast_inputs
+from ..common.backend import Backend, choose, never
+from . import reference
+
+BACKENDS = (Backend("reference", reference, never),)
+
+
+def example() -> tuple[Any, ...]:
+    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
+    index = active_index(torch.arange(128) < 64)
+    return torch.zeros(4, 8), torch.zeros(128, 8), torch.zeros(128), torch.zeros(8, 128), torch.zeros(8), index, None
+
+
+@torch.library.custom_op("nspec::compact_ffn", mutates_args=())
+def _compact_ffn(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    args = (x, w1, b1, w2, b2, index, task_offsets)
+    return choose("compact_ffn", BACKENDS, *args).implementation.forward(*args)
+
+
+@_compact_ffn.register_fake
+def _(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1]))
+
+
+@torch.library.custom_op("nspec::compact_ffn_backward", mutates_args=())
+def _compact_ffn_backward(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, index: Tensor, task_offsets: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
+    return backend.implementation.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+
+
+@_compact_ffn_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, index: Tensor, task_offsets: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        w1.new_empty(w1.shape),
+        w1.new_empty(w1.shape[:1]),
+        w2.new_empty(w2.shape),
+        w2.new_empty(w2.shape[:1]),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, b1, w2, b2, index, task_offsets = inputs
+    ctx.biases = (b1 is not None, b2 is not None)
+    ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, output[1])
+
+
+def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, w1, b1, w2, index, task_offsets, h = ctx.saved_tensors
+    dx, dw1, db1, dw2, db2 = _compact_ffn_backward(dy, x, w1, b1, w2, index, task_offsets, h)
+    has_b1, has_b2 = ctx.biases
+    return dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None
+
+
+_compact_ffn.register_autograd(_gradient, setup_context=_save)
+
+
+def compact_ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Feed-forward block with ReLU in which only the active neurons are computed.
+
+    Equals ``relu(x (m ⊙ w1)ᵀ + b1) w2ᵀ + b2`` with m the active set, in value and in every gradient: the inactive
+    neurons' outputs are the constants relu(b1), which enter as a rank-one correction (Tan et al. 2024 mask the rows of
+    fc1.weight and nothing else). Every matrix product shrinks with the share of active neurons.
+
+    Args:
+        x: ``[..., d_in]``, any floating dtype.
+        w1: fc1.weight, ``[d_ff, d_in]``.
+        b1: fc1.bias, ``[d_ff]`` or None.
+        w2: fc2.weight, ``[d_out, d_ff]``.
+        b2: fc2.bias, ``[d_out]`` or None.
+        active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
+        task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
+            ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
+
+    Returns:
+        ``[..., d_out]``. Differentiable once in x and in the weights and biases; inactive rows of the gradient of ``w1``
+        are exactly zero.
+
+    Raises:
+        ValueError: shapes that do not fit, offsets that do not cover the tokens.
+        TypeError: ``active`` that is not bool, inputs of different dtypes outside autocast.
+
+    Example:
+        >>> one, two = torch.ones(1, 1), torch.ones(2, 1)
+        >>> compact_ffn(one, two, torch.ones(2), two.t(), None, torch.tensor([True, False])).item()  # relu(2) + relu(1)
+        3.0
+    """
+    if w1.dim() != 2:
+        raise ValueError(f"w1 has shape {list(w1.shape)}, expected [d_ff, d_in]")
+    d_ff, d_in = w1.shape
+    checks.shape("x", x, [*x.shape[:-1], d_in])
+    checks.shape("w2", w2, [None, d_ff])
+    if b1 is not None:
+        checks.shape("b1", b1, [d_ff])
+    if b2 is not None:
+        checks.shape("b2", b2, [w2.shape[0]])
+    checks.active_sets(active, d_ff, task_offsets)
+    if index is None:
+        index = active_index(active)
+    x, w1, b1, w2, b2 = cast_inputs(x, w1, b1, w2, b2)
+    y, _ = _compact_ffn(x.reshape(-1, d_in), w1, b1, w2, b2, index, task_offsets)
+    return y.view(*x.shape[:-1], w2.shape[0])

@@ -1,0 +1,104 @@
+"""The operator ``nspec::linear_relu_count``: fc1, ReLU and the activation count of each neuron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import checks
+from ..common.autocast import cast_inputs
+from ..common.backend import Backend, choose, never
+from . import reference
+
+BACKENDS = (Backend("reference", reference, never),)
+
+
+def example() -> tuple[Any, ...]:
+    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
+    return torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(16), None, None
+
+
+@torch.library.custom_op("nspec::linear_relu_count", mutates_args=())
+def _linear_relu_count(
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    args = (x, weight, bias, valid, task_offsets)
+    return choose("linear_relu_count", BACKENDS, *args).implementation.forward(*args)
+
+
+@_linear_relu_count.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tasks = 1 if task_offsets is None else task_offsets.shape[0] - 1
+    d_ff = weight.shape[0]
+    return x.new_empty((x.shape[0], d_ff)), x.new_empty((tasks, d_ff), dtype=torch.int64)
+
+
+@torch.library.custom_op("nspec::linear_relu_count_backward", mutates_args=())
+def _backward(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.backward(dh, x, weight, h)
+
+
+@_backward.register_fake
+def _(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, output[0])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: Any, dh: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dw, db = _backward(dh, *ctx.saved_tensors)
+    return dx, dw, db if ctx.has_bias else None, None, None
+
+
+_linear_relu_count.register_autograd(_gradient, setup_context=_save)
+
+
+def linear_relu_count(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None, task_offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """First layer of a feed-forward block, and how often each of its neurons fired.
+
+    Args:
+        x: ``[..., d_in]``, any floating dtype.
+        weight: ``[d_ff, d_in]``.
+        bias: ``[d_ff]`` or None.
+        valid: bool ``[...]`` (the leading shape of ``x``); tokens with False are computed but not counted. None: all.
+        task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
+            ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
+
+    Returns:
+        ``h = relu(x Wᵀ + b)`` ``[..., d_ff]``, and int64 ``[d_ff]`` (``[tasks, d_ff]`` with ``task_offsets``): the number
+        of valid tokens with ``h > 0``, taken of the rounded output, exactly. Differentiable in x, weight and bias.
+
+    Raises:
+        ValueError: shapes that do not fit, offsets that do not cover the tokens.
+        TypeError: ``valid`` that is not bool, offsets that are not integers.
+
+    Example:
+        >>> h, counts = linear_relu_count(torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [2.0]]))
+        >>> counts.tolist()
+        [1, 1]
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [d_ff, d_in]")
+    checks.shape("x", x, [*x.shape[:-1], weight.shape[1]])
+    if bias is not None:
+        checks.shape("bias", bias, [weight.shape[0]])
+    if valid is not None:
+        checks.boolean("valid", valid)
+        checks.shape("valid", valid, x.shape[:-1])
+    if task_offsets is not None:
+        checks.offsets(task_offsets)
+    x, weight, bias = cast_inputs(x, weight, bias)
+    flat_valid = None if valid is None else valid.reshape(-1)
+    h, counts = _linear_relu_count(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
+    return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts

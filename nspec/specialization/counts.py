@@ -1,0 +1,139 @@
+"""Activation counts: for each task and layer, how many real tokens fired each neuron."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .storage import load_stacked, save_stacked
+
+
+class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
+    """``counts[task][layer]`` is an int64 tensor ``[d_ff]``: the number of tokens with an activation above 0.
+
+    A mapping of tasks. ``counts + counts`` adds them up (batches of one task that were counted apart) and joins tasks.
+
+    Args:
+        counts: task -> {qualified name of fc1: integer tensor ``[d_ff]``, none negative}. Copied.
+
+    Raises:
+        ValueError: no task, tasks with different layers or widths, negative counts.
+        TypeError: a value that is not an integer tensor.
+    """
+
+    def __init__(self, counts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._counts: dict[str, dict[str, Tensor]] = {}
+        for task, layers in counts.items():
+            self._counts[task] = {layer: _checked(task, layer, count) for layer, count in layers.items()}
+        check_same_layers(self._counts)
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return self._counts[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __repr__(self) -> str:
+        return f"ActivationCounts({len(self.tasks)} tasks, {len(self.layers)} layers)"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order given."""
+        return list(self._counts)
+
+    @property
+    def layers(self) -> list[str]:
+        """The qualified names of the fc1 modules, in the order of the model."""
+        return list(next(iter(self._counts.values())))
+
+    def __add__(self, other: ActivationCounts) -> ActivationCounts:
+        if not isinstance(other, ActivationCounts):
+            return NotImplemented
+        joined = {task: dict(layers) for task, layers in self._counts.items()}
+        for task, layers in other._counts.items():
+            mine = joined.get(task)
+            if mine is None:
+                joined[task] = dict(layers)
+            else:
+                check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers})
+                joined[task] = {layer: mine[layer] + count for layer, count in layers.items()}
+        return ActivationCounts(joined)
+
+    def all_reduce(self) -> ActivationCounts:
+        """The sum over the processes of ``torch.distributed``; itself where there is one process.
+
+        Every process must hold the same tasks and layers, in the same order.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        flat = torch.cat([count for layers in self._counts.values() for count in layers.values()])
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        moved = flat.to(device)
+        torch.distributed.all_reduce(moved)
+        parts = iter(moved.cpu().split([len(c) for layers in self._counts.values() for c in layers.values()]))
+        return ActivationCounts({t: {layer: next(parts) for layer in layers} for t, layers in self._counts.items()})
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``counts.safetensors`` (one integer tensor ``[tasks, d_ff]`` per layer) and a readable ``counts.json``.
+
+        Raises:
+            OSError: the files cannot be written; what was there is unchanged.
+        """
+        stacked = {layer: torch.stack([self._counts[task][layer] for task in self.tasks]) for layer in self.layers}
+        narrow = {
+            layer: count.to(torch.int32) if int(count.max() if count.numel() else 0) < 2**31 else count
+            for layer, count in stacked.items()
+        }
+        readable = {
+            "tasks": self.tasks,
+            "layers": {layer: {"d_ff": count.shape[1]} for layer, count in stacked.items()},
+            "activations": {t: {layer: int(self._counts[t][layer].sum()) for layer in self.layers} for t in self.tasks},
+        }
+        save_stacked(Path(folder), "counts", narrow, self.tasks, readable)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ActivationCounts:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no ``counts.safetensors`` in the folder.
+            ValueError: the file is broken, or is not one of counts.
+        """
+        stacked, tasks, _ = load_stacked(Path(folder), "counts")
+        return cls({t: {layer: rows[i].to(torch.int64) for layer, rows in stacked.items()} for i, t in enumerate(tasks)})
+
+
+def _checked(task: str, layer: str, count: Tensor) -> Tensor:
+    if not isinstance(count, Tensor) or count.dtype not in (torch.int64, torch.int32):
+        found = count.dtype if isinstance(count, Tensor) else type(count).__name__
+        raise TypeError(f"counts of {task}, {layer}: found {found}, expected an int64 tensor [d_ff]")
+    if count.dim() != 1:
+        raise ValueError(f"counts of {task}, {layer} have shape {list(count.shape)}, expected [d_ff]")
+    if count.numel() and int(count.min()) < 0:
+        raise ValueError(f"counts of {task}, {layer} go down to {int(count.min())}, expected none below 0")
+    return count.detach().to("cpu", torch.int64, copy=True)
+
+
+def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises ValueError unless there is a task with layers and all tasks have the same layers, equally wide."""
+    if not tasks:
+        raise ValueError("no task: expected a mapping of at least one task")
+    first, *others = tasks
+    if not tasks[first]:
+        raise ValueError(f"task {first} has no layer")
+    widths = {layer: len(value) for layer, value in tasks[first].items()}
+    for task in others:
+        for layer, value in tasks[task].items():
+            if layer not in widths:
+                raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
+            if len(value) != widths[layer]:
+                raise ValueError(f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}")
+        if missing := [layer for layer in widths if layer not in tasks[task]]:
+            raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")

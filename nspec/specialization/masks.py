@@ -1,0 +1,103 @@
+"""Neuron masks: for each task and layer, the neurons that the task uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .counts import check_same_layers
+from .storage import load_stacked, save_stacked
+
+
+class NeuronMasks(Mapping[str, Mapping[str, Tensor]]):
+    """``masks[task][layer]`` is a bool tensor ``[d_ff]``, True for the neurons that are active. A mapping of tasks.
+
+    Args:
+        masks: task -> {qualified name of fc1: bool tensor ``[d_ff]``}. Copied.
+
+    Raises:
+        ValueError: no task, or tasks with different layers or widths.
+        TypeError: a value that is not a bool tensor ``[d_ff]``.
+    """
+
+    def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._masks: dict[str, dict[str, Tensor]] = {}
+        for task, layers in masks.items():
+            self._masks[task] = {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
+        check_same_layers(self._masks)
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return self._masks[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        mean = sum(sum(layers.values()) for layers in self.density().values()) / (len(self.tasks) * len(self.layers))
+        return f"NeuronMasks({len(self.tasks)} tasks, {len(self.layers)} layers, mean density {mean:.3f})"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order given."""
+        return list(self._masks)
+
+    @property
+    def layers(self) -> list[str]:
+        """The qualified names of the fc1 modules, in the order of the model."""
+        return list(next(iter(self._masks.values())))
+
+    def density(self) -> dict[str, dict[str, float]]:
+        """For each task and layer, the share of neurons that are active."""
+        return {
+            task: {layer: float(mask.sum()) / max(1, len(mask)) for layer, mask in layers.items()}
+            for task, layers in self._masks.items()
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``masks.safetensors`` (packed bits, one tensor per layer) and a readable ``masks.json``.
+
+        Raises:
+            OSError: the files cannot be written; what was there is unchanged.
+        """
+        stacked = {}
+        for layer in self.layers:
+            bits = torch.stack([self._masks[task][layer] for task in self.tasks]).numpy()
+            stacked[layer] = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+        readable = {
+            "tasks": self.tasks,
+            "layers": {layer: {"d_ff": len(mask)} for layer, mask in self._masks[self.tasks[0]].items()},
+            "density": {
+                task: [round(value, 4) for value in layers.values()] for task, layers in self.density().items()
+            },
+        }
+        save_stacked(Path(folder), "masks", stacked, self.tasks, readable)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> NeuronMasks:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no ``masks.safetensors`` in the folder.
+            ValueError: the file is broken, or is not one of masks.
+        """
+        stacked, tasks, widths = load_stacked(Path(folder), "masks")
+        bits = {
+            layer: torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=widths[layer], bitorder="little")).bool()
+            for layer, rows in stacked.items()
+        }
+        return cls({task: {layer: rows[i] for layer, rows in bits.items()} for i, task in enumerate(tasks)})
+
+
+def _checked(task: str, layer: str, mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
+        found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask of {task}, {layer}: found {found}, expected a bool tensor [d_ff]")
+    return mask.detach().to("cpu", copy=True)

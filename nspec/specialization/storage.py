@@ -1,0 +1,74 @@
+"""The file format of counts and masks: one safetensors file that is complete in itself, and a readable JSON beside it.
+
+``<kind>.safetensors`` holds one tensor per layer, named by the qualified name of fc1, with a row per task: int32 or
+int64 ``[tasks, d_ff]`` for counts, uint8 ``[tasks, ceil(d_ff / 8)]`` for masks (bit j % 8 of byte j // 8 is neuron j).
+Its metadata hold ``nspec_format`` (1), ``nspec_kind``, and ``tasks`` and ``d_ff`` as JSON. Only this file is read; the
+JSON is for people and for other tools. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nspec.files import replacing, write_text
+
+FORMAT = "1"
+
+
+def save_stacked(
+    folder: Path, kind: str, stacked: Mapping[str, Tensor], tasks: list[str], readable: Mapping[str, Any]
+) -> None:
+    """Writes ``<kind>.safetensors`` and ``<kind>.json`` into ``folder``, each whole or not at all."""
+    metadata = {
+        "format": "pt",
+        "nspec_format": FORMAT,
+        "nspec_kind": kind,
+        "tasks": json.dumps(tasks, ensure_ascii=False),
+        "d_ff": json.dumps({layer: info["d_ff"] for layer, info in readable["layers"].items()}),
+    }
+    tensors = {layer: tensor.contiguous() for layer, tensor in stacked.items()}
+    with replacing(folder / f"{kind}.safetensors") as part:
+        try:
+            save_file(tensors, part, metadata=metadata)
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(5, str(error)) from error
+    lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in {"nspec_format": 1, **readable}.items()]
+    write_text(folder / f"{kind}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _compact(value: Any) -> str:
+    """One line per task or layer: readable, and small enough beside the bits."""
+    if isinstance(value, dict) and value:
+        inner = (f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items())
+        return "{\n" + ",\n".join(inner) + "\n }"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load_stacked(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str], dict[str, int]]:
+    """Reads the tensors by layer, the tasks, and d_ff by layer.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is broken, of another kind, or of a newer format.
+    """
+    path = folder / f"{kind}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a folder that {kind}.save(folder) wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("nspec_kind") != kind:
+                raise ValueError(f"{path} holds {metadata.get('nspec_kind', 'something else')}, expected {kind}")
+            if metadata.get("nspec_format") != FORMAT:
+                raise ValueError(f"{path} has format {metadata.get('nspec_format')}, this version reads {FORMAT}")
+            widths = json.loads(metadata["d_ff"])
+            return {layer: file.get_tensor(layer) for layer in widths}, json.loads(metadata["tasks"]), widths
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is broken: {error}; write it again") from error
