@@ -25,5 +25,7 @@ def cast_inputs(*tensors: Tensor | None) -> Any:
         dtype = torch.get_autocast_dtype(device)
         return tuple(t if t is None else t.to(dtype) for t in tensors)
     if len({t.dtype for t in given}) > 1:
-        raise TypeError(f"inputs have dtypes {[str(t.dtype) for t in given]}, expected one dtype (or an autocast region)")
+        raise TypeError(
+            f"inputs have dtypes {[str(t.dtype) for t in given]}, expected one dtype (or an autocast region)"
+        )
     return tensors

@@ -50,7 +50,9 @@ def requested(operator: str) -> str:
     for item in setting.split(","):
         name, _, backend = item.partition("=")
         if name.strip() not in OPERATORS or not backend.strip():
-            raise ValueError(f"NSPEC_BACKEND={setting!r}: {item!r} is not OPERATOR=BACKEND with OPERATOR in {OPERATORS}")
+            raise ValueError(
+                f"NSPEC_BACKEND={setting!r}: {item!r} is not OPERATOR=BACKEND with OPERATOR in {OPERATORS}"
+            )
         choices[name.strip()] = backend.strip()
     return choices.get(operator, "auto")
 

@@ -39,7 +39,14 @@ def _(
 
 @torch.library.custom_op("nspec::compact_ffn_backward", mutates_args=())
 def _compact_ffn_backward(
-    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, index: Tensor, task_offsets: Tensor | None, h: Tensor
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
     return backend.implementation.backward(dy, x, w1, b1, w2, index, task_offsets, h)
@@ -47,7 +54,14 @@ def _compact_ffn_backward(
 
 @_compact_ffn_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, index: Tensor, task_offsets: Tensor | None, h: Tensor
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),

@@ -79,7 +79,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, index: Tensor, task_offsets: Tensor | None, h: Tensor
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``w1``, ``b1``, ``w2``, ``b2`` by the formulas above, summed over tasks."""
     segments = checks.segments(task_offsets, x.shape[0])

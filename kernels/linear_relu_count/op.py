@@ -63,7 +63,12 @@ _linear_relu_count.register_autograd(_gradient, setup_context=_save)
 
 
 def linear_relu_count(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None, task_offsets: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    task_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """First layer of a feed-forward block, and how often each of its neurons fired.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -46,4 +45,3 @@ def row_sparse_adamw_(
         if rows is not None:
             for whole, part in zip((param, exp_avg, exp_avg_sq), (p, m, v)):
                 whole.index_copy_(0, index, part)
-

@@ -50,7 +50,9 @@ def _gradient(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
 _row_sparse_wgrad.register_autograd(_gradient, setup_context=_save)
 
 
-def row_sparse_wgrad(dh: Tensor, x: Tensor, active: Tensor, *, task_offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def row_sparse_wgrad(
+    dh: Tensor, x: Tensor, active: Tensor, *, task_offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight gradient of a linear layer whose outputs are only partly trained, and its dense bias gradient.
 
     Args:

@@ -33,9 +33,7 @@ class _MaskedLinear(torch.autograd.Function):
     """Forward over the active rows (or dense), gradient of the weight over the active rows only."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: Tensor, masked: bool
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: Tensor, masked: bool) -> Tensor:
         if not masked:
             return F.linear(x, weight, bias)
         y = x.new_zeros((x.shape[0], weight.shape[0])) if bias is None else bias.repeat(x.shape[0], 1)
@@ -49,7 +47,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, active, rows)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, active, rows = ctx.saved_tensors
         dx = dy.index_select(1, rows) @ weight.index_select(0, rows) if ctx.masked else dy @ weight
         dw, db = row_sparse_wgrad(dy.contiguous(), x, active)
@@ -90,7 +88,14 @@ class MaskedLinear(nn.Linear):
     _touched: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, mode: Mode = "forward", device: Any = None, dtype: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mode: Mode = "forward",
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         check_mode(mode)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -100,8 +105,7 @@ class MaskedLinear(nn.Linear):
     def from_linear(cls, module: nn.Linear, mode: Mode = "forward") -> MaskedLinear:
         """A masked layer that shares the parameters of ``module`` (the same tensors, so optimisers stay valid)."""
         check_mode(mode)
-        masked = cls(0, 0, bias=False, mode=mode, device="meta")
-        masked.in_features, masked.out_features = module.in_features, module.out_features
+        masked = cls(module.in_features, module.out_features, bias=False, mode=mode, device="meta")
         masked.weight, masked.bias = module.weight, module.bias
         masked.train(module.training)
         masked._attach(mode)
@@ -131,7 +135,9 @@ class MaskedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Adds mode and density to what ``nn.Linear`` shows."""
-        density = "dense" if self._active is None else f"density={len(self._active.rows) / max(1, self.out_features):.3f}"
+        density = (
+            "dense" if self._active is None else f"density={len(self._active.rows) / max(1, self.out_features):.3f}"
+        )
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 
     # What the optimiser needs to know: the rows that were trained since its last step.

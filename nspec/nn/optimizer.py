@@ -106,4 +106,3 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 params, grads, exp_avgs, exp_avg_sqs, [], counts,
                 amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
             )  # fmt: skip
-

@@ -15,7 +15,19 @@ from .masks import NeuronMasks
 from .tasks import set_task
 
 # What specialisation leaves on the modules, and despecialisation takes away.
-_STATE = ("mode", "_active", "_touched", "_sets", "_task", "fc2", "_packed", "_packed_of", "_checked", "_result", "_checking")
+_STATE = (
+    "mode",
+    "_active",
+    "_touched",
+    "_sets",
+    "_task",
+    "fc2",
+    "_packed",
+    "_packed_of",
+    "_checked",
+    "_result",
+    "_checking",
+)
 
 
 def specialize(model: nn.Module, masks: NeuronMasks, mode: Mode = "forward") -> nn.Module:
@@ -74,11 +86,15 @@ def _matching_pairs(model: nn.Module, masks: NeuronMasks) -> list[Pair]:
         pair = known.get(layer)
         if pair is None:
             if f"module.{layer}" in modules or f"_orig_mod.{layer}" in modules:
-                raise ValueError(f"the model is wrapped: specialise it first, then wrap or compile it ({layer} is inside)")
+                raise ValueError(
+                    f"the model is wrapped: specialise it first, then wrap or compile it ({layer} is inside)"
+                )
             raise ValueError(f"masks name layer {layer!r}, which the model does not have; {nearest(layer, known)}")
         width = len(masks[masks.tasks[0]][layer])
         if width != pair.d_ff:
-            raise ValueError(f"masks are of another model: {layer} has d_ff={width} in the masks, {pair.d_ff} in the model")
+            raise ValueError(
+                f"masks are of another model: {layer} has d_ff={width} in the masks, {pair.d_ff} in the model"
+            )
     return [known[layer] for layer in masks.layers]
 
 
@@ -108,7 +124,7 @@ def despecialize(model: nn.Module) -> nn.Module:
         if isinstance(module, (TaskLinear, CompactFc2)):
             if "_fast_path" in module.__dict__:
                 restore_fast_path([module.__dict__.pop("_fast_path")])
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             for name in _STATE:
                 module.__dict__.pop(name, None)
     return model

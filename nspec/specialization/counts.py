@@ -107,7 +107,9 @@ class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
             ValueError: the file is broken, or is not one of counts.
         """
         stacked, tasks, _ = load_stacked(Path(folder), "counts")
-        return cls({t: {layer: rows[i].to(torch.int64) for layer, rows in stacked.items()} for i, t in enumerate(tasks)})
+        return cls(
+            {t: {layer: rows[i].to(torch.int64) for layer, rows in stacked.items()} for i, t in enumerate(tasks)}
+        )
 
 
 def _checked(task: str, layer: str, count: Tensor) -> Tensor:
@@ -134,6 +136,8 @@ def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
             if layer not in widths:
                 raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
             if len(value) != widths[layer]:
-                raise ValueError(f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}")
+                raise ValueError(
+                    f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}"
+                )
         if missing := [layer for layer in widths if layer not in tasks[task]]:
             raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")

@@ -98,7 +98,7 @@ class RealTokens:
         self._decoder = next((name for name, m in model.named_modules() if m is decoder), None) if decoder else None
 
     def __call__(self, layer: str, batch: Any) -> Tensor | None:
-        """bool ``[batch, length]``, or None where the batch says nothing about padding."""
+        """Bool ``[batch, length]``, or None where the batch says nothing about padding."""
         if not isinstance(batch, Mapping):
             return None
         if self._decodes(layer):
@@ -128,7 +128,9 @@ class RealTokens:
     @staticmethod
     def _two_dimensional(name: str, mask: Tensor) -> Tensor:
         if mask.dim() != 2:
-            raise ValueError(f"{name} has shape {list(mask.shape)}, expected [batch, length]; give valid= for other masks")
+            raise ValueError(
+                f"{name} has shape {list(mask.shape)}, expected [batch, length]; give valid= for other masks"
+            )
         return mask.bool()
 
 
@@ -144,7 +146,7 @@ class _Counters(contextlib.AbstractContextManager["_Counters"]):
     def __enter__(self) -> _Counters:
         self._hooks = []
         for pair in self._pairs:
-            pair.fc1.forward = self._counting(pair)  # type: ignore[method-assign]
+            pair.fc1.forward = self._counting(pair)  # type: ignore[method-assign,assignment]
             self._hooks.append(pair.fc2.register_forward_pre_hook(self._checking(pair)))
         return self
 
@@ -160,7 +162,9 @@ class _Counters(contextlib.AbstractContextManager["_Counters"]):
     def totals(self, task: str) -> dict[str, Tensor]:
         """The counts since :meth:`start`, in the order of the layers."""
         if missing := [pair.name for pair in self._pairs if pair.name not in self._totals]:
-            raise ValueError(f"the batches of task {task} did not run layer {missing[0]}; choose layers with layers=[...]")
+            raise ValueError(
+                f"the batches of task {task} did not run layer {missing[0]}; choose layers with layers=[...]"
+            )
         return {pair.name: self._totals[pair.name].cpu() for pair in self._pairs}
 
     def _counting(self, pair: Pair) -> Callable[[Tensor], Tensor]:
@@ -186,7 +190,9 @@ class _Counters(contextlib.AbstractContextManager["_Counters"]):
             if not self._checked.get(pair.name):
                 self._checked[pair.name] = True
                 if args[0].shape != self._last.shape or not torch.equal(args[0], self._last.to(args[0].dtype)):
-                    raise ValueError(f"{pair.name}: what the layer does between fc1 and fc2 is not ReLU alone in eval mode")
+                    raise ValueError(
+                        f"{pair.name}: what the layer does between fc1 and fc2 is not ReLU alone in eval mode"
+                    )
 
         return pre_hook
 

@@ -46,7 +46,10 @@ def save_stacked(
 def _compact(value: Any) -> str:
     """One line per task or layer: readable, and small enough beside the bits."""
     if isinstance(value, dict) and value:
-        inner = (f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items())
+        inner = (
+            f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(item, ensure_ascii=False)}"
+            for key, item in value.items()
+        )
         return "{\n" + ",\n".join(inner) + "\n }"
     return json.dumps(value, ensure_ascii=False)
 

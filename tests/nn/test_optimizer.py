@@ -1,0 +1,111 @@
+"""AdamW that touches, of specialised layers, only the rows that were used since the last step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nspec
+from nspec import MaskedLinear, NeuronMasks, RowSparseAdamW
+
+OPTIONS = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+EVEN, LOW = torch.arange(64) % 2 == 0, torch.arange(64) < 20
+
+
+def specialised() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3)).double()
+    return nspec.specialize(model, NeuronMasks({"even": {"0": EVEN}, "low": {"0": LOW}}))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, *tasks: str | None) -> torch.Tensor:
+    """One update over a micro-batch of each task; the rows of fc1.weight that changed."""
+    before = model[0].weight.detach().clone()
+    for name in tasks:
+        with nspec.task(model, name):
+            model(torch.randn(5, 4, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return (model[0].weight != before).any(1)
+
+
+def test_rows_outside_the_task_stay_bitwise_even_with_momentum_and_decay() -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    assert torch.equal(step(model, optimizer, "even"), EVEN)
+    assert torch.equal(step(model, optimizer, "low"), LOW)
+    assert torch.equal(step(model, optimizer, "even"), EVEN)
+
+
+def test_micro_batches_of_several_tasks_update_the_union() -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    assert torch.equal(step(model, optimizer, "even", "low"), EVEN | LOW)
+    assert step(model, optimizer, None).all()
+
+
+def test_evaluation_between_steps_touches_nothing() -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    with torch.no_grad(), nspec.task(model, "low"):
+        model(torch.randn(5, 4, dtype=torch.float64))
+    assert torch.equal(step(model, optimizer, "even"), EVEN)
+
+
+def test_with_every_row_used_it_is_torch_adamw() -> None:
+    model = specialised()
+    other = copy.deepcopy(model)
+    ours, theirs = RowSparseAdamW(model.parameters(), **OPTIONS), torch.optim.AdamW(other.parameters(), **OPTIONS)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        step(model, ours, None)
+        torch.manual_seed(seed)
+        step(other, theirs, None)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_copy_of_the_model_gets_an_optimiser_of_its_own() -> None:
+    model = copy.deepcopy(specialised())
+    assert torch.equal(step(model, RowSparseAdamW(model.parameters(), **OPTIONS), "low"), LOW)
+
+
+def test_state_goes_through_a_checkpoint() -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    step(model, optimizer, "even")
+    other = specialised()
+    other.load_state_dict(model.state_dict())
+    resumed = RowSparseAdamW(other.parameters(), **OPTIONS)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, resumed)):
+        torch.manual_seed(1)
+        step(m, o, "low")
+    assert torch.equal(model[0].weight, other[0].weight)
+
+
+def test_a_masked_linear_alone_works_too() -> None:
+    layer = MaskedLinear(4, 64)
+    layer.set_mask(LOW)
+    optimizer = RowSparseAdamW(layer.parameters(), **OPTIONS)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal((layer.weight != before).any(1), LOW)
+
+
+def test_a_model_that_is_not_specialised_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no parameter belongs to a specialised layer"):
+        RowSparseAdamW(nn.Linear(2, 2).parameters())
+    model = specialised()
+    nspec.despecialize(model)
+    with pytest.raises(ValueError, match="no parameter belongs to a specialised layer"):
+        RowSparseAdamW(model.parameters())
+
+
+def test_options_out_of_range_are_errors() -> None:
+    with pytest.raises(ValueError, match="lr=-1"):
+        RowSparseAdamW(specialised().parameters(), lr=-1)

@@ -1,0 +1,115 @@
+"""Counts and masks on disk: exact, small, readable beside it, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nspec import ActivationCounts, NeuronMasks
+
+
+def some_masks(tasks: int = 3, layers: int = 2, d_ff: int = 37) -> NeuronMasks:
+    return NeuronMasks(
+        {
+            f"l{t:02d}-en": {f"model.encoder.layers.{i}.fc1": torch.rand(d_ff) < 0.7 for i in range(layers)}
+            for t in range(tasks)
+        }
+    )
+
+
+def test_masks_come_back_bit_for_bit(tmp_path) -> None:
+    masks = some_masks()
+    masks.save(tmp_path / "m")
+    loaded = NeuronMasks.load(tmp_path / "m")
+    assert loaded.tasks == masks.tasks
+    assert loaded.layers == masks.layers
+    assert all(torch.equal(masks[t][layer], loaded[t][layer]) for t in masks for layer in masks.layers)
+
+
+def test_counts_come_back_exactly_also_beyond_32_bits(tmp_path) -> None:
+    counts = ActivationCounts({"a": {"x": torch.tensor([2**40, 0, 5]), "y": torch.tensor([1, 2])}})
+    counts.save(tmp_path)
+    loaded = ActivationCounts.load(tmp_path)
+    assert loaded["a"]["x"].tolist() == [2**40, 0, 5]
+    assert loaded["a"]["y"].dtype == torch.int64
+
+
+def test_sixty_tasks_of_a_big_model_fit_into_400_kilobytes(tmp_path) -> None:
+    some_masks(60, 12, 4096).save(tmp_path)
+    assert sum(os.path.getsize(tmp_path / name) for name in os.listdir(tmp_path)) <= 400_000
+
+
+def test_the_json_beside_it_says_what_is_inside(tmp_path) -> None:
+    masks = some_masks()
+    masks.save(tmp_path)
+    readable = json.loads((tmp_path / "masks.json").read_text())
+    assert readable["tasks"] == masks.tasks
+    assert readable["layers"]["model.encoder.layers.0.fc1"] == {"d_ff": 37}
+    assert readable["density"]["l00-en"][0] == pytest.approx(masks.density()["l00-en"][masks.layers[0]], abs=1e-4)
+
+
+def test_a_broken_missing_or_other_file_is_one_clear_error(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="masks.safetensors does not exist"):
+        NeuronMasks.load(tmp_path)
+    some_masks().save(tmp_path)
+    whole = (tmp_path / "masks.safetensors").read_bytes()
+    (tmp_path / "masks.safetensors").write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="is broken"):
+        NeuronMasks.load(tmp_path)
+    (tmp_path / "counts.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match="holds masks, expected counts"):
+        ActivationCounts.load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_intact(tmp_path) -> None:
+    masks = some_masks(2, 2, 64)
+    masks.save(tmp_path)
+    script = (
+        "import torch, nspec, sys\n"
+        "m = nspec.NeuronMasks({'a': {'x': torch.ones(4_000_000, dtype=torch.bool)}})\n"
+        "try: m.save(sys.argv[1])\n"
+        "except OSError as e: print('OSError', e); sys.exit(3)\n"
+    )
+
+    def small_files_only() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, preexec_fn=small_files_only
+    )
+    assert done.returncode == 3, done.stderr
+    assert "cannot write" in done.stdout
+    assert "unchanged" in done.stdout
+    assert NeuronMasks.load(tmp_path).tasks == masks.tasks
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_counts_add_up_and_join_tasks() -> None:
+    one = ActivationCounts({"a": {"x": torch.tensor([1, 2])}})
+    two = ActivationCounts({"a": {"x": torch.tensor([10, 0])}, "b": {"x": torch.tensor([5, 5])}})
+    both = one + two
+    assert both["a"]["x"].tolist() == [11, 2]
+    assert both.tasks == ["a", "b"]
+    with pytest.raises(ValueError, match="neurons"):
+        one + ActivationCounts({"a": {"x": torch.tensor([1])}})
+
+
+def test_wrong_contents_are_errors() -> None:
+    with pytest.raises(TypeError, match="expected an int64 tensor"):
+        ActivationCounts({"a": {"x": torch.tensor([1.0])}})
+    with pytest.raises(ValueError, match="go down to -1"):
+        ActivationCounts({"a": {"x": torch.tensor([-1])}})
+    with pytest.raises(ValueError, match="task b lacks layer y"):
+        ActivationCounts({"a": {"x": torch.tensor([1]), "y": torch.tensor([1])}, "b": {"x": torch.tensor([1])}})
+    with pytest.raises(ValueError, match="no task"):
+        NeuronMasks({})
+    with pytest.raises(TypeError, match="expected a bool tensor"):
+        NeuronMasks({"a": {"x": torch.tensor([1])}})
