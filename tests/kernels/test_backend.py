@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nspec.kernels.common.backend import OPERATORS, Backend, choose, explain, never
 from nspec.kernels.linear_relu_count import linear_relu_count
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.linear_relu_count.op import _linear_relu_count
 

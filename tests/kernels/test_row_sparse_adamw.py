@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 from nspec.kernels.row_sparse_adamw.op import _row_sparse_adamw
-from torch import Tensor
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
 SHAPES = [(17, 5), (1, 3), (64, 32), (9,)]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 from nspec.kernels.row_sparse_wgrad.op import _row_sparse_wgrad
-from torch import Tensor
 
 
 def integers(*shape: int, seed: int = 0) -> Tensor:
