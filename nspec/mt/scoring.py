@@ -1,0 +1,212 @@
+"""sacreBLEU and chrF++ of a system: per direction and averaged, with intervals, and tested against a baseline."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nspec.mt import significance
+from nspec.mt.config import ScoreConfig
+from nspec.mt.significance import Floats
+
+MIN_BOOTSTRAP = 40  # with fewer samples no 95 % interval exists: it would leave out less than one sample a side
+
+# What sacreBLEU itself takes for these target languages; those with "mecab" need packages that it does not install.
+_TOKENIZERS = {
+    "zh": "zh",
+    "zho": "zh",
+    "ja": "ja-mecab",
+    "jpn": "ja-mecab",
+    "ko": "ko-mecab",
+    "kor": "ko-mecab",
+}
+
+Texts = Mapping[str, Sequence[str]]
+
+
+@dataclass
+class _Corpus:
+    """What one direction of one system measured: scores in points and their bootstrap samples, float64 [samples]."""
+
+    score: dict[str, float]
+    samples: dict[str, Floats]
+    signature: dict[str, str]
+
+
+def bleu_tokenizer(target: str) -> tuple[str, str]:
+    """The sacreBLEU tokenizer of a target language, and a note where the proper one is not installed.
+
+    Args:
+        target: a language code such as ``de``, ``zh_CN`` or ``jpn_Jpan``.
+
+    Returns:
+        ``13a`` for most languages, ``zh`` for Chinese, ``ja-mecab`` and ``ko-mecab`` where MeCab is installed, else
+        ``char`` with a note for the signature; the note is empty otherwise.
+    """
+    name = _TOKENIZERS.get(re.split(r"[-_]", target)[0].lower(), "13a")
+    return (name, "") if _usable(name) else ("char", f"{name}-not-installed")
+
+
+@functools.cache
+def _usable(tokenizer: str) -> bool:
+    from sacrebleu.metrics import BLEU
+
+    try:
+        BLEU(tokenize=tokenizer)
+    except (RuntimeError, ImportError):  # how sacreBLEU says that MeCab or its dictionary is missing
+        return False
+    return True
+
+
+def score_system(
+    hypotheses: Texts,
+    references: Texts,
+    config: ScoreConfig,
+    pivot: str,
+    baseline: tuple[str, Texts] | None = None,
+) -> dict[str, Any]:
+    """Scores a system's translations and tests them against a baseline's.
+
+    Args:
+        hypotheses: for each direction (``en-de``) the system's translations, detokenised, one a line.
+        references: for each direction the references, as many.
+        config: how many bootstrap samples.
+        pivot: directions from and to this language are averaged apart; empty: only the average over all.
+        baseline: name and translations of the system to test against; None: no test.
+
+    Returns:
+        What goes into ``scores.json``: ``signatures``, ``tasks`` (scores in points, 0 to 100, with the bounds of their
+        95 % bootstrap intervals, signatures, differences and p values) and ``average`` (macro averages over ``all``
+        directions, ``from_<pivot>`` and ``to_<pivot>``, tested like a direction).
+
+    Raises:
+        ValueError: a direction without hypotheses, references or a baseline, numbers of lines that differ, an empty
+            test set, or too few bootstrap samples.
+    """
+    if config.bootstrap < MIN_BOOTSTRAP:
+        raise ValueError(f"score.bootstrap is {config.bootstrap}; a 95 % interval needs at least {MIN_BOOTSTRAP}")
+    if not references:
+        raise ValueError("there is no direction to score: references are empty")
+    _check("system", hypotheses, references)
+    if baseline is not None:
+        _check(f"baseline {baseline[0]!r}", baseline[1], references)
+
+    signatures: dict[str, Any] = {"bleu": {}, "chrf": ""}
+    tasks: dict[str, dict[str, Any]] = {}
+    measured: dict[str, _Corpus] = {}
+    compared: dict[str, _Corpus] = {}
+    for task, lines in references.items():
+        systems = [hypotheses[task]] + ([baseline[1][task]] if baseline else [])
+        corpora = _measure(task, systems, lines, config.bootstrap)
+        measured[task] = corpora[0]
+        if baseline:
+            compared[task] = corpora[1]
+        signature = corpora[0].signature
+        signatures["bleu"][bleu_tokenizer(_target(task))[0]] = signature["bleu"]
+        signatures["chrf"] = signature["chrf"]
+        entry: dict[str, Any] = {"sentences": len(lines)}
+        for metric in ("bleu", "chrf"):
+            entry |= _with_interval(metric, corpora[0].score[metric], corpora[0].samples[metric])
+            entry[f"{metric}_signature"] = signature[metric]
+        entry["baseline"] = _compare(baseline[0], corpora[0], corpora[1]) if baseline else None
+        tasks[task] = entry
+
+    groups = {"all": list(references)}
+    if pivot:
+        groups[f"from_{pivot}"] = [task for task in references if task.startswith(f"{pivot}-")]
+        groups[f"to_{pivot}"] = [task for task in references if task.endswith(f"-{pivot}")]
+    average: dict[str, Any] = {}
+    for group, members in groups.items():
+        if not members:
+            continue
+        own = _mean([measured[task] for task in members])
+        entry = {"directions": len(members)}
+        for metric in ("bleu", "chrf"):
+            entry |= _with_interval(metric, own.score[metric], own.samples[metric])
+        other = _mean([compared[task] for task in members]) if baseline else None
+        entry["baseline"] = _compare(baseline[0], own, other) if baseline and other else None
+        average[group] = entry
+    return {"signatures": signatures, "tasks": tasks, "average": average}
+
+
+def _target(task: str) -> str:
+    return task.partition("-")[2]
+
+
+def _check(who: str, hypotheses: Texts, references: Texts) -> None:
+    """Every direction on both sides, with equally many lines and at least one."""
+    for task in hypotheses:
+        if task not in references:
+            raise ValueError(
+                f"direction {task} of the {who} has no references; there are those of {', '.join(references)}"
+            )
+    for task, lines in references.items():
+        if task not in hypotheses:
+            raise ValueError(f"the {who} has no translations of direction {task}; translate its test set first")
+        if not lines:
+            raise ValueError(f"direction {task} has no test sentences; a score needs at least one")
+        if len(hypotheses[task]) != len(lines):
+            raise ValueError(
+                f"direction {task}: the {who} has {len(hypotheses[task])} translations for {len(lines)} references; "
+                "there must be one for each"
+            )
+
+
+def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[str], samples: int) -> list[_Corpus]:
+    """Scores of systems on one test set and their bootstrap samples, drawn jointly."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    tokenizer, note = bleu_tokenizer(_target(task))
+    metrics: dict[str, Any] = {
+        # force: hypotheses that end in " ." are the system's affair, not a reason for a warning in the terminal
+        "bleu": BLEU(tokenize=tokenizer, force=True, references=[references]),
+        "chrf": CHRF(word_order=2, references=[references]),
+    }
+    formulas = {"bleu": significance.bleu, "chrf": significance.chrf}
+    signature = {}
+    for name, metric in metrics.items():
+        metric.n_bootstrap, metric.seed = samples, str(significance.SEED)
+        form = metric.get_signature()
+        if name == "bleu" and note:
+            form.update("note", note)
+        signature[name] = str(form)
+    measured = [{name: significance.measure(metric, lines) for name, metric in metrics.items()} for lines in systems]
+    blocks = [system[name][1] for system in measured for name in metrics]
+    drawn = significance.resample(np.concatenate(blocks, axis=1), samples)
+    parts = iter(np.split(drawn, np.cumsum([block.shape[1] for block in blocks])[:-1], axis=1))
+    return [
+        _Corpus(
+            score={name: system[name][0] for name in metrics},
+            samples={name: formulas[name](next(parts)) for name in metrics},
+            signature=signature,
+        )
+        for system in measured
+    ]
+
+
+def _mean(corpora: Sequence[_Corpus]) -> _Corpus:
+    """The macro average: each direction counts the same, whatever its size."""
+    return _Corpus(
+        score={m: float(np.mean([corpus.score[m] for corpus in corpora])) for m in ("bleu", "chrf")},
+        samples={m: np.mean([corpus.samples[m] for corpus in corpora], axis=0) for m in ("bleu", "chrf")},
+        signature={},
+    )
+
+
+def _with_interval(metric: str, score: float, samples: Floats) -> dict[str, float]:
+    low, high = significance.interval(samples)
+    return {metric: score, f"{metric}_low": low, f"{metric}_high": high}
+
+
+def _compare(name: str, system: _Corpus, baseline: _Corpus) -> dict[str, Any]:
+    result: dict[str, Any] = {"system": name}
+    for metric in ("bleu", "chrf"):
+        delta = system.score[metric] - baseline.score[metric]
+        result[f"{metric}_delta"] = delta
+        result[f"{metric}_p"] = significance.paired_p_value(system.samples[metric], baseline.samples[metric], delta)
+    return result

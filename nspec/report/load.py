@@ -1,0 +1,229 @@
+"""Reads a run folder into one object, whatever part of the run is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nspec.analysis import order_tasks
+from nspec.files import read_json
+from nspec.mt import options
+from nspec.mt.config import Config
+
+if TYPE_CHECKING:
+    from nspec import NeuronMasks
+
+METRICS = ("bleu", "chrf")
+_SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+_TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
+
+
+@dataclass
+class System:
+    """One system of a run; what is not there yet is None or empty."""
+
+    name: str
+    summary: dict[str, Any] | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, Any] | None = None
+
+
+@dataclass
+class RunData:
+    """A run folder.
+
+    ``baseline`` is the system that the scores were tested against; ``missing`` says what is not there yet.
+    """
+
+    folder: Path
+    config: Config
+    config_text: str
+    systems: dict[str, System]
+    masks: NeuronMasks | None
+    tasks: list[str]
+    baseline: str
+    stages: list[dict[str, Any]]
+    missing: list[str]
+
+    @property
+    def scored(self) -> dict[str, dict[str, Any]]:
+        """The scores of the systems that have them."""
+        return {name: system.scores for name, system in self.systems.items() if system.scores is not None}
+
+    @property
+    def pivot(self) -> str:
+        """The language that directions go to and from; empty where there is none."""
+        return self.config.corpus.pivot
+
+
+def load_run(run: Path) -> RunData:
+    """Reads a run folder.
+
+    Raises:
+        ValueError: it is no run folder, or a file in it is broken; the message names the file and what is wrong.
+    """
+    run = Path(run)
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml; `nspec run` makes one")
+    config_text = config_file.read_text(encoding="utf-8")
+    config = options.parse(config_text, str(config_file))
+    systems = {name: _system(run, name) for name in _system_names(run, config)}
+    masks = _masks(run / "masks")
+    scored = [system.scores for system in systems.values() if system.scores is not None]
+    tasks = {task for scores in scored for task in scores["tasks"]} | set(masks.tasks if masks else ())
+    return RunData(
+        folder=run,
+        config=config,
+        config_text=config_text,
+        systems=systems,
+        masks=masks,
+        tasks=order_tasks(tasks, config.corpus.pivot),
+        baseline=_baseline(config, systems),
+        stages=_stages(run),
+        missing=_missing(run, systems, masks, config),
+    )
+
+
+def _system_names(run: Path, config: Config) -> list[str]:
+    """Those of the configuration in its order, then others that left something, but not what ``--redo`` set aside."""
+    found = {path.name for part in ("systems", "scores") for path in (run / part).glob("*") if path.is_dir()}
+    extra = sorted(name for name in found if not re.search(r"\.old-\d+$", name) and not name.startswith("."))
+    return list(dict.fromkeys([*config.run.systems, *extra]))
+
+
+def _system(run: Path, name: str) -> System:
+    folder = run / "systems" / name
+    system = System(name)
+    if (folder / "summary.json").is_file():
+        system.summary = _dictionary(folder / "summary.json")
+    if (folder / "log.jsonl").is_file():
+        lines = _log(folder / "log.jsonl")
+        system.training = _by_update(lines, "loss")
+        system.validation = _by_update(lines, "valid_loss")
+    scores = run / "scores" / name / "scores.json"
+    if scores.is_file():
+        system.scores = _scores(scores)
+    return system
+
+
+def _dictionary(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected a JSON object; remove it and run again")
+    return value
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _by_update(lines: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The lines that have ``key``, by update; of an update that was done again after a kill, the last."""
+    latest: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        step = line.get("updates", line.get("step"))
+        if isinstance(line.get(key), (int, float)) and isinstance(step, int):
+            latest[step] = line | {"step": step}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """``scores.json``, checked for all that the page reads."""
+
+    def need(holder: Any, key: str, where: str, fits: Callable[[Any], bool], kind: str) -> Any:
+        value = holder.get(key) if isinstance(holder, dict) else None
+        if not fits(value):
+            name = f"{where}.{key}" if where else key
+            found = "nothing" if value is None else repr(value)[:40]
+            raise ValueError(f"{path}: {name} should be {kind}, found {found}; remove the file and run again")
+        return value
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def table(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    def check(entry: dict[str, Any], where: str) -> None:
+        for key in _SCORE_KEYS:
+            need(entry, key, where, number, "a number")
+        test = entry.get("baseline")
+        if test is not None:
+            for key in _TEST_KEYS:
+                need(test, key, f"{where}.baseline", number, "a number")
+            need(test, "system", f"{where}.baseline", lambda v: isinstance(v, str), "a name")
+
+    scores = _dictionary(path)
+    tasks = need(scores, "tasks", "", lambda v: isinstance(v, dict) and len(v) > 0, "an object with directions")
+    for task in tasks:
+        check(need(tasks, task, "tasks", table, "an object"), f"tasks.{task}")
+        for metric in METRICS:
+            need(tasks[task], f"{metric}_signature", f"tasks.{task}", lambda v: isinstance(v, str), "a signature")
+    average = need(scores, "average", "", table, "an object")
+    need(average, "all", "average", table, "an object")
+    for group in average:
+        check(need(average, group, "average", table, "an object"), f"average.{group}")
+    return scores
+
+
+def _baseline(config: Config, systems: dict[str, System]) -> str:
+    """The system that the scores name as theirs; before there are any, the one that the configuration asks for."""
+    for system in systems.values():
+        for entry in (system.scores or {"tasks": {}})["tasks"].values():
+            if entry.get("baseline"):
+                return str(entry["baseline"]["system"])
+    return config.score.baseline if config.score.baseline in systems else "dense"
+
+
+def _masks(folder: Path) -> NeuronMasks | None:
+    if not (folder / "masks.safetensors").is_file():
+        return None
+    from nspec import NeuronMasks
+
+    return NeuronMasks.load(folder)
+
+
+def _stages(run: Path) -> list[dict[str, Any]]:
+    """What each finished step wrote about itself, in the order of a run."""
+    order = ["prepared", "systems/dense", "profile", "masks", "random_masks", "systems", "scores"]
+
+    def place(folder: str) -> tuple[int, str]:
+        known = folder if folder in order else folder.partition("/")[0]
+        return order.index(known) if known in order else len(order), folder
+
+    records = []
+    for path in [path for pattern in ("*/*stage*.json", "*/*/*stage*.json") for path in run.glob(pattern)]:
+        folder = path.parent.relative_to(run).as_posix()
+        if folder != "report" and not re.search(r"\.old-\d+(/|$)", folder):
+            records.append(_dictionary(path) | {"folder": folder})
+    return sorted(records, key=lambda record: (place(record["folder"]), str(record.get("stage", ""))))
+
+
+def _missing(run: Path, systems: dict[str, System], masks: object, config: Config) -> list[str]:
+    """What a whole run has and this one has not yet, in the order in which it is made."""
+    missing = [] if (run / "prepared" / "meta.json").is_file() else ["the prepared text"]
+    untrained = [name for name, system in systems.items() if system.summary is None]
+    unscored = [name for name, system in systems.items() if system.scores is None]
+    if untrained:
+        missing.append(f"the training of {', '.join(untrained)}")
+    if masks is None and {"forward", "update", "random"} & set(config.run.systems):
+        missing.append("the neuron masks")
+    return missing + ([f"the scores of {', '.join(unscored)}"] if unscored else [])

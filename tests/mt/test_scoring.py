@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+
+from nspec.mt.config import ScoreConfig
+from nspec.mt.scoring import bleu_tokenizer, score_system
+
+sacrebleu_metrics = pytest.importorskip("sacrebleu.metrics")
+BLEU, CHRF = sacrebleu_metrics.BLEU, sacrebleu_metrics.CHRF
+
+WORDS = ["the", "a", "cat", "dog", "house", "sees", "ran", "3", "12.5", ",", "blue", "Berlin", "won't", "(old)", "tree"]
+CONFIG = ScoreConfig(bootstrap=200)
+
+
+def texts(tasks: list[str], sentences: int = 30, kept: float = 0.7, seed: int = 0) -> tuple[dict, dict]:
+    rng = random.Random(seed)
+    references = {t: [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(sentences)] for t in tasks}
+    hypotheses = {
+        t: [" ".join(w if rng.random() < kept else rng.choice(WORDS) for w in line.split()) for line in lines]
+        for t, lines in references.items()
+    }
+    return hypotheses, references
+
+
+def test_scores_and_signatures_are_sacrebleus_own() -> None:
+    hypotheses, references = texts(["en-de", "de-en", "en-zh"])
+    scores = score_system(hypotheses, references, CONFIG, "en")
+    for task, entry in scores["tasks"].items():
+        bleu, chrf = BLEU(tokenize="zh" if task == "en-zh" else "13a"), CHRF(word_order=2)
+        public_bleu = bleu.corpus_score(hypotheses[task], [references[task]], n_bootstrap=CONFIG.bootstrap)
+        public_chrf = chrf.corpus_score(hypotheses[task], [references[task]], n_bootstrap=CONFIG.bootstrap)
+        assert entry["bleu"] == public_bleu.score
+        assert entry["chrf"] == public_chrf.score
+        assert entry["bleu_signature"] == str(bleu.get_signature())
+        assert entry["chrf_signature"] == str(chrf.get_signature())
+        assert f"± {(entry['bleu_high'] - entry['bleu_low']) / 2:.2f}" in str(public_bleu)
+        assert f"± {(entry['chrf_high'] - entry['chrf_low']) / 2:.2f}" in str(public_chrf)
+        assert entry["bleu_low"] <= entry["bleu"] <= entry["bleu_high"]
+        assert entry["sentences"] == 30
+        assert entry["baseline"] is None
+    assert set(scores["signatures"]["bleu"]) == {"13a", "zh"}
+    assert scores["signatures"]["bleu"]["zh"] == scores["tasks"]["en-zh"]["bleu_signature"]
+    assert json.loads(json.dumps(scores)) == scores  # plain numbers and strings
+
+
+def test_averages_are_macro_means_by_side_of_the_pivot() -> None:
+    hypotheses, references = texts(["en-de", "de-en", "en-fr", "fr-en", "de-fr"])
+    average = score_system(hypotheses, references, CONFIG, "en")["average"]
+    tasks = score_system(hypotheses, references, CONFIG, "")["tasks"]
+    members = {"all": list(references), "from_en": ["en-de", "en-fr"], "to_en": ["de-en", "fr-en"]}
+    assert set(average) == set(members)
+    for group, names in members.items():
+        assert average[group]["directions"] == len(names)
+        assert average[group]["bleu"] == pytest.approx(np.mean([tasks[t]["bleu"] for t in names]))
+        assert average[group]["chrf_low"] < average[group]["chrf"] < average[group]["chrf_high"]
+    assert set(score_system(hypotheses, references, CONFIG, "")["average"]) == {"all"}
+
+
+def test_average_of_aligned_directions_is_resampled_jointly() -> None:
+    """The same text in every direction: the average must be as uncertain as one direction, not sqrt(n) times less."""
+    hypotheses, references = texts(["en-de"])
+    tasks = [f"en-{lang}" for lang in ("de", "fr", "it", "es")]
+    scores = score_system(
+        {t: hypotheses["en-de"] for t in tasks}, {t: references["en-de"] for t in tasks}, CONFIG, "en"
+    )
+    for key in ("bleu_low", "bleu_high", "chrf_low", "chrf_high"):
+        assert scores["average"]["all"][key] == pytest.approx(scores["tasks"]["en-de"][key])
+
+
+def test_a_planted_difference_is_significant_and_identical_systems_are_not() -> None:
+    hypotheses, references = texts(["en-de", "de-en"], sentences=100)
+    better = {
+        t: [r if i % 3 == 0 else h for i, (h, r) in enumerate(zip(hypotheses[t], references[t]))] for t in references
+    }
+    scores = score_system(better, references, CONFIG, "en", ("continued", hypotheses))
+    same = score_system(hypotheses, references, CONFIG, "en", ("continued", hypotheses))
+    for entry in [*scores["tasks"].values(), scores["average"]["all"], scores["average"]["to_en"]]:
+        assert entry["baseline"]["system"] == "continued"
+        assert entry["baseline"]["bleu_delta"] > 5
+        assert entry["baseline"]["bleu_p"] < 0.01
+        assert entry["baseline"]["chrf_p"] < 0.01
+    for entry in [*same["tasks"].values(), same["average"]["all"]]:
+        assert entry["baseline"]["bleu_delta"] == entry["baseline"]["chrf_delta"] == 0
+        assert entry["baseline"]["bleu_p"] == entry["baseline"]["chrf_p"] == 1.0
+    worse = score_system(hypotheses, references, CONFIG, "en", ("continued", better))
+    assert worse["tasks"]["en-de"]["baseline"]["bleu_delta"] == -scores["tasks"]["en-de"]["baseline"]["bleu_delta"]
+    assert worse["tasks"]["en-de"]["baseline"]["bleu_p"] < 0.01
+
+
+def test_empty_translations_score_zero() -> None:
+    _, references = texts(["en-de"])
+    entry = score_system({"en-de": [""] * 30}, references, CONFIG, "en")["tasks"]["en-de"]
+    assert entry["bleu"] == entry["bleu_low"] == entry["bleu_high"] == entry["chrf"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, r: h["en-de"].pop(), "direction en-de: the system has 29 translations for 30 references"),
+        (lambda h, r: h.pop("de-en"), "no translations of direction de-en"),
+        (lambda h, r: r.pop("de-en"), "direction de-en of the system has no references"),
+        (lambda h, r: r.clear(), "no direction to score"),
+        (lambda h, r: (h["en-de"].clear(), r["en-de"].clear()), "direction en-de has no test sentences"),
+    ],
+)
+def test_lines_that_do_not_fit_are_one_error_naming_the_direction(change, message: str) -> None:
+    hypotheses, references = texts(["en-de", "de-en"])
+    change(hypotheses, references)
+    with pytest.raises(ValueError, match=message):
+        score_system(hypotheses, references, CONFIG, "en")
+
+
+def test_a_baseline_that_does_not_fit_is_named() -> None:
+    hypotheses, references = texts(["en-de"])
+    with pytest.raises(ValueError, match=r"direction en-de: the baseline 'continued' has 3 translations for 30"):
+        score_system(hypotheses, references, CONFIG, "en", ("continued", {"en-de": ["a"] * 3}))
+
+
+def test_too_few_bootstrap_samples_are_refused() -> None:
+    hypotheses, references = texts(["en-de"])
+    with pytest.raises(ValueError, match=r"score.bootstrap is 10; .* at least 40"):
+        score_system(hypotheses, references, ScoreConfig(bootstrap=10), "en")
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer"),
+    [("de", "13a"), ("zh", "zh"), ("zh_CN", "zh"), ("zho_Hans", "zh"), ("ja", "ja-mecab"), ("ko", "ko-mecab")],
+)
+def test_tokenizer_follows_the_target_language(language: str, tokenizer: str) -> None:
+    name, note = bleu_tokenizer(language)
+    if tokenizer.endswith("mecab"):  # installed or not, the number says which
+        assert (name, note) in {(tokenizer, ""), ("char", f"{tokenizer}-not-installed")}
+    else:
+        assert (name, note) == (tokenizer, "")
+
+
+def test_a_missing_tokenizer_stands_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nspec.mt.scoring._usable", lambda name: "mecab" not in name)
+    lines = {"en-ja": ["これは猫です", "私は行きます"] * 5}
+    entry = score_system(lines, lines, CONFIG, "en")["tasks"]["en-ja"]
+    assert entry["bleu"] == pytest.approx(100)
+    assert "tok:char" in entry["bleu_signature"]
+    assert "note:ja-mecab-not-installed" in entry["bleu_signature"]
+
+
+def test_five_systems_on_sixteen_directions_are_scored_within_thirty_seconds() -> None:
+    languages = ["fa", "pl", "ar", "he", "nl", "de", "it", "es"]
+    tasks = [f"en-{x}" for x in languages] + [f"{x}-en" for x in languages]
+    hypotheses, references = texts(tasks, sentences=200)
+    start = time.process_time()
+    score_system(hypotheses, references, ScoreConfig(), "en", ("continued", hypotheses))
+    assert (time.process_time() - start) * 5 < 30

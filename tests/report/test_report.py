@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sacrebleu")
+pytest.importorskip("matplotlib")
+
+from rich.console import Console
+
+from nspec import NeuronMasks
+from nspec.files import write_json, write_text
+from nspec.mt import options
+from nspec.mt.config import Config, ScoreConfig
+from nspec.mt.scoring import score_system
+from nspec.report import build_report, score_table
+
+LANGUAGES = ["de", "fa", "zh"]
+TASKS = [f"en-{x}" for x in LANGUAGES] + [f"{x}-en" for x in LANGUAGES]
+SYSTEMS = ["dense", "continued", "forward", "update", "random"]
+SPECIALISED = ("forward", "update", "random")
+WORDS = ["maro", "tili", "kex", "ristus", "zun", "pal", "sendo", "dorra", "1999", ","]
+KEPT = {"dense": 0.6, "continued": 0.6, "forward": 0.9, "update": 0.6, "random": 0.3}
+
+
+def texts(sentences: int) -> tuple[dict, dict]:
+    """References by task, and hypotheses by system and task; update says exactly what continued says."""
+    rng = random.Random(4)
+    references = {t: [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))) for _ in range(sentences)] for t in TASKS}
+    hypotheses = {
+        system: {
+            task: [" ".join(w if rng.random() < KEPT[system] else rng.choice(WORDS) for w in r.split()) for r in lines]
+            for task, lines in references.items()
+        }
+        for system in SYSTEMS
+    }
+    hypotheses["update"] = hypotheses["continued"]
+    return references, hypotheses
+
+
+def masks(layers: int = 2, d_ff: int = 64) -> NeuronMasks:
+    generator = torch.Generator().manual_seed(1)
+    names = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in range(layers)]
+    return NeuronMasks({t: {name: torch.rand(d_ff, generator=generator) < 0.8 for name in names} for t in TASKS})
+
+
+def make_run(run: Path, systems: list[str] = SYSTEMS, scored: list[str] | None = None, with_masks: bool = True) -> Path:
+    """A run folder in which ``systems`` are trained and ``scored`` are scored, out of all five."""
+    config = Config()
+    config.run.folder, config.run.systems, config.corpus.languages = str(run), SYSTEMS, ["en", *LANGUAGES]
+    write_text(run / "config.yaml", options.render(config))
+    references, hypotheses = texts(25)
+    for task in TASKS:
+        pair = "-".join(sorted(task.split("-")))
+        write_text(run / "prepared/text/test" / f"{pair}.{task.split('-')[1]}.txt", "\n".join(references[task]) + "\n")
+    versions = {"python": "3.11.9", "nspec": "0.1.0"}
+    stage = {"options": {}, "inputs": {"prepared/meta.json": "ab" * 32}, "seconds": 12.5, "versions": versions}
+    for number, system in enumerate(systems):
+        folder = run / "systems" / system
+        log = [
+            {"step": u, "updates": u, "loss": 5 - u / 100, "lr": 1e-3, "tokens_per_second": 900, "seconds": u / 10}
+            for u in range(50, 301, 50)
+        ]
+        log += [
+            {"step": u, "valid_loss": 4 - u / 100 - number / 50, "valid_bleu": None, "tasks": {}} for u in (100, 300)
+        ]
+        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        density = 0.8125 if system in SPECIALISED else None
+        summary = {"system": system, "mode": None, "updates": 300, "micro_batches": 300, "train_seconds": 61.25}
+        summary |= {"tokens": 12345, "tokens_per_second": 4321.0 + number, "best_step": 300, "best_value": 1.5}
+        summary |= {"best_metric": "loss", "parameters": 1234567, "density": density, "precision": "fp32"}
+        write_json(folder / "summary.json", summary | {"device": "cpu", "threads": 2})
+        write_json(folder / "stage.json", stage | {"stage": f"specialize:{system}"})
+    for system in systems if scored is None else scored:
+        baseline = ("continued", hypotheses["continued"]) if system != "continued" else None
+        scores = score_system(hypotheses[system], references, ScoreConfig(bootstrap=60), "en", baseline)
+        write_json(run / "scores" / system / "scores.json", {"system": system, "decode": {}, **scores, "seconds": 3.0})
+        for task, lines in hypotheses[system].items():
+            write_text(run / "scores" / system / f"{task}.hyp.txt", "\n".join(lines) + "\n")
+    write_json(run / "prepared" / "meta.json", {})
+    if with_masks:
+        masks().save(run / "masks")
+    return run
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("runs") / "complete")
+    build_report(run)
+    return run
+
+
+class Page(HTMLParser):
+    """Visible text, links, ids and unclosed elements of a page."""
+
+    VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.references, self.ids, self.open = [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "action")]
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def test_page_needs_nothing_from_elsewhere(complete: Path) -> None:
+    page = Page(complete / "report" / "index.html")
+    assert page.references
+    outside = [r for r in page.references if not r.startswith(("#", "data:"))]
+    assert sorted(outside) == ["density.tsv", "iou.tsv", "scores.tsv"]
+    assert all((complete / "report" / name).is_file() for name in outside)
+    assert not re.search(r"url\((?!#)|@import|<script|https?://", page.source)
+
+
+def test_page_is_well_formed_and_its_links_and_ids_are_sound(complete: Path) -> None:
+    page = Page(complete / "report" / "index.html")
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    inside = {r[1:] for r in page.references if r.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", page.source))
+    assert inside <= set(page.ids)
+
+
+def test_page_shows_every_direction_system_score_and_signature(complete: Path) -> None:
+    text = Page(complete / "report" / "index.html").words
+    for system in SYSTEMS:
+        scores = json.loads((complete / "scores" / system / "scores.json").read_text())
+        for task, entry in scores["tasks"].items():
+            assert task in text
+            assert f"{entry['bleu']:.2f}" in text
+            assert f"{entry['chrf_low']:.1f}–{entry['chrf_high']:.1f}" in text
+            assert entry["bleu_signature"] in text
+            assert entry["chrf_signature"] in text
+        assert f"{scores['average']['to_en']['bleu']:.2f}" in text
+    assert "tok:zh" in text
+    assert "tok:13a" in text
+    for name in ("Dense continued", "Specialised (forward)", "Specialised (update)", "Random masks"):
+        assert name in text
+    assert "4 321" in text
+    assert "1 min 01 s" in text
+    assert "0.812" in text
+    assert "not finished" not in text
+
+
+def test_words_say_which_differences_are_significant(complete: Path) -> None:
+    text = Page(complete / "report" / "index.html").words
+    assert "Specialised (forward) is significantly better than dense continued: +" in text
+    assert "Specialised (update) shows no significant difference from dense continued: ±0.00 BLEU" in text
+    assert "(p = 1.00)" in text
+    assert "Random masks are significantly worse than dense continued: −" in text
+    assert "another random seed" in text
+
+
+def test_page_holds_settings_versions_hashes_and_figures(complete: Path) -> None:
+    page = Page(complete / "report" / "index.html")
+    assert "label_smoothing: 0.1" in page.words
+    assert "nspec 0.1.0" in page.words
+    assert "abababababab" in page.words
+    labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page.source)
+    assert len(labels) == 5  # density, two heat maps, IoU by layer, loss
+    assert "en→x, published" in page.words
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_the_same_run_gives_the_same_bytes(complete: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (complete / "report").iterdir()}
+    build_report(complete)
+    assert {path.name: path.read_bytes() for path in (complete / "report").iterdir()} == before
+
+
+def test_scores_tsv_has_a_line_per_system_and_direction_and_the_averages(complete: Path) -> None:
+    with open(complete / "report" / "scores.tsv", encoding="utf-8", newline="") as file:
+        rows = {(row["system"], row["direction"]): row for row in csv.DictReader(file, delimiter="\t")}
+    averages = ["average:all", "average:from_en", "average:to_en"]
+    assert set(rows) == {(s, d) for s in SYSTEMS for d in [*TASKS, *averages]}
+    forward = json.loads((complete / "scores" / "forward" / "scores.json").read_text())["tasks"]["en-zh"]
+    row = rows["forward", "en-zh"]
+    assert float(row["bleu"]) == pytest.approx(forward["bleu"], rel=1e-5)
+    assert float(row["chrf_p"]) == pytest.approx(forward["baseline"]["chrf_p"], rel=1e-5)
+    assert row["bleu_signature"] == forward["bleu_signature"]
+    assert rows["continued", "en-zh"]["bleu_delta"] == ""
+
+
+def test_overlap_files_hold_every_density_and_pair(complete: Path) -> None:
+    saved = masks()
+    with open(complete / "report" / "density.tsv", encoding="utf-8") as file:
+        density = {(r["direction"], r["layer"]): float(r["density"]) for r in csv.DictReader(file, delimiter="\t")}
+    assert len(density) == len(TASKS) * 4
+    assert density["fa-en", "model.decoder.layers.1.fc1"] == pytest.approx(
+        saved["fa-en"]["model.decoder.layers.1.fc1"].float().mean().item()
+    )
+    with open(complete / "report" / "iou.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) == 4 * 6 * 5 // 2
+    a, b = (saved[rows[0][key]][rows[0]["layer"]] for key in ("direction_a", "direction_b"))
+    assert float(rows[0]["iou"]) == pytest.approx(((a & b).sum() / (a | b).sum()).item(), rel=1e-5)
+
+
+def test_terminal_table_fits_eighty_columns_and_has_every_system(complete: Path) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(score_table(complete))
+    text = console.export_text()
+    assert "…" not in text
+    for system in SYSTEMS:
+        average = json.loads((complete / "scores" / system / "scores.json").read_text())["average"]
+        assert re.search(rf"^\s*{system} +{average['all']['bleu']:.2f}", text, re.M)
+        assert f"{average['from_en']['bleu']:.2f}" in text
+    assert "▲" in text
+    assert "▼" in text
+
+
+def test_a_run_that_has_only_begun_gets_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued"], scored=["dense"], with_masks=False)
+    with open(run / "systems" / "continued" / "log.jsonl", "a") as file:
+        file.write('{"step": 350, "lo')  # a kill while writing
+    text = Page(build_report(run)).words
+    assert "This run is not finished" in text
+    assert "the training of forward, update, random; the neuron masks; the scores of continued, forward" in text
+    assert "No masks have been selected yet" in text
+    assert "No specialised system has been compared with a baseline yet" in text
+    score_table(run)
+
+
+def test_a_run_folder_with_nothing_but_settings_gets_a_page(tmp_path: Path) -> None:
+    write_text(tmp_path / "config.yaml", options.render(Config()))
+    text = Page(build_report(tmp_path)).words
+    assert "Still missing: the prepared text; the training of dense" in text
+    assert "Nothing has been trained yet" in text
+    assert "No system has been scored yet" in text
+    assert (tmp_path / "report" / "scores.tsv").read_text().startswith("system\tdirection")
+    score_table(tmp_path)
+
+
+def test_one_direction_without_a_pivot_and_a_system_of_another_name(tmp_path: Path) -> None:
+    config = Config()
+    config.run.systems, config.corpus.pivot = ["dense", "adapters"], ""
+    write_text(tmp_path / "config.yaml", options.render(config))
+    lines = {"de-fr": ["eins zwei drei vier fünf"] * 3}
+    for system in config.run.systems:
+        scores = score_system(
+            lines, lines, ScoreConfig(bootstrap=60), "", ("dense", lines) if system != "dense" else None
+        )
+        write_json(tmp_path / "scores" / system / "scores.json", {"system": system, **scores})
+    one = torch.tensor([True, False, True])
+    NeuronMasks({"de-fr": {"model.encoder.layers.0.fc1": one}}).save(tmp_path / "masks")
+    text = Page(build_report(tmp_path)).words
+    assert "1 direction among de, fr" in text
+    assert "adapters" in text
+    assert "0.667" in text
+    assert "Overlap of two directions" not in text
+    score_table(tmp_path)
+
+
+def test_text_from_the_run_cannot_break_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<b>run & co", systems=["dense", "continued", "forward"])
+    evil = '<script>alert("x")</script> $\\frac{1}{'
+    write_text(run / "scores" / "forward" / "en-de.hyp.txt", evil + "\n")
+    (run / "systems" / "we$ird_{<i>").mkdir()
+    page = Page(build_report(run))
+    assert "<script" not in page.source
+    assert "<i>" not in page.source
+    assert 'alert("x")' in page.words
+    assert page.open == []
+
+
+def test_what_redo_set_aside_is_not_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued"])
+    (run / "systems" / "dense").rename(run / "systems" / "dense.old-1")
+    (run / "scores" / "dense").rename(run / "scores" / "dense.old-1")
+    text = Page(build_report(run)).words
+    assert "old-1" not in text
+    assert "the training of dense, forward" in text
+
+
+def drop(*keys: str):
+    def change(scores: dict) -> None:
+        for key in keys[:-1]:
+            scores = scores[key]
+        del scores[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("tasks"), r"tasks should be an object with directions, found nothing"),
+        (drop("average", "all"), r"average.all should be an object, found nothing"),
+        (drop("tasks", "en-de", "chrf_low"), r"tasks.en-de.chrf_low should be a number, found nothing"),
+        (drop("tasks", "en-de", "bleu_signature"), r"tasks.en-de.bleu_signature should be a signature, found nothing"),
+        (lambda s: s["tasks"]["en-de"].update(bleu="high"), r"tasks.en-de.bleu should be a number, found 'high'"),
+        (drop("tasks", "en-de", "baseline", "bleu_p"), r"tasks.en-de.baseline.bleu_p should be a number"),
+    ],
+)
+def test_broken_scores_are_one_error_that_names_file_and_place(tmp_path: Path, change, message: str) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued"], with_masks=False)
+    path = run / "scores" / "dense" / "scores.json"
+    scores = json.loads(path.read_text())
+    change(scores)
+    write_json(path, scores)
+    with pytest.raises(ValueError, match=rf"dense/scores.json: {message}"):
+        build_report(run)
+    assert not (run / "report").exists()
+
+
+def test_files_that_are_not_json_and_folders_that_are_no_run_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no config.yaml"):
+        build_report(tmp_path)
+    run = make_run(tmp_path / "run", systems=["dense"], with_masks=False)
+    scores = run / "scores" / "dense" / "scores.json"
+    scores.write_text(scores.read_text()[:200])
+    with pytest.raises(ValueError, match=r"dense/scores.json is not valid JSON"):
+        score_table(run)
+    scores.write_text("[]")
+    with pytest.raises(ValueError, match=r"dense/scores.json holds list, expected a JSON object"):
+        score_table(run)
+    scores.unlink()
+    log = run / "systems" / "dense" / "log.jsonl"
+    log.write_text("{broken\n" + log.read_text())
+    with pytest.raises(ValueError, match=r"dense/log.jsonl line 1 is not valid JSON"):
+        build_report(run)
