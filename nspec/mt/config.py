@@ -80,14 +80,18 @@ class TrainConfig:
     lr: float = option(5e-4, "highest learning rate")
     warmup: int = option(4000, "updates of linear warm-up, then inverse square root")
     label_smoothing: float = option(0.1, "share of the probability spread over the vocabulary")
-    optimizer: str = option("adamw", "row_sparse_adamw leaves rows outside the task alone", ("adamw", "row_sparse_adamw"))
+    optimizer: str = option(
+        "adamw", "row_sparse_adamw leaves rows outside the task alone", ("adamw", "row_sparse_adamw")
+    )
     betas: list[float] = option([0.9, 0.98], "of Adam")
     eps: float = option(1e-6, "of Adam")
     weight_decay: float = option(0.0, "decoupled weight decay")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", ("auto", "fp32", "bf16"))
     valid_every: int = option(1000, "updates between validations, each with a checkpoint")
-    valid_bleu_sentences: int = option(100, "validation sentences of each direction that are translated for BLEU; 0: none")
+    valid_bleu_sentences: int = option(
+        100, "validation sentences of each direction that are translated for BLEU; 0: none"
+    )
     best: str = option("loss", "what picks the best checkpoint and stops early", ("loss", "bleu"))
     patience: int = option(10, "validations without a better value before training stops; 0: never")
     log_every: int = option(50, "updates between lines of the log")
@@ -98,7 +102,9 @@ class TrainConfig:
 class ProfileConfig:
     split: str = option("valid", "the text whose activations are counted", ("valid", "train"))
     sentences: int = option(0, "most sentences of a direction; 0: all")
-    padding: str = option("exclude", "include counts padded positions too, as the authors' release does", ("exclude", "include"))
+    padding: str = option(
+        "exclude", "include counts padded positions too, as the authors' release does", ("exclude", "include")
+    )
 
 
 @dataclass

@@ -1,0 +1,209 @@
+"""The translation model: built from options or taken from a pretrained one, saved and loaded with its masks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+import nspec
+from nspec.files import read_json, write_json
+from nspec.mt.config import ModelConfig
+from nspec.mt.vocabulary import load_tokenizer
+from nspec.nn.masked_linear import Mode
+
+logger = logging.getLogger(__name__)
+
+ROUND_VOCABULARY = 8
+"""A new model's vocabulary is rounded up to a multiple of this, for tensor cores; the extra rows are not used."""
+
+_SPARE_ROWS = 128  # pretrained models round their vocabulary too (M2M100 to 8, others to 64 or 128)
+_OFF = ("activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A model that fits the tokenizer, in float32 on the CPU.
+
+    A new one is M2M100's architecture (pre-norm, ReLU, sinusoidal positions, one matrix for all embeddings). Weights
+    are drawn with a standard deviation of ``d_model ** -0.5``: what fairseq takes for embeddings and, for square
+    matrices, equal to its Xavier initialisation. The caller's random state is left alone.
+
+    In both cases there is no dropout between ReLU and ``fc2``, as the specialised forward pass needs a deselected
+    neuron to be constant, and no layer drop, as every parameter must take part in each step of several processes.
+
+    Args:
+        config: sizes, or ``pretrained``: a folder or hub name, whose sizes hold; dropouts are ours in both cases.
+        tokenizer: with pad, eos and bos (or cls) tokens.
+        seed: of the initialisation.
+
+    Raises:
+        ValueError: a width that heads do not divide, or a pretrained model whose vocabulary is not the tokenizer's.
+    """
+    if config.pretrained:
+        return _pretrained(config, tokenizer)
+    if config.d_model % config.heads or config.d_model < 4:
+        raise ValueError(
+            f"model.d_model is {config.d_model} and model.heads is {config.heads}; "
+            "expected a width of 4 or more that the number of heads divides"
+        )
+    rows = -(-len(tokenizer) // ROUND_VOCABULARY) * ROUND_VOCABULARY
+    architecture = M2M100Config(
+        vocab_size=rows,
+        d_model=config.d_model,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        encoder_attention_heads=config.heads,
+        decoder_attention_heads=config.heads,
+        encoder_ffn_dim=config.d_ff,
+        decoder_ffn_dim=config.d_ff,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        max_position_embeddings=config.max_positions,
+        activation_function="relu",
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        scale_embedding=True,
+        tie_word_embeddings=True,
+        init_std=config.d_model**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = M2M100ForConditionalGeneration(architecture)
+    model.generation_config.max_length = config.max_positions  # transformers' own default is 20
+    return model
+
+
+def _pretrained(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    architecture = AutoConfig.from_pretrained(config.pretrained)
+    for name in _OFF:
+        if getattr(architecture, name, 0):
+            logger.info("%s: %s is set from %g to 0", config.pretrained, name, getattr(architecture, name))
+            setattr(architecture, name, 0.0)
+    architecture.dropout = config.dropout
+    architecture.attention_dropout = config.attention_dropout
+    model = AutoModelForSeq2SeqLM.from_pretrained(config.pretrained, config=architecture, dtype=torch.float32)
+    rows = model.get_input_embeddings().num_embeddings
+    if not len(tokenizer) <= rows < len(tokenizer) + _SPARE_ROWS:
+        raise ValueError(
+            f"{config.pretrained} has a vocabulary of {rows} and the tokenizer one of {len(tokenizer)}; "
+            "prepare the text with the tokenizer of the pretrained model"
+        )
+    return model
+
+
+def save_system(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    masks: nspec.NeuronMasks | None = None,
+    mode: Mode | None = None,
+) -> None:
+    """Writes a system that :func:`load_system` and, as a dense model, ``AutoModelForSeq2SeqLM`` load.
+
+    The weights are the dense ones under their usual names; masks and mode stand beside them in ``masks/`` and
+    ``nspec.json``. The folder appears at once: a kill leaves the old one or none.
+
+    Raises:
+        ValueError: masks without a mode or the other way round.
+    """
+    if (masks is None) != (mode is None):
+        raise ValueError(f"masks and mode go together; masks are {'given' if masks else 'not given'}, mode is {mode!r}")
+    with _new_folder(Path(folder)) as part, quiet_transformers():
+        cached, model.config.use_cache = model.config.use_cache, True  # off while training, wanted in decoding
+        try:
+            model.save_pretrained(part)
+        finally:
+            model.config.use_cache = cached
+        tokenizer.save_pretrained(part)
+        if masks is not None:
+            masks.save(part / "masks")
+            write_json(part / "nspec.json", {"mode": mode})
+
+
+def load_system(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads what :func:`save_system` wrote, or any ``transformers`` sequence-to-sequence model with its tokenizer.
+
+    Returns:
+        The model in evaluation mode and float32 on ``device``, specialised where the folder says so, and its tokenizer.
+
+    Raises:
+        ValueError: no model or no tokenizer in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no model: config.json is not there")
+    with quiet_transformers():
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    mode = system_mode(folder)
+    if mode is not None:
+        nspec.specialize(model, nspec.NeuronMasks.load(folder / "masks"), mode=mode)
+    return model.to(device).eval(), tokenizer
+
+
+def system_mode(folder: str | os.PathLike[str]) -> Mode | None:
+    """How the system in a folder is specialised: "forward", "update" or None for a dense one."""
+    file = Path(folder) / "nspec.json"
+    if not file.is_file():
+        return None
+    described: Any = read_json(file)
+    if not isinstance(described, dict) or described.get("mode") not in ("forward", "update"):
+        raise ValueError(f'{file} is {described!r}; expected {{"mode": "forward"}} or {{"mode": "update"}}')
+    mode: Mode = described["mode"]
+    return mode
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within the block transformers draws no progress bars and says nothing below errors."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of ``folder`` when the body has ended without an error."""
+    part = folder.with_name(f".{folder.name}.part")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():  # a folder with files in it cannot be renamed over
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,373 @@
+"""From a corpus to a folder of token ids: text is read once, and each side of a pair encoded once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from nspec.files import replacing, write_json, write_text
+from nspec.mt import vocabulary
+from nspec.mt.config import Config
+from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
+from nspec.mt.data import FORMAT, SPLITS, languages_of_task, pair_of_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+IN_EVALUATION = "in valid or test"
+EMPTY = "no tokens"
+TOO_LONG = "too long"
+RATIO = "length ratio"
+
+_CHUNK = 4096  # sentence pairs that are encoded at once
+_FRAME = 2  # tag and </s>
+_SPOOL = "spool"  # training text between reading and encoding
+
+
+def prepare(config: Config, folder: Path, progress: Progress | None = None) -> None:
+    """Reads the corpus of ``config`` and writes ``folder`` for :class:`nspec.mt.data.PreparedData`.
+
+    Everything is made in a folder beside it and moved in place at the end, ``meta.json`` last: a folder with a
+    ``meta.json`` is whole. What a killed attempt left is removed by the next one. Other files in ``folder`` stay.
+
+    Args:
+        config: corpus, tokenizer, ``model.pretrained``, ``model.max_positions`` and the seed are read.
+        folder: ``RUN/prepared``.
+        progress: called as ``progress(what, done, total)`` while it works.
+
+    Raises:
+        ValueError: options that do not go together, a malformed corpus (:class:`~nspec.mt.corpus.base.CorpusError`), a
+            direction without text in one of the splits, a language that a pretrained vocabulary does not have.
+    """
+    from nspec.mt.corpus import open_corpus
+
+    if not config.model.pretrained:
+        vocabulary.check_model_type(config.tokenizer)
+    corpus = open_corpus(config.corpus, config.run.seed)
+    prepare_corpus(corpus, tasks_of(config.corpus, corpus), config, folder, progress)
+
+
+def prepare_corpus(
+    corpus: Corpus, tasks: list[str], config: Config, folder: Path, progress: Progress | None = None
+) -> None:
+    """:func:`prepare` for a corpus that is already open.
+
+    Args:
+        corpus: with clean text, as all corpora give it.
+        tasks: the directions, such as ``en-de``.
+        config: see :func:`prepare`.
+        folder: see :func:`prepare`.
+        progress: see :func:`prepare`.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        meta = _Preparation(corpus, tasks, config, part, progress or (lambda what, done, total: None)).run()
+        _move(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for line in summary(meta):
+        logger.info("%s", line)
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What a person should see of ``meta.json``: sizes, what was left out or cut, two pairs as the model gets them."""
+    train = sum(sizes["train"] for sizes in meta["pairs"].values())
+    lines = [
+        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training pairs, "
+        f"{meta['vocabulary']['size']} tokens in the vocabulary"
+    ]
+    for pair, reasons in meta["dropped"].items():
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        if listed:
+            lines.append(f"{pair}: training pairs left out: {listed}")
+    for pair, splits in meta["truncated"].items():
+        listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
+        if listed:
+            lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
+    return lines + meta["examples"]
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Puts what is in ``part`` in the place of what ``folder`` has under the same names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
+    names = sorted((path.name for path in part.iterdir()), key=lambda name: (name == "meta.json", name))
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        os.replace(part / name, folder / name)
+
+
+class _Preparation:
+    """One run of :func:`prepare_corpus`, with the folder that it works in."""
+
+    def __init__(self, corpus: Corpus, tasks: list[str], config: Config, folder: Path, progress: Progress) -> None:
+        if not tasks:
+            raise ValueError("there is no direction to prepare")
+        self.corpus, self.tasks, self.config, self.folder, self.progress = corpus, tasks, config, folder, progress
+        self.languages = sorted({language for task in tasks for language in languages_of_task(task)})
+        self.pairs = {pair_of_task(task): languages_of_task(pair_of_task(task)) for task in sorted(tasks)}
+        self.dropped: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
+        self.truncated: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
+        self.sizes: dict[str, dict[str, int]] = {pair: {} for pair in self.pairs}
+        self.most = config.model.max_positions
+        if config.corpus.max_tokens < 1 or self.most <= _FRAME:
+            raise ValueError(
+                f"corpus.max_tokens is {config.corpus.max_tokens} and model.max_positions is {self.most}; expected at "
+                f"least 1 and {_FRAME + 1}"
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Does everything; the result is ``meta.json``, which is the last file that is written."""
+        self._each("read", self._read)
+        self.progress("vocabulary", 0, 1)
+        self.tokenizer = self._tokenizer()
+        self.dtype = np.dtype(np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32)
+        self.progress("vocabulary", 1, 1)
+        self._each("encode", self._encode)
+        shutil.rmtree(self.folder / _SPOOL)
+        meta = self._meta()
+        write_json(self.folder / "meta.json", meta)
+        return meta
+
+    def _each(self, what: str, work: Callable[[str], None]) -> None:
+        for number, pair in enumerate(self.pairs):
+            self.progress(what, number, len(self.pairs))
+            work(pair)
+        self.progress(what, len(self.pairs), len(self.pairs))
+
+    # Reading
+
+    def _read(self, pair: str) -> None:
+        """Text of valid and test to ``text/``, that of train, without what is in those, to the spool folder."""
+        languages = self.pairs[pair]
+        seen: tuple[set[str], set[str]] = set(), set()
+        for split in ("valid", "test"):
+            sides: tuple[list[str], list[str]] = [], []
+            for texts in self.corpus.read(languages, split):
+                for side, texts_seen, text in zip(sides, seen, texts):
+                    side.append(_line(text, pair, split))
+                    texts_seen.add(text)
+            self._must_have(pair, split, len(sides[0]))
+            for language, side in zip(languages, sides):
+                write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in side))
+        kept = 0
+        first, second = (self._spool(pair, language) for language in languages)
+        first.parent.mkdir(exist_ok=True)
+        with _writer(first) as first_file, _writer(second) as second_file:
+            for texts in self.corpus.read(languages, "train"):
+                if texts[0] in seen[0] or texts[1] in seen[1]:
+                    self.dropped[pair][IN_EVALUATION] += 1
+                    continue
+                first_file.write(_line(texts[0], pair, "train") + "\n")
+                second_file.write(_line(texts[1], pair, "train") + "\n")
+                kept += 1
+        self.sizes[pair]["train"] = kept
+        self._must_have(pair, "train", kept)
+
+    def _spool(self, pair: str, language: str) -> Path:
+        return self.folder / _SPOOL / f"{pair}.{language}.txt"
+
+    def _must_have(self, pair: str, split: str, count: int) -> None:
+        self.sizes[pair][split] = count
+        if count:
+            return
+        tasks = " and ".join(task for task in self.tasks if pair_of_task(task) == pair)
+        left_out = ", ".join(f"{number} {reason}" for reason, number in self.dropped[pair].items() if number)
+        why = f" (left out: {left_out})" if split == "train" and left_out else ""
+        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out")
+
+    # Vocabulary
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        target = self.folder / "tokenizer"
+        if self.config.model.pretrained:
+            self.most = min(self.most, _positions(self.config.model.pretrained))
+            tokenizer = vocabulary.load_tokenizer(self.config.model.pretrained)
+            for language in self.languages:
+                vocabulary.language_id(tokenizer, language)  # raises where it has no such language
+            tokenizer.save_pretrained(target)
+        else:
+            options = self.config.tokenizer
+            counts = {
+                language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
+                for language in self.languages
+            }
+            chosen = vocabulary.sampled(
+                self._sentences, counts, options.temperature, options.sentences, self.config.run.seed
+            )
+            model = vocabulary.train_sentencepiece(chosen, options)
+            vocabulary.export_tokenizer(model, self.languages, target, self.most)
+        # What is used is what is on the disk, not what it was saved from.
+        return vocabulary.load_tokenizer(target)
+
+    def _sentences(self, language: str) -> Iterator[str]:
+        for pair, languages in self.pairs.items():
+            if language in languages:
+                yield from _lines(self._spool(pair, language))
+
+    # Encoding
+
+    def _encode(self, pair: str) -> None:
+        longest = self.most - _FRAME
+        for split in ("valid", "test"):
+            paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
+            arrays = _Arrays(self.dtype), _Arrays(self.dtype)
+            for both in self._encoded(paths):
+                self.truncated[pair][split] += max(map(len, both)) > longest
+                for array, ids in zip(arrays, both):
+                    array.add(ids[:longest])
+            self._save(pair, split, arrays)
+        arrays = _Arrays(self.dtype), _Arrays(self.dtype)
+        for both in self._encoded([self._spool(pair, language) for language in self.pairs[pair]]):
+            reason = self._unfit(*map(len, both))
+            if reason:
+                self.dropped[pair][reason] += 1
+                continue
+            for array, ids in zip(arrays, both):
+                array.add(ids)
+        self._save(pair, "train", arrays)
+        self._must_have(pair, "train", len(arrays[0]))
+
+    def _unfit(self, first: int, second: int) -> str:
+        """Why a training pair with so many tokens is left out, or nothing."""
+        shorter, longer = sorted((first, second))
+        ratio = self.config.corpus.max_ratio
+        if not shorter:
+            return EMPTY
+        if longer > min(self.config.corpus.max_tokens, self.most - _FRAME):
+            return TOO_LONG
+        return RATIO if ratio and longer > ratio * shorter else ""
+
+    def _encoded(self, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
+        first, second = (_lines(path) for path in paths)
+        while chunk := list(islice(first, _CHUNK)):
+            ids = (vocabulary.encode(self.tokenizer, texts) for texts in (chunk, list(islice(second, _CHUNK))))
+            yield from zip(*ids)
+
+    def _save(self, pair: str, split: str, arrays: Iterable[_Arrays]) -> None:
+        for language, array in zip(self.pairs[pair], arrays):
+            array.save(self.folder / split / f"{pair}.{language}")
+
+    # Description
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "tasks": self.tasks,
+            "languages": self.languages,
+            "pairs": self.sizes,
+            "counts": {split: {task: self.sizes[pair_of_task(task)][split] for task in self.tasks} for split in SPLITS},
+            "vocabulary": self._facts(),
+            "dtype": self.dtype.name,
+            "max_positions": self.most,
+            "dropped": {pair: dict(reasons) for pair, reasons in self.dropped.items()},
+            "truncated": {pair: dict(splits) for pair, splits in self.truncated.items()},
+            "corpus": {"fingerprint": self.corpus.fingerprint(), "skipped": self.corpus.skipped},
+            "examples": [self._example(task) for task in dict.fromkeys([self.tasks[0], self.tasks[-1]])],
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What batches need of the tokenizer, so that they can be made without loading it."""
+        return {
+            "size": len(self.tokenizer),
+            "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
+            "pad_id": self.tokenizer.pad_token_id,
+            "end_id": vocabulary.end_id(self.tokenizer),
+            "tags": {language: vocabulary.language_id(self.tokenizer, language) for language in self.languages},
+        }
+
+    def _example(self, task: str) -> str:
+        """The first validation pair of a direction in tokens, so that a person sees a wrong tag."""
+        shown = []
+        for language in languages_of_task(task):
+            path = self.folder / "text" / "valid" / f"{pair_of_task(task)}.{language}.txt"
+            ids = vocabulary.encode_source(self.tokenizer, next(_lines(path)), language)
+            shown.append(" ".join(self.tokenizer.convert_ids_to_tokens(ids)))
+        return f"{task}: {shown[0]} => {shown[1]}"
+
+
+class _Arrays:
+    """Sentences one after another, and where each begins."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._chunks: list[Any] = []
+        self._ids: list[int] = []
+        self._ends = [0]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, ids: list[int]) -> None:
+        self._ids += ids
+        self._ends.append(self._ends[-1] + len(ids))
+        if len(self._ids) > 1 << 20:  # lists take many times the room of arrays
+            self._flush()
+
+    def _flush(self) -> None:
+        self._chunks.append(np.array(self._ids, dtype=self.dtype))
+        self._ids = []
+
+    def save(self, stem: Path) -> None:
+        """Writes ``<stem>.ids.npy`` and ``<stem>.offsets.npy``."""
+        self._flush()
+        arrays = {"ids": np.concatenate(self._chunks), "offsets": np.array(self._ends, dtype=np.int64)}
+        for kind, array in arrays.items():
+            with replacing(Path(f"{stem}.{kind}.npy")) as part, open(part, "wb") as file:
+                np.save(file, array)
+
+
+def _positions(pretrained: str) -> int:
+    """The longest sequence that a pretrained model takes, in tokens."""
+    from transformers import AutoConfig
+
+    try:
+        found = getattr(AutoConfig.from_pretrained(pretrained), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.pretrained {pretrained}: there is no model configuration: {reason}") from error
+    return sys.maxsize if found is None else int(found)
+
+
+def _line(text: str, pair: str, split: str) -> str:
+    if "\n" in text or "\r" in text:
+        raise CorpusError(f"{pair} {split}: a sentence holds a line break: {text[:80]!r}; the corpus must clean it")
+    return text
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+    except OSError as error:
+        # The caller reads the corpus meanwhile, whose errors name their own file; these are of the file written here.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # With newline="\n" only that ends a line; other characters that split lines elsewhere are text.
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\n")

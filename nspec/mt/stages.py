@@ -1,0 +1,321 @@
+"""The arrows of a run: what each depends on, whether it is done, and going on after a kill.
+
+A stage owns a folder. While it works, ``started.json`` stands there with its options and the SHA-256 of its inputs;
+when it is through, ``stage.json`` takes its place. Started again, a stage
+
+- that is finished, with the same options and inputs, is skipped;
+- that is finished with others is an error that names them, because mixing two settings in one run would be worse;
+- that is not finished goes on where it was if it can (training, translating the test sets), else starts over.
+
+Stages that only derive files from others in seconds (scores, the report) are made anew instead of an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nspec import __version__
+from nspec.files import read_json, sha256, write_json
+from nspec.mt.config import Config
+from nspec.mt.options import flatten
+from nspec.mt.world import World
+
+# These change where, how fast or how verbosely something is computed, not what: results agree to rounding.
+# A run may go on with others, for instance on a machine with less memory.
+NEUTRAL = {
+    "run.folder",
+    "run.threads",
+    "run.device",
+    "run.systems",
+    "train.log_every",
+    "train.compile",
+    "specialize.log_every",
+    "specialize.compile",
+    "decode.batch_tokens",
+}
+
+_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One arrow of a run.
+
+    Attributes:
+        name: for the terminal and ``--redo``, such as ``train`` or ``specialize:forward``.
+        folder: inside the run folder.
+        options: names of the options, or whole sections (``corpus``), that its result depends on.
+        inputs: glob patterns inside the run folder; what they match is hashed.
+        after: names of the stages whose results it reads; all of them must be finished.
+        resumable: an unfinished one goes on, instead of starting over.
+        derived: cheap and wholly made from its inputs, so that it is made anew where they or the options changed.
+        record: file in the folder that says that it is finished; another where two stages share a folder.
+    """
+
+    name: str
+    folder: str
+    options: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    resumable: bool = False
+    derived: bool = False
+    record: str = "stage.json"
+
+
+class Run:
+    """The run folder of ``config``, with its stages in order; use as a context, which locks the folder.
+
+    Raises:
+        ValueError: another process works in the folder; a finished stage was made with other options or inputs.
+    """
+
+    def __init__(self, config: Config, stages: list[Stage], world: World | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.stages = {stage.name: stage for stage in stages}
+        self.world = world or World()
+        self._values = flatten(config)
+        self._defaults = flatten(Config())
+        self._hashes: dict[tuple[str, int, int], str] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> Run:
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a+", encoding="utf-8")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.seek(0)
+                owner = self._lock.read().strip()
+                self._lock.close()
+                raise ValueError(
+                    f"{self.folder} is in use by another process ({owner}); wait for it, or give another run.folder"
+                ) from None
+            # Only a help for the message above: the lock is the kernel's, and ends with the process.
+            self._lock.truncate(0)
+            with contextlib.suppress(OSError):
+                self._lock.write(f"process {os.getpid()} on {platform.node()}")
+                self._lock.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.close()
+            self._lock = None
+
+    # What a stage depends on
+
+    def _options(self, stage: Stage) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self._values.items()
+            if name not in NEUTRAL and (name in stage.options or name.partition(".")[0] in stage.options)
+        }
+
+    def _inputs(self, stage: Stage) -> dict[str, str]:
+        return {
+            path.relative_to(self.folder).as_posix(): self._hash(path)
+            for pattern in stage.inputs
+            for path in sorted(self.folder.glob(pattern))
+        }
+
+    def _hash(self, path: Path) -> str:
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        if key not in self._hashes:
+            self._hashes[key] = sha256(path)
+        return self._hashes[key]
+
+    def finished(self, name: str) -> bool:
+        """Whether the stage has its record (of whatever options)."""
+        stage = self.stages[name]
+        return (self.folder / stage.folder / stage.record).is_file()
+
+    def _differences(self, stage: Stage, record: dict[str, Any], to_come: Collection[str]) -> list[str]:
+        """What ``record`` says other than the present options and inputs, in words."""
+        options = record.get("options", {})
+        found = [
+            f"{name} was {options.get(name, self._defaults[name])!r}, is {value!r}"
+            for name, value in self._options(stage).items()
+            if options.get(name, self._defaults[name]) != value
+        ]
+        before, now = record.get("inputs", {}), self._inputs(stage)
+        if all(self.finished(name) and name not in to_come for name in stage.after):  # else inputs are looked at later
+            found += [f"its input {name} has changed" for name in now if before.get(name) != now[name]]
+            found += [f"its input {name} is gone" for name in before if name not in now]
+        return found
+
+    def _refuse(self, stage: Stage, verb: str, differences: list[str]) -> None:
+        listed = "; ".join(differences)
+        raise ValueError(
+            f"{self.folder / stage.folder} was {verb} with other settings: {listed}. Give another folder "
+            f"(--set run.folder=...), or --redo {stage.name} to make it and all that follows from it anew "
+            f"(the old folders are kept as *.old-N)"
+        )
+
+    # Before work
+
+    def check(self, but: Collection[str] = ()) -> None:
+        """Looks at every stage before anything is written.
+
+        Args:
+            but: names of stages that are to be made anew, whatever they were made with.
+
+        Raises:
+            ValueError: a finished or resumable stage has other options or inputs; all differences are named.
+        """
+        for stage in self.stages.values():
+            if stage.name not in but:
+                self._state(stage, but)
+
+    def _state(self, stage: Stage, to_come: Collection[str] = ()) -> str:
+        """``done``, ``stale`` (derived: make it anew), ``begun`` (go on), ``partial`` (start over) or ``new``."""
+        folder = self.folder / stage.folder
+        for record, verb in [(stage.record, "made"), (_started(stage), "begun")]:
+            if not (folder / record).is_file():
+                continue
+            if verb == "begun" and not stage.resumable:
+                return "partial"
+            differences = self._differences(stage, read_json(folder / record), to_come)
+            if differences and stage.derived:
+                return "stale"
+            if differences:
+                self._refuse(stage, verb, differences)
+            return "done" if verb == "made" else "begun"
+        return "new"
+
+    def following(self, names: Iterable[str]) -> list[str]:
+        """The stages of these names (or of all ``name:*``), and all that follow from them, in order.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        chosen: set[str] = set()
+        for name in names:
+            found = {stage for stage in self.stages if stage == name or stage.startswith(f"{name}:")}
+            if not found:
+                raise ValueError(f"--redo {name}: there is no such stage; there are {', '.join(self.stages)}")
+            chosen |= found
+        for stage in self.stages.values():  # in order, so that one pass reaches all that follow
+            if chosen.intersection(stage.after):
+                chosen.add(stage.name)
+        return [name for name in self.stages if name in chosen]
+
+    def set_aside(self, names: Iterable[str]) -> list[Path]:
+        """Moves the folders of stages to ``<folder>.old-N``, so that they are made anew; nothing is deleted.
+
+        Derived stages keep their files, which will be written over, and only lose their record.
+
+        Returns:
+            The new folders.
+        """
+        moved = []
+        for stage in [self.stages[name] for name in names]:
+            folder = self.folder / stage.folder
+            if stage.derived:
+                (folder / stage.record).unlink(missing_ok=True)
+            elif folder.exists():
+                moved.append(_set_aside(folder))
+        return moved
+
+    # Work
+
+    def do(
+        self,
+        name: str,
+        work: Callable[[Path], None],
+        *,
+        everyone: bool = False,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> bool:
+        """Runs one stage unless it is done.
+
+        Args:
+            name: of the stage.
+            work: does it, given the stage's folder, in which it may find what an unfinished attempt left.
+            everyone: every process of a torchrun calls ``work``; else only rank 0, and the others wait.
+            tell: is told what happens, one line each.
+
+        Returns:
+            Whether it ran.
+
+        Raises:
+            ValueError: a stage that it reads is not finished, or see :meth:`check`.
+        """
+        stage = self.stages[name]
+        folder = self.folder / stage.folder
+        state = self.world.lead(lambda: self._begin(stage, tell))
+        if state == "done":
+            return False
+        begun = time.monotonic()
+        if everyone:
+            work(folder)
+            self.world.wait()
+        else:
+            self.world.lead(lambda: work(folder))
+        self.world.lead(lambda: self._finish(stage, time.monotonic() - begun))
+        return True
+
+    def _begin(self, stage: Stage, tell: Callable[[str], None]) -> str:
+        for before in stage.after:
+            if not self.finished(before):
+                raise ValueError(
+                    f"{stage.name} needs {before}, which is not finished in {self.folder}; `nspec run` does every step"
+                )
+        folder = self.folder / stage.folder
+        state = self._state(stage)
+        if state == "done":
+            (folder / _started(stage)).unlink(missing_ok=True)
+            tell(f"{stage.name}: done, skipped")
+            return state
+        if state == "partial" and not stage.derived:
+            shutil.rmtree(folder)
+        elif state == "new" and not stage.derived and folder.is_dir() and any(folder.iterdir()):
+            tell(f"{stage.name}: {folder} is of unknown origin, moved to {_set_aside(folder)}")
+        for part in list(folder.glob("**/.*.part")):  # what a kill left of a file or folder that was being written
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        tell(f"{stage.name}: {'goes on' if state == 'begun' else 'starts'}")
+        if state != "begun":
+            record = {"stage": stage.name, "options": self._options(stage), "inputs": self._inputs(stage), "seconds": 0}
+            write_json(folder / _started(stage), record)
+        return state
+
+    def _finish(self, stage: Stage, seconds: float) -> None:
+        folder = self.folder / stage.folder
+        record = read_json(folder / _started(stage))
+        record["seconds"] = round(record["seconds"] + seconds, 3)
+        write_json(folder / stage.record, record | {"versions": versions()})
+        (folder / _started(stage)).unlink()
+
+
+def _started(stage: Stage) -> str:
+    return stage.record.replace("stage", "started")
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, those that are installed."""
+    found = {"nspec": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

@@ -1,0 +1,162 @@
+"""Translating lines of text as they come: beam search in batches of similar length, in the order of the input."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import nspec
+from nspec.mt.config import DecodeConfig
+from nspec.mt.data import languages_of_task
+from nspec.mt.vocabulary import encode, end_id, language_id
+from nspec.nn.ffn import TaskLinear
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2000
+"""Most lines read ahead, so that batches hold lines of similar length."""
+
+_ROOM = 10  # tokens that a translation may have beyond max_length_ratio times its source
+
+
+class Translator:
+    """Translates with a model that :func:`nspec.mt.model.load_system` loaded, or any of ``transformers``' like it.
+
+    Args:
+        model: in evaluation mode while it translates. Specialised in mode ``forward``, it computes with the masks of
+            the direction that is asked for.
+        tokenizer: of the model.
+        decode: beam size and limits.
+        window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
+            which then answers each line, else 2000.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: DecodeConfig,
+        window: int = 0,
+    ) -> None:
+        self.model: Any = model  # transformers types what it adds to nn.Module too loosely
+        self.tokenizer, self.decode, self.window = tokenizer, decode, window
+        layers = [module for module in model.modules() if isinstance(module, TaskLinear)]
+        self._masked = bool(layers) and layers[0].mode == "forward"
+        rows = self.model.get_input_embeddings().num_embeddings
+        self._spare = list(range(len(tokenizer), rows))  # they only round the vocabulary up
+
+    def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
+        """One line out for each line in, in order; a blank line for a blank line.
+
+        Args:
+            lines: sentences, with or without a line end; read as they are needed.
+            task: the direction, such as ``en-de``.
+
+        Returns:
+            An iterator over the translations, without line ends.
+
+        Raises:
+            ValueError: a direction or language that the model does not know; at once, before any line is read.
+        """
+        source, target = self._tags(task)
+        window = self.window or (1 if getattr(lines, "isatty", lambda: False)() else WINDOW)
+        return self._windows(iter(lines), window, task, source, target)
+
+    def _tags(self, task: str) -> tuple[int, int]:
+        """Token ids of the two languages of a direction that the model knows."""
+        source, target = languages_of_task(task)
+        with self._task(task):  # raises where there are no masks of it
+            return language_id(self.tokenizer, source), language_id(self.tokenizer, target)
+
+    def _task(self, task: str) -> AbstractContextManager[Any]:
+        return nspec.task(self.model, task) if self._masked else nullcontext()
+
+    def _windows(self, lines: Iterator[str], window: int, task: str, source: int, target: int) -> Iterator[str]:
+        first = 1
+        while part := list(islice(lines, window)):
+            yield from self._window(part, first, task, source, target)
+            first += len(part)
+
+    def _window(self, lines: list[str], first: int, task: str, source: int, target: int) -> list[str]:
+        pieces = encode(self.tokenizer, lines)
+        encoded = {i: self._whole(ids, first + i, source) for i, ids in enumerate(pieces) if ids}
+        outputs = [""] * len(lines)
+        with torch.inference_mode(), self._task(task):
+            training = self.model.training
+            self.model.eval()
+            try:
+                for batch in self._batches(encoded):
+                    for i, text in zip(batch, self._generate([encoded[i] for i in batch], target)):
+                        outputs[i] = text
+            finally:
+                self.model.train(training)
+        return outputs
+
+    def _whole(self, pieces: list[int], number: int, source: int) -> list[int]:
+        """Tag, pieces and end of sentence of a line; ``number`` counts from 1."""
+        most = self.model.config.max_position_embeddings - 2
+        if len(pieces) > most:
+            logger.warning("line %d has %d tokens; only the first %d are translated", number, len(pieces), most)
+        return [source, *pieces[:most], end_id(self.tokenizer)]
+
+    def _batches(self, encoded: dict[int, list[int]]) -> Iterator[list[int]]:
+        """Line indices, longest lines first, so that what does not fit into memory shows at once."""
+        batch: list[int] = []
+        longest = 0
+        for i in sorted(encoded, key=lambda i: (-len(encoded[i]), i)):
+            if batch and longest * (len(batch) + 1) > self.decode.batch_tokens:
+                yield batch
+                batch = []
+            longest = len(encoded[i]) if not batch else longest
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _generate(self, sources: list[list[int]], target: int) -> list[str]:
+        width = max(map(len, sources))
+        pad, end = self.tokenizer.pad_token_id, end_id(self.tokenizer)
+        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sources])
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
+        generated = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=self._search(self._limit(width), target),
+        )
+        texts = []
+        for source, tokens in zip(sources, generated.tolist()):
+            # A short line shares its batch's limit while it is translated, not in what comes out: so its translation
+            # does not depend on its neighbours. The first token only starts the decoder.
+            tokens = tokens[1 : 1 + self._limit(len(source))]
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts.append(" ".join(str(text).splitlines()).strip())
+        return texts
+
+    def _limit(self, source_tokens: int) -> int:
+        most = self.model.config.max_position_embeddings
+        return min(int(self.decode.max_length_ratio * source_tokens) + _ROOM, most)
+
+    def _search(self, limit: int, target: int) -> GenerationConfig:
+        beams = {}
+        if self.decode.beam > 1:
+            # Ends, as in fairseq, when there are as many finished translations as beams.
+            beams = {"length_penalty": self.decode.length_penalty, "early_stopping": True}
+        return GenerationConfig(
+            num_beams=self.decode.beam,
+            max_length=1 + limit,  # what starts the decoder counts here
+            forced_bos_token_id=target,
+            decoder_start_token_id=self.model.config.decoder_start_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=end_id(self.tokenizer),
+            bos_token_id=self.tokenizer.bos_token_id,
+            suppress_tokens=self._spare or None,
+            do_sample=False,
+            use_cache=True,
+            **beams,
+        )

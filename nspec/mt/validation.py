@@ -1,0 +1,134 @@
+"""Checks of a configuration that go beyond types and choices, each with an error that names the option."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nspec.mt.config import Config, TrainConfig
+
+SYSTEMS = ("dense", "continued", "forward", "update", "random")
+
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
+
+
+def _at_least(config: Config, low: float, *names: str) -> None:
+    for name in names:
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if value < low:
+            raise ValueError(f"{name}: expected at least {low}, found {value}")
+
+
+def _positive(config: Config, *names: str) -> None:
+    for name in names:
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if not value > 0:
+            raise ValueError(f"{name}: expected more than 0, found {value}")
+
+
+def _share(name: str, value: float, *, zero: bool, one: bool) -> None:
+    """``value`` in the interval from 0 to 1, whose ends belong to it or not."""
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name}: expected a number in {interval}, found {value}")
+
+
+def _distinct(name: str, values: list[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name}: {value} stands in the list more than once")
+
+
+def _languages(config: Config) -> None:
+    corpus = config.corpus
+    _distinct("corpus.languages", corpus.languages)
+    _distinct("corpus.directions", corpus.directions)
+    for language in [*corpus.languages, *([corpus.pivot] if corpus.pivot else [])]:
+        if not _LANGUAGE.fullmatch(language):
+            raise ValueError(
+                f"corpus.languages: expected language codes such as de or pt_BR (a hyphen separates the two languages "
+                f"of a direction), found {language!r}"
+            )
+    for direction in corpus.directions:
+        source, hyphen, target = direction.partition("-")
+        if not (hyphen and _LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target) and source != target):
+            raise ValueError(f"corpus.directions: expected source-target such as en-de, found {direction!r}")
+        for language in (source, target):
+            if corpus.languages and language not in corpus.languages:
+                raise ValueError(f"corpus.directions: {direction} needs {language}, which is not in corpus.languages")
+    if corpus.type == "files" and not corpus.path:
+        raise ValueError("corpus.path: a corpus of type files needs the folder with the text; give corpus.path")
+    if corpus.type == "hub" and not corpus.name:
+        raise ValueError("corpus.name: a corpus of type hub needs the name of the dataset; give corpus.name")
+    if corpus.max_ratio and corpus.max_ratio < 1:
+        raise ValueError(f"corpus.max_ratio: expected 0 (keep all) or at least 1, found {corpus.max_ratio}")
+
+
+def _training(config: Config, section: str) -> None:
+    train: TrainConfig = getattr(config, section)
+    counts = ("updates", "batch_tokens", "accumulate", "warmup", "valid_every", "log_every")
+    _at_least(config, 1, *(f"{section}.{key}" for key in counts))
+    _positive(config, *(f"{section}.{key}" for key in ("temperature", "lr", "eps")))
+    zeros = ("weight_decay", "clip_norm", "valid_bleu_sentences", "patience")
+    _at_least(config, 0, *(f"{section}.{key}" for key in zeros))
+    _share(f"{section}.label_smoothing", train.label_smoothing, zero=True, one=False)
+    if len(train.betas) != 2:
+        raise ValueError(f"{section}.betas: expected two numbers, found {train.betas}")
+    for beta in train.betas:
+        _share(f"{section}.betas", beta, zero=True, one=False)
+    if section == "train" and train.optimizer != "adamw":
+        raise ValueError(f"train.optimizer: the dense model is trained with adamw, found {train.optimizer}")
+    if train.best == "bleu" and not train.valid_bleu_sentences:
+        raise ValueError(f"{section}.best: bleu needs {section}.valid_bleu_sentences above 0")
+    if train.batch_tokens < config.corpus.max_tokens:
+        raise ValueError(
+            f"{section}.batch_tokens: expected at least corpus.max_tokens ({config.corpus.max_tokens}), so that the "
+            f"longest sentence fits, found {train.batch_tokens}"
+        )
+
+
+def validate(config: Config) -> None:
+    """Checks the values of all options, alone and against each other.
+
+    Raises:
+        ValueError: the first that does not hold: the option, what was expected and what was found.
+    """
+    systems = config.run.systems
+    for system in systems:
+        if system not in SYSTEMS:
+            raise ValueError(f"run.systems: expected systems out of {', '.join(SYSTEMS)}, found {system!r}")
+    _distinct("run.systems", systems)
+    if systems[:1] != ["dense"]:
+        raise ValueError(f"run.systems: must begin with dense, which the others start from, found {systems}")
+    if not config.run.folder.strip():
+        raise ValueError("run.folder: expected a folder, found nothing")
+    _at_least(config, 0, "run.seed", "run.threads", "profile.sentences")
+    if config.run.seed >= 2**32:
+        raise ValueError(f"run.seed: expected less than 2**32, found {config.run.seed}")
+    _languages(config)
+    _at_least(config, 0, *(f"corpus.{split}_sentences" for split in ("train", "valid", "test")))
+    _at_least(config, 1, "corpus.max_tokens", "tokenizer.vocab_size", "tokenizer.sentences")
+    _share("tokenizer.character_coverage", config.tokenizer.character_coverage, zero=False, one=True)
+    _positive(config, "tokenizer.temperature")
+    sizes = ("d_model", "d_ff", "heads", "encoder_layers", "decoder_layers", "max_positions")
+    _at_least(config, 1, *(f"model.{key}" for key in sizes))
+    model = config.model
+    if model.d_model % model.heads:
+        raise ValueError(f"model.d_model: {model.d_model} is not divisible by model.heads ({model.heads})")
+    if not model.pretrained and model.max_positions < config.corpus.max_tokens:
+        raise ValueError(
+            f"model.max_positions: expected at least corpus.max_tokens ({config.corpus.max_tokens}), "
+            f"found {model.max_positions}"
+        )
+    _share("model.dropout", model.dropout, zero=True, one=False)
+    _share("model.attention_dropout", model.attention_dropout, zero=True, one=False)
+    _training(config, "train")
+    _training(config, "specialize")
+    _share("select.k", config.select.k, zero=False, one=True)
+    _at_least(config, 1, "decode.beam", "decode.batch_tokens")
+    _positive(config, "decode.max_length_ratio")
+    _at_least(config, 40, "score.bootstrap")  # with fewer samples there is no 95 % interval
+    if config.score.baseline not in SYSTEMS:
+        raise ValueError(f"score.baseline: expected one of {', '.join(SYSTEMS)}, found {config.score.baseline!r}")

@@ -1,0 +1,40 @@
+"""Makes ``toy_translation`` importable in the tests of this folder, and prepares its text once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy_translation import Toy
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def copier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path]:
+    """A system that has learned to translate between two alphabets, and its text."""
+    toy = Toy(tmp_path_factory.mktemp("copier"), languages=("de",))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return toy, toy.train("copier", updates=600, lr=0.01, warmup=100, batch_tokens=512, valid_every=300)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models, which more threads only make slower, and to compare bits with processes of one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

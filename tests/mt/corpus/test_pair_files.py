@@ -1,0 +1,278 @@
+"""Moses, TSV and JSONL files: names, splits, both orders of a pair, and what is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nspec.mt.config import CorpusConfig
+from nspec.mt.corpus import CorpusError, open_corpus, tasks_of
+
+DE, EN = "Hallo Welt\nGuten  Tag\n", "Hello world\nGood day\n"
+PAIRS = [("Hallo Welt", "Hello world"), ("Guten Tag", "Good day")]
+
+
+def write(folder: Path, **files: str | bytes) -> CorpusConfig:
+    """Writes files; ``__`` in a name stands for ``-`` and ``_`` for ``.``."""
+    for name, content in files.items():
+        write_file(folder / name.replace("__", "-").replace("_", "."), content)
+    return CorpusConfig(type="files", path=str(folder))
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def moses(folder: Path, *splits: str, pair: str = "en-de", end: str = "") -> CorpusConfig:
+    for split in splits:
+        write_file(folder / f"{split}.{pair}.de{end}", DE)
+        write_file(folder / f"{split}.{pair}.en{end}", EN)
+    return CorpusConfig(type="files", path=str(folder))
+
+
+def tsv(
+    folder: Path, *splits: str, content: str | bytes = "Hallo Welt\tHello world\nGuten Tag\tGood day\n"
+) -> CorpusConfig:
+    for split in splits:
+        write_file(folder / f"{split}.de-en.tsv", content)
+    return CorpusConfig(type="files", path=str(folder))
+
+
+def jsonl(folder: Path, name: str, *rows: object) -> CorpusConfig:
+    write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    return CorpusConfig(type="files", path=str(folder))
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("pair", ["en-de", "de-en"])
+@pytest.mark.parametrize("valid", ["valid", "dev", "val", "validation"])
+def test_moses_pairs_are_read_in_either_order_of_the_codes(tmp_path, pair, valid, end):
+    config = moses(tmp_path, "train", valid, "test", pair=pair, end=end)
+    corpus = open_corpus(config, 1)
+    assert corpus.pairs == [("de", "en")]
+    assert tasks_of(config, corpus) == ["en-de", "de-en"]
+    for split in ("train", "valid", "test"):
+        assert list(corpus.read(("de", "en"), split)) == PAIRS
+
+
+def test_moses_files_without_a_pair_in_the_name_are_read_where_there_are_two_languages(tmp_path):
+    config = write(
+        tmp_path, train_de=DE, train_en=EN, dev_de=DE, dev_en=EN, test_de=DE, test_en=EN, README_md="# no text"
+    )
+    assert list(open_corpus(config, 1).read(("de", "en"), "valid")) == PAIRS
+
+
+def test_moses_files_of_three_languages_need_the_pair_in_the_name_or_a_choice(tmp_path):
+    files = {f"{split}_{code}": DE for split in ("train", "dev", "test") for code in ("de", "en", "fr")}
+    config = write(tmp_path, **files)
+    with pytest.raises(CorpusError, match=r"such as train.de in de, en, fr; .* there must be two languages"):
+        open_corpus(config, 1)
+    config.languages = ["de", "en"]
+    assert len(list(open_corpus(config, 1).read(("de", "en"), "train"))) == 2
+
+
+def test_opus_names_are_training_data_and_other_test_sets_are_left_alone(tmp_path):
+    moses(tmp_path, "Europarl", "OpenSubtitles", "newstest2013", "newstest2014", "test_2016", pair="de-en")
+    config = CorpusConfig(type="files", path=str(tmp_path), valid_split="newstest2013", test_split="newstest2014")
+    corpus = open_corpus(config, 1)
+    assert list(corpus.read(("de", "en"), "train")) == PAIRS * 2
+    assert list(corpus.read(("de", "en"), "test")) == PAIRS
+
+
+def test_empty_sides_are_skipped_and_counted_once(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    (tmp_path / "train.en-de.de").write_text("Hallo Welt\n \n")
+    corpus = open_corpus(config, 1)
+    for _ in range(2):
+        assert list(corpus.read(("de", "en"), "train")) == PAIRS[:1]
+        assert corpus.skipped == {"empty side": 1}
+
+
+@pytest.mark.parametrize(("extra_de", "extra_en"), [("mehr\nund\n", ""), ("", "more\nand\n")])
+def test_unequal_moses_sides_are_named_with_their_line_counts(tmp_path, extra_de, extra_en):
+    config = moses(tmp_path, "train", "valid", "test")
+    (tmp_path / "train.en-de.de").write_text(DE + extra_de)
+    (tmp_path / "train.en-de.en").write_text(EN + extra_en)
+    counts = (4, 2) if extra_de else (2, 4)
+    message = (
+        f"{tmp_path / 'train.en-de.de'} has {counts[0]} lines and {tmp_path / 'train.en-de.en'} has {counts[1]}; "
+        "line n of one must be the translation of line n of the other"
+    )
+    with pytest.raises(CorpusError, match=re.escape(message)):
+        list(open_corpus(config, 1).read(("de", "en"), "train"))
+
+
+def test_a_moses_file_without_its_counterpart_is_named(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    (tmp_path / "test.en-de.en").unlink()
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'test.en-de.de'} has no counterpart in en")):
+        open_corpus(config, 1)
+
+
+def test_tsv_columns_follow_the_name_of_the_file(tmp_path):
+    config = tsv(tmp_path, "train", "valid", "test")
+    (tmp_path / "test.de-en.tsv").unlink()
+    write_file(tmp_path / "test.en-de.tsv.gz", "Hello world\tHallo Welt\nGood day\tGuten Tag\n")
+    corpus = open_corpus(config, 1)
+    for split in ("train", "valid", "test"):
+        assert list(corpus.read(("de", "en"), split)) == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\tb\nonly one\n", "line 2: found 1 column, expected 2 (de<TAB>en)"),
+        (b"a\tb\n\n", "line 2: found 1 column, expected 2 (de<TAB>en)"),
+        (b"a\tb\nc\td\te\n", "line 2: found 3 columns, expected 2 (de<TAB>en)"),
+        (b"a\tb\nc\td\ne\t\xff\n", "line 3: not valid UTF-8 (byte 0xff at position 3)"),
+    ],
+)
+def test_a_malformed_tsv_line_is_named(tmp_path, content, message):
+    config = tsv(tmp_path, "train", "valid", "test")
+    write_file(tmp_path / "train.de-en.tsv", content)
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'train.de-en.tsv'}, {message}")):
+        list(open_corpus(config, 1).read(("de", "en"), "train"))
+
+
+def test_jsonl_rows_may_be_nested_or_flat(tmp_path):
+    jsonl(
+        tmp_path,
+        "train.en-de.jsonl",
+        {"translation": {"en": "Hello world", "de": "Hallo Welt"}},
+        {"de": "x", "en": "y"},
+    )
+    jsonl(tmp_path, "valid.de-en.jsonl", {"de": "a", "en": "b", "id": "7"})
+    config = jsonl(tmp_path, "test.de-en.jsonl.gz", {"de": "c", "en": "d"}, {"de": None, "en": "e"})
+    corpus = open_corpus(config, 1)
+    assert list(corpus.read(("de", "en"), "train")) == [("Hallo Welt", "Hello world"), ("x", "y")]
+    assert list(corpus.read(("de", "en"), "valid")) == [("a", "b")]
+    assert list(corpus.read(("de", "en"), "test")) == [("c", "d")]
+
+
+def test_mixed_jsonl_gives_every_pair_its_rows(tmp_path):
+    rows = [{"translation": {"en": "a", "de": "b"}}, {"en": "c", "fr": "d"}, {"en": "e", "de": "f", "fr": "g"}]
+    for split in ("train", "valid", "test"):
+        config = jsonl(tmp_path, f"{split}.jsonl", *rows)
+    corpus = open_corpus(config, 1)
+    assert corpus.languages == ["de", "en", "fr"]
+    assert list(corpus.read(("de", "en"), "train")) == [("b", "a"), ("f", "e")]
+    assert list(corpus.read(("en", "fr"), "test")) == [("c", "d"), ("e", "g")]
+    assert list(corpus.read(("de", "fr"), "train")) == [("f", "g")]
+    config.languages = ["fr"]
+    assert open_corpus(config, 1).pairs == [("en", "fr")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("7", "line 2: expected an object of texts by language, found a int"),
+        ('{"translation": ["a", "b"]}', "line 2: expected an object of texts by language, found a list"),
+        ('{"de": "x", "it": "y"}', "line 2: no text for en; found the keys de, it, expected de and en"),
+        ('{"de": "x", "en": 5}', "line 2: the text for en is 5, expected a string"),
+    ],
+)
+def test_a_malformed_jsonl_line_is_named(tmp_path, line, message):
+    for split in ("train", "valid", "test"):
+        config = jsonl(tmp_path, f"{split}.de-en.jsonl", {"de": "a", "en": "b"})
+    write_file(tmp_path / "train.de-en.jsonl", '{"de": "a", "en": "b"}\n' + line + "\n")
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'train.de-en.jsonl'}, {message}")):
+        list(open_corpus(config, 1).read(("de", "en"), "train"))
+
+
+def test_a_mixed_row_with_one_language_is_named(tmp_path):
+    for split in ("valid", "test", "train"):
+        config = jsonl(tmp_path, f"{split}.jsonl", {"de": "a", "en": "b"}, {"de": "c", "text": "d"})
+    with pytest.raises(CorpusError, match=re.escape("line 2: found the keys de, text, expected text in two languages")):
+        open_corpus(config, 1)
+
+
+def test_two_kinds_in_a_folder_are_listed_and_a_file_settles_it(tmp_path):
+    moses(tmp_path, "train", "valid", "test")
+    config = tsv(tmp_path, "train", "valid", "test", content="eins\tone\n")
+    with pytest.raises(CorpusError, match=r"more than one kind of parallel text: moses \(.*\); tsv \(test.de-en.tsv"):
+        open_corpus(config, 1)
+    config.path = str(tmp_path / "train.de-en.tsv")
+    assert list(open_corpus(config, 1).read(("de", "en"), "test")) == [("eins", "one")]
+    config.path = str(tmp_path / "train.en-de.de")
+    assert list(open_corpus(config, 1).read(("de", "en"), "test")) == PAIRS
+
+
+def test_a_folder_without_parallel_text_says_what_was_looked_for_and_found(tmp_path):
+    config = write(tmp_path, notes_txt="x")
+    with pytest.raises(CorpusError, match=r"looked for <lang>.tsv with splits.json, .*; found notes.txt"):
+        open_corpus(config, 1)
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(CorpusError, match="corpus.path is empty"):
+        open_corpus(CorpusConfig(type="files"), 1)
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'none'} does not exist")):
+        open_corpus(CorpusConfig(type="files", path=str(tmp_path / "none")), 1)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("train", "valid"), "no test data for de-en: looked in FOLDER for test.de-en.{de,en}, test.en-de.{de,en}, test."),
+        (("train", "test"), "no validation data for de-en: looked in FOLDER for valid.de-en.{de,en}, valid.en-de.{de,en}, "
+                            "dev.de-en.{de,en}"),
+        (("valid", "test"), "FOLDER has no training data for de-en; expected names such as train.en-de.en and train"),
+    ],
+)  # fmt: skip
+def test_a_missing_split_says_exactly_which_names_were_looked_for(tmp_path, splits, message):
+    config = moses(tmp_path, *splits)
+    config.languages = ["de"]
+    with pytest.raises(CorpusError, match=re.escape(message.replace("FOLDER", str(tmp_path)))):
+        open_corpus(config, 1)
+
+
+def test_a_split_without_any_text_is_an_error(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    for code in ("de", "en"):
+        (tmp_path / f"train.en-de.{code}").write_text("\n\n")
+    with pytest.raises(CorpusError, match="no training data for de-en: .* has no segment with text on both sides"):
+        open_corpus(config, 1)
+
+
+def test_a_language_that_is_not_there_is_named_with_those_present(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    config.languages = ["de", "nl"]
+    with pytest.raises(CorpusError, match="has no nl; it has de, en"):
+        open_corpus(config, 1)
+
+
+def test_the_same_text_twice_is_an_error(tmp_path):
+    config = tsv(tmp_path, "train", "valid", "test")
+    write_file(tmp_path / "train.en-de.tsv", "x\ty\n")
+    with pytest.raises(CorpusError, match="are both there; keep one"):
+        open_corpus(config, 1)
+
+
+def test_limits_take_the_same_lines_of_files_that_are_parallel(tmp_path):
+    for code in ("de", "fr"):
+        for split, number in (("train", 200), ("valid", 3), ("test", 3)):
+            write_file(tmp_path / f"{split}.en-{code}.en", "".join(f"line {n}\n" for n in range(number)))
+            write_file(tmp_path / f"{split}.en-{code}.{code}", "".join(f"{code} {n}\n" for n in range(number)))
+    corpus = open_corpus(CorpusConfig(type="files", path=str(tmp_path), train_sentences=20, test_sentences=2), 1)
+    german = [english for _, english in corpus.read(("de", "en"), "train")]
+    french = [english for english, _ in corpus.read(("en", "fr"), "train")]
+    assert len(german) == 20
+    assert german == french
+    assert len(list(corpus.read(("de", "en"), "test"))) == 2
+
+
+def test_the_fingerprint_changes_with_a_file_and_with_a_size_limit(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    first = open_corpus(config, 1).fingerprint()
+    assert first == open_corpus(config, 1).fingerprint()
+    config.train_sentences = 1
+    second = open_corpus(config, 1).fingerprint()
+    (tmp_path / "test.en-de.de").write_text("Hallo Wald\nGuten Tag\n")
+    third = open_corpus(config, 1).fingerprint()
+    assert len({first, second, third}) == 3

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sacrebleu.metrics import BLEU
+from toy_translation import ALPHABETS, Toy, spell
+
+import nspec
+from nspec.mt.config import DecodeConfig
+from nspec.mt.model import load_system
+from nspec.mt.translate import WINDOW, Translator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GREEDY = DecodeConfig(beam=1)
+
+
+@pytest.fixture(scope="module")
+def system(copier: tuple[Toy, Path]) -> Any:
+    return load_system(copier[1] / "model")
+
+
+@pytest.fixture
+def own_system(system: Any) -> Any:
+    """A copy that a test may change."""
+    return copy.deepcopy(system[0]), system[1]
+
+
+def biased(model: Any, biases: dict[int, float]) -> None:
+    """Adds to the scores of some tokens."""
+    bias = torch.zeros(model.lm_head.out_features)
+    for token, value in biases.items():
+        bias[token] = value
+    model.lm_head.bias = torch.nn.Parameter(bias)
+
+
+def masks(tasks: list[str], density: float = 0.5) -> nspec.NeuronMasks:
+    generator = torch.Generator().manual_seed(0)
+    layers = [f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")]
+    return nspec.NeuronMasks(
+        {t: {layer: torch.rand(64, generator=generator) < density for layer in layers} for t in tasks}
+    )
+
+
+def lines(count: int, language: str = "en", longest: int = 7) -> list[str]:
+    chance = random.Random(count)
+    return [spell([chance.randrange(10) for _ in range(chance.randint(3, longest))], language) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", ["en-de", "de-en"])
+def test_training_to_convergence_is_seen_through_the_translator(
+    copier: tuple[Toy, Path], system: Any, task: str
+) -> None:
+    sources, references = copier[0].data.text("test", task)
+    hypotheses = list(Translator(*system, DecodeConfig()).translate(sources, task))
+    assert BLEU(smooth_method="none").corpus_score(hypotheses, [references]).score > 90
+
+
+def test_lines_come_out_in_order_whatever_their_batches(system: Any) -> None:
+    sources = lines(60)
+    expected = [line.translate(str.maketrans(ALPHABETS["en"], ALPHABETS["de"])) for line in sources]
+    one_by_one = [text for s in sources for text in Translator(*system, GREEDY).translate([s], "en-de")]
+    assert sum(a == b for a, b in zip(one_by_one, expected)) >= 54
+    for batch_tokens, window in itertools.product([1, 40, 4096], [0, 7]):
+        decode = DecodeConfig(beam=1, batch_tokens=batch_tokens)
+        assert list(Translator(*system, decode, window).translate(sources, "en-de")) == one_by_one
+
+
+def test_beam_search_is_deterministic_and_keeps_the_order(system: Any) -> None:
+    sources = lines(20)
+    first, again = (list(Translator(*system, DecodeConfig(beam=4)).translate(sources, "en-de")) for _ in range(2))
+    assert first == again
+    assert first[3] == next(iter(Translator(*system, DecodeConfig(beam=4)).translate([sources[3]], "en-de")))
+
+
+def test_a_blank_line_gives_a_blank_line(system: Any) -> None:
+    sources = ["a b c", "", "  \t ", "\u3000\n", "b c d\n"]
+    out = list(Translator(*system, GREEDY).translate(sources, "en-de"))
+    assert out == ["k l m", "", "", "", "l m n"]
+    assert list(Translator(*system, GREEDY).translate(["", ""], "en-de")) == ["", ""]
+    assert list(Translator(*system, GREEDY).translate([], "en-de")) == []
+
+
+class Counting:
+    """Lines that say how many of them were read, from a terminal or not."""
+
+    def __init__(self, count: int, terminal: bool) -> None:
+        self.read, self.count, self.terminal = 0, count, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def __iter__(self) -> Iterator[str]:
+        for _ in range(self.count):
+            self.read += 1
+            yield "a b c\n"
+
+
+def test_a_terminal_gets_each_translation_before_the_next_line_is_read(system: Any) -> None:
+    source = Counting(5, terminal=True)
+    for number, text in enumerate(Translator(*system, GREEDY).translate(source, "en-de"), start=1):
+        assert text == "k l m"
+        assert source.read == number
+
+
+def test_a_file_is_read_a_window_ahead_and_not_to_its_end(system: Any) -> None:
+    source = Counting(3 * WINDOW, terminal=False)
+    translations = Translator(*system, GREEDY).translate(source, "en-de")
+    assert source.read == 0
+    assert next(translations) == "k l m"
+    assert source.read == WINDOW
+    source = Counting(50, terminal=False)
+    next(Translator(*system, GREEDY, window=4).translate(source, "en-de"))
+    assert source.read == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("en-xx", "language 'xx'; it has de, en"), ("xx-en", "language 'xx'"), ("ende", "direction 'ende'")],
+)
+def test_an_unknown_language_is_an_error_before_anything_is_read(system: Any, task: str, message: str) -> None:
+    source = Counting(3, terminal=False)
+    with pytest.raises(ValueError, match=message):
+        Translator(*system, GREEDY).translate(source, task)
+    assert source.read == 0
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_forward_system_translates_with_the_masks_of_the_direction(own_system: Any, beam: int) -> None:
+    model, tokenizer = own_system
+    decode, sources = DecodeConfig(beam=beam), lines(12)
+    dense = list(Translator(model, tokenizer, decode).translate(sources, "en-de"))
+    nspec.specialize(model, masks(["en-de", "en-en"]), mode="forward")
+    merged = {task: nspec.merge(model, task) for task in ("en-de", "en-en")}
+    masked = Translator(model, tokenizer, decode, window=3)
+    interleaved = [masked.translate(sources, task) for task in merged]
+    found = dict(zip(merged, zip(*zip(*interleaved))))  # windows of the two directions in turns
+    for task, plain in merged.items():
+        assert list(found[task]) == list(Translator(plain, tokenizer, decode).translate(sources, task))
+    assert list(found["en-de"]) != dense
+    with pytest.raises(ValueError, match="no masks of task 'de-en'.*en-de"):
+        masked.translate(sources, "de-en")
+
+
+def test_an_update_system_translates_as_the_dense_model_any_direction(own_system: Any) -> None:
+    model, tokenizer = own_system
+    dense = list(Translator(model, tokenizer, GREEDY).translate(lines(5), "de-en"))
+    nspec.specialize(model, masks(["en-de"]), mode="update")
+    assert list(Translator(model, tokenizer, GREEDY).translate(lines(5), "de-en")) == dense
+
+
+def test_a_long_line_is_cut_with_a_warning_that_has_its_number(
+    own_system: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = own_system
+    model.config.max_position_embeddings = 8
+    sources = ["a b", "a b", "a b c a b c", "b c d e f g h", "c d"]
+    with caplog.at_level(logging.WARNING, logger="nspec"):
+        out = list(Translator(model, tokenizer, GREEDY, window=2).translate(sources, "en-de"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "line 4 has 7 tokens; only the first 6 are translated"
+    ]
+    assert out[3] == next(iter(Translator(model, tokenizer, GREEDY).translate(["b c d e f g"], "en-de")))
+
+
+def test_a_translation_is_at_most_the_given_times_its_source_whatever_its_neighbours(own_system: Any) -> None:
+    model, tokenizer = own_system
+    biased(model, {tokenizer.eos_token_id: -1e4})  # never ends by itself
+    sources = ["a b c", "a " * 20]
+    for ratio in (0.5, 1.5):
+        out = Translator(model, tokenizer, DecodeConfig(beam=1, max_length_ratio=ratio)).translate(sources, "en-de")
+        for source, text in zip(sources, out):
+            most = int(ratio * (len(source.split()) + 2)) + 10  # the tag and </s> are tokens
+            assert most / 2 < len(tokenizer(text, add_special_tokens=False).input_ids) < most  # the tag is not in it
+
+
+def test_special_tokens_and_line_breaks_never_come_out(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = system
+    tag, end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("__de__", "</s>", "<pad>"))
+    a, b = tokenizer.convert_tokens_to_ids(["▁a", "▁b"])
+    monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([[end, tag, a, tag, b, end, a, pad]]))
+    assert list(Translator(model, tokenizer, GREEDY).translate(["a b c"], "en-de")) == ["a b"]
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: " x\ny\u2028z\r\n")
+    assert list(Translator(model, tokenizer, GREEDY).translate(["a b c"], "en-de")) == ["x y z"]
+
+
+def test_rows_that_only_round_the_vocabulary_up_are_never_chosen(own_system: Any) -> None:
+    model, tokenizer = own_system
+    tokenizer = copy.deepcopy(tokenizer)
+    expected = list(Translator(model, tokenizer, GREEDY).translate(lines(3), "en-de"))
+    model.resize_token_embeddings(len(tokenizer) + 3)
+    biased(model, {len(tokenizer) + 1: 1e4})
+    assert list(Translator(model, tokenizer, GREEDY).translate(lines(3), "en-de")) == expected
+
+
+def test_the_model_is_left_in_training_mode_and_without_a_task(own_system: Any) -> None:
+    model, tokenizer = own_system
+    model.train()
+    model.model.encoder.dropout = model.model.decoder.dropout = 0.9
+    nspec.specialize(model, masks(["en-de"]), mode="forward")
+    first = list(Translator(model, tokenizer, GREEDY).translate(lines(4), "en-de"))
+    assert model.training
+    assert all(module.task is None for module in model.modules() if hasattr(module, "task"))
+    assert first == list(Translator(model.eval(), tokenizer, GREEDY).translate(lines(4), "en-de"))
