@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.backend import Backend, choose, never
-from . import reference
+from . import native, reference
 
-BACKENDS = (Backend("reference", reference, never),)
+BACKENDS = (Backend("native", native, native.supports), Backend("reference", reference, never))
 
 
 def example() -> tuple[Any, ...]:

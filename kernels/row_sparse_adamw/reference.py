@@ -32,11 +32,10 @@ def row_sparse_adamw_(
 ) -> None:
     """Updates ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place."""
     for param, grad, exp_avg, exp_avg_sq, rows in zip(params, grads, exp_avgs, exp_avg_sqs, active):
-        tensors = (param, grad, exp_avg, exp_avg_sq)
+        p, g, m, v = param, grad, exp_avg, exp_avg_sq
         if rows is not None:
             index = rows.nonzero().squeeze(1)
-            tensors = tuple(t.index_select(0, index) for t in tensors)
-        p, g, m, v = tensors
+            p, g, m, v = (t.index_select(0, index) for t in (p, g, m, v))
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g.to(m.dtype), 1 - betas[0])
         v.mul_(betas[1]).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1 - betas[1])

@@ -94,11 +94,11 @@ class CompactFc1(TaskLinear):
         fc2 = self.__dict__["fc2"]
         assert self._active is not None
         weights = (self.weight, self.bias, fc2.weight, fc2.bias)
-        x, *cast = cast_inputs(x, *weights)
+        x, w1, b1, w2, b2 = cast_inputs(x, *weights)
         # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
         of = tuple((w.data_ptr(), w._version) for w in weights if w is not None) + (x.dtype,)
         if self._packed is None or self._packed_of != of or torch.compiler.is_compiling():
-            self._packed = pack(*cast, self._active.on(self.weight.device).index[0])
+            self._packed = pack(w1, b1, w2, b2, self._active.on(self.weight.device).index[0])
             self._packed_of = of
         y, _ = forward_packed(x.reshape(-1, self.in_features), self._packed)
         return y.view(*x.shape[:-1], fc2.out_features)

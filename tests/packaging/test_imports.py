@@ -1,0 +1,149 @@
+"""What importing the package costs, and which part may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the bottom: a module imports from its own layer and from those above it in this list, never from those below.
+LAYERS = [
+    ["nspec.kernels"],
+    ["nspec.files"],
+    ["nspec.nn"],
+    ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
+    ["nspec.mt"],
+    ["nspec.baselines", "nspec.analysis", "nspec.report"],
+    ["nspec.mt.pipeline", "nspec.cli", "nspec.env"],  # the whole chain, and its faces
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def level_of(module: str) -> int | None:
+    """The layer of a module: that of its longest listed parent. ``nspec`` stands for itself alone."""
+    name = module
+    while name not in LEVEL or (name == "nspec" and module != "nspec"):
+        name = name.rpartition(".")[0]
+        if not name:
+            return None
+    return LEVEL[name]
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Module names, as installed, and files of the package."""
+    for folder, package in ((ROOT / "nspec", "nspec"), (ROOT / "kernels", "nspec.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *parts]), path
+
+
+def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every import of a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = module.split(".")[: -node.level]
+                base = ".".join([*parent, base] if base else parent)
+            yield node.lineno, base
+            if base == "nspec" or level_of(base) is not None:
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def violations(module: str, path: Path) -> list[str]:
+    """Imports of a file that point up, or to a part without a layer."""
+    own = module.removesuffix(".__init__")
+    level = level_of(own)
+    if level is None:
+        return [f"{own} has no layer: give it one in LAYERS"]
+    found = []
+    for line, name in imports(path, module):
+        if name == "nspec" or name.startswith("nspec."):
+            target = level_of(name)
+            # `from nspec import task` names an attribute of the package, not a module of its own.
+            target = LEVEL["nspec"] if target is None else target
+            if target > level:
+                found.append(f"{own}:{line} imports {name}, which is above it")
+    return found
+
+
+def test_imports_only_point_down() -> None:
+    # The package's own __init__ gives names of the upper layers to type checkers.
+    found = [v for module, path in sources() if module != "nspec.__init__" for v in violations(module, path)]
+    assert not found, "\n".join(found)
+
+
+def test_the_layer_check_sees_an_upward_import(tmp_path: Path) -> None:
+    path = tmp_path / "active.py"
+    path.write_text("def f():\n    from ..specialization import masks\n")
+    assert violations("nspec.nn.active", path)
+    path.write_text("from nspec.specialization.masks import NeuronMasks\n")
+    assert violations("nspec.nn.active", path)
+    path.write_text("import nspec\n")
+    assert violations("nspec.nn.active", path)
+    path.write_text("from ..kernels.compact_ffn import compact_ffn\nfrom . import ffn\nimport torch\n")
+    assert not violations("nspec.nn.active", path)
+
+
+def test_kernels_is_never_imported_by_its_bare_name() -> None:
+    # Under two names an operator would register twice, and `kernels` is another distribution's import name.
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("nspec", "kernels", "tests", "bench", "examples")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "kernels" for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "kernels")
+    ]
+    assert not found, f"import nspec.kernels instead: {found}"
+
+
+def test_the_kernels_folder_is_no_package_of_its_own() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter in the checkout prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_nspec_loads_torch_and_nothing_heavier() -> None:
+    code = """
+import sys, torch
+before = {name.split(".")[0] for name in sys.modules}
+import nspec
+nspec.MaskedLinear, nspec.RowSparseAdamW, nspec.NeuronMasks, nspec.profile, nspec.specialize
+after = {name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+print(*sorted(after - before))
+print(torch.cuda.is_initialized())
+"""
+    new, cuda = run(code).split("\n")
+    assert set(new.split()) <= {"nspec", "safetensors"}, new
+    assert cuda == "False"
+
+
+def test_the_public_names_need_the_core_requirements_only() -> None:
+    # None in sys.modules: importing it raises ImportError, as where it is not installed.
+    code = """
+import sys
+others = "triton transformers accelerate datasets sentencepiece sacrebleu babel matplotlib tensorboard typer rich yaml"
+sys.modules.update(dict.fromkeys(others.split()))
+import nspec, nspec.kernels.compact_ffn, nspec.kernels.linear_relu_count
+for name in nspec.__all__:
+    getattr(nspec, name)
+"""
+    run(code)
