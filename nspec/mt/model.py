@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -205,5 +206,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write {folder}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -21,7 +21,7 @@ from nspec.mt.checkpoints import Progress, TrainingLog
 
 if TYPE_CHECKING:
     from nspec.mt.evaluation import Validator
-    from nspec.mt.training import TaskTrainer
+    from nspec.mt.trainer import TaskTrainer
 
 
 class TrainingDiverged(ValueError):
@@ -50,7 +50,7 @@ class Supervisor(TrainerCallback):
         self.trainer, self.validator, self.progress, self.log = trainer, validator, progress, log
         self.settings = trainer.settings
         self.folder = Path(trainer.args.output_dir or "")
-        self.terminated = False
+        self.terminated = self.saving = False
         self.rate = self.norm = 0.0
         self._since: float | None = None  # when the clock of training time was started
         self._display = _Display(shown, self.settings.updates, progress.step)
@@ -106,10 +106,10 @@ class Supervisor(TrainerCallback):
             self._validate()
             if last or 0 < settings.patience <= progress.worse:
                 progress.stopped = control.should_training_stop = True
-            control.should_save = True
+            control.should_save = self.saving = True
         elif self.terminated:
             self._pause()
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = self.saving = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """The checkpoint's files are written: makes it a whole one, then deletes those no longer needed."""
@@ -120,6 +120,7 @@ class Supervisor(TrainerCallback):
         if distributed.rank() == 0:
             checkpoints.finish(newest, whole)
             checkpoints.keep_only(self.folder, [newest, best])
+        self.saving = False
         self._go()
 
     # The parts

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import math
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
 import nspec
 from nspec.files import write_json
@@ -27,10 +25,11 @@ from nspec.mt.collate import collate
 from nspec.mt.config import Config, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData
 from nspec.mt.evaluation import Validator
-from nspec.mt.loss import label_smoothed_loss
 from nspec.mt.model import quiet_transformers, save_system
 from nspec.mt.sampling import TaskBatchSampler
 from nspec.mt.supervision import Supervisor, stopping_on_sigterm
+from nspec.mt.trainer import TaskTrainer, resolve_precision
+from nspec.mt.world import World
 from nspec.nn.masked_linear import Mode
 
 logger = logging.getLogger(__name__)
@@ -38,116 +37,7 @@ logger = logging.getLogger(__name__)
 # What may be different when a training goes on: it changes what is measured and when it ends, not the updates.
 _FREE = {"updates", "valid_every", "valid_bleu_sentences", "patience", "log_every", "compile"}
 
-
-class TaskTrainer(Seq2SeqTrainer):
-    """``Seq2SeqTrainer`` whose micro-batches hold one task each.
-
-    Ours are the batches (they come from a sampler that already knows rank and world), the task switch around each
-    forward and backward pass, the loss, optimiser and schedule. Logging, validation and checkpoints are with
-    :class:`nspec.mt.supervision.Supervisor`, which reads the attributes below before each optimiser step.
-
-    Attributes:
-        losses: of the micro-batches of this update, each divided by the tokens of the whole update; on the device.
-        tasks: of the same micro-batches.
-        tokens: real source and target tokens in them.
-        targets: target tokens of the update, over all processes.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        arguments: Seq2SeqTrainingArguments,
-        settings: TrainConfig,
-        batches: DataLoader[Any],
-        *,
-        switching: bool,
-    ) -> None:
-        self.settings, self.batches, self.switching = settings, batches, switching
-        self.reset()
-        super().__init__(
-            model=model, args=arguments, train_dataset=batches.dataset, compute_loss_func=self._smoothed_loss
-        )
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # the token count is for our loss, not for the model's layers
-
-    def reset(self) -> None:
-        """Begins a new update."""
-        self.losses: list[torch.Tensor] = []
-        self.tasks: list[str] = []
-        self.tokens = 0
-        self.targets: torch.Tensor | int | None = None
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        return self.batches
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            assert self.model is not None
-            self.optimizer = build_optimizer(self.model, self.settings)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
-            assert optimizer is not None
-            warmup = self.settings.warmup
-            self.lr_scheduler = LambdaLR(optimizer, lambda done: inverse_square_root(done + 1, warmup))
-        return self.lr_scheduler
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        task = inputs.pop("task")
-        self.tasks.append(task)
-        self.tokens += int(inputs["attention_mask"].sum()) + int(inputs["labels"].ne(-100).sum())
-        self.targets = num_items_in_batch  # one tensor for the whole update: not read here, which would be a sync
-        with nspec.task(model, task) if self.switching else nullcontext():
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def _smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = label_smoothed_loss(outputs.logits, labels, self.settings.label_smoothing, num_items_in_batch)
-        self.losses.append(loss.detach().clone())  # the Trainer multiplies it in place by the number of processes
-        return loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # nobody reads it
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        return None  # the supervisor measures and clips once
-
-
-def inverse_square_root(update: int, warmup: int) -> float:
-    """The factor on the learning rate at an update (from 1) after ``w`` of warm-up, ``min(u / w, sqrt(w / u))``.
-
-    It is fairseq's. transformers' ``get_inverse_sqrt_schedule`` is one update behind, so that the first one does
-    nothing. A warm-up of 0 counts as 1.
-    """
-    warmup = max(warmup, 1)
-    return min(update / warmup, math.sqrt(warmup / update))
-
-
-def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that ``settings`` names. Weight decay is for matrices, not for biases and norms.
-
-    Raises:
-        ValueError: ``row_sparse_adamw`` for a model that is not specialised.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
-    if settings.optimizer == "row_sparse_adamw":
-        return nspec.RowSparseAdamW(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16``; ``auto`` is bf16 on a GPU that computes in it."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train_system(
@@ -184,6 +74,7 @@ def train_system(
         SystemExit: SIGTERM came (single process); a checkpoint was saved and the next call goes on from it.
     """
     folder = Path(folder)
+    World().connect(config.run.device)
     _check(settings, data, masks, mode)
     state, resumed = _state(folder, settings, config.run.seed, masks, mode)
     trained = (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file()
@@ -203,7 +94,10 @@ def train_system(
     (tokens,) = distributed.all_sum([state.tokens])
     if distributed.rank() == 0:
         save_system(model, data.tokenizer, folder / "model", masks, mode)
-        write_json(folder / "summary.json", _summary(system, settings, model, state, int(tokens), masks, mode, device, precision))
+        write_json(
+            folder / "summary.json",
+            _summary(system, settings, model, state, int(tokens), masks, mode, device, precision),
+        )
         checkpoints.keep_only(folder / "checkpoints", checkpoints.whole(folder / "checkpoints")[-1:])
     distributed.barrier()
 
@@ -220,6 +114,11 @@ def _check(settings: TrainConfig, data: PreparedData, masks: nspec.NeuronMasks |
     for name in ("updates", "accumulate", "batch_tokens", "valid_every", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected at least 1")
+    if settings.accumulate % distributed.world():
+        raise ValueError(
+            f"accumulate is {settings.accumulate}, the micro-batches of an update over all processes; "
+            f"expected a multiple of the {distributed.world()} processes"
+        )
 
 
 def _state(
@@ -278,15 +177,9 @@ def _train(
     shown: str | None,
 ) -> None:
     """Trains until ``state.stopped``; ``state`` and the checkpoints tell the caller what came of it."""
-    with quiet_transformers():
+    with quiet_transformers(), _accelerate_precision(precision):
         arguments = _arguments(config, settings, folder, device, precision)
         rank, world = distributed.rank(), distributed.world()
-        if settings.accumulate % world:
-            raise ValueError(
-                f"accumulate is {settings.accumulate}, the micro-batches of an update over all processes; "
-                f"expected a multiple of the {world} processes"
-            )
-        arguments.gradient_accumulation_steps = settings.accumulate // world
         micro_batches = settings.updates * settings.accumulate
         sampler = TaskBatchSampler(
             data, "train", settings.batch_tokens, settings.temperature, micro_batches, config.run.seed, rank, world
@@ -309,10 +202,17 @@ def _train(
         try:
             with stopping_on_sigterm(supervisor):
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        except Exception as error:
+            if supervisor.saving:  # a full disk comes as three different types from three libraries
+                raise OSError(
+                    f"cannot write checkpoint-{state.step} in {folder / 'checkpoints'}: {error}; those before it are intact"
+                ) from error
+            raise
         finally:
             supervisor.close()
             for name in ("forward", "_original_forward"):  # where accelerate has put autocast
                 vars(model).pop(name, None)
+            model._compiled_call_impl = None
             model.zero_grad(set_to_none=True)
     if supervisor.terminated and not state.stopped:
         raise SystemExit(143)
@@ -325,12 +225,13 @@ def _arguments(
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.updates,
+        gradient_accumulation_steps=settings.accumulate // distributed.world(),
         max_grad_norm=0.0,
         ignore_data_skip=True,  # the sampler begins where training goes on
         seed=config.run.seed,
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
-        ddp_backend="gloo" if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_backend="gloo" if device.type == "cpu" and distributed.world() > 1 else None,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         remove_unused_columns=False,
@@ -346,6 +247,19 @@ def _arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: DataParallel would split the batches of a task
     return arguments
+
+
+@contextmanager
+def _accelerate_precision(precision: str) -> Iterator[None]:
+    """Our precision rules, over what ``accelerate launch`` or an earlier training has put into the environment."""
+    before = os.environ.get(_PRECISION)
+    os.environ[_PRECISION] = "no" if precision == "fp32" else precision
+    try:
+        yield
+    finally:
+        del os.environ[_PRECISION]
+        if before is not None:
+            os.environ[_PRECISION] = before
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

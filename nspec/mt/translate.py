@@ -48,8 +48,8 @@ class Translator:
         self.tokenizer, self.decode, self.window = tokenizer, decode, window
         layers = [module for module in model.modules() if isinstance(module, TaskLinear)]
         self._masked = bool(layers) and layers[0].mode == "forward"
-        rows = self.model.get_input_embeddings().num_embeddings
-        self._spare = list(range(len(tokenizer), rows))  # they only round the vocabulary up
+        embeddings: Any = model.get_input_embeddings()
+        self._spare = list(range(len(tokenizer), embeddings.num_embeddings))  # they only round the vocabulary up
 
     def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
         """One line out for each line in, in order; a blank line for a blank line.

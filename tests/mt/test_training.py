@@ -1,30 +1,23 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
-import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy_translation import TASKS, Toy, rows, weights
+from toy_translation import TASKS, Toy, last, rows, same_bits, weights
 
 import nspec
 from nspec.mt import checkpoints, training
 from nspec.mt.config import TrainConfig
 from nspec.mt.model import load_system
-from nspec.mt.supervision import TrainingDiverged
-from nspec.mt.training import build_optimizer, inverse_square_root, resolve_precision, train_system
+from nspec.mt.trainer import build_optimizer, inverse_square_root, resolve_precision
+from nspec.mt.training import train_system
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def same_bits(first: Path, second: Path) -> bool:
-    a, b = weights(first), weights(second)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_schedule_is_fairseqs() -> None:
@@ -193,65 +186,13 @@ def test_accumulated_micro_batches_give_the_gradient_over_all_their_tokens(toy: 
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_a_training_killed_at_any_time_ends_as_an_undisturbed_one(toy: Toy) -> None:
-    toy.data  # noqa: B018 (prepared here, not in the process that is killed)
-    job: dict[str, Any] = {"mode": "forward", "updates": 60, "valid_every": 7, "log_every": 5, "accumulate": 2}
-    undisturbed = toy.run("undisturbed", **job)
-    killed = toy.folder / "killed"
-    for step in (7, 35):
-        process = toy.start("killed", **job)
-        wait_for(killed / "checkpoints" / f"checkpoint-{step}" / "model.safetensors", process)
-        process.kill()  # while this checkpoint or what follows is being written
-        process.communicate()
-        assert not (killed / "summary.json").exists()
-    partial = killed / "checkpoints" / "checkpoint-59"
-    partial.mkdir()
-    (partial / "model.safetensors").write_text("torn")
-    toy.run("killed", **job)
-    assert rows(killed) == rows(undisturbed)
-    assert same_bits(killed / "model", undisturbed / "model")
-    assert same_bits(last(killed), last(undisturbed))
-    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (killed, undisturbed))
-    for key in ("updates", "tokens", "best_step", "best_value", "density"):
-        assert a[key] == b[key]
-
-
-def last(system: Path) -> Path:
-    (only,) = checkpoints.whole(system / "checkpoints")
-    return only
-
-
-def wait_for(path: Path, process: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_sigterm_saves_a_checkpoint_from_which_training_goes_on(toy: Toy) -> None:
-    toy.data  # noqa: B018
-    job: dict[str, Any] = {"updates": 3000, "valid_every": 3000, "log_every": 5}
-    process = toy.start("terminated", **job)
-    log = toy.folder / "terminated" / "log.jsonl"
-    wait_for(log, process)
-    while not log.read_text().count("\n") > 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    step = checkpoints.Progress.read(last(toy.folder / "terminated")).step
-    assert step % 3000 != 0
-    assert rows(toy.folder / "terminated")[-1]["step"] <= step
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(toy: Toy) -> None:
     toy.data  # noqa: B018
     job: dict[str, Any] = {"mode": "update", "accumulate": 4, "updates": 10, "log_every": 1, "valid_every": 5}
     job |= {"model": {"dropout": 0.0, "attention_dropout": 0.0}, "optimizer": "row_sparse_adamw"}
     job |= {"valid_bleu_sentences": 4}
-    one, two = toy.run("one", **job), toy.run("two", ranks=2, **job)
+    one, two = toy.train("one", **job), toy.run("two", ranks=2, **job)
     for alone, shared in zip(rows(one), rows(two), strict=True):
         assert flat(shared) == pytest.approx(flat(alone), rel=2e-4)
     a, b = weights(one / "model"), weights(two / "model")
@@ -265,38 +206,6 @@ def test_two_processes_give_the_losses_of_one(toy: Toy) -> None:
 def flat(row: dict[str, Any]) -> dict[str, float]:
     tasks = row.pop("tasks", {})
     return {**row, **{f"{t}/{name}": value for t, values in tasks.items() for name, value in values.items()}}
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoothed = training.label_smoothed_loss
-    calls = 0
-
-    def spoiled(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return smoothed(*args) * (math.nan if calls == 12 else 1.0)
-
-    monkeypatch.setattr(training, "label_smoothed_loss", spoiled)
-    with pytest.raises(
-        TrainingDiverged, match=r"update 6: the loss of a batch of ..-.. is nan.*learning rate of 0.0018"
-    ):
-        toy.train("diverged", accumulate=2)
-    monkeypatch.undo()
-    assert [path.name for path in checkpoints.whole(toy.folder / "diverged" / "checkpoints")] == ["checkpoint-4"]
-    folder = toy.train("diverged", accumulate=2)
-    assert rows(folder) == rows(toy.train("converged", accumulate=2))
-
-
-def test_an_infinite_gradient_stops_too(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoothed = training.label_smoothed_loss
-
-    def spoiled(logits: torch.Tensor, *args: Any) -> torch.Tensor:
-        logits.register_hook(lambda gradient: gradient * math.inf)
-        return smoothed(logits, *args)
-
-    monkeypatch.setattr(training, "label_smoothed_loss", spoiled)
-    with pytest.raises(TrainingDiverged, match="norm of the gradient is (nan|inf)"):
-        toy.train("exploded")
 
 
 def test_training_stops_when_validation_stops_getting_better(toy: Toy) -> None:
@@ -328,13 +237,62 @@ def test_bleu_can_pick_the_best_checkpoint(toy: Toy, monkeypatch: pytest.MonkeyP
 
 
 def test_bfloat16_trains_on_a_cpu_and_leaves_the_model_as_it_was(toy: Toy) -> None:
-    config = toy.config(precision="bf16", updates=4, valid_bleu_sentences=2)
+    options: dict[str, Any] = {"updates": 4, "valid_bleu_sentences": 2}
+    before = rows(toy.train("fp32_before_bf16", **options))
+    config = toy.config(precision="bf16", **options)
     model = toy.model(config)
     train_system("bf16", config, config.train, toy.data, model, toy.folder / "bf16", progress=False)
     assert json.loads((toy.folder / "bf16" / "summary.json").read_text())["precision"] == "bf16"
     assert "forward" not in vars(model)  # no autocast is left on it
     assert next(model.parameters()).dtype == torch.float32
-    toy.train("fp32_after_bf16", updates=4)  # accelerate keeps its precision for the whole process
+    assert rows(toy.train("fp32_after_bf16", **options)) == before
+    assert rows(toy.folder / "bf16") != before
+
+
+def test_a_compiled_training_leaves_a_plain_model(toy: Toy) -> None:
+    """Dynamo runs what it would compile as it is, which shows all but the compiler."""
+    config = toy.config(compile=True)
+    model = toy.model(config)
+    torch.compiler.set_stance("force_eager")
+    try:
+        train_system("compiled", config, config.train, toy.data, model, toy.folder / "compiled", progress=False)
+    finally:
+        torch.compiler.set_stance("default")
+    assert rows(toy.folder / "compiled") == rows(toy.train("not_compiled"))
+    assert model._compiled_call_impl is None
+
+
+def test_the_time_of_validation_is_not_training_time(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = training.Validator.measure
+    monkeypatch.setattr(training.Validator, "measure", lambda self: [time.sleep(0.4), measure(self)][1])
+    begun = time.monotonic()
+    folder = toy.train("timed")
+    passed = time.monotonic() - begun
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 < summary["train_seconds"] < passed - 3 * 0.4
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
+
+
+def test_each_validation_is_one_line_where_there_is_no_terminal(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
+    config = toy.config(valid_bleu_sentences=2)
+    for shown in (True, False):
+        folder = toy.folder / f"shown_{shown}"
+        train_system("dense", config, config.train, toy.data, toy.model(), folder, progress=shown)
+        out, err = capfd.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == (3 if shown else 0)
+        if shown:
+            pattern = (
+                r"dense: update 8/12  loss \d\.\d+  valid loss \d\.\d+  valid BLEU \d+\.\d  best so far  \d+ tokens/s  "
+            )
+            assert re.fullmatch(pattern + r"\d\d:\d\d left", lines[1])
+
+
+def test_micro_batches_that_the_processes_cannot_share_are_an_error(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.distributed, "world", lambda: 2)
+    with pytest.raises(ValueError, match="accumulate is 3, .* a multiple of the 2 processes"):
+        toy.train("odd", accumulate=3)
 
 
 def test_precision_auto_is_float32_on_a_cpu() -> None:

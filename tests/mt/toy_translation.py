@@ -153,6 +153,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether two model folders have the same parameters, bit for bit."""
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def last(system: Path) -> Path:
+    """The only checkpoint that a system has."""
+    from nspec.mt.checkpoints import whole
+
+    (only,) = whole(system / "checkpoints")
+    return only
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = json.loads(Path(sys.argv[2]).read_text())

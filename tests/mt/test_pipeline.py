@@ -1,0 +1,133 @@
+"""Which arrows a run has, what each depends on, and the helpers around them."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from nspec.mt import options, pipeline
+from nspec.mt.config import Config
+from nspec.mt.display import Display, duration
+from nspec.mt.stages import NEUTRAL, Stage
+from nspec.mt.world import World, _portable
+
+
+def config_of(*systems: str, **values: object) -> Config:
+    config = Config()
+    config.run.systems = list(systems) or config.run.systems
+    for name, value in values.items():
+        section, _, key = name.partition("_")
+        setattr(getattr(config, section), key, value)
+    return config
+
+
+def stages(*systems: str, **values: object) -> dict[str, Stage]:
+    return {stage.name: stage for stage in pipeline.stages_of(config_of(*systems, **values))}
+
+
+def test_every_option_that_changes_results_belongs_to_a_stage() -> None:
+    """Else changing it in a finished run would be ignored without a word."""
+    depended = {name for stage in stages().values() for name in stage.options}
+    free = [
+        name for name in options.flatten(Config()) if name not in depended and name.partition(".")[0] not in depended
+    ]
+    assert set(free) <= NEUTRAL
+
+
+def test_neutral_options_exist() -> None:
+    assert set(options.flatten(Config())) >= NEUTRAL
+
+
+@pytest.mark.parametrize("systems", [["dense"], ["dense", "random"], ["dense", "continued"], ["dense", "update"], []])
+def test_stages_come_after_those_that_they_need(systems: list[str]) -> None:
+    seen: set[str] = set()
+    for stage in pipeline.stages_of(config_of(*systems)):
+        assert set(stage.after) <= seen, stage.name
+        seen.add(stage.name)
+
+
+def test_no_two_stages_share_a_record() -> None:
+    places = [(stage.folder, stage.record) for stage in stages().values()]
+    assert len(places) == len(set(places))
+
+
+def test_without_specialised_systems_nothing_is_profiled() -> None:
+    names = stages("dense", "continued")
+    assert not {"profile", "select", "random_masks"} & set(names)
+    assert "random_masks" not in stages("dense", "forward")
+    assert {"profile", "select", "random_masks"} <= set(stages("dense", "random"))
+
+
+def test_systems_read_their_own_masks() -> None:
+    found = stages()
+    assert "masks/masks.*" in found["specialize:forward"].inputs
+    assert "masks/masks.*" in found["specialize:update"].inputs
+    assert "random_masks/masks.*" in found["specialize:random"].inputs
+    assert not any(pattern.endswith("masks/masks.*") for pattern in found["specialize:continued"].inputs)
+    assert found["specialize:random"].after == ("train", "random_masks")
+
+
+def test_decoding_matters_to_training_only_where_bleu_picks_the_checkpoint() -> None:
+    assert not any(name.startswith("decode") for name in stages()["train"].options)
+    found = stages(train_best="bleu")
+    assert "decode.max_length_ratio" in found["train"].options
+    assert "decode.max_length_ratio" not in found["specialize:forward"].options
+
+
+def test_the_baseline_is_dense_where_the_one_asked_for_is_not_there() -> None:
+    assert pipeline.baseline_of(config_of()) == "continued"
+    assert pipeline.baseline_of(config_of("dense", "forward")) == "dense"
+    assert pipeline.baseline_of(config_of("dense", "forward", score_baseline="forward")) == "forward"
+
+
+def test_a_lone_process_leads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = World()
+    assert (world.rank, world.size) == (0, 1)
+    assert world.lead(lambda: 3) == 3
+    with pytest.raises(ValueError, match="as it is"):
+        world.lead(lambda: (_ for _ in ()).throw(ValueError("as it is")).send(None))
+    world.wait()
+    world.close()
+
+
+def test_rank_and_size_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    assert (World().rank, World().size) == (2, 4)
+
+
+class Stubborn(ValueError):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_kind_and_text() -> None:
+    sent = _portable(Stubborn("no", "masks"))
+    assert type(sent) is ValueError
+    assert str(pickle.loads(pickle.dumps(sent))) == "no masks"
+    kept = _portable(FileNotFoundError(2, "gone"))
+    assert isinstance(kept, FileNotFoundError)
+    assert kept.errno == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_progress_is_told_on_standard_error_only(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display()
+    display.line("train: [starts] " + "x" * 200)
+    with display.bar("train", "sentences") as move:
+        move("reading", 1, 10)
+        move("writing", 0, 0)
+        move("writing", 5, 20)
+    Display(quiet=True).line("rank 1")
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err == "train: [starts] " + "x" * 200 + "\n"

@@ -1,0 +1,62 @@
+"""A whole tiny run through the command line, which the tests of this folder share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The merge key gives continued training the settings of the dense one, with fewer updates. One thread: the results
+# are then the same bits on every machine with the same libraries, however busy it is.
+TINY = """
+run: {folder: %s, threads: 1}
+corpus: {languages: [de, en], train_sentences: 400, valid_sentences: 16, test_sentences: 12, max_tokens: 64}
+tokenizer: {vocab_size: 300, sentences: 2000}
+model: {d_model: 32, d_ff: 64, heads: 2, encoder_layers: 1, decoder_layers: 1, max_positions: 128}
+train: &training
+  {updates: 12, batch_tokens: 256, accumulate: 2, lr: 3e-3, warmup: 3, valid_every: 4, valid_bleu_sentences: 2,
+   log_every: 1}
+specialize: {<<: *training, updates: 4, valid_every: 2}
+decode: {beam: 2, max_length_ratio: 1.0}
+score: {bootstrap: 40}
+"""
+
+
+@dataclass
+class Tiny:
+    """A tiny run: its configuration file, its folder, and what the command that made it said."""
+
+    config: Path
+    folder: Path
+    output: str = ""
+    errors: str = ""
+
+
+def tiny_config(folder: Path) -> Tiny:
+    """Writes the configuration of a tiny run in ``folder``."""
+    pytest.importorskip("babel", reason="the cldr corpus needs Babel")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY % (folder / "run"), encoding="utf-8")
+    return Tiny(config, folder / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A finished run; tests must not change it."""
+    run = tiny_config(tmp_path_factory.mktemp("tiny"))
+    command = [sys.executable, "-m", "nspec.cli", "run", str(run.config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run.output, run.errors = done.stdout, done.stderr
+    return run
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Tiny:
+    """A run that has not begun."""
+    return tiny_config(tmp_path)

@@ -1,0 +1,264 @@
+"""The command line: help, exit codes, and one clear line for what the user got wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nspec import cli
+from nspec.mt import options
+from nspec.mt.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [
+    "run",
+    "prepare",
+    "train",
+    "profile",
+    "select",
+    "specialize",
+    "evaluate",
+    "translate",
+    "report",
+    "env",
+    "config",
+]
+
+TEST = b"ein Baum\ta tree\n"
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command line that the user got wrong, and returns the one line that says so."""
+
+    def call(*arguments: str) -> str:
+        assert cli.main(list(arguments)) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        line = output.err.splitlines()[-1]
+        assert line.startswith("nspec: error: ")
+        assert output.err.count("error:") == 1
+        assert "Traceback" not in output.err
+        return line.removeprefix("nspec: error: ")
+
+    return call
+
+
+def config_file(folder: Path, text: str = "") -> str:
+    path = folder / "config.yaml"
+    path.write_text(f"run:\n  folder: {folder / 'run'}\n{text}", encoding="utf-8")
+    return str(path)
+
+
+def parallel_config(folder: Path, **files: bytes) -> str:
+    """A configuration for parallel files, and those files; a valid German-English corpus where they are not given."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    train = "".join(f"das Haus {n} ist {n * n}\tthe house {n} is {n * n}\n" for n in range(40)).encode()
+    for name, content in ({"train": train, "valid": b"ein Haus\ta house\n", "test": TEST} | files).items():
+        (corpus / f"{name}.de-en.tsv").write_bytes(content)
+    return config_file(
+        folder,
+        f"corpus: {{type: files, path: {corpus}, languages: [de, en]}}\ntokenizer: {{vocab_size: 40}}\n",
+    )
+
+
+def test_help_names_every_command_without_loading_torch() -> None:
+    code = (
+        "import sys, nspec.cli; code = nspec.cli.main(['--help']);"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert seconds < 2, "half a second on a machine that is not busy"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert f"Usage: nspec {command}" in capsys.readouterr().out
+
+
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'."),
+        (["run"], "Missing argument 'CONFIG'."),
+        (["run", "cldr8", "--fast"], "No such option: --fast"),
+        (["run", "cldr9"], "no file cldr9, and no configuration of that name comes with nspec: cldr8, multi30k"),
+        (["run", "cldr8", "--set", "train.lrr=1"], "unknown option train.lrr in --set; did you mean train.lr?"),
+        (["run", "cldr8", "--set", "select.k=1.5"], "select.k: expected a number in (0, 1], found 1.5"),
+        (["run", "cldr8", "--set", "select.k=0"], "select.k: expected a number in (0, 1], found 0.0"),
+        (["run", "multi30k"], "corpus.path: a corpus of type files needs the folder with the text; give corpus.path"),
+        (["translate", "--task", "en-de"], "translate needs either --model FOLDER or --run RUN --system NAME"),
+        (["translate", "--model", "x"], "Missing option '--task'."),
+        (["translate", "--task", "en-de", "--model", "nowhere"], "--model nowhere: there is no such folder"),
+        (["translate", "--task", "en-de", "--run", "nowhere"], "no --system: nowhere has the trained systems none"),
+        (["config", "--set", "decode.beam=0"], "decode.beam: expected at least 1, found 0"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str, fails: Fails) -> None:
+    assert fails(*arguments).startswith(message)
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_nearest(tmp_path: Path, fails: Fails) -> None:
+    path = config_file(tmp_path, "train:\n  learning: 3\n  lrr: 3\n")
+    assert "unknown option train.learning" in fails("run", path)
+    path = config_file(tmp_path, "train:\n  lrr: 3\n")
+    assert fails("run", path) == f"unknown option train.lrr in {path} line 4; did you mean train.lr?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback_before_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "cldr9", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith("nspec: error: no file cldr9")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (KeyboardInterrupt(), 130, "nspec: interrupted; the same command goes on from here"),
+        (ValueError("two\n lines"), 2, "nspec: error: two lines"),
+        (
+            PermissionError(13, "cannot write x: Permission denied"),
+            2,
+            "nspec: error: [Errno 13] cannot write x: Permission denied",
+        ),
+        (RuntimeError("a mistake of ours"), 1, "RuntimeError: a mistake of ours"),
+        (TypeError("a mistake of ours"), 1, "TypeError: a mistake of ours"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(options, "find_config", fail)
+    assert cli.main(["run", "cldr8"]) == code
+    written = capsys.readouterr().err
+    assert written.splitlines()[-1] == last
+    assert written.startswith("Traceback") == (code == 1)
+
+
+def test_config_prints_what_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config"]) == 0
+    assert options.parse(capsys.readouterr().out) == Config()
+    assert cli.main(["config", "cldr8", "--set", "train.lr=0.25", "--set", "run.systems=[dense]"]) == 0
+    config = options.parse(capsys.readouterr().out)
+    assert (config.train.lr, config.run.systems, config.corpus.pivot) == (0.25, ["dense"], "en")
+    assert config.model == options.load(options.find_config("cldr8")).model
+
+
+def test_env_names_versions_and_each_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert cli.main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    for operator in ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw"):
+        assert f"\n  {operator} " in shown
+
+
+# Corpora that cannot be used
+
+
+def test_a_tsv_line_without_its_second_column(tmp_path: Path, fails: Fails) -> None:
+    path = parallel_config(tmp_path, train=b"ein Haus\ta house\n" * 3 + b"ein Baum\n")
+    message = fails("prepare", path)
+    assert message.startswith(f"{tmp_path / 'corpus/train.de-en.tsv'}, line 4: found 1 column, expected 2")
+
+
+def test_a_line_that_is_not_utf8(tmp_path: Path, fails: Fails) -> None:
+    path = parallel_config(tmp_path, valid=b"ein Haus\ta house\nein Caf\xe9\ta cafe\n")
+    message = fails("prepare", path)
+    assert message.startswith(f"{tmp_path / 'corpus/valid.de-en.tsv'}, line 2: not valid UTF-8 (byte 0xe9")
+
+
+def test_an_empty_corpus(tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "corpus").mkdir()
+    path = config_file(tmp_path, f"corpus: {{type: files, path: {tmp_path / 'corpus'}}}\n")
+    assert str(tmp_path / "corpus") in fails("prepare", path)
+
+
+def test_a_corpus_of_empty_files(tmp_path: Path, fails: Fails) -> None:
+    assert "de-en" in fails("prepare", parallel_config(tmp_path, train=b"", valid=b"", test=b""))
+
+
+def test_a_language_without_test_data(tmp_path: Path, fails: Fails) -> None:
+    path = parallel_config(tmp_path)
+    for split in ("train", "valid"):
+        (tmp_path / f"corpus/{split}.en-fr.tsv").write_text("a house\tune maison\n" * 5)
+    message = fails("prepare", path, "--set", "corpus.languages=[de, fr, en]")
+    assert message.startswith("there is no test data for en-fr")
+
+
+def test_after_a_bad_corpus_is_mended_the_run_goes_on(tmp_path: Path, fails: Fails) -> None:
+    path = parallel_config(tmp_path, test=b"ein Haus\n")
+    assert "line 1" in fails("prepare", path)
+    (tmp_path / "corpus/test.de-en.tsv").write_bytes(TEST)
+    assert cli.main(["prepare", path]) == 0
+    assert (tmp_path / "run/prepared/stage.json").is_file()
+
+
+def test_an_arrow_says_which_one_comes_before_it(tmp_path: Path, fails: Fails) -> None:
+    message = fails("train", parallel_config(tmp_path))
+    assert message == f"train needs prepare, which is not finished in {tmp_path / 'run'}; `nspec run` does every step"
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path: Path) -> None:
+    path = parallel_config(tmp_path)
+    # No file may grow over 2 kB: writing fails as on a full disk (EFBIG for ENOSPC).
+    code = (
+        "import resource, signal, sys, nspec.cli;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "sys.exit(nspec.cli.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prepare", path], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("nspec: error: ")
+    assert "File too large" in done.stderr
+    assert not (tmp_path / "run/prepared/stage.json").exists()
+    assert not list((tmp_path / "run").glob("**/*.part"))
+    assert cli.main(["prepare", path]) == 0
+
+
+def test_a_full_disk_under_standard_output_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "nspec.cli", "config"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+    assert done.returncode == 2
+    assert done.stderr == "nspec: error: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m nspec.cli config | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
