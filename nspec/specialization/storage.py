@@ -2,8 +2,9 @@
 
 ``<kind>.safetensors`` holds one tensor per layer, named by the qualified name of fc1, with a row per task: int32 or
 int64 ``[tasks, d_ff]`` for counts, uint8 ``[tasks, ceil(d_ff / 8)]`` for masks (bit j % 8 of byte j // 8 is neuron j).
-Its metadata hold ``nspec_format`` (1), ``nspec_kind``, and ``tasks`` and ``d_ff`` as JSON. Only this file is read; the
-JSON is for people and for other tools. No pickle anywhere.
+Its metadata has one entry, ``nspec``, a JSON object with ``format`` (1), ``kind``, ``tasks`` and ``d_ff`` by layer: one
+entry, because safetensors writes several in an order that changes, and equal masks should be equal bytes. Only this file
+is read; the JSON is for people and for other tools. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -19,27 +20,22 @@ from torch import Tensor
 
 from nspec.files import replacing, write_text
 
-FORMAT = "1"
+FORMAT = 1
 
 
 def save_stacked(
     folder: Path, kind: str, stacked: Mapping[str, Tensor], tasks: list[str], readable: Mapping[str, Any]
 ) -> None:
     """Writes ``<kind>.safetensors`` and ``<kind>.json`` into ``folder``, each whole or not at all."""
-    metadata = {
-        "format": "pt",
-        "nspec_format": FORMAT,
-        "nspec_kind": kind,
-        "tasks": json.dumps(tasks, ensure_ascii=False),
-        "d_ff": json.dumps({layer: info["d_ff"] for layer, info in readable["layers"].items()}),
-    }
+    widths = {layer: info["d_ff"] for layer, info in readable["layers"].items()}
+    about = {"format": FORMAT, "kind": kind, "tasks": tasks, "d_ff": widths}
     tensors = {layer: tensor.contiguous() for layer, tensor in stacked.items()}
     with replacing(folder / f"{kind}.safetensors") as part:
         try:
-            save_file(tensors, part, metadata=metadata)
+            save_file(tensors, part, metadata={"nspec": json.dumps(about, ensure_ascii=False)})
         except SafetensorError as error:  # what the library makes of a full disk
             raise OSError(5, str(error)) from error
-    lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in {"nspec_format": 1, **readable}.items()]
+    lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in {"nspec_format": FORMAT, **readable}.items()]
     write_text(folder / f"{kind}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -66,12 +62,11 @@ def load_stacked(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str],
         raise FileNotFoundError(f"{path} does not exist: expected a folder that {kind}.save(folder) wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("nspec_kind") != kind:
-                raise ValueError(f"{path} holds {metadata.get('nspec_kind', 'something else')}, expected {kind}")
-            if metadata.get("nspec_format") != FORMAT:
-                raise ValueError(f"{path} has format {metadata.get('nspec_format')}, this version reads {FORMAT}")
-            widths = json.loads(metadata["d_ff"])
-            return {layer: file.get_tensor(layer) for layer in widths}, json.loads(metadata["tasks"]), widths
+            about = json.loads((file.metadata() or {}).get("nspec", "{}"))
+            if about.get("kind") != kind:
+                raise ValueError(f"{path} holds {about.get('kind', 'something else')}, expected {kind}")
+            if about.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {about.get('format')}, this version reads {FORMAT}")
+            return {layer: file.get_tensor(layer) for layer in about["d_ff"]}, about["tasks"], about["d_ff"]
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is broken: {error}; write it again") from error

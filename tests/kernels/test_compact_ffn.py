@@ -126,9 +126,7 @@ def test_grouped_equals_task_by_task(sizes: tuple[int, ...]) -> None:
     active = torch.stack([some(150, n, seed=n) for n in (0, 90, 150)])
     offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
     y = compact_ffn(*tensors, active, task_offsets=offsets)
-    want = torch.cat(
-        [masked_dense(tensors[0][a:b], *tensors[1:], s) for s, a, b in zip(active, offsets, offsets[1:])]
-    )
+    want = torch.cat([masked_dense(tensors[0][a:b], *tensors[1:], s) for s, a, b in zip(active, offsets, offsets[1:])])
     torch.testing.assert_close(y, want)
     dy = torch.randn_like(y)
     ours, theirs = gradients(y, tensors, dy), gradients(want, tensors, dy)

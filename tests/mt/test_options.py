@@ -206,7 +206,7 @@ def test_render_gives_meaning_choices_and_default() -> None:
     config.decode.beam = 7
     text = options.render(config)
     assert "  # beam size; 1 is greedy search; default: 5\n  beam: 7\n" in text
-    assert "; one of: bpe, unigram; default: bpe\n" in text
+    assert "; one of: bpe; default: bpe\n" in text
 
 
 def test_every_section_and_option_has_a_meaning() -> None:

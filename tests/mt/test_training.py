@@ -295,8 +295,13 @@ def test_micro_batches_that_the_processes_cannot_share_are_an_error(toy: Toy, mo
         toy.train("odd", accumulate=3)
 
 
-def test_precision_auto_is_float32_on_a_cpu() -> None:
-    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+@pytest.mark.parametrize(("amx", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_bf16_on_a_cpu_with_matrix_units(
+    amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    assert resolve_precision("auto", torch.device("cpu")) == precision
+    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
 
 

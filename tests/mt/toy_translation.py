@@ -42,7 +42,14 @@ class Toy:
     def config(self, *, model: dict[str, Any] | None = None, **train: Any) -> Config:
         """A tiny model and short training; ``model`` and ``train`` override their options."""
         sizes: dict[str, Any] = {"d_model": 32, "d_ff": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 1}
-        settings: dict[str, Any] = {"updates": 12, "batch_tokens": 256, "lr": 6e-3, "warmup": 20, "log_every": 5}
+        settings: dict[str, Any] = {
+            "updates": 12,
+            "batch_tokens": 256,
+            "lr": 6e-3,
+            "warmup": 20,
+            "log_every": 5,
+            "precision": "fp32",
+        }
         settings |= {"valid_every": 4, "valid_bleu_sentences": 0}
         return Config(
             run=RunConfig(device="cpu"),

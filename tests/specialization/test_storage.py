@@ -33,6 +33,18 @@ def test_masks_come_back_bit_for_bit(tmp_path) -> None:
     assert all(torch.equal(masks[t][layer], loaded[t][layer]) for t in masks for layer in masks.layers)
 
 
+def test_equal_masks_are_equal_bytes_in_every_process(tmp_path) -> None:
+    script = (
+        "import torch, nspec, sys\n"
+        "m = {f't{i}': {f'l{j}': torch.arange(9) % (i + j + 1) == 0 for j in range(5)} for i in range(5)}\n"
+        "nspec.NeuronMasks(m).save(sys.argv[1])\n"
+    )
+    for number in range(3):
+        subprocess.run([sys.executable, "-c", script, tmp_path / str(number)], check=True)
+    files = [(tmp_path / str(number) / "masks.safetensors").read_bytes() for number in range(3)]
+    assert files[0] == files[1] == files[2]
+
+
 def test_counts_come_back_exactly_also_beyond_32_bits(tmp_path) -> None:
     counts = ActivationCounts({"a": {"x": torch.tensor([2**40, 0, 5]), "y": torch.tensor([1, 2])}})
     counts.save(tmp_path)
