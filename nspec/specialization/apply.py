@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -30,12 +31,17 @@ _STATE = (
 )
 
 
-def specialize(model: nn.Module, masks: NeuronMasks, mode: Mode = "forward") -> nn.Module:
+def specialize(
+    model: nn.Module,
+    masks: NeuronMasks,
+    mode: Mode = "forward",
+    *,
+    layers: Iterable[str | tuple[str, str]] | None = None,
+) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
 
     Modules keep their identity, parameters, hooks and state-dict keys; optimisers and references stay valid. Until a task
-    is set (``nspec.task``, ``nspec.set_task``) the model computes what it did before. Layers that the masks do not name
-    stay dense.
+    is set (``nspec.task``, ``nspec.set_task``) the model computes what it did before.
 
     Args:
         model: any module with the layers that ``masks`` names; not yet wrapped for distributed training or compiled.
@@ -43,6 +49,8 @@ def specialize(model: nn.Module, masks: NeuronMasks, mode: Mode = "forward") -> 
         mode: ``forward``: only active neurons are computed, in training and decoding, as in Tan et al. 2024; equals
             multiplying the mask into the rows of fc1.weight. ``update``: the forward pass is dense, and only the
             gradient of fc1.weight is masked.
+        layers: as in ``find_pairs`` and ``profile``, for layers that are not found by structure and name. Masks may name
+            fewer layers than are given or found; those without masks stay dense.
 
     Returns:
         ``model`` itself.
@@ -58,7 +66,7 @@ def specialize(model: nn.Module, masks: NeuronMasks, mode: Mode = "forward") -> 
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
     if any(isinstance(module, TaskLinear) for module in model.modules()):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
-    pairs = _matching_pairs(model, masks)
+    pairs = _matching_pairs(model, masks, layers)
     for pair in pairs:
         if type(pair.fc1) is not nn.Linear or (mode == "forward" and type(pair.fc2) is not nn.Linear):
             raise ValueError(
@@ -78,9 +86,9 @@ def specialize(model: nn.Module, masks: NeuronMasks, mode: Mode = "forward") -> 
     return model
 
 
-def _matching_pairs(model: nn.Module, masks: NeuronMasks) -> list[Pair]:
+def _matching_pairs(model: nn.Module, masks: NeuronMasks, layers: Iterable[str | tuple[str, str]] | None) -> list[Pair]:
     """The model's layers that the masks name; every named layer must be there, equally wide."""
-    known = {pair.name: pair for pair in find_pairs(model)}
+    known = {pair.name: pair for pair in find_pairs(model, layers)}
     modules = dict(model.named_modules())
     for layer in masks.layers:
         pair = known.get(layer)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .storage import load_stacked, save_stacked
+from .tensors import TaskTensors, check_same_layers
 
 
-class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
+class ActivationCounts(TaskTensors):
     """``counts[task][layer]`` is an int64 tensor ``[d_ff]``: the number of tokens with an activation above 0.
 
     A mapping of tasks. ``counts + counts`` adds them up (batches of one task that were counted apart) and joins tasks.
@@ -26,38 +27,21 @@ class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
     """
 
     def __init__(self, counts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._counts: dict[str, dict[str, Tensor]] = {}
-        for task, layers in counts.items():
-            self._counts[task] = {layer: _checked(task, layer, count) for layer, count in layers.items()}
-        check_same_layers(self._counts)
-
-    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
-        return self._counts[task]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._counts)
-
-    def __len__(self) -> int:
-        return len(self._counts)
+        super().__init__(
+            {
+                task: {layer: _checked(task, layer, count) for layer, count in layers.items()}
+                for task, layers in counts.items()
+            }
+        )
 
     def __repr__(self) -> str:
         return f"ActivationCounts({len(self.tasks)} tasks, {len(self.layers)} layers)"
 
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks, in the order given."""
-        return list(self._counts)
-
-    @property
-    def layers(self) -> list[str]:
-        """The qualified names of the fc1 modules, in the order of the model."""
-        return list(next(iter(self._counts.values())))
-
     def __add__(self, other: ActivationCounts) -> ActivationCounts:
         if not isinstance(other, ActivationCounts):
             return NotImplemented
-        joined = {task: dict(layers) for task, layers in self._counts.items()}
-        for task, layers in other._counts.items():
+        joined = {task: dict(layers) for task, layers in self._by_task.items()}
+        for task, layers in other._by_task.items():
             mine = joined.get(task)
             if mine is None:
                 joined[task] = dict(layers)
@@ -73,12 +57,12 @@ class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
-        flat = torch.cat([count for layers in self._counts.values() for count in layers.values()])
+        flat = torch.cat([count for layers in self._by_task.values() for count in layers.values()])
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         moved = flat.to(device)
         torch.distributed.all_reduce(moved)
-        parts = iter(moved.cpu().split([len(c) for layers in self._counts.values() for c in layers.values()]))
-        return ActivationCounts({t: {layer: next(parts) for layer in layers} for t, layers in self._counts.items()})
+        parts = iter(moved.cpu().split([len(c) for layers in self._by_task.values() for c in layers.values()]))
+        return ActivationCounts({t: {layer: next(parts) for layer in layers} for t, layers in self._by_task.items()})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``counts.safetensors`` (one integer tensor ``[tasks, d_ff]`` per layer) and a readable ``counts.json``.
@@ -86,7 +70,7 @@ class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             OSError: the files cannot be written; what was there is unchanged.
         """
-        stacked = {layer: torch.stack([self._counts[task][layer] for task in self.tasks]) for layer in self.layers}
+        stacked = {layer: torch.stack([self._by_task[task][layer] for task in self.tasks]) for layer in self.layers}
         narrow = {
             layer: count.to(torch.int32) if int(count.max() if count.numel() else 0) < 2**31 else count
             for layer, count in stacked.items()
@@ -94,7 +78,9 @@ class ActivationCounts(Mapping[str, Mapping[str, Tensor]]):
         readable = {
             "tasks": self.tasks,
             "layers": {layer: {"d_ff": count.shape[1]} for layer, count in stacked.items()},
-            "activations": {t: {layer: int(self._counts[t][layer].sum()) for layer in self.layers} for t in self.tasks},
+            "activations": {
+                t: {layer: int(self._by_task[t][layer].sum()) for layer in self.layers} for t in self.tasks
+            },
         }
         save_stacked(Path(folder), "counts", narrow, self.tasks, readable)
 
@@ -121,23 +107,3 @@ def _checked(task: str, layer: str, count: Tensor) -> Tensor:
     if count.numel() and int(count.min()) < 0:
         raise ValueError(f"counts of {task}, {layer} go down to {int(count.min())}, expected none below 0")
     return count.detach().to("cpu", torch.int64, copy=True)
-
-
-def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises ValueError unless there is a task with layers and all tasks have the same layers, equally wide."""
-    if not tasks:
-        raise ValueError("no task: expected a mapping of at least one task")
-    first, *others = tasks
-    if not tasks[first]:
-        raise ValueError(f"task {first} has no layer")
-    widths = {layer: len(value) for layer, value in tasks[first].items()}
-    for task in others:
-        for layer, value in tasks[task].items():
-            if layer not in widths:
-                raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
-            if len(value) != widths[layer]:
-                raise ValueError(
-                    f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}"
-                )
-        if missing := [layer for layer in widths if layer not in tasks[task]]:
-            raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .counts import check_same_layers
 from .storage import load_stacked, save_stacked
+from .tensors import TaskTensors
 
 
-class NeuronMasks(Mapping[str, Mapping[str, Tensor]]):
+class NeuronMasks(TaskTensors):
     """``masks[task][layer]`` is a bool tensor ``[d_ff]``, True for the neurons that are active. A mapping of tasks.
 
     Args:
@@ -26,39 +26,22 @@ class NeuronMasks(Mapping[str, Mapping[str, Tensor]]):
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._masks: dict[str, dict[str, Tensor]] = {}
-        for task, layers in masks.items():
-            self._masks[task] = {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
-        check_same_layers(self._masks)
-
-    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
-        return self._masks[task]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
+        super().__init__(
+            {
+                task: {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
+                for task, layers in masks.items()
+            }
+        )
 
     def __repr__(self) -> str:
         mean = sum(sum(layers.values()) for layers in self.density().values()) / (len(self.tasks) * len(self.layers))
         return f"NeuronMasks({len(self.tasks)} tasks, {len(self.layers)} layers, mean density {mean:.3f})"
 
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks, in the order given."""
-        return list(self._masks)
-
-    @property
-    def layers(self) -> list[str]:
-        """The qualified names of the fc1 modules, in the order of the model."""
-        return list(next(iter(self._masks.values())))
-
     def density(self) -> dict[str, dict[str, float]]:
         """For each task and layer, the share of neurons that are active."""
         return {
             task: {layer: float(mask.sum()) / max(1, len(mask)) for layer, mask in layers.items()}
-            for task, layers in self._masks.items()
+            for task, layers in self._by_task.items()
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -69,11 +52,11 @@ class NeuronMasks(Mapping[str, Mapping[str, Tensor]]):
         """
         stacked = {}
         for layer in self.layers:
-            bits = torch.stack([self._masks[task][layer] for task in self.tasks]).numpy()
+            bits = torch.stack([self._by_task[task][layer] for task in self.tasks]).numpy()
             stacked[layer] = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
         readable = {
             "tasks": self.tasks,
-            "layers": {layer: {"d_ff": len(mask)} for layer, mask in self._masks[self.tasks[0]].items()},
+            "layers": {layer: {"d_ff": len(mask)} for layer, mask in self._by_task[self.tasks[0]].items()},
             "density": {
                 task: [round(value, 4) for value in layers.values()] for task, layers in self.density().items()
             },

@@ -310,6 +310,30 @@ def test_relu_in_secret_is_fine() -> None:
         model(torch.randn(30, 4)).sum().backward()
 
 
+class OtherNames(nn.Module):
+    """A feed-forward block whose attributes have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 80), nn.Linear(80, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+def test_layers_with_other_names_are_profiled_and_specialised_when_they_are_given() -> None:
+    model, names, x = OtherNames(), [("inner", "outer")], torch.randn(30, 4)
+    with pytest.raises(ValueError, match=r"no feed-forward pair found in OtherNames.*inner, outer"):
+        nspec.profile(model, {"t": [x]})
+    masks = nspec.select(nspec.profile(model, {"t": [x]}, layers=names), k=0.5)
+    want = masked_copy(model, masks, "t")(x)
+    nspec.specialize(model, masks, layers=names)
+    with nspec.task(model, "t"):
+        torch.testing.assert_close(model(x), want)
+    with pytest.raises(ValueError, match="outer has 4 outputs, but outer has 80 inputs"):
+        nspec.specialize(OtherNames(), masks, layers=[("outer", "outer")])
+
+
 def test_specialising_twice_and_undoing_nothing_are_errors() -> None:
     model = m2m100()
     with pytest.raises(ValueError, match="is not specialised"):

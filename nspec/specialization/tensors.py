@@ -1,0 +1,61 @@
+"""A tensor for each task and layer, the same layers for every task: what counts and masks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+
+class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
+    """``self[task][layer]`` is a tensor ``[d_ff]``; a mapping of tasks. Subclasses check and copy the values.
+
+    Args:
+        tasks: task -> {qualified name of fc1: tensor}, in the order of the model.
+
+    Raises:
+        ValueError: no task, or tasks with different layers or widths.
+    """
+
+    def __init__(self, tasks: dict[str, dict[str, Tensor]]) -> None:
+        check_same_layers(tasks)
+        self._by_task = tasks
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return self._by_task[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_task)
+
+    def __len__(self) -> int:
+        return len(self._by_task)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order given."""
+        return list(self._by_task)
+
+    @property
+    def layers(self) -> list[str]:
+        """The qualified names of the fc1 modules, in the order of the model."""
+        return list(next(iter(self._by_task.values())))
+
+
+def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises ValueError unless there is a task with layers and all tasks have the same layers, equally wide."""
+    if not tasks:
+        raise ValueError("no task: expected a mapping of at least one task")
+    first, *others = tasks
+    if not tasks[first]:
+        raise ValueError(f"task {first} has no layer")
+    widths = {layer: len(value) for layer, value in tasks[first].items()}
+    for task in others:
+        for layer, value in tasks[task].items():
+            if layer not in widths:
+                raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
+            if len(value) != widths[layer]:
+                raise ValueError(
+                    f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}"
+                )
+        if missing := [layer for layer in widths if layer not in tasks[task]]:
+            raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")
