@@ -1,6 +1,7 @@
 """The feed-forward block of a specialised layer against the dense one: forward + backward, interleaved, in one process.
 
     python bench/ffn.py                       # float32, 4096 tokens, d 512, d_ff 2048, on this machine's CPU
+    python bench/ffn.py --dtype autocast      # bfloat16 products under autocast, as mixed precision trains
     python bench/ffn.py --json runs/ffn.jsonl # also one JSON object per row
 
 Each round times the dense block and then the specialised one, so that drift of the machine cancels; the figures are
@@ -48,7 +49,9 @@ def seconds(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> float:
     for tensor in (x, *model.parameters()):
         tensor.grad = None
     start = time.perf_counter()
-    model(x).backward(dy)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dy.dtype == torch.bfloat16 != x.dtype):
+        y = model(x)
+    y.backward(dy)
     return time.perf_counter() - start
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--d-ff", type=int, default=2048)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "autocast"), default="float32")
     parser.add_argument("--mode", choices=("forward", "update"), default="forward")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.78, 0.9, 0.95, 1.0])
     parser.add_argument("--rounds", type=int, default=25)
@@ -67,10 +70,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     dense = nn.Sequential(nn.Linear(args.d_model, args.d_ff), nn.ReLU(), nn.Linear(args.d_ff, args.d_model)).to(dtype)
     x = torch.randn(args.tokens, args.d_model, dtype=dtype, requires_grad=True)
-    dy = torch.randn(args.tokens, args.d_model, dtype=dtype)
+    # autocast is how mixed precision trains: float32 weights and input, products and output in bfloat16
+    dy = torch.randn(args.tokens, args.d_model, dtype=torch.bfloat16 if args.dtype == "autocast" else dtype)
     models = {density: specialised(dense, density, args.mode) for density in args.densities}
     for model in (dense, *models.values()):
         seconds(model, x, dy)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 WIDTH_MULTIPLE = 64
-IN_PLACE_ABOVE = 0.95  # share of d_ff; see the table in kernels/README.md
+IN_PLACE_ABOVE = 0.98  # share of d_ff; with float32, 4096 tokens, 512 x 2048: compact 1.04x of dense at density 0.95
 
 
 def padded_width(neurons: int, d_ff: int) -> int:
