@@ -88,7 +88,9 @@ class TrainConfig:
     weight_decay: float = option(0.0, "decoupled weight decay")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
-        "auto", "auto: bf16 on a GPU that has it and on a CPU with AMX, else fp32", ("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32",
+        ("auto", "fp32", "bf16"),
     )
     valid_every: int = option(1000, "updates between validations, each with a checkpoint")
     valid_bleu_sentences: int = option(

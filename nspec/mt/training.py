@@ -82,7 +82,7 @@ def train_system(
         logger.info("%s: %s is trained already", system, folder)
         return
     device = distributed.resolve_device(config.run.device)
-    precision = resolve_precision(settings.precision, device)
+    precision = resolve_precision(settings.precision, device, int(getattr(model.config, "hidden_size", 0)))
     if masks is not None and mode is not None:
         nspec.specialize(model, masks, mode=mode)
     if not state.stopped:

@@ -295,14 +295,16 @@ def test_micro_batches_that_the_processes_cannot_share_are_an_error(toy: Toy, mo
         toy.train("odd", accumulate=3)
 
 
-@pytest.mark.parametrize(("amx", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_precision_auto_is_bf16_on_a_cpu_with_matrix_units(
-    amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("amx", "d_model", "precision"), [(True, 512, "bf16"), (True, 256, "fp32"), (False, 512, "fp32")]
+)
+def test_precision_auto_is_bf16_for_wide_models_on_a_cpu_with_matrix_units(
+    amx: bool, d_model: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    assert resolve_precision("auto", torch.device("cpu")) == precision
-    assert resolve_precision("fp32", torch.device("cpu")) == "fp32"
-    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert resolve_precision("auto", torch.device("cpu"), d_model) == precision
+    assert resolve_precision("fp32", torch.device("cpu"), d_model) == "fp32"
+    assert resolve_precision("bf16", torch.device("cpu"), d_model) == "bf16"
 
 
 def test_weight_decay_is_for_matrices_only(toy: Toy) -> None:
