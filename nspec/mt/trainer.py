@@ -132,6 +132,8 @@ def resolve_precision(precision: str, device: torch.device, d_model: int) -> str
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in every torch that is supported
     wide = device.type == "cpu" and d_model >= 512
     return "bf16" if wide and capabilities.get("amx_bf16", False) else "fp32"
