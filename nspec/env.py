@@ -66,10 +66,18 @@ def packages() -> Rows:
 
 
 def operators() -> list[tuple[str, str, str]]:
-    """(operator, backend, reason) for each operator, as an ordinary call would take it now."""
+    """(operator, backend, reason) for each operator, as an ordinary call would take it now on each kind of device."""
+    import torch
+
     from nspec.kernels.common import backend
 
-    return backend.explain()
+    places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    places += [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
+    return [
+        (f"{choice.operator}, {device}, {str(dtype).removeprefix('torch.')}", choice.backend, choice.reason)
+        for device, dtype in places
+        for choice in backend.explain(device, dtype)
+    ]
 
 
 def _processor() -> str:

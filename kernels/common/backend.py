@@ -6,16 +6,40 @@ why it does not; the first that takes it runs. ``reference`` takes every call an
 The environment variable ``NSPEC_BACKEND`` forces the choice: one name for every operator (``reference``), or a list
 such as ``row_sparse_adamw=native,compact_ffn=reference``. A backend that is asked for by name and cannot take a call is
 an error, never a quiet fallback.
+
+``explain=True`` in the call of an operator returns the :class:`Choice` for those arguments instead of computing;
+``nspec env`` prints it for ordinary calls on the devices that there are.
 """
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPERATORS = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer to ``explain=True``: which backend takes a call, and why that one."""
+
+    operator: str
+    backend: str
+    reason: str
+
+
+def never(*_: Any) -> None:
+    """The ``why_not`` of a backend that can be used everywhere."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +48,28 @@ class Backend:
 
     Attributes:
         name: ``reference``, ``native``, ``triton``.
-        implementation: the module or function that computes.
-        refuses: called with the operator's arguments; None if the backend takes the call, else the reason in words.
+        module: where it is, imported when it is first needed: its functions compute, and its ``supports(*args)``, if it
+            has one, gives None or the reason why it does not take these arguments.
+        why_not: asked first, with the operator's arguments; None, or the reason why the module cannot be used here at
+            all (nothing is imported then).
     """
 
     name: str
-    implementation: Any
-    refuses: Callable[..., str | None]
+    module: str
+    why_not: Callable[..., str | None] = never
 
+    @property
+    def implementation(self) -> Any:
+        """The module that computes."""
+        return importlib.import_module(self.module)
 
-def never(*_: Any) -> None:
-    """The ``refuses`` of a backend that takes every call."""
+    def refuses(self, *args: Any) -> str | None:
+        """None if the backend takes the call with these arguments, else the reason in words."""
+        reason = self.why_not(*args)
+        if reason is not None:
+            return reason
+        supports = getattr(self.implementation, "supports", None)
+        return None if supports is None else supports(*args)
 
 
 def requested(operator: str) -> str:
@@ -57,49 +92,70 @@ def requested(operator: str) -> str:
     return choices.get(operator, "auto")
 
 
-def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Backend:
-    """The backend that computes ``operator(*args)``.
+class _Answer(Exception):
+    """Carries a choice out of an operator that was asked to explain and not to compute."""
+
+
+_asked: contextvars.ContextVar[bool] = contextvars.ContextVar("nspec_explain", default=False)
+
+
+def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Any:
+    """The module of the backend that computes ``operator(*args)``.
 
     Raises:
         ValueError: ``NSPEC_BACKEND`` asks for a backend that the operator does not have or that refuses these arguments.
     """
     wanted = requested(operator)
+    passed_over = []
     for backend in backends:
-        if wanted in ("auto", backend.name):
-            reason = backend.refuses(*args)
-            if reason is None:
-                return backend
-            if wanted == backend.name:
-                raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} cannot take it here: {reason}")
+        if wanted not in ("auto", backend.name):
+            continue
+        reason = backend.refuses(*args)
+        if reason is None:
+            if _asked.get():
+                raise _Answer(Choice(operator, backend.name, _why(backend, backends, wanted, passed_over)))
+            return backend.implementation
+        if wanted == backend.name:
+            raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} cannot take it here: {reason}")
+        passed_over.append(f"{backend.name}: {reason}")
     have = ", ".join(backend.name for backend in backends)
     raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} has: {have}")
 
 
-def explain() -> list[tuple[str, str, str]]:
-    """For each operator: its name, the backend that an ordinary float32 call on the CPU takes now, and why."""
-    import importlib
+def _why(taken: Backend, backends: Sequence[Backend], wanted: str, passed_over: Sequence[str]) -> str:
+    if wanted != "auto":
+        return "asked for by NSPEC_BACKEND"
+    if passed_over:
+        return "; ".join(passed_over)
+    return "the only backend of this operator" if len(backends) == 1 else "preferred, and it takes the call"
 
+
+def explainable(operator: Callable[P, R]) -> Callable[P, R]:
+    """Gives a public operator the keyword ``explain``: with True, it returns the :class:`Choice` and does not compute."""
+
+    @functools.wraps(operator)
+    def call(*args: Any, explain: bool = False, **kwargs: Any) -> Any:
+        if not explain:
+            return operator(*args, **kwargs)
+        token = _asked.set(True)
+        try:
+            operator(*args, **kwargs)
+        except _Answer as answer:
+            return answer.args[0]
+        finally:
+            _asked.reset(token)
+        raise AssertionError(f"{operator.__name__} did not choose a backend")
+
+    return call  # type: ignore[return-value]
+
+
+def explain(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
+    """For each operator, which backend an ordinary call takes now on that device and in that dtype, and why."""
     rows = []
     for operator in OPERATORS:
-        op = importlib.import_module(f"nspec.kernels.{operator}.op")
+        example = importlib.import_module(f"nspec.kernels.{operator}.op").example
         try:
-            rows.append((operator, *_explain_one(operator, op.BACKENDS, op.example())))
+            rows.append(example(torch.device(device), dtype))
         except ValueError as error:
-            rows.append((operator, "none", str(error)))
+            rows.append(Choice(operator, "none", str(error)))
     return rows
-
-
-def _explain_one(operator: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> tuple[str, str]:
-    taken = choose(operator, backends, *args)
-    passed_over = []
-    for backend in backends:
-        if backend is taken:
-            break
-        passed_over.append(f"{backend.name}: {backend.refuses(*args) or 'not asked for'}")
-    if requested(operator) != "auto":
-        return taken.name, "asked for by NSPEC_BACKEND"
-    if passed_over:
-        return taken.name, "; ".join(passed_over)
-    if len(backends) == 1:
-        return taken.name, "the only backend of this operator"
-    return taken.name, "preferred, and it takes float32 on the CPU"

@@ -9,6 +9,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,8 +57,10 @@ def _load(library: Path) -> str | None:
     return None
 
 
-def why_not() -> str | None:
+def why_not(*_: Any) -> str | None:
     """Why the native library is not used, in one line; None where it is. The first call loads it.
+
+    It takes, and does not look at, the arguments of an operator: the answer is the same for every call.
 
     Raises:
         RuntimeError: ``NSPEC_NATIVE=require`` and the library cannot be loaded; the message is the reason.

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, gpu
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, choose, never
-from . import reference
+from ..common.backend import Backend, Choice, choose, explainable
 
-BACKENDS = (Backend("reference", reference, never),)
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
-def example() -> tuple[Any, ...]:
-    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
-    index = active_index(torch.arange(128) < 64)
-    return torch.zeros(4, 8), torch.zeros(128, 8), torch.zeros(128), torch.zeros(8, 128), torch.zeros(8), index, None
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes."""
+    make = functools.partial(torch.empty, device=device, dtype=dtype)
+    active = torch.arange(2048, device=device) < 1024
+    weights = make(2048, 512), make(2048), make(512, 2048), make(512)
+    choice: Any = compact_ffn(make(1024, 512), *weights, active, explain=True)  # type: ignore[call-arg]
+    return choice
 
 
 @torch.library.custom_op("nspec::compact_ffn", mutates_args=())
@@ -27,7 +33,7 @@ def _compact_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     args = (x, w1, b1, w2, b2, index, task_offsets)
-    return choose("compact_ffn", BACKENDS, *args).implementation.forward(*args)
+    return choose("compact_ffn", BACKENDS, *args).forward(*args)
 
 
 @_compact_ffn.register_fake
@@ -49,7 +55,7 @@ def _compact_ffn_backward(
     h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
-    return backend.implementation.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+    return backend.backward(dy, x, w1, b1, w2, index, task_offsets, h)
 
 
 @_compact_ffn_backward.register_fake
@@ -88,6 +94,7 @@ def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _compact_ffn.register_autograd(_gradient, setup_context=_save)
 
 
+@explainable
 def compact_ffn(
     x: Tensor,
     w1: Tensor,
@@ -119,6 +126,8 @@ def compact_ffn(
     Returns:
         ``[..., d_out]``. Differentiable once in x and in the weights and biases; inactive rows of the gradient of ``w1``
         are exactly zero.
+
+    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
 
     Raises:
         ValueError: shapes that do not fit, offsets that do not cover the tokens.

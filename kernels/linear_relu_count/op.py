@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, gpu
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, choose, never
+from ..common.backend import Backend, Choice, choose, explainable
 from . import reference
 
-BACKENDS = (Backend("reference", reference, never),)
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
-def example() -> tuple[Any, ...]:
-    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
-    return torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(16), None, None
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes."""
+    make = functools.partial(torch.empty, device=device, dtype=dtype)
+    choice: Any = linear_relu_count(make(1024, 512), make(2048, 512), make(2048), explain=True)  # type: ignore[call-arg]
+    return choice
 
 
 @torch.library.custom_op("nspec::linear_relu_count", mutates_args=())
@@ -25,7 +31,7 @@ def _linear_relu_count(
     x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     args = (x, weight, bias, valid, task_offsets)
-    return choose("linear_relu_count", BACKENDS, *args).implementation.forward(*args)
+    return choose("linear_relu_count", BACKENDS, *args).forward(*args)
 
 
 @_linear_relu_count.register_fake
@@ -62,6 +68,7 @@ def _gradient(ctx: Any, dh: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _linear_relu_count.register_autograd(_gradient, setup_context=_save)
 
 
+@explainable
 def linear_relu_count(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +90,8 @@ def linear_relu_count(
     Returns:
         ``h = relu(x Wᵀ + b)`` ``[..., d_ff]``, and int64 ``[d_ff]`` (``[tasks, d_ff]`` with ``task_offsets``): the number
         of valid tokens with ``h > 0``, taken of the rounded output, exactly. Differentiable in x, weight and bias.
+
+    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
 
     Raises:
         ValueError: shapes that do not fit, offsets that do not cover the tokens.

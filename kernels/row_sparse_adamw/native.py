@@ -23,9 +23,6 @@ def supports(
 
     It takes plain float32 CPU tensors, all contiguous, with ``active`` contiguous bool CPU tensors or None.
     """
-    reason = native.why_not()
-    if reason is not None:
-        return reason
     for name, tensors in (("param", params), ("grad", grads), ("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
         for t in tensors:
             # One expression, because a model has hundreds of parameters and this runs in every step.

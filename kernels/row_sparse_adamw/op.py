@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks
-from ..common.backend import Backend, choose, never
-from . import native, reference
+from ..common import checks, gpu, native
+from ..common.backend import Backend, Choice, choose, explainable
 
-BACKENDS = (Backend("native", native, native.supports), Backend("reference", reference, never))
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
-def example() -> tuple[Any, ...]:
-    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
-    lists = [[torch.zeros(4, 8)] for _ in range(4)]
-    return *lists, [torch.ones(4, dtype=torch.bool)]
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes; parameters and moments are in ``dtype``."""
+    lists = [[torch.empty(2048, 512, device=device, dtype=dtype)] for _ in range(4)]
+    active = [torch.ones(2048, device=device, dtype=torch.bool)]
+    choice: Any = row_sparse_adamw_(*lists, active, step=1, lr=0.1, explain=True)  # type: ignore[call-arg]
+    return choice
 
 
 @torch.library.custom_op("nspec::row_sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -36,7 +41,7 @@ def _row_sparse_adamw(
     weight_decay: float,
 ) -> None:
     backend = choose("row_sparse_adamw", BACKENDS, params, grads, exp_avgs, exp_avg_sqs, active)
-    backend.implementation.row_sparse_adamw_(
+    backend.row_sparse_adamw_(
         params,
         grads,
         exp_avgs,
@@ -55,6 +60,7 @@ def _(*_: Any) -> None:
     return None
 
 
+@explainable
 @torch.no_grad()
 def row_sparse_adamw_(
     params: Sequence[Tensor],
@@ -83,6 +89,8 @@ def row_sparse_adamw_(
         betas: decay rates of the moments.
         eps: added to the denominator, after bias correction.
         weight_decay: decoupled weight decay.
+
+    With ``explain=True`` it changes nothing and returns the :class:`Choice` of the backend for these arguments.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, ``step`` below 1.

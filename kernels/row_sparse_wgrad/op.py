@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common import checks
-from ..common.backend import Backend, choose, never
-from . import reference
+from ..common import checks, gpu
+from ..common.active import active_index, rows_of
+from ..common.backend import Backend, Choice, choose, explainable
 
-BACKENDS = (Backend("reference", reference, never),)
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
-def example() -> tuple[Any, ...]:
-    """Arguments of an ordinary float32 call on the CPU, for the explanation of the choice of backend."""
-    return torch.zeros(4, 16), torch.zeros(4, 8), torch.ones(1, 16, dtype=torch.bool), None
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes."""
+    make = functools.partial(torch.empty, device=device, dtype=dtype)
+    active = torch.arange(2048, device=device) < 1024
+    choice: Any = row_sparse_wgrad(make(1024, 2048), make(1024, 512), active, explain=True)  # type: ignore[call-arg]
+    return choice
 
 
 @torch.library.custom_op("nspec::row_sparse_wgrad", mutates_args=())
-def _row_sparse_wgrad(dh: Tensor, x: Tensor, active: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    args = (dh, x, active, task_offsets)
-    return choose("row_sparse_wgrad", BACKENDS, *args).implementation.forward(*args)
+def _row_sparse_wgrad(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    args = (dh, x, index, task_offsets)
+    return choose("row_sparse_wgrad", BACKENDS, *args).forward(*args)
 
 
 @_row_sparse_wgrad.register_fake
-def _(dh: Tensor, x: Tensor, active: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     return dh.new_empty((dh.shape[1], x.shape[1])), dh.new_empty(dh.shape[1])
 
 
+@torch.library.custom_op("nspec::row_sparse_wgrad_add_", mutates_args=("total",))
+def _row_sparse_wgrad_add(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+    args = (dh, x, index, task_offsets)
+    return choose("row_sparse_wgrad", BACKENDS, *args).accumulate(total, *args)
+
+
+@_row_sparse_wgrad_add.register_fake
+def _(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+    return dh.new_empty(dh.shape[1])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    dh, x, active, task_offsets = inputs
-    ctx.offsets = task_offsets
-    ctx.save_for_backward(dh, x, active)
+    dh, x, index, task_offsets = inputs
+    ctx.save_for_backward(dh, x, index, task_offsets)
 
 
 def _gradient(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
     """The operator is bilinear: with G = m ⊙ ddw per task, d(dh) = x Gᵀ + ddb and dx = dh G."""
-    dh, x, active = ctx.saved_tensors
+    dh, x, index, task_offsets = ctx.saved_tensors
     d_dh, dx = ddb.expand_as(dh).clone(), torch.zeros_like(x)
-    for set_, (start, stop) in zip(active, checks.segments(ctx.offsets, dh.shape[0])):
-        masked = ddw * set_[:, None]
+    for set_, (start, stop) in zip(index, checks.segments(task_offsets, dh.shape[0])):
+        rows = rows_of(set_)
+        masked = torch.zeros_like(ddw).index_copy_(0, rows, ddw.index_select(0, rows))
         d_dh[start:stop] += x[start:stop] @ masked.t()
         dx[start:stop] = dh[start:stop] @ masked
     return d_dh, dx, None, None
@@ -50,8 +68,15 @@ def _gradient(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
 _row_sparse_wgrad.register_autograd(_gradient, setup_context=_save)
 
 
+@explainable
 def row_sparse_wgrad(
-    dh: Tensor, x: Tensor, active: Tensor, *, task_offsets: Tensor | None = None
+    dh: Tensor,
+    x: Tensor,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient of a linear layer whose outputs are only partly trained, and its dense bias gradient.
 
@@ -60,15 +85,20 @@ def row_sparse_wgrad(
         x: the layer's input, ``[tokens, d_in]``, same dtype.
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
+        add_to: float32 ``[d_ff, d_in]``, a gradient to which the new one is added in place, summed in float32; its other
+            rows are neither read nor written. Returned as ``dw``. Not differentiable.
 
     Returns:
         ``dw [d_ff, d_in]``: the sum over tasks of ``dhᵀ x`` over the rows active for the task, all other rows exactly
         zero and not computed; ``db [d_ff]``: the sum of ``dh`` over tokens for every neuron, since the bias is never
         masked.
 
+    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
+
     Raises:
         ValueError: shapes that do not fit, offsets that do not cover the tokens.
-        TypeError: ``active`` that is not bool, inputs of different dtypes.
+        TypeError: ``active`` that is not bool, inputs of different dtypes, ``add_to`` that is not float32.
 
     Example:
         >>> dw, db = row_sparse_wgrad(torch.ones(3, 2), torch.ones(3, 4), torch.tensor([True, False]))
@@ -80,4 +110,11 @@ def row_sparse_wgrad(
     checks.active_sets(active, dh.shape[1], task_offsets)
     if dh.dtype != x.dtype:
         raise TypeError(f"dh has dtype {dh.dtype} and x {x.dtype}, expected one dtype")
-    return _row_sparse_wgrad(dh, x, active if active.dim() == 2 else active[None], task_offsets)
+    if index is None:
+        index = active_index(active)
+    if add_to is None:
+        return _row_sparse_wgrad(dh, x, index, task_offsets)
+    checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
+    if add_to.dtype != torch.float32:
+        raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
+    return add_to, _row_sparse_wgrad_add(add_to, dh, x, index, task_offsets)

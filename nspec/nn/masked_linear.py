@@ -33,7 +33,9 @@ class _MaskedLinear(torch.autograd.Function):
     """Forward over the active rows (or dense), gradient of the weight over the active rows only."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: Tensor, masked: bool) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: Tensor, index: Tensor, masked: bool
+    ) -> Tensor:
         if not masked:
             return F.linear(x, weight, bias)
         y = x.new_zeros((x.shape[0], weight.shape[0])) if bias is None else bias.repeat(x.shape[0], 1)
@@ -42,16 +44,16 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, active, rows, ctx.masked = inputs
+        x, weight, bias, active, rows, index, ctx.masked = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, active, rows)
+        ctx.save_for_backward(x, weight, active, rows, index)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, active, rows = ctx.saved_tensors
+        x, weight, active, rows, index = ctx.saved_tensors
         dx = dy.index_select(1, rows) @ weight.index_select(0, rows) if ctx.masked else dy @ weight
-        dw, db = row_sparse_wgrad(dy.contiguous(), x, active)
-        return dx, dw, db if ctx.has_bias else None, None, None, None
+        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index)
+        return dx, dw, db if ctx.has_bias else None, None, None, None, None
 
 
 class MaskedLinear(nn.Linear):
@@ -130,7 +132,8 @@ class MaskedLinear(nn.Linear):
         active = self._active.on(self.weight.device)
         x, weight, bias = cast_inputs(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        y = _MaskedLinear.apply(flat, weight, bias, active.active, active.rows, self.mode == "forward")
+        sets = active.active, active.rows, active.index
+        y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward")
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nspec.kernels.common.active import active_index
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 from nspec.kernels.row_sparse_wgrad.op import _row_sparse_wgrad
 
@@ -61,7 +62,7 @@ def test_it_has_gradients_of_its_own() -> None:
 
 def test_schema_fake_and_autograd_pass_opcheck_and_it_compiles() -> None:
     dh, x, active = integers(6, 7).requires_grad_(), integers(6, 4, seed=1).requires_grad_(), some(7, 0.5)
-    torch.library.opcheck(_row_sparse_wgrad, (dh, x, active[None], None))
+    torch.library.opcheck(_row_sparse_wgrad, (dh, x, active_index(active), None))
     compiled = torch.compile(row_sparse_wgrad, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(dh, x, active)[0], row_sparse_wgrad(dh, x, active)[0])
 
