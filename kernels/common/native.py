@@ -89,3 +89,15 @@ def require() -> None:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"the native library is not used: {reason}")
+
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass (DTensor, FakeTensor, ...) has its own idea of where its data is
+
+
+def refuses_tensors(*tensors: torch.Tensor | None) -> str | None:
+    """Why the native operators do not take these tensors: they take plain CPU ones of float32, bfloat16, float16."""
+    for t in tensors:
+        if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype in _TYPES):
+            return f"a tensor is a {type(t).__name__} of {t.dtype} on {t.device}"
+    return None

@@ -1,4 +1,4 @@
-// Operators of the native library: their schemas. Each is implemented in the file that has its name.
+// Operators of the native library: their schemas, and the files that implement them.
 //
 // Only PyTorch's stable ABI is used (torch/csrc/stable, torch/headeronly), so one build serves every PyTorch from 2.10
 // on and every Python. The Python side, with shape checks and the public docstring, is kernels/<operator>/native.py.
@@ -14,6 +14,14 @@ extern "C" __attribute__((visibility("default"), used)) const char nspec_native_
     "nspec-native-build: torch " NSPEC_TORCH_VERSION ";";
 
 STABLE_TORCH_LIBRARY(nspec_native, m) {
+  // linear_relu_count.cpp; `valid` without elements: every token counts
+  m.def("relu_count_(Tensor(a!) h, Tensor valid, Tensor task_offsets, Tensor(b!) counts) -> ()");
+  // compact.cpp; `sums`, `transposed` and `r` without elements are not wanted
+  m.def("pack_columns(Tensor source, Tensor index, bool transposed, Tensor(a!) packed, Tensor(b!) sums) -> ()");
+  m.def("relu_backward_(Tensor(a!) dh, Tensor h, Tensor(b!) transposed, Tensor(c!) sums) -> ()");
+  m.def("expand_rows_(Tensor(a!) matrix, Tensor index) -> ()");
+  m.def("expand_columns_(Tensor(a!) matrix, Tensor index, int packed, Tensor s, Tensor r) -> ()");
+  // row_sparse_adamw.cpp
   m.def(
       "row_sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor[] active, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");

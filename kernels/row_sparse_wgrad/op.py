@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu
+from ..common import checks, gpu, native
 from ..common.active import active_index, rows_of
 from ..common.backend import Backend, Choice, choose, explainable
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )
 

@@ -1,0 +1,186 @@
+"""How Triton kernels are launched here: for which target, with which workspace, and what the compile check compiles.
+
+A *target* names a family of devices that share block sizes (:func:`target_of`). Each ``triton.py`` has one function that
+chooses the block sizes for a target; the launch uses it, and so does its ``shipped(target)``, which lists every kernel
+and configuration that can be launched there. ``tests/kernels/compiled`` compiles that list without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import checks, gpu
+
+#: Largest shared memory of one program, in bytes, for each target whose kernels are compiled in the tests.
+SHARED_LIMIT = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+#: NVIDIA devices with 100 KB: 8.6, 8.9 and 12.x. Compiled for 8.6, the oldest of them.
+SMALL = "cuda:86"
+SHARED_LIMIT_SMALL = 101376
+INTERPRETER = "interpreter"
+
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One kernel as it can be launched on a target.
+
+    Attributes:
+        name: what it is, unique in the operator: ``"forward bf16 128x256"``.
+        kernel: the function under ``triton.jit``.
+        signature: Triton type of each argument that is no constexpr, in any order: ``{"x": "*bf16", "tokens": "i32"}``.
+        launch: what the launch gives by keyword: constexprs, and ``num_warps``, ``num_stages``, ``enable_fp_fusion``.
+        divisible: arguments that are multiples of 16 (addresses of fresh tensors are; integers under
+            ``do_not_specialize`` must not be named).
+        expect: what the machine code must have beside no spills, of ``product16`` (tensor cores on 16-bit operands, wide
+            loads in the main loop), ``product32`` (wide loads alone), ``count`` (few shuffles), ``stream`` (all
+            accesses to the tensors 128 bits wide), ``unfused`` (no multiply-add that the source does not have).
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    launch: Mapping[str, Any]
+    divisible: Sequence[str] = ()
+    expect: Sequence[str] = field(default=())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's options among ``launch``."""
+        return {name: value for name, value in self.launch.items() if name in _OPTIONS}
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """The kernel's constants among ``launch``."""
+        return {name: value for name, value in self.launch.items() if name not in _OPTIONS}
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to ``dtype``: ``"*bf16"``."""
+    return "*" + _TYPES[dtype]
+
+
+@functools.cache
+def _target_of(kind: str, index: int) -> str:
+    if gpu.interpreted():
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return "hip:gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) in ((8, 0), (8, 7)):
+        return "cuda:80"
+    if major == 8 or major >= 12:
+        return SMALL
+    return "cuda:90" if major == 9 else "cuda:100"
+
+
+def _index(device: torch.device) -> int:
+    if device.type == "cpu":
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def target_of(device: torch.device) -> str:
+    """The target whose configurations run on ``device``.
+
+    The interpreter has its own; ROCm devices share gfx942's; an NVIDIA device has that of the nearest compute capability
+    not above its own, except those with 100 KB of shared memory (8.6, 8.9, 12.x), which have ``SMALL``.
+    """
+    return _target_of(device.type, _index(device))
+
+
+@functools.cache
+def _processors(kind: str, index: int) -> int:
+    # Few in the interpreter, so that one program has several tiles, as on a device.
+    return 3 if kind == "cpu" else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run side by side when each fills a multiprocessor: the grid of a persistent kernel."""
+    return _processors(device.type, _index(device))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> None:
+    """Runs ``kernel[grid](*args, **keywords)`` on ``device`` and its current stream.
+
+    Kernels that make tensor descriptors get their workspace from PyTorch's allocator; a user's ``triton.set_allocator``
+    holds again afterwards.
+    """
+    # set_allocator sets a context variable and has no inverse, hence a context of its own.
+    contextvars.copy_context().run(_launch, kernel, grid, device, args, keywords)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Sequence[Any], keywords: Any) -> None:
+    def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)  # PyTorch aligns to 512 bytes, descriptors need 128
+
+    triton.set_allocator(workspace)
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        kernel[grid](*args, **keywords)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: TF32 for float32 where PyTorch's own products may use it, else ``ieee``."""
+    matmul = torch.backends.cuda.matmul
+    # allow_tf32 cannot be read any more once a user has set fp32_precision (PyTorch 2.9).
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+
+
+def unit(dtype: torch.dtype) -> int:
+    """Elements in 16 bytes: what a descriptor's row stride is a multiple of, and what one wide access moves."""
+    return 16 // dtype.itemsize
+
+
+def padded(size: int, dtype: torch.dtype) -> int:
+    """``size`` elements, rounded up to whole 16 bytes."""
+    return -(-size // unit(dtype)) * unit(dtype)
+
+
+def rows16(matrix: Tensor) -> Tensor:
+    """``matrix [rows, columns]`` as tensor descriptors and wide loads need it: every row begins at a multiple of 16 bytes.
+
+    Returns:
+        ``matrix`` itself, also when it is a view with wider rows, if it fits; else a copy ``[rows, padded(columns)]``
+        whose further columns are zero, so that they add nothing to a product. A copy moves each element twice, little
+        beside a matrix product.
+    """
+    rows, columns = matrix.shape
+    width = padded(columns, matrix.dtype)
+    step = unit(matrix.dtype)
+    if width == columns and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0:
+        # The stride of a single row says nothing, yet becomes a descriptor's: it has to reach over the row.
+        if matrix.stride(0) % step == 0 and matrix.stride(0) >= columns:
+            return matrix
+    copy = matrix.new_empty((rows, width))
+    copy[:, :columns] = matrix
+    copy[:, columns:] = 0
+    return copy
+
+
+def offsets_on(task_offsets: Tensor, tokens: int, device: torch.device) -> Tensor:
+    """``task_offsets`` int64 ``[tasks + 1]`` on ``device``, without waiting for the device.
+
+    Raises:
+        ValueError: they are on the CPU and do not rise from 0 to ``tokens``. On a device nobody looks: that would wait.
+    """
+    if task_offsets.device.type == "cpu":
+        checks.segments(task_offsets, tokens)
+    return task_offsets.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()

@@ -1,0 +1,256 @@
+"""Tokens sorted by task, and columns by active set: what the kernels of ``row_sparse_wgrad`` and ``compact_ffn`` share.
+
+The tokens of each task are cut into tiles of their own, so that no tile has tokens of two tasks. How many tiles there are
+depends on the offsets, which may be on the device and are never read by the host: grids come from :func:`most_tiles`, an
+upper bound, and a program finds its tile by :func:`token_tile`. The order of every sum follows from the offsets alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import launch
+
+TOKENS = 64  # tokens of a tile in the kernels here
+COLUMNS = 128
+
+
+class Tile(NamedTuple):
+    """Block sizes of a product: rows, columns and depth of a step, rows of tiles that go together, warps, stages."""
+
+    m: int
+    n: int
+    k: int
+    group: int
+    warps: int
+    stages: int
+
+    def keywords(self, precision: str) -> dict[str, object]:
+        """What a launch of the product gives by keyword."""
+        return {
+            "M": self.m,
+            "N": self.n,
+            "K": self.k,
+            "GROUP": self.group,
+            "PRECISION": precision,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+class Tasks(NamedTuple):
+    """The tokens of a call by task; ``offsets`` is None for one task, else int64 ``[count + 1]`` on the device."""
+
+    tokens: int
+    count: int
+    offsets: Tensor | None
+
+    def most_tiles(self, size: int) -> int:
+        """The most tiles of ``size`` tokens that these tasks can need, wherever one ends and the next begins."""
+        return triton.cdiv(self.tokens, size) + self.count - 1
+
+
+@triton.jit
+def task_tokens(offsets_ptr, task, tokens, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first token of a task and the first behind it."""
+    if GROUPED:
+        start = tl.load(offsets_ptr + task).to(tl.int32)
+        return start, tl.load(offsets_ptr + task + 1).to(tl.int32)
+    else:
+        return 0, tokens
+
+
+@triton.jit
+def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The task of a tile of ``size`` tokens, its first token, and the first token behind the task.
+
+    Beyond the last tile, the first token is not below the one behind the task.
+    """
+    if GROUPED:
+        task = tl.zeros((), tl.int32)
+        start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
+        count = tl.cdiv(stop - start, size)
+        while (tile >= count) & (task < tasks - 1):
+            tile -= count
+            task += 1
+            start = stop
+            stop = tl.load(offsets_ptr + task + 1).to(tl.int32)
+            count = tl.cdiv(stop - start, size)
+        return task, start + tile * size, stop
+    else:
+        return tl.zeros((), tl.int32), tile * size, tokens
+
+
+@triton.jit
+def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tiles the tasks before ``task`` have."""
+    count = tl.zeros((), tl.int32)
+    if GROUPED:
+        for earlier in range(task):
+            start, stop = task_tokens(offsets_ptr, earlier, tokens, GROUPED)
+            count += tl.cdiv(stop - start, size)
+    return count
+
+
+@triton.jit
+def places_kernel(index_ptr, places_ptr, width, d_ff, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """places[task, index[task, p]] = p."""
+    task = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    neuron = tl.load(index_ptr + task * width + place, mask=place < width, other=-1)
+    tl.store(places_ptr + task * d_ff + neuron, place, mask=neuron >= 0)
+
+
+def places_of(index: Tensor, d_ff: int) -> Tensor:
+    """Where each neuron is in its task's row of ``index [tasks, width]``: int32 ``[tasks, d_ff]``, -1 for nowhere."""
+    tasks, width = index.shape
+    places = torch.full((tasks, d_ff), -1, dtype=torch.int32, device=index.device)
+    if width:
+        grid = (tasks, triton.cdiv(width, 256))
+        launch(places_kernel, grid, index.device, index, places, width, d_ff, BLOCK=256, num_warps=4)
+    return places
+
+
+@triton.jit
+def pack_columns_kernel(  # type: ignore[no-untyped-def]
+    dense_ptr,
+    packed_ptr,
+    sums_ptr,
+    index_ptr,
+    places_ptr,
+    offsets_ptr,
+    tokens,
+    tasks,
+    columns,
+    width,
+    dense_stride,
+    packed_stride,
+    GROUPED: tl.constexpr,
+    PACK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile of tokens, one block of columns: their sums over the tokens, and the active ones among them, compact."""
+    tile = tl.program_id(0)
+    task, first, stop = token_tile(offsets_ptr, tile, TOKENS, tokens, tasks, GROUPED)
+    token = first + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = column < columns
+    there = (token < stop)[:, None]
+    row_ptr = dense_ptr + token.to(tl.int64)[:, None] * dense_stride
+    dense = tl.load(row_ptr + column[None, :], mask=there & real[None, :], other=0.0)
+    tl.store(sums_ptr + tile.to(tl.int64) * columns + column, tl.sum(dense.to(tl.float32), axis=0), mask=real)
+    if PACK:
+        # The active columns of the block have neighbouring places. They are read again, place by place (the cache has
+        # them): so both the reads and the writes of a warp fall into few lines.
+        place = tl.load(places_ptr + task.to(tl.int64) * columns + column, mask=real, other=-1)
+        target = tl.min(tl.where(place < 0, width, place)) + tl.arange(0, COLUMNS)
+        wanted = target <= tl.max(place)
+        neuron = tl.load(index_ptr + task.to(tl.int64) * width + target, mask=wanted, other=-1)
+        picked = tl.load(row_ptr + neuron[None, :], mask=there & (neuron >= 0)[None, :], other=0.0)
+        packed = packed_ptr + token.to(tl.int64)[:, None] * packed_stride + target[None, :]
+        tl.store(packed, picked, mask=there & wanted[None, :])
+
+
+def pack_columns(dense: Tensor, index: Tensor, places: Tensor, tasks: Tasks, width: int) -> tuple[Tensor, Tensor]:
+    """The columns of ``dense [tokens, d_ff]`` that are active for each token's task, and the sums of all of them.
+
+    Args:
+        dense: last stride 1.
+        index, places: of the tasks' active sets.
+        tasks: at least one token.
+        width: columns of the result, at least those of ``index``.
+
+    Returns:
+        ``[tokens, width]`` in the layout of ``index``, its padding undefined; float32 ``[tiles, d_ff]``, the sums over
+        tiles of tokens (see :func:`task_sums`).
+    """
+    packed = dense.new_empty((dense.shape[0], width))
+    return packed, _sums(dense, tasks, packed, index, places)
+
+
+def tile_sums(dense: Tensor, tasks: Tasks) -> Tensor:
+    """The sums of the columns of ``dense [tokens, columns]`` over tiles of TOKENS tokens: float32 ``[tiles, columns]``."""
+    return _sums(dense, tasks, None, None, None)
+
+
+def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | None, places: Tensor | None) -> Tensor:
+    columns = dense.shape[1]
+    tiles = tasks.most_tiles(TOKENS)
+    sums = torch.empty((tiles, columns), dtype=torch.float32, device=dense.device)
+    launch(
+        pack_columns_kernel,
+        (tiles, triton.cdiv(columns, COLUMNS)),
+        dense.device,
+        dense,
+        packed,
+        sums,
+        index,
+        places,
+        tasks.offsets,
+        tasks.tokens,
+        tasks.count,
+        columns,
+        0 if index is None else index.shape[1],
+        dense.stride(0),
+        0 if packed is None else packed.stride(0),
+        **columns_launch(tasks.offsets is not None, packed is not None),
+    )
+    return sums
+
+
+def columns_launch(grouped: bool, pack: bool) -> dict[str, object]:
+    """What a launch of ``pack_columns_kernel`` gives by keyword."""
+    return {"GROUPED": grouped, "PACK": pack, "TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": 4}
+
+
+@triton.jit
+def task_sums_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr,
+    out_ptr,
+    offsets_ptr,
+    tokens,
+    columns,
+    size,
+    GROUPED: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sums of a task's tiles, in their order."""
+    task = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = (column < columns)[None, :]
+    start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
+    first = tiles_before(offsets_ptr, task, size, tokens, GROUPED)
+    last = first + tl.cdiv(stop - start, size)
+    total = tl.zeros((TILES, COLUMNS), tl.float32)
+    for begin in range(first, last, TILES):
+        tile = begin + tl.arange(0, TILES)
+        part = sums_ptr + tile.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(part, mask=(tile < last)[:, None] & real, other=0.0)
+    tl.store(out_ptr + task.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+def task_sums(sums: Tensor, tasks: Tasks, size: int = TOKENS) -> Tensor:
+    """Sums over tiles of ``size`` tokens, float32 ``[tiles, columns]``, added up by task: float32 ``[tasks, columns]``."""
+    columns = sums.shape[1]
+    out = torch.empty((tasks.count, columns), dtype=torch.float32, device=sums.device)
+    grid = (tasks.count, triton.cdiv(columns, COLUMNS))
+    args = (sums, out, tasks.offsets, tasks.tokens, columns, size)
+    launch(task_sums_kernel, grid, sums.device, *args, **task_sums_launch(tasks.offsets is not None))
+    return out
+
+
+def task_sums_launch(grouped: bool) -> dict[str, object]:
+    """What a launch of ``task_sums_kernel`` gives by keyword."""
+    return {"GROUPED": grouped, "TILES": 16, "COLUMNS": COLUMNS, "num_warps": 4}
+
+
+def whole(matrix: Tensor, columns: int) -> Tensor:
+    """``matrix [rows, columns]``, contiguous, without the further columns that padding to 16 bytes gave it."""
+    return matrix[:, :columns].contiguous()

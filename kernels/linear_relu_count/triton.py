@@ -1,0 +1,325 @@
+"""One persistent Triton kernel: the product, bias, ReLU, rounding, and the counts of the rounded output.
+
+Neurons lie along M of the matrix product and tokens along N (``acc[neuron, token]``): the sum over tokens then runs along
+the accumulator's rows, nearly all of it within a thread. The other way round it crosses warps. ``h [tokens, d_ff]`` is
+stored through a transposed tile.
+
+Counts are added with relaxed integer atomics. Integer addition does not depend on the order, so the result is the same
+every time, without the workspace and the second kernel that sums of floats need.
+
+The operands are read through tensor descriptors, TMA on NVIDIA since 9.0 and asynchronous or plain copies elsewhere.
+Matrices whose rows do not begin at multiples of 16 bytes are copied into rows that do (``rows16``); where ``d_ff`` itself
+is no multiple of 16 bytes, ``h`` is computed in wider rows and copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.triton_launch import (
+    INTERPRETER,
+    SMALL,
+    Shipped,
+    launch,
+    offsets_on,
+    padded,
+    pointer,
+    precision,
+    processors,
+    rows16,
+    target_of,
+    unit,
+)
+from ..common.triton_tile import tile_order
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LARGE = ("cuda:80", "cuda:90")  # whose shared memory holds a 128x128 tile of float32
+_LIMIT = 2**31 - 512  # coordinates of a descriptor are int32, and the last tile may reach over the edge
+
+
+@triton.jit(do_not_specialize=["tokens", "d_ff", "inner", "h_row", "x_row", "w_row"])
+def _forward(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    valid,
+    tile_task,
+    h,
+    counts,
+    tokens,
+    d_ff,
+    inner,
+    h_row,
+    x_row,
+    w_row,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_TASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    # inner and the row strides count units of 16 bytes: multiplied here, the compiler knows that they are multiples of
+    # that and reads 16 bytes at a time. It compiles once for all sizes.
+    d_in = inner * UNIT
+    w_tiles = tl.make_tensor_descriptor(
+        weight, shape=[d_ff, d_in], strides=[w_row.to(tl.int64) * UNIT, 1], block_shape=[BM, BK]
+    )
+    x_tiles = tl.make_tensor_descriptor(
+        x, shape=[tokens, d_in], strides=[x_row.to(tl.int64) * UNIT, 1], block_shape=[BN, BK]
+    )
+    h_tiles = tl.make_tensor_descriptor(
+        h, shape=[tokens, h_row * UNIT], strides=[h_row.to(tl.int64) * UNIT, 1], block_shape=[BN, BM]
+    )
+    rows = tl.cdiv(d_ff, BM)
+    columns = tl.cdiv(tokens, BN)
+    steps = tl.cdiv(d_in, BK)
+    programs = tl.num_programs(0)
+    # The loop is flattened into one over all steps of all tiles. What follows the product runs while the next tile's
+    # operands are on their way, and needs the number of its own tile.
+    done = tl.program_id(0) - programs
+    for tile in tl.range(tl.program_id(0), rows * columns, programs, flatten=FLATTEN):
+        row, column = tile_order(tile, rows, columns, GROUP)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(steps):
+            a = w_tiles.load([row * BM, k * BK])
+            b = x_tiles.load([column * BN, k * BK])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        done += programs
+        row, column = tile_order(done, rows, columns, GROUP)
+        neuron = row * BM + tl.arange(0, BM)
+        token = column * BN + tl.arange(0, BN)
+        if HAS_BIAS:
+            acc += tl.load(bias + neuron, mask=neuron < d_ff, other=0.0).to(tl.float32)[:, None]
+        # torch.relu(NaN) is NaN; by default tl.maximum gives 0.
+        out = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL).to(h.dtype.element_ty)
+        h_tiles.store([column * BN, row * BM], tl.trans(out))
+        counted = token < tokens
+        if HAS_VALID:
+            counted &= tl.load(valid + token, mask=counted, other=0) != 0
+        n = tl.sum(((out.to(tl.float32) > 0) & counted[None, :]).to(tl.int32), axis=1).to(tl.int64)
+        if HAS_TASKS:
+            # No loop over the tasks of a tile here: the compiler cannot flatten a loop that holds another region.
+            task = tl.load(tile_task + column)
+            counts_of = counts + tl.maximum(task, 0).to(tl.int64) * d_ff
+            tl.atomic_add(counts_of + neuron, n, mask=(neuron < d_ff) & (task >= 0), sem="relaxed")
+        else:
+            tl.atomic_add(counts + neuron, n, mask=neuron < d_ff, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["tokens", "tasks", "columns"])
+def _tile_tasks(offsets, tile_task, tokens, tasks, columns, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For each tile of BN tokens the task that all its tokens belong to, or -1 where they belong to several."""
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begin = tile * BN
+    after = tl.zeros((BLOCK,), tl.int32)
+    for task in range(1, tasks):
+        after += (tl.load(offsets + task) <= begin).to(tl.int32)
+    stop = tl.load(offsets + after + 1, mask=tile < columns, other=0)
+    tl.store(tile_task + tile, tl.where(stop >= tl.minimum(begin + BN, tokens), after, -1), mask=tile < columns)
+
+
+@triton.jit(do_not_specialize=["tokens", "d_ff", "h_row"])
+def _count_straddling(  # type: ignore[no-untyped-def]
+    h,
+    valid,
+    offsets,
+    counts,
+    tokens,
+    d_ff,
+    h_row,
+    BN: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds to the counts of task ``program_id(0)`` its tokens in tiles that it shares with other tasks.
+
+    Those are tokens up to the first multiple of BN and from the last one: no other program touches these counts.
+    """
+    task = tl.program_id(0)
+    # Offsets on a device are not checked. Wrong ones give wrong counts, but nothing outside h is read.
+    begin = tl.maximum(tl.load(offsets + task), 0).to(tl.int32)
+    end = tl.minimum(tl.load(offsets + task + 1), tokens).to(tl.int32)
+    # A tile that ends with the last token is shared only if the task begins within it.
+    head = tl.minimum(tl.cdiv(begin, BN) * BN, end)
+    tail = tl.where(end < tokens, tl.maximum(end // BN * BN, head), end)
+    neuron = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = neuron < h_row * UNIT
+    n = tl.zeros((COLUMNS,), tl.int32)
+    for part in range(2):
+        start = tl.where(part == 0, begin, tail)
+        stop = tl.where(part == 0, head, end)
+        for at in range(start, stop, ROWS):
+            token = at + tl.arange(0, ROWS)
+            counted = token < stop
+            rows = h + token.to(tl.int64)[:, None] * (h_row.to(tl.int64) * UNIT)
+            value = tl.load(rows + neuron[None, :], mask=counted[:, None] & inside[None, :], other=0.0)
+            if HAS_VALID:
+                counted &= tl.load(valid + token, mask=counted, other=0) != 0
+            n += tl.sum(((value.to(tl.float32) > 0) & counted[:, None]).to(tl.int32), axis=0)
+    place = counts + task.to(tl.int64) * d_ff + neuron
+    keep = neuron < d_ff
+    tl.store(place, tl.load(place, mask=keep, other=0) + n.to(tl.int64), mask=keep)
+
+
+def _tiles(target: str, dtype: torch.dtype, precise: str) -> list[dict[str, Any]]:
+    """The launch keywords for a target, the larger tiles first; the last is for few tokens or neurons."""
+
+    def tile(bm: int, bn: int, bk: int, warps: int, stages: int, flatten: bool = True) -> dict[str, Any]:
+        sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "FLATTEN": flatten}
+        return {**sizes, "UNIT": unit(dtype), "PRECISION": precise, "num_warps": warps, "num_stages": stages}
+
+    if target == INTERPRETER:
+        return [tile(64, 64, 32, 4, 1), tile(32, 32, 16, 4, 1)]
+    # Where the flattened loop is left out it spills (10.0) or takes twice the shared memory (gfx942), compiled for them.
+    flat = target not in ("cuda:100", "hip:gfx942")
+    if dtype == torch.float32:
+        small = tile(64, 64, 16 if precise == "ieee" else 32, 4, 2, flat)
+        # ieee has no tensor cores: accumulator and operands share the registers.
+        return [tile(128, 128, 32, 8, 3), small] if precise == "tf32" and target in _LARGE else [small]
+    return {
+        "cuda:80": [tile(128, 128, 64, 8, 3), tile(64, 64, 64, 4, 3)],
+        SMALL: [tile(128, 128, 32, 8, 3), tile(64, 64, 32, 4, 3)],
+        # At 790 TFLOP/s 128x256 asks 9.3 TB/s of the L2 cache, 128x128 12.3 TB/s.
+        "cuda:90": [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 4, 3)],
+        # On 10.0 the transposed store aborts the compiler with 8 warps, and 128x256 spills with 4 (Triton 3.6 and 3.7).
+        "cuda:100": [tile(128, 128, 64, 4, 4, flat)],
+        "hip:gfx942": [tile(128, 128, 64, 8, 2, flat), tile(64, 64, 64, 4, 2, flat)],
+    }[target]
+
+
+def _choose(tiles: list[dict[str, Any]], d_ff: int, tokens: int, programs: int) -> dict[str, Any]:
+    """The largest tiles that give every multiprocessor one; else the smallest."""
+    for tile in tiles:
+        if triton.cdiv(d_ff, tile["BM"]) * triton.cdiv(tokens, tile["BN"]) >= programs:
+            return tile
+    return tiles[-1]
+
+
+def _tile_tasks_keywords(tile: dict[str, Any]) -> dict[str, Any]:
+    return {"BN": tile["BN"], "BLOCK": 128, "num_warps": 4}
+
+
+def _straddling_keywords(tile: dict[str, Any], has_valid: bool) -> dict[str, Any]:
+    sizes = {"BN": tile["BN"], "UNIT": tile["UNIT"], "ROWS": 32, "COLUMNS": 128}
+    return {**sizes, "HAS_VALID": has_valid, "num_warps": 4}
+
+
+def shipped(target: str) -> list[Shipped]:
+    """What can be launched on ``target``: each tile, with all that is optional and, in one dtype, without."""
+    found = []
+    lengths = dict.fromkeys(("tokens", "d_ff", "inner", "h_row", "x_row", "w_row"), "i32")
+    pointers = {"valid": "*u8", "tile_task": "*i32", "counts": "*i64"}
+    spans = {"offsets": "*i64", "tokens": "i32", "tasks": "i32", "columns": "i32", "d_ff": "i32", "h_row": "i32"}
+    variants = [(torch.bfloat16, "ieee", True), (torch.bfloat16, "ieee", False), (torch.float16, "ieee", True)]
+    for dtype, precise, full in [*variants, (torch.float32, "ieee", True), (torch.float32, "tf32", True)]:
+        floats = dict.fromkeys(("x", "weight", "bias", "h"), pointer(dtype))
+        for tile in _tiles(target, dtype, precise):
+            found.append(
+                Shipped(
+                    name=f"{pointer(dtype)[1:]} {precise} {tile['BM']}x{tile['BN']} {'full' if full else 'plain'}",
+                    kernel=_forward,
+                    signature={**floats, **pointers, **lengths},
+                    launch={**tile, "HAS_BIAS": True, "HAS_VALID": full, "HAS_TASKS": full},
+                    divisible=[*floats, *pointers],
+                    expect=("product32",) if dtype == torch.float32 else ("product16", "count"),
+                )
+            )
+    tile = _tiles(target, torch.bfloat16, "ieee")[0]
+    for name, kernel, keywords in (
+        ("tasks of tiles", _tile_tasks, _tile_tasks_keywords(tile)),
+        ("count of straddling tiles", _count_straddling, _straddling_keywords(tile, True)),
+    ):
+        signature = {"h": "*bf16", **pointers, **spans}
+        divisible = ["h", *pointers, "offsets"]
+        found.append(Shipped(name, kernel, signature, keywords, divisible))
+    return found
+
+
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
+) -> str | None:
+    """Why :func:`forward` cannot take these arguments, in one line; None where it can."""
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("valid", valid)):
+        if t is not None and (type(t) not in _PLAIN or t.device != x.device or t.layout is not torch.strided):
+            return f"{name} is a {type(t).__name__}, {t.layout}, on {t.device} (x: {x.device})"
+    if x.dtype not in _DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        given = [str(t.dtype) for t in (x, weight, bias) if t is not None]
+        return f"the dtypes are {', '.join(given)}; it takes one of float32, bfloat16 and float16"
+    if x.shape[1] == 0 or max(*x.shape, *weight.shape) > _LIMIT:
+        return f"x is {list(x.shape)} and weight {list(weight.shape)}; it takes sizes from 1 to {_LIMIT}"
+    return None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``x [tokens, d_in]``, ``weight [d_ff, d_in]`` -> ``h [tokens, d_ff]``, ``counts`` int64 ``[tasks, d_ff]``.
+
+    float32 sums; float32 operands are multiplied in TF32 where PyTorch may. The result has the same bits every time.
+    Nothing waits for the device.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        weight: like ``x``.
+        bias: like ``x``, ``[d_ff]``, or None.
+        valid: bool ``[tokens]`` or None.
+        task_offsets: int32 or int64 ``[tasks + 1]`` or None, on the CPU or on the device.
+
+    Raises:
+        ValueError: ``task_offsets`` is on the CPU and does not rise from 0 to the number of tokens.
+    """
+    tokens, d_ff = x.shape[0], weight.shape[0]
+    tasks = 1 if task_offsets is None else task_offsets.shape[0] - 1
+    if tasks == 0 and tokens > 0:
+        raise ValueError(f"task_offsets has 1 number, so no task has the {tokens} tokens")
+    wide = padded(d_ff, x.dtype)
+    h = x.new_empty((tokens, wide))
+    counts = x.new_zeros((tasks, d_ff), dtype=torch.int64)
+    if task_offsets is not None:
+        task_offsets = offsets_on(task_offsets, tokens, x.device)
+    if tokens == 0 or d_ff == 0:
+        return h[:, :d_ff].contiguous(), counts
+    x, weight = rows16(x), rows16(weight)
+    programs = processors(x.device)
+    tile = _choose(_tiles(target_of(x.device), x.dtype, precision(x.dtype)), d_ff, tokens, programs)
+    columns = triton.cdiv(tokens, tile["BN"])
+    tile_task = None
+    if task_offsets is not None:
+        tile_task = torch.empty(columns, dtype=torch.int32, device=x.device)
+        keywords = _tile_tasks_keywords(tile)
+        grid = (triton.cdiv(columns, keywords["BLOCK"]),)
+        launch(_tile_tasks, grid, x.device, task_offsets, tile_task, tokens, tasks, columns, **keywords)
+    step = unit(x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    valid = None if valid is None else valid.contiguous().view(torch.uint8)
+    launch(
+        _forward,
+        (min(programs, triton.cdiv(d_ff, tile["BM"]) * columns),),
+        x.device,
+        *(x, weight, bias, valid, tile_task, h, counts),
+        *(tokens, d_ff, x.shape[1] // step, wide // step, x.stride(0) // step, weight.stride(0) // step),
+        **tile,
+        HAS_BIAS=bias is not None,
+        HAS_VALID=valid is not None,
+        HAS_TASKS=tile_task is not None,
+    )
+    if tile_task is not None:
+        keywords = _straddling_keywords(tile, valid is not None)
+        grid = (tasks, triton.cdiv(d_ff, keywords["COLUMNS"]))
+        launch(
+            _count_straddling, grid, x.device, h, valid, task_offsets, counts, tokens, d_ff, wide // step, **keywords
+        )
+    return h if wide == d_ff else h[:, :d_ff].contiguous(), counts

@@ -1,0 +1,372 @@
+"""Triton: packs the active columns, multiplies compact operands, and writes every row of the result once.
+
+An active column of dh is a column of two-byte values: a product that gathered them would load two bytes at a time in its
+inner loop. So one pass packs the active columns (and sums all of them, for the bias), the product reads whole blocks
+through tensor descriptors, and only its rows are gathered.
+
+The tokens are cut into chunks, none with tokens of two tasks; the product of a chunk goes to a part of its own, and the
+parts of a row are added up in the order of tasks and chunks. So the result does not depend on which program runs when.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import checks
+from ..common.products import by_library, mm_float32
+from ..common.triton_launch import (
+    INTERPRETER,
+    SMALL,
+    Shipped,
+    launch,
+    offsets_on,
+    padded,
+    pointer,
+    precision,
+    processors,
+    rows16,
+    target_of,
+)
+from ..common.triton_tasks import (
+    Tasks,
+    Tile,
+    columns_launch,
+    pack_columns,
+    pack_columns_kernel,
+    places_kernel,
+    places_of,
+    task_tokens,
+    tile_sums,
+    token_tile,
+)
+from ..common.triton_tile import tile_order
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
+MOST_SPLITS = 8  # chunks of a task of average size
+ROWS, COLUMNS = 64, 64  # block of the result in the sum over parts
+
+
+def product_tile(target: str, dtype: torch.dtype) -> Tile:
+    """The block sizes of the product on a target."""
+    if target == INTERPRETER:
+        return Tile(32, 64, 32, 2, 4, 1)
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4, 4, 2)
+    return {
+        "cuda:80": Tile(128, 256, 32, 4, 8, 3),
+        SMALL: Tile(128, 128, 32, 4, 8, 3),
+        "cuda:90": Tile(128, 256, 64, 4, 8, 4),
+        "cuda:100": Tile(128, 256, 64, 4, 8, 4),
+        "hip:gfx942": Tile(128, 128, 32, 4, 8, 2),
+    }[target]
+
+
+def chunk_of(tasks: Tasks, tiles: int, programs: int, step: int) -> int:
+    """Tokens in a chunk, a multiple of ``step``: the fewest that fill the device evenly for tasks of equal size.
+
+    Args:
+        tiles: blocks of the result of one task.
+        programs: how many run side by side.
+    """
+    tokens = triton.cdiv(tasks.tokens, tasks.count)
+    items = tiles * tasks.count
+    # The time of the product in waves of programs, and of writing and reading a part, a few per cent of a wave each.
+    # The latter is arithmetic for 16384 tokens and d_in 1024, NOT YET MEASURED.
+    splits = range(1, max(1, min(MOST_SPLITS, tokens // (2 * step))) + 1)
+    best = min(splits, key=lambda s: triton.cdiv(items * s, programs) / s * programs / items + 0.03 * s)
+    return max(triton.cdiv(triton.cdiv(tokens, best), step), 1) * step
+
+
+@triton.jit
+def product_kernel(  # type: ignore[no-untyped-def]
+    left_ptr,
+    right_ptr,
+    parts_ptr,
+    offsets_ptr,
+    tokens,
+    tasks,
+    chunk,
+    width,
+    columns,
+    left_stride,
+    right_stride,
+    GROUPED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of the product ``leftᵀ right`` over one chunk of tokens; left ``[tokens, width]``, right ``[tokens, columns]``."""
+    down, across = tl.cdiv(width, M), tl.cdiv(columns, N)
+    part = tl.program_id(0) // (down * across)
+    task, first, stop = token_tile(offsets_ptr, part, chunk, tokens, tasks, GROUPED)
+    if first < stop:
+        row, column = tile_order(tl.program_id(0) % (down * across), down, across, GROUP)
+        # Behind the task's last token the descriptors read zeros, so that no other task's tokens enter the sum.
+        left = tl.make_tensor_descriptor(left_ptr, shape=[stop, width], strides=[left_stride, 1], block_shape=[K, M])
+        right = tl.make_tensor_descriptor(right_ptr, shape=[stop, columns], strides=[right_stride, 1], block_shape=[K, N])
+        total = tl.zeros((M, N), tl.float32)
+        for token in range(first, min(stop, first + chunk), K):
+            block = left.load([token, row * M])
+            total = tl.dot(block.T, right.load([token, column * N]), total, input_precision=PRECISION)
+        # Parts are padded to whole blocks: no masks, so that the stores stay 16 bytes wide.
+        m = part.to(tl.int64) * (down * M) + row * M + tl.arange(0, M)
+        n = column * N + tl.arange(0, N)
+        tl.store(parts_ptr + m[:, None] * (across * N) + n[None, :], total)
+
+
+@triton.jit
+def expand_kernel(  # type: ignore[no-untyped-def]
+    parts_ptr,
+    places_ptr,
+    offsets_ptr,
+    bias_ptr,
+    sums_ptr,
+    out_ptr,
+    tokens,
+    tasks,
+    chunk,
+    neurons,
+    columns,
+    part_stride,
+    row_stride,
+    out_stride,
+    out_column_stride,
+    GROUPED: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows of the result from the parts of all tasks, zero where no task has the neuron.
+
+    CONSTANT: where a task has not the neuron, it adds ``relu(bias[neuron]) sums[task]``, its rank-one part (see
+    ``compact_ffn/reference.py``). ADD: adds to what is there, and leaves the rows that no task has.
+    """
+    neuron = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there, real = neuron < neurons, (column < columns)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    owned = tl.zeros((ROWS,), tl.int32)
+    part = tl.zeros((), tl.int64)
+    if CONSTANT:
+        bias = tl.load(bias_ptr + neuron, mask=there, other=0.0).to(tl.float32)
+        output = tl.maximum(bias, 0.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    for task in range(tasks):
+        start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
+        place = tl.load(places_ptr + tl.cast(task, tl.int64) * neurons + neuron, mask=there, other=-1)
+        has = (place >= 0)[:, None]
+        row_ptr = parts_ptr + place.to(tl.int64)[:, None] * row_stride + column[None, :]
+        for _ in range(tl.cdiv(stop - start, chunk)):
+            total += tl.load(row_ptr + part * part_stride, mask=has & real, other=0.0).to(tl.float32)
+            part += 1
+        if CONSTANT:
+            s = tl.load(sums_ptr + tl.cast(task, tl.int64) * columns + column, mask=column < columns, other=0.0)
+            total += tl.where(has, 0.0, output * s[None, :])
+        owned = tl.where(place >= 0, 1, owned)
+    out = out_ptr + neuron.to(tl.int64)[:, None] * out_stride + column.to(tl.int64)[None, :] * out_column_stride
+    if ADD:
+        write = there[:, None] & (owned > 0)[:, None] & real
+        tl.store(out, tl.load(out, mask=write, other=0.0) + total, mask=write)
+    else:
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=there[:, None] & real)
+
+
+def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tensor | None) -> tuple[Tensor, int]:
+    """``leftᵀ right`` in parts, one for each chunk of each task's tokens.
+
+    Args:
+        left: ``[tokens, width]``, right: ``[tokens, columns]``, as ``rows16`` gives them.
+        tasks: at least one token.
+        task_offsets: as the operator got them.
+
+    Returns:
+        float32 ``[parts, >= width, >= columns]``, the chunks of a task behind each other; the tokens in a chunk.
+    """
+    width, columns = left.shape[1], right.shape[1]
+    if by_library("dw", left.dtype, task_offsets):
+        whole = [(a, b) for a, b in checks.segments(task_offsets, tasks.tokens) if a < b] if tasks.count > 1 else None
+        if whole is None:
+            return mm_float32(left.t(), right)[None], tasks.tokens
+        return torch.stack([mm_float32(left[a:b].t(), right[a:b]) for a, b in whole]), tasks.tokens
+    tile = product_tile(target_of(left.device), left.dtype)
+    down, across = triton.cdiv(width, tile.m), triton.cdiv(columns, tile.n)
+    chunk = chunk_of(tasks, down * across, processors(left.device), tile.k)
+    count = tasks.most_tiles(chunk)
+    parts = torch.empty((count, down * tile.m, across * tile.n), dtype=torch.float32, device=left.device)
+    sizes = (tasks.tokens, tasks.count, chunk, width, columns, left.stride(0), right.stride(0))
+    keywords = tile.keywords(precision(left.dtype))
+    grouped = tasks.offsets is not None
+    grid = (count * down * across,)
+    launch(product_kernel, grid, left.device, left, right, parts, tasks.offsets, *sizes, GROUPED=grouped, **keywords)
+    return parts, chunk
+
+
+def expand(
+    parts: Tensor, chunk: int, places: Tensor, tasks: Tasks, out: Tensor, constant: tuple[Tensor, Tensor] | None, add: bool
+) -> None:
+    """Writes ``out [d_ff, columns]``, of any strides, from the parts of :func:`product_parts`.
+
+    Args:
+        places: int32 ``[tasks, d_ff]``.
+        constant: b1 ``[d_ff]`` and the sums of dy by task, float32 ``[tasks, columns]``: where a task has not the
+            neuron, it adds the product of the two, b1 after ReLU.
+        add: add to ``out``, float32, in the rows that some task has, and touch no other row.
+    """
+    neurons, columns = out.shape
+    bias, sums = constant or (None, None)
+    grid = (triton.cdiv(neurons, ROWS), triton.cdiv(columns, COLUMNS))
+    pointers = (parts, places, tasks.offsets, bias, sums, out)
+    sizes = (tasks.tokens, tasks.count, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
+    launch(
+        expand_kernel, grid, out.device, *pointers, *sizes,
+        **expand_launch(tasks.offsets is not None, constant is not None, add),
+    )  # fmt: skip
+
+
+def expand_launch(grouped: bool, constant: bool, add: bool) -> dict[str, object]:
+    """What a launch of ``expand_kernel`` gives by keyword."""
+    return {"GROUPED": grouped, "CONSTANT": constant, "ADD": add, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
+
+
+def tasks_of(tokens: int, task_offsets: Tensor | None, device: torch.device) -> Tasks:
+    """The tokens of a call by task, their offsets on ``device``.
+
+    Raises:
+        ValueError: offsets on the CPU that do not rise from 0 to ``tokens``.
+    """
+    if task_offsets is None:
+        return Tasks(tokens, 1, None)
+    offsets = offsets_on(task_offsets, tokens, device)
+    count = offsets.shape[0] - 1
+    return Tasks(tokens, count, offsets if count > 1 else None)
+
+
+def compact_width(index: Tensor) -> int:
+    """The columns of packed operands for an index tensor: its width, padded, and at least one block."""
+    return max(triton.cdiv(index.shape[1], WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
+
+
+def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As the reference; sums are in float32, also within a task."""
+    dw = x.new_empty((dh.shape[1], x.shape[1]))
+    return dw, _gradient(dw, dh, x, index, task_offsets, add=False)
+
+
+def accumulate(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+    """As the reference."""
+    return _gradient(total, dh, x, index, task_offsets, add=True)
+
+
+def _gradient(dw: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, add: bool) -> Tensor:
+    """Writes dw or adds to it; gives db."""
+    tasks = tasks_of(dh.shape[0], task_offsets, dh.device)
+    if tasks.tokens == 0 or tasks.count == 0:
+        if not add:
+            dw.zero_()
+        return dh.new_zeros(dh.shape[1])
+    dh = dh if dh.stride(1) == 1 else dh.contiguous()
+    if index.shape[1] == 0:
+        if not add:
+            dw.zero_()
+        return tile_sums(dh, tasks).sum(0).to(dh.dtype)
+    index = index.contiguous()
+    places = places_of(index, dh.shape[1])
+    packed, sums = pack_columns(dh, index, places, tasks, compact_width(index))
+    parts, chunk = product_parts(packed, rows16(x), tasks, task_offsets)
+    expand(parts, chunk, places, tasks, dw, None, add)
+    return sums.sum(0).to(dh.dtype)
+
+
+def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:
+    """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
+    return refuses(dh.dtype, dh.device, (dh.shape[1], x.shape[1]))
+
+
+def refuses(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str | None:
+    """Why the kernels do not take tensors of this dtype, device and sizes of features; None if they do."""
+    if dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
+    return "a size is 0" if 0 in sizes else None
+
+
+def shipped(target: str) -> list[Shipped]:
+    """Every kernel and configuration that can be launched on a target, in the dtypes that differ in their code."""
+    kernels = []
+    for dtype in (torch.bfloat16, torch.float32):
+        p, name = pointer(dtype), str(dtype).removeprefix("torch.")
+        tile = product_tile(target, dtype)
+        for grouped in (False, True):
+            offsets = {"offsets_ptr": "*i64"} if grouped else {}
+            none = {} if grouped else {"offsets_ptr": None}
+            label = f"{name} {'tasks' if grouped else 'one task'}"
+            sizes = dict.fromkeys(("tokens", "tasks", "chunk", "width", "columns", "left_stride", "right_stride"), "i32")
+            aligned = ("left_ptr", "right_ptr", "parts_ptr", "width", "columns", "left_stride", "right_stride")
+            for way in ("ieee",) if dtype != torch.float32 else ("ieee", "tf32"):
+                kernels.append(
+                    Shipped(
+                        f"product {label} {way} {tile.m}x{tile.n}",
+                        product_kernel,
+                        {"left_ptr": p, "right_ptr": p, "parts_ptr": "*fp32", **offsets, **sizes},
+                        {"GROUPED": grouped, **none, **tile.keywords(way)},
+                        aligned,
+                        ("product32",) if dtype == torch.float32 else ("product16",),
+                    )
+                )
+            kernels += _shipped_columns(label, p, grouped, offsets, none)
+            for constant, add in ((False, False), (False, True), (True, False)):
+                kernels.append(_shipped_expand(label, p, grouped, constant, add, offsets, none))
+    sizes = dict.fromkeys(("width", "d_ff"), "i32")
+    signature = {"index_ptr": "*i64", "places_ptr": "*i32", **sizes}
+    kernels.append(Shipped("places", places_kernel, signature, {"BLOCK": 256, "num_warps": 4}, tuple(signature)))
+    return kernels
+
+
+def _shipped_columns(label: str, p: str, grouped: bool, offsets: dict, none: dict) -> list[Shipped]:
+    sizes = dict.fromkeys(("tokens", "tasks", "columns", "width", "dense_stride", "packed_stride"), "i32")
+    signature = {"dense_ptr": p, "sums_ptr": "*fp32", **offsets}
+    packing = {"packed_ptr": p, "index_ptr": "*i64", "places_ptr": "*i32"}
+    aligned = ("dense_ptr", "sums_ptr", *packing, "columns", "width", "dense_stride", "packed_stride")
+    pack = Shipped(
+        f"pack columns {label}",
+        pack_columns_kernel,
+        {**signature, **packing, **sizes},
+        {**none, **columns_launch(grouped, True)},
+        aligned,
+    )
+    absent = dict.fromkeys(packing)
+    sums = Shipped(
+        f"sums of tiles {label}",
+        pack_columns_kernel,
+        {**signature, **sizes},
+        {**none, **absent, **columns_launch(grouped, False)},
+        tuple(name for name in aligned if name not in packing),
+    )
+    return [pack, sums]
+
+
+def _shipped_expand(
+    label: str, p: str, grouped: bool, constant: bool, add: bool, offsets: dict, none: dict
+) -> Shipped:
+    strides = ("part_stride", "row_stride", "out_stride", "out_column_stride")
+    sizes = dict.fromkeys(("tokens", "tasks", "chunk", "neurons", "columns", *strides), "i32")
+    # dW1 and dW are rows of d_in; dW2 is written down its columns.
+    sizes.pop("out_stride" if constant else "out_column_stride")
+    one = {"out_stride" if constant else "out_column_stride": 1}
+    signature = {"parts_ptr": "*fp32", "places_ptr": "*i32", "out_ptr": "*fp32" if add else p, **offsets, **sizes}
+    if constant:
+        signature |= {"bias_ptr": p, "sums_ptr": "*fp32"}
+    else:
+        none = {**none, "bias_ptr": None, "sums_ptr": None}
+    aligned = [name for name in signature if name not in ("tokens", "tasks", "chunk", "offsets_ptr")]
+    kind = "expand to columns" if constant else "add rows" if add else "expand"
+    return Shipped(
+        f"{kind} {label}", expand_kernel, signature, {**none, **one, **expand_launch(grouped, constant, add)}, aligned
+    )
