@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(nspec_native, m) {
   m.def("relu_backward_(Tensor(a!) dh, Tensor h, Tensor(b!) transposed, Tensor(c!) sums) -> ()");
   m.def("expand_rows_(Tensor(a!) matrix, Tensor index) -> ()");
   m.def("expand_columns_(Tensor(a!) matrix, Tensor index, int packed, Tensor s, Tensor r) -> ()");
+  // row_sparse_wgrad.cpp
+  m.def("row_sparse_wgrad_scratch(Tensor dh, Tensor x, Tensor index) -> int");
+  m.def(
+      "row_sparse_wgrad(Tensor dh, Tensor x, Tensor index, Tensor(a!) dw, Tensor(b!) db, Tensor(c!) scratch) -> ()");
   // row_sparse_adamw.cpp
   m.def(
       "row_sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
