@@ -66,6 +66,19 @@ NSPEC_CLONES void update(
   }
 }
 
+// Asks for the beginning of a row that comes next, 1 KB of each of its four arrays: the processor foresees the rest of a row
+// but not the jump to it. 4096 x 1024 and 2048 x 512 at density 0.5: 2 % and 9 % faster; 2 KB and more are slower again.
+void prefetch(const Matrix& a, int64_t at) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const int64_t end = at + std::min<int64_t>(a.width, 16 * kLine);
+  for (; at < end; at += kLine) {
+    for (const float* array : {static_cast<const float*>(a.param), a.grad, static_cast<const float*>(a.exp_avg),
+                               static_cast<const float*>(a.exp_avg_sq)}) {
+      __builtin_prefetch(array + at);
+    }
+  }
+}
+
 // Updates elements [lo, hi) of the matrix, counted over its active rows alone. Neighbouring active rows are one run:
 // narrow rows (a bias is rows of one element) would otherwise cost a call each.
 void update_range(const Matrix& a, int64_t lo, int64_t hi, const Coefficients& c) {
@@ -88,7 +101,11 @@ void update_range(const Matrix& a, int64_t lo, int64_t hi, const Coefficients& c
     }
     const int64_t from = std::max(lo, start);
     const int64_t to = std::min(hi, passed);
-    if (from < to) run(first * a.width + (from - start), to - from);
+    if (from >= to) continue;
+    int64_t next = row;
+    while (next < a.rows && !a.active[next]) ++next;
+    if (next < a.rows) prefetch(a, next * a.width);
+    run(first * a.width + (from - start), to - from);
   }
 }
 
