@@ -20,7 +20,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch

@@ -27,6 +27,7 @@ _HOMES = {
     "merge": "nspec.specialization.apply",
     "task": "nspec.specialization.tasks",
     "set_task": "nspec.specialization.tasks",
+    "checkpoint_contexts": "nspec.specialization.tasks",
     "MaskedLinear": "nspec.nn.masked_linear",
     "RowSparseAdamW": "nspec.nn.optimizer",
 }
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from nspec.specialization.masks import NeuronMasks
     from nspec.specialization.profiling import profile
     from nspec.specialization.selection import random_masks, select
-    from nspec.specialization.tasks import set_task, task
+    from nspec.specialization.tasks import checkpoint_contexts, set_task, task
 
 
 def _map_kernels() -> None:

@@ -106,7 +106,7 @@ def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Any:
         ValueError: ``NSPEC_BACKEND`` asks for a backend that the operator does not have or that refuses these arguments.
     """
     wanted = requested(operator)
-    passed_over = []
+    passed_over: list[str] = []
     for backend in backends:
         if wanted not in ("auto", backend.name):
             continue

@@ -92,7 +92,8 @@ def require() -> None:
 
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # a subclass (DTensor, FakeTensor, ...) has its own idea of where its data is
+# A subclass (DTensor, FakeTensor, ...) has its own idea of where its data is.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def refuses_tensors(*tensors: torch.Tensor | None) -> str | None:
@@ -101,3 +102,10 @@ def refuses_tensors(*tensors: torch.Tensor | None) -> str | None:
         if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype in _TYPES):
             return f"a tensor is a {type(t).__name__} of {t.dtype} on {t.device}"
     return None
+
+
+def with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a copy where the elements of a row do not follow one another or rows overlap."""
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)

@@ -26,6 +26,8 @@ LIBRARY_FLOAT32 = {"h": ONE_TASK, "y": ONE_TASK, "dh": ONE_TASK, "dx": ONE_TASK,
 
 def by_library(product: str, dtype: torch.dtype, task_offsets: Tensor | None) -> bool:
     """Whether the library computes ``product`` (a key of ``LIBRARY``) for operands of ``dtype`` and these tasks."""
+    if product == "dw" and dtype != torch.float32 and torch.version.hip is not None:
+        return False  # mm_float32 needs a product with an output of another dtype, which CUDA alone has
     way = (LIBRARY_FLOAT32 if dtype == torch.float32 else LIBRARY)[product]
     if task_offsets is None or task_offsets.shape[0] == 2:
         return way != NEVER

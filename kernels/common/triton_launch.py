@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +20,8 @@ from torch import Tensor
 
 from . import checks, gpu
 
-#: Largest shared memory of one program, in bytes, for each target whose kernels are compiled in the tests.
-SHARED_LIMIT = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
-#: NVIDIA devices with 100 KB: 8.6, 8.9 and 12.x. Compiled for 8.6, the oldest of them.
+#: NVIDIA devices with 100 KB of shared memory for a program: 8.6, 8.9 and 12.x. The oldest gives the name.
 SMALL = "cuda:86"
-SHARED_LIMIT_SMALL = 101376
 INTERPRETER = "interpreter"
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -46,7 +43,8 @@ class Shipped:
         name: what it is, unique in the operator: ``"forward bf16 128x256"``.
         kernel: the function under ``triton.jit``.
         signature: Triton type of each argument that is no constexpr, in any order: ``{"x": "*bf16", "tokens": "i32"}``.
-        launch: what the launch gives by keyword: constexprs, and ``num_warps``, ``num_stages``, ``enable_fp_fusion``.
+        launch: what the launch gives by keyword: constexprs, and ``num_warps``, ``num_stages``, ``enable_fp_fusion``;
+            also the arguments that are None.
         divisible: arguments that are multiples of 16 (addresses of fresh tensors are; integers under
             ``do_not_specialize`` must not be named).
         expect: what the machine code must have beside no spills, of ``product16`` (tensor cores on 16-bit operands, wide
@@ -59,7 +57,7 @@ class Shipped:
     signature: Mapping[str, str]
     launch: Mapping[str, Any]
     divisible: Sequence[str] = ()
-    expect: Sequence[str] = field(default=())
+    expect: Sequence[str] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -137,11 +135,16 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Sequ
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: TF32 for float32 where PyTorch's own products may use it, else ``ieee``."""
+    """``input_precision`` of ``tl.dot``: TF32 for float32 where PyTorch's own products may use it, else ``ieee``.
+
+    On ROCm always ``ieee``: few of its devices have it, and PyTorch uses it there only behind a further setting.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # allow_tf32 cannot be read any more once a user has set fp32_precision (PyTorch 2.9).
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
+    return "tf32" if tf32 else "ieee"
 
 
 def unit(dtype: torch.dtype) -> int:
@@ -165,10 +168,10 @@ def rows16(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
     width = padded(columns, matrix.dtype)
     step = unit(matrix.dtype)
-    if width == columns and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0:
-        # The stride of a single row says nothing, yet becomes a descriptor's: it has to reach over the row.
-        if matrix.stride(0) % step == 0 and matrix.stride(0) >= columns:
-            return matrix
+    # The stride of a single row says nothing, yet becomes a descriptor's: it has to reach over the row.
+    spaced = matrix.stride(1) == 1 and matrix.stride(0) % step == 0 and matrix.stride(0) >= columns
+    if width == columns and spaced and matrix.data_ptr() % 16 == 0:
+        return matrix
     copy = matrix.new_empty((rows, width))
     copy[:, :columns] = matrix
     copy[:, columns:] = 0

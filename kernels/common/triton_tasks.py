@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import launch
+from .triton_launch import launch, offsets_on
 
 TOKENS = 64  # tokens of a tile in the kernels here
 COLUMNS = 128
+WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIMIT = 2**31 - 1024  # coordinates of descriptors are int32, and the last tile may reach over the edge
 
 
 class Tile(NamedTuple):
@@ -44,29 +47,69 @@ class Tile(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """The tokens of a call by task; ``offsets`` is None for one task, else int64 ``[count + 1]`` on the device."""
+    """The tokens of a call by task; ``offsets`` is None for one task, else int64 ``[number + 1]`` on the device."""
 
     tokens: int
-    count: int
+    number: int
     offsets: Tensor | None
 
     def most_tiles(self, size: int) -> int:
         """The most tiles of ``size`` tokens that these tasks can need, wherever one ends and the next begins."""
-        return triton.cdiv(self.tokens, size) + self.count - 1
+        return triton.cdiv(self.tokens, size) + self.number - 1
+
+
+def tasks_of(tokens: int, task_offsets: Tensor | None, device: torch.device) -> Tasks:
+    """The tokens of a call by task, their offsets on ``device``.
+
+    Raises:
+        ValueError: offsets on the CPU that do not rise from 0 to ``tokens``; tokens, but no task.
+    """
+    if task_offsets is None:
+        return Tasks(tokens, 1, None)
+    offsets = offsets_on(task_offsets, tokens, device)
+    count = offsets.shape[0] - 1
+    if count == 0 and tokens > 0:
+        raise ValueError(f"task_offsets has 1 number, so no task has the {tokens} tokens")
+    return Tasks(tokens, count, offsets if count > 1 else None)
+
+
+def compact_width(index: Tensor) -> int:
+    """The columns of packed operands for an index tensor: its width, padded, and at least one block."""
+    return max(triton.cdiv(index.shape[1], WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
+
+
+def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int) -> str | None:
+    """Why the kernels do not take these operands, the first of which is never None; None if they do."""
+    first = tensors[0]
+    assert first is not None
+    if first.dtype not in DTYPES or any(t is not None and t.dtype != first.dtype for t in tensors):
+        given = ", ".join(str(t.dtype) for t in tensors if t is not None)
+        return f"the dtypes are {given}; it takes one of float32, bfloat16 and float16"
+    if first.device.type == "cpu" and first.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
+    for t in (*tensors, index):
+        if t is not None and (t.device != first.device or t.layout is not torch.strided):
+            return f"a tensor is {t.layout} on {t.device}, the first one on {first.device}"
+    sizes = [size for t in tensors if t is not None for size in t.shape]
+    # Coordinates are int32, and so are the rows of all tasks' packed weights.
+    if max(*sizes, tokens, index.shape[0] * compact_width(index)) > LIMIT:
+        return f"a size is above {LIMIT}"
+    if any(0 in t.shape[1:] for t in tensors if t is not None):
+        return "a layer has no features"
+    return None
 
 
 @triton.jit
-def task_tokens(offsets_ptr, task, tokens, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def task_tokens(offsets_ptr, task, tokens, GROUPED: tl.constexpr):
     """The first token of a task and the first behind it."""
     if GROUPED:
-        start = tl.load(offsets_ptr + task).to(tl.int32)
-        return start, tl.load(offsets_ptr + task + 1).to(tl.int32)
+        return tl.load(offsets_ptr + task).to(tl.int32), tl.load(offsets_ptr + task + 1).to(tl.int32)
     else:
         return 0, tokens
 
 
 @triton.jit
-def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):
     """The task of a tile of ``size`` tokens, its first token, and the first token behind the task.
 
     Beyond the last tile, the first token is not below the one behind the task.
@@ -87,7 +130,7 @@ def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):  
 
 
 @triton.jit
-def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):
     """How many tiles the tasks before ``task`` have."""
     count = tl.zeros((), tl.int32)
     if GROUPED:
@@ -98,7 +141,7 @@ def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):  # typ
 
 
 @triton.jit
-def places_kernel(index_ptr, places_ptr, width, d_ff, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def places_kernel(index_ptr, places_ptr, width, d_ff, BLOCK: tl.constexpr):
     """places[task, index[task, p]] = p."""
     task = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -116,8 +159,8 @@ def places_of(index: Tensor, d_ff: int) -> Tensor:
     return places
 
 
-@triton.jit
-def pack_columns_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["tokens", "tasks"])
+def pack_columns_kernel(
     dense_ptr,
     packed_ptr,
     sums_ptr,
@@ -162,7 +205,8 @@ def pack_columns(dense: Tensor, index: Tensor, places: Tensor, tasks: Tasks, wid
 
     Args:
         dense: last stride 1.
-        index, places: of the tasks' active sets.
+        index: int64 ``[tasks, <= width]``, contiguous.
+        places: of the same sets, see :func:`places_of`.
         tasks: at least one token.
         width: columns of the result, at least those of ``index``.
 
@@ -194,7 +238,7 @@ def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | No
         places,
         tasks.offsets,
         tasks.tokens,
-        tasks.count,
+        tasks.number,
         columns,
         0 if index is None else index.shape[1],
         dense.stride(0),
@@ -206,11 +250,12 @@ def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | No
 
 def columns_launch(grouped: bool, pack: bool) -> dict[str, object]:
     """What a launch of ``pack_columns_kernel`` gives by keyword."""
-    return {"GROUPED": grouped, "PACK": pack, "TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": 4}
+    # With 4 warps it spills (Triton 3.6).
+    return {"GROUPED": grouped, "PACK": pack, "TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": 8}
 
 
-@triton.jit
-def task_sums_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["tokens", "size"])
+def task_sums_kernel(
     sums_ptr,
     out_ptr,
     offsets_ptr,
@@ -239,8 +284,8 @@ def task_sums_kernel(  # type: ignore[no-untyped-def]
 def task_sums(sums: Tensor, tasks: Tasks, size: int = TOKENS) -> Tensor:
     """Sums over tiles of ``size`` tokens, float32 ``[tiles, columns]``, added up by task: float32 ``[tasks, columns]``."""
     columns = sums.shape[1]
-    out = torch.empty((tasks.count, columns), dtype=torch.float32, device=sums.device)
-    grid = (tasks.count, triton.cdiv(columns, COLUMNS))
+    out = torch.empty((tasks.number, columns), dtype=torch.float32, device=sums.device)
+    grid = (tasks.number, triton.cdiv(columns, COLUMNS))
     args = (sums, out, tasks.offsets, tasks.tokens, columns, size)
     launch(task_sums_kernel, grid, sums.device, *args, **task_sums_launch(tasks.offsets is not None))
     return out

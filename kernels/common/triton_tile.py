@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_order(tile, rows, columns, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_order(tile, rows, columns, GROUP: tl.constexpr):
     """The row and column of the ``tile``-th of ``rows x columns`` tiles, going through GROUP rows of tiles together.
 
     Tiles that run at the same time then share operands, which stay in the L2 cache.

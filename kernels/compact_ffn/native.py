@@ -110,7 +110,7 @@ def _one_task(
     torch.mm(dh, packed.w1, out=dx)
     if transposed:
         dy_t = workspace("dy_t", (dy.shape[1], tokens), dy.dtype)
-        ops.pack_columns(dy.contiguous(), torch.arange(dy.shape[1]), True, dy_t, s)
+        ops.pack_columns(native.with_contiguous_rows(dy), torch.arange(dy.shape[1]), True, dy_t, s)
     else:
         dh_t, dy_t = dh.t(), dy.t()
         torch.sum(dy, 0, out=s)

@@ -12,7 +12,7 @@
 namespace nspec {
 namespace {
 
-// Tokens that are transposed together: 64 bytes of each row of the result.
+// Tokens that are transposed, and summed, together: 64 bytes of each row of the transposed result.
 constexpr int64_t kTile = 32;
 
 int64_t chunks_of(int64_t rows) {
@@ -42,15 +42,18 @@ void pack(const Tensor& source, const Columns& columns, bool transposed, const T
   Bits* out = data<Bits>(packed);
   over_chunks(source.size(0), columns.width, sums, [&](int64_t start, int64_t stop, float* sum) {
     std::vector<Bits> tile(transposed ? kTile * n : 0);
+    std::vector<float> run(sum != nullptr ? columns.width : 0);
     for (int64_t at = start; at < stop; at += kTile) {
       const int64_t end = std::min(at + kTile, stop);
+      std::fill(run.begin(), run.end(), 0.0f);
       for (int64_t t = at; t < end; ++t) {
         const T* row = in + t * stride;
-        if (sum != nullptr) add_row(row, sum, columns.width);
+        if (sum != nullptr) add_row(row, run.data(), columns.width);
         Bits* to = transposed ? tile.data() + (t - at) * n : out + t * out_stride;
         compress(columns, reinterpret_cast<const Bits*>(row), to);
         if (!transposed) std::fill(to + n, to + padded, Bits{0});
       }
+      if (sum != nullptr) add_row(run.data(), sum, columns.width);
       if constexpr (sizeof(T) == 2) {
         if (transposed) transpose(tile.data(), n, end - at, n, out + at, out_stride);
       }
@@ -101,8 +104,10 @@ void relu_backward(const Tensor& dh, const Tensor& h, const Tensor& transposed, 
   const int64_t width = dh.size(1), stride = dh.stride(0), h_stride = h.stride(0);
   const uint16_t infinity = std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
   over_chunks(dh.size(0), width, sums, [&](int64_t start, int64_t stop, float* sum) {
+    std::vector<float> run(sum != nullptr ? width : 0);
     for (int64_t at = start; at < stop; at += kTile) {
       const int64_t end = std::min(at + kTile, stop);
+      std::fill(run.begin(), run.end(), 0.0f);
       for (int64_t t = at; t < end; ++t) {
         T* row = data<T>(dh) + t * stride;
         if constexpr (sizeof(T) == 4) {
@@ -110,8 +115,9 @@ void relu_backward(const Tensor& dh, const Tensor& h, const Tensor& transposed, 
         } else {
           mask_row(reinterpret_cast<uint16_t*>(row), data<uint16_t>(h) + t * h_stride, infinity, width);
         }
-        if (sum != nullptr) add_row(row, sum, width);
+        if (sum != nullptr) add_row(row, run.data(), width);
       }
+      if (sum != nullptr) add_row(run.data(), sum, width);
       if constexpr (sizeof(T) == 2) {
         if (transposed.numel() > 0) {
           transpose(

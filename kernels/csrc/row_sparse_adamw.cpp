@@ -1,6 +1,7 @@
 // Row-sparse AdamW, float32, CPU: one pass over the active rows of a list of tensors.
 //
-// The arithmetic is torch.optim.AdamW's. Every operation is rounded by itself (no fused multiply-add, see
+// The arithmetic is torch.optim.AdamW's, but for a factor 1 / sqrt(1 - beta2^step) where that divides: square roots and
+// divisions, not memory, take the time where the tensors fit into a cache. Every operation is rounded by itself (no fused multiply-add, see
 // CMakeLists.txt), so the result does not depend on the instruction set, the number of threads or the density.
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +33,7 @@ struct Coefficients {
   float one_minus_b1;
   float b2;
   float one_minus_b2;
-  float root_bc2;      // sqrt(1 - beta2^step)
+  float inverse_root;  // 1 / sqrt(1 - beta2^step)
   float eps;
 };
 
@@ -62,7 +63,7 @@ NSPEC_CLONES void update(
     const float vi = k.b2 * v[i] + k.one_minus_b2 * gi * gi;
     m[i] = mi;
     v[i] = vi;
-    p[i] = p[i] * k.decay - k.step_size * (mi / (std::sqrt(vi) / k.root_bc2 + k.eps));
+    p[i] = p[i] * k.decay - k.step_size * (mi / (std::sqrt(vi) * k.inverse_root + k.eps));
   }
 }
 
@@ -171,7 +172,7 @@ void row_sparse_adamw_(
       static_cast<float>(1.0 - beta1),
       static_cast<float>(beta2),
       static_cast<float>(1.0 - beta2),
-      static_cast<float>(std::sqrt(1.0 - std::pow(beta2, t))),
+      static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
       static_cast<float>(eps)};
 
   // Threads share the elements of all tensors together, so that neither many small tensors nor active rows that lie

@@ -54,6 +54,16 @@ int64_t scratch_of(const std::vector<Block>& blocks, int64_t tokens, int64_t d_i
   return ((packed + most * d_in) * item + 63) / 64 * 64;
 }
 
+// Sums are made in three stages, of 16 tokens, of a step and of all: one after the other they would be less exact than
+// PyTorch's, which adds in pairs.
+constexpr int64_t kRun = 16;
+
+// Adds a finished run, if there is one, to the sums of the step, and begins the next.
+void next_run(std::vector<float>& run, std::vector<float>& part, int64_t done) {
+  if (done > 0) add_row(run.data(), part.data(), run.size());
+  std::fill(run.begin(), run.end(), 0.0f);
+}
+
 // Packs and multiplies in float32; `product` is [n, d_in].
 void one_block(
     const Block& block, const float* dh, int64_t dh_stride, const Tensor& x, float* sums, float* packed, float* product) {
@@ -61,15 +71,17 @@ void one_block(
   const int64_t columns = block.last - block.first;
   const Tensor out = matrix(product, n, d_in, d_in, 1, ScalarType::Float);
   std::fill(sums, sums + columns, 0.0f);
-  std::vector<float> part(columns);
+  std::vector<float> run(columns), part(columns);
   for (int64_t at = 0; at < tokens; at += kStep) {
     const int64_t m = std::min(kStep, tokens - at);
     std::fill(part.begin(), part.end(), 0.0f);
     for (int64_t t = 0; t < m; ++t) {
+      if (t % kRun == 0) next_run(run, part, t);
       const float* row = dh + (at + t) * dh_stride + block.first;
-      add_row(row, part.data(), columns);
+      add_row(row, run.data(), columns);
       compress(block.columns, reinterpret_cast<const uint32_t*>(row), reinterpret_cast<uint32_t*>(packed + t * width));
     }
+    next_run(run, part, m);
     add_row(part.data(), sums, columns);
     if (n == 0) continue;
     Tensor whole = x;
@@ -83,7 +95,7 @@ template <typename T>
 void one_block(const Block& block, const T* dh, int64_t dh_stride, const Tensor& x, float* sums, T* packed, T* product) {
   const int64_t tokens = x.size(0), d_in = x.size(1), n = block.columns.size(), columns = block.last - block.first;
   std::vector<uint16_t> tile(kTile * n);
-  std::vector<float> part(columns);
+  std::vector<float> run(columns), part(columns);
   std::fill(sums, sums + columns, 0.0f);
   for (int64_t at = 0; at < tokens; at += kStep) {
     const int64_t stop = std::min(at + kStep, tokens);
@@ -91,12 +103,14 @@ void one_block(const Block& block, const T* dh, int64_t dh_stride, const Tensor&
     for (int64_t t0 = at; t0 < stop; t0 += kTile) {
       const int64_t t1 = std::min(t0 + kTile, stop);
       for (int64_t t = t0; t < t1; ++t) {
+        if ((t - at) % kRun == 0) next_run(run, part, t - at);
         const T* row = dh + t * dh_stride + block.first;
-        add_row(row, part.data(), columns);
+        add_row(row, run.data(), columns);
         compress(block.columns, reinterpret_cast<const uint16_t*>(row), tile.data() + (t - t0) * n);
       }
       transpose(tile.data(), n, t1 - t0, n, reinterpret_cast<uint16_t*>(packed) + t0, tokens);
     }
+    next_run(run, part, stop - at);
     add_row(part.data(), sums, columns);
   }
   if (n == 0 || tokens == 0) return;

@@ -44,7 +44,7 @@ _LIMIT = 2**31 - 512  # coordinates of a descriptor are int32, and the last tile
 
 
 @triton.jit(do_not_specialize=["tokens", "d_ff", "inner", "h_row", "x_row", "w_row"])
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     x,
     weight,
     bias,
@@ -118,7 +118,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["tokens", "tasks", "columns"])
-def _tile_tasks(offsets, tile_task, tokens, tasks, columns, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_tasks(offsets, tile_task, tokens, tasks, columns, BN: tl.constexpr, BLOCK: tl.constexpr):
     """For each tile of BN tokens the task that all its tokens belong to, or -1 where they belong to several."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin = tile * BN
@@ -130,7 +130,7 @@ def _tile_tasks(offsets, tile_task, tokens, tasks, columns, BN: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["tokens", "d_ff", "h_row"])
-def _count_straddling(  # type: ignore[no-untyped-def]
+def _count_straddling(
     h,
     valid,
     offsets,
@@ -183,7 +183,7 @@ def _tiles(target: str, dtype: torch.dtype, precise: str) -> list[dict[str, Any]
 
     if target == INTERPRETER:
         return [tile(64, 64, 32, 4, 1), tile(32, 32, 16, 4, 1)]
-    # Where the flattened loop is left out it spills (10.0) or takes twice the shared memory (gfx942), compiled for them.
+    # Not flattened where that takes twice the shared memory (gfx942) or spills (10.0, Triton 3.6).
     flat = target not in ("cuda:100", "hip:gfx942")
     if dtype == torch.float32:
         small = tile(64, 64, 16 if precise == "ieee" else 32, 4, 2, flat)
@@ -195,7 +195,7 @@ def _tiles(target: str, dtype: torch.dtype, precise: str) -> list[dict[str, Any]
         # At 790 TFLOP/s 128x256 asks 9.3 TB/s of the L2 cache, 128x128 12.3 TB/s.
         "cuda:90": [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 4, 3)],
         # On 10.0 the transposed store aborts the compiler with 8 warps, and 128x256 spills with 4 (Triton 3.6 and 3.7).
-        "cuda:100": [tile(128, 128, 64, 4, 4, flat)],
+        "cuda:100": [tile(128, 128, 64, 4, 3, flat)],
         "hip:gfx942": [tile(128, 128, 64, 8, 2, flat), tile(64, 64, 64, 4, 2, flat)],
     }[target]
 
@@ -221,30 +221,38 @@ def shipped(target: str) -> list[Shipped]:
     """What can be launched on ``target``: each tile, with all that is optional and, in one dtype, without."""
     found = []
     lengths = dict.fromkeys(("tokens", "d_ff", "inner", "h_row", "x_row", "w_row"), "i32")
-    pointers = {"valid": "*u8", "tile_task": "*i32", "counts": "*i64"}
-    spans = {"offsets": "*i64", "tokens": "i32", "tasks": "i32", "columns": "i32", "d_ff": "i32", "h_row": "i32"}
     variants = [(torch.bfloat16, "ieee", True), (torch.bfloat16, "ieee", False), (torch.float16, "ieee", True)]
-    for dtype, precise, full in [*variants, (torch.float32, "ieee", True), (torch.float32, "tf32", True)]:
-        floats = dict.fromkeys(("x", "weight", "bias", "h"), pointer(dtype))
+    variants += [(torch.float32, "ieee", True)]
+    if target.startswith("cuda"):
+        variants += [(torch.float32, "tf32", True)]
+    pointers = {"valid": "*u8", "tile_task": "*i32", "counts": "*i64"}
+    for dtype, precise, full in variants:
+        arrays = dict.fromkeys(("x", "weight", "bias", "h"), pointer(dtype)) | pointers
+        optional: dict[str, bool | None] = {"HAS_BIAS": True, "HAS_VALID": True, "HAS_TASKS": True}
+        if not full:
+            absent = ("bias", "valid", "tile_task")
+            arrays = {name: kind for name, kind in arrays.items() if name not in absent}
+            optional = {**dict.fromkeys(optional, False), **dict.fromkeys(absent, None)}
         for tile in _tiles(target, dtype, precise):
             found.append(
                 Shipped(
                     name=f"{pointer(dtype)[1:]} {precise} {tile['BM']}x{tile['BN']} {'full' if full else 'plain'}",
                     kernel=_forward,
-                    signature={**floats, **pointers, **lengths},
-                    launch={**tile, "HAS_BIAS": True, "HAS_VALID": full, "HAS_TASKS": full},
-                    divisible=[*floats, *pointers],
+                    signature={**arrays, **lengths},
+                    launch={**tile, **optional},
+                    divisible=list(arrays),
                     expect=("product32",) if dtype == torch.float32 else ("product16", "count"),
                 )
             )
     tile = _tiles(target, torch.bfloat16, "ieee")[0]
-    for name, kernel, keywords in (
-        ("tasks of tiles", _tile_tasks, _tile_tasks_keywords(tile)),
-        ("count of straddling tiles", _count_straddling, _straddling_keywords(tile, True)),
-    ):
-        signature = {"h": "*bf16", **pointers, **spans}
-        divisible = ["h", *pointers, "offsets"]
-        found.append(Shipped(name, kernel, signature, keywords, divisible))
+    helpers = [
+        ("tasks of tiles", _tile_tasks, ("offsets", "tile_task"), _tile_tasks_keywords(tile)),
+        ("straddling", _count_straddling, ("h", "valid", "offsets", "counts"), _straddling_keywords(tile, True)),
+    ]
+    pointers = {"h": "*bf16", "offsets": "*i64", **pointers}
+    for name, kernel, given, keywords in helpers:
+        sizes = {size: "i32" for size in (*lengths, "tasks", "columns") if size in kernel.arg_names}
+        found.append(Shipped(name, kernel, {**{a: pointers[a] for a in given}, **sizes}, keywords, given))
     return found
 
 
@@ -300,8 +308,8 @@ def forward(
     if task_offsets is not None:
         tile_task = torch.empty(columns, dtype=torch.int32, device=x.device)
         keywords = _tile_tasks_keywords(tile)
-        grid = (triton.cdiv(columns, keywords["BLOCK"]),)
-        launch(_tile_tasks, grid, x.device, task_offsets, tile_task, tokens, tasks, columns, **keywords)
+        blocks = triton.cdiv(columns, keywords["BLOCK"])
+        launch(_tile_tasks, (blocks,), x.device, task_offsets, tile_task, tokens, tasks, columns, **keywords)
     step = unit(x.dtype)
     bias = None if bias is None else bias.contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.uint8)

@@ -23,6 +23,8 @@ def supports(
 
     It takes plain float32 CPU tensors, all contiguous, with ``active`` contiguous bool CPU tensors or None.
     """
+    if not params:
+        return "there is no tensor"  # by whose device PyTorch finds the operator
     for name, tensors in (("param", params), ("grad", grads), ("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
         for t in tensors:
             # One expression, because a model has hundreds of parameters and this runs in every step.

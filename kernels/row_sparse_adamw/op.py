@@ -20,9 +20,9 @@ BACKENDS = (
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
     """What an ordinary call on that device takes; parameters and moments are in ``dtype``."""
-    lists = [[torch.empty(2048, 512, device=device, dtype=dtype)] for _ in range(4)]
+    one = [torch.empty(2048, 512, device=device, dtype=dtype)]
     active = [torch.ones(2048, device=device, dtype=torch.bool)]
-    choice: Any = row_sparse_adamw_(*lists, active, step=1, lr=0.1, explain=True)  # type: ignore[call-arg]
+    choice: Any = row_sparse_adamw_(one, one, one, one, active, step=1, lr=0.1, explain=True)  # type: ignore[call-arg]
     return choice
 
 

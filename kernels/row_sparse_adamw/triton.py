@@ -31,13 +31,15 @@ from torch import Tensor
 from ..common.triton_launch import INTERPRETER, Shipped, launch, target_of
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_Row = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]  # param, grad, exp_avg, exp_avg_sq, active
+_Launch = tuple[int, Tensor, Tensor, dict[str, Any]]  # programs, table, owners, keywords
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass (DTensor, FakeTensor, ...) has its own idea of where its data is
 _FIELDS = 8  # int64 numbers of a tensor in the table: param, grad, exp_avg, exp_avg_sq, active, elements, width, block
 _TABLES = 64  # kept tables: gradients come back at a few addresses, in an order that the allocator chooses
 
 
 @triton.jit
-def _adamw(  # type: ignore[no-untyped-def]
+def _adamw(
     table,
     owner,
     decay,
@@ -74,21 +76,193 @@ def _adamw(  # type: ignore[no-untyped-def]
     group = tl.arange(0, GROUPS) * WIDE
     keep = begin + group < elements
     if active.to(tl.int64) != 0:
-        # Rows are counted in 64 bits once for the block, then within it in 32.
+        # 64-bit divisions are slow: one for the block, then from the second row in it on in 32 bits.
         row = begin // width
-        inside = (begin - row * width).to(tl.int32) + group
-        narrow = tl.minimum(width, 2**30).to(tl.int32)
-        keep &= tl.load(active + row + inside // narrow, mask=keep, other=0) != 0
-    at = begin + (group[:, None] + tl.arange(0, WIDE)[None, :])
+        first = tl.minimum((row + 1) * width - begin, GROUPS * WIDE).to(tl.int32)
+        later = 1 + (group - first) // tl.minimum(width, GROUPS * WIDE).to(tl.int32)
+        keep &= tl.load(active + row + tl.where(group < first, 0, later), mask=keep, other=0) != 0
+    at = group[:, None] + tl.arange(0, WIDE)[None, :]
     keep = tl.broadcast_to(keep[:, None], (GROUPS, WIDE))
-    grad = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
-    mean = tl.load(m + at, mask=keep, other=0.0).to(tl.float32)
-    square = tl.load(v + at, mask=keep, other=0.0).to(tl.float32)
-    value = tl.load(p + at, mask=keep, other=0.0).to(tl.float32)
+    grad = tl.load(g + begin + at, mask=keep, other=0.0).to(tl.float32)
+    mean = tl.load(m + begin + at, mask=keep, other=0.0).to(tl.float32)
+    square = tl.load(v + begin + at, mask=keep, other=0.0).to(tl.float32)
+    value = tl.load(p + begin + at, mask=keep, other=0.0).to(tl.float32)
     mean = mean + one_minus_beta1 * (grad - mean)
     square = beta2 * square + one_minus_beta2 * grad * grad
-    root = tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(square) + root_correction2) + eps
+    root = tl.div_rn(tl.sqrt_rn(square), root_correction2) + eps
     value = value * decay - step_size * tl.div_rn(mean, root)
-    tl.store(m + at, mean.to(M), mask=keep)
-    tl.store(v + at, square.to(V), mask=keep)
-    tl.store(p + at, value.to(P), mask=keep)
+    tl.store(m + begin + at, mean.to(M), mask=keep)
+    tl.store(v + begin + at, square.to(V), mask=keep)
+    tl.store(p + begin + at, value.to(P), mask=keep)
+
+
+def _keywords(target: str, dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, Any]:
+    """The launch keywords for parameters, gradients and moments of these dtypes."""
+    elements = 64 if target == INTERPRETER else 2048
+    wide = 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
+    types = dict(zip("PGMV", (_TYPES[dtype] for dtype in dtypes)))
+    sizes = {"GROUPS": elements // wide, "WIDE": wide, "FIELDS": _FIELDS}
+    return {**types, **sizes, "num_warps": 4, "enable_fp_fusion": False}
+
+
+def shipped(target: str) -> list[Shipped]:
+    """What is launched on ``target`` for the usual dtypes; other combinations of the three differ in the casts alone."""
+    f32, b16 = torch.float32, torch.bfloat16
+    coefficients = ("decay", "step_size", "one_minus_beta1", "beta2", "one_minus_beta2", "root_correction2", "eps")
+    found = []
+    for name, dtypes in (
+        ("float32", (f32, f32, f32, f32)),
+        ("bfloat16 gradients", (f32, b16, f32, f32)),
+        ("bfloat16 with float32 moments", (b16, b16, f32, f32)),
+        ("bfloat16", (b16, b16, b16, b16)),
+    ):
+        for aligned in (True, False):
+            found.append(
+                Shipped(
+                    name=f"{name}, {'aligned' if aligned else 'element by element'}",
+                    kernel=_adamw,
+                    signature={"table": "*i64", "owner": "*i32", **dict.fromkeys(coefficients, "fp32")},
+                    launch=_keywords(target, dtypes, aligned),
+                    divisible=("table", "owner"),
+                    expect=("unfused", "stream") if aligned else ("unfused",),
+                )
+            )
+    return found
+
+
+def supports(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    active: Sequence[Tensor | None],
+) -> str | None:
+    """Why :func:`row_sparse_adamw_` cannot take these tensors, in one line; None where it can.
+
+    It takes plain tensors on one device, contiguous, each float32, bfloat16 or float16, with ``active`` contiguous bool
+    tensors there or None.
+    """
+    device = params[0].device
+    for name, tensors in (("param", params), ("grad", grads), ("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
+        for t in tensors:
+            # One expression, because a model has hundreds of parameters and this runs in every step.
+            if not (
+                type(t) in _PLAIN
+                and t.device == device
+                and t.dtype in _TYPES
+                and t.layout is torch.strided
+                and t.is_contiguous()
+            ):
+                return (
+                    f"a {name} is a {type(t).__name__}, {t.dtype}, {t.layout}, on {t.device} (the first: {device})"
+                    + (f", strides {t.stride()} for shape {list(t.shape)}" if t.layout is torch.strided else "")
+                )
+    for param, mask in zip(params, active):
+        if mask is not None:
+            if mask.device != device or mask.dtype != torch.bool or not mask.is_contiguous():
+                return f"an active set is {mask.dtype} on {mask.device}, strides {list(mask.stride())}"
+            if param.dim() == 0:
+                return "a param has an active set but no rows"
+    if device.type != "cpu" and target_of(device) == INTERPRETER:
+        return "Triton's interpreter cannot follow addresses on a device"
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def _owners(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 ``[programs]``: which tensor each program works on, for tensors of so many blocks."""
+    tensors = torch.arange(len(blocks), dtype=torch.int32)
+    return tensors.repeat_interleave(torch.tensor(blocks)).to(device)
+
+
+def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
+    """For each launch: the number of programs, the table, the owners, the keywords."""
+    device = tensors[0][0].device
+    target = target_of(device)
+    launches: dict[tuple[Any, ...], list[list[int]]] = {}
+    for param, grad, exp_avg, exp_avg_sq, mask in tensors:
+        four = (param, grad, exp_avg, exp_avg_sq)
+        dtypes = tuple(t.dtype for t in four)
+        wide = _keywords(target, dtypes, True)["WIDE"]
+        elements = param.numel()
+        if elements == 0:
+            continue
+        width = elements if mask is None else elements // param.shape[0]
+        addresses = [t.data_ptr() for t in four]
+        aligned = width % wide == 0 and not any(address % 16 for address in addresses)
+        row = [*addresses, 0 if mask is None else mask.data_ptr(), elements, width]
+        launches.setdefault((dtypes, aligned), []).append(row)
+    found = []
+    for (dtypes, aligned), rows in launches.items():
+        keywords = _keywords(target, dtypes, aligned)
+        blocks = tuple(triton.cdiv(row[5], keywords["GROUPS"] * keywords["WIDE"]) for row in rows)
+        starts = itertools.accumulate((0, *blocks[:-1]))
+        numbers = [number for row, start in zip(rows, starts) for number in (*row, start)]
+        # From pinned memory the copy waits for nothing.
+        table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+        found.append((sum(blocks), table.to(device, non_blocking=True), _owners(blocks, device), keywords))
+    return found
+
+
+_kept: OrderedDict[tuple[Any, ...], list[_Launch]] = OrderedDict()
+
+
+def _plan(tensors: Sequence[_Row]) -> list[_Launch]:
+    """The launches of a call, kept for calls with tensors of the same dtypes and shapes at the same addresses."""
+    device = tensors[0][0].device
+    key = (
+        device,
+        *(t if t is None else (t.data_ptr(), t.dtype) for row in tensors for t in row),
+        *(row[0].shape for row in tensors),
+    )
+    if key in _kept:
+        _kept.move_to_end(key)
+    else:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph would upload the table again at each replay, from memory that is long used for something else.
+            raise RuntimeError("a CUDA graph is being captured: take a step with the same tensors before, outside it")
+        _kept[key] = _tables(tensors)
+        if len(_kept) > _TABLES:
+            _kept.popitem(last=False)
+    return _kept[key]
+
+
+@torch.no_grad()
+def row_sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    active: Sequence[Tensor | None],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of ``torch.optim.AdamW`` on the active rows, in place; the other rows are neither read nor written.
+
+    Args:
+        params: float32, bfloat16 or float16, contiguous, any shape ``[rows, ...]``.
+        grads: of the same shapes, any of the dtypes. Rows outside ``active`` may hold anything, NaN too.
+        exp_avgs: first moments, likewise.
+        exp_avg_sqs: second moments, likewise.
+        active: for each parameter a bool ``[rows]``, or None: every row.
+        step: the number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the bias-corrected second moment.
+        weight_decay: decoupled.
+    """
+    for programs, table, owners, keywords in _plan(list(zip(params, grads, exp_avgs, exp_avg_sqs, active))):
+        coefficients = (
+            1 - lr * weight_decay,
+            lr / (1 - betas[0] ** step),
+            1 - betas[0],
+            betas[1],
+            1 - betas[1],
+            (1 - betas[1] ** step) ** 0.5,
+            eps,
+        )
+        launch(_adamw, (programs,), table.device, table, owners, *coefficients, **keywords)

@@ -22,8 +22,6 @@ from ..common.triton_launch import (
     SMALL,
     Shipped,
     launch,
-    offsets_on,
-    padded,
     pointer,
     precision,
     processors,
@@ -34,46 +32,54 @@ from ..common.triton_tasks import (
     Tasks,
     Tile,
     columns_launch,
+    compact_width,
     pack_columns,
     pack_columns_kernel,
     places_kernel,
     places_of,
+    refuses,
     task_tokens,
+    tasks_of,
     tile_sums,
     token_tile,
 )
 from ..common.triton_tile import tile_order
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
 MOST_SPLITS = 8  # chunks of a task of average size
-ROWS, COLUMNS = 64, 64  # block of the result in the sum over parts
+ROWS, COLUMNS = 64, 32  # block of the result in the sum over parts; with twice that it spills for 8.0
 
 
-def product_tile(target: str, dtype: torch.dtype) -> Tile:
+def product_tile(target: str, dtype: torch.dtype, precise: str) -> Tile:
     """The block sizes of the product on a target."""
     if target == INTERPRETER:
         return Tile(32, 64, 32, 2, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 4, 2)
+    if dtype == torch.float32:  # without tensor cores ("ieee"), accumulator and operands share the registers
+        return Tile(64, 64, 16 if precise == "ieee" else 32, 4, 4, 2)
     return {
-        "cuda:80": Tile(128, 256, 32, 4, 8, 3),
-        SMALL: Tile(128, 128, 32, 4, 8, 3),
+        "cuda:80": Tile(128, 256, 32, 4, 8, 4),
+        SMALL: Tile(128, 128, 32, 4, 8, 4),
         "cuda:90": Tile(128, 256, 64, 4, 8, 4),
         "cuda:100": Tile(128, 256, 64, 4, 8, 4),
         "hip:gfx942": Tile(128, 128, 32, 4, 8, 2),
     }[target]
 
 
+def has_tma(target: str) -> bool:
+    """Whether devices of a target copy blocks by themselves; the interpreter does as they do."""
+    return target in ("cuda:90", "cuda:100", INTERPRETER)
+
+
 def chunk_of(tasks: Tasks, tiles: int, programs: int, step: int) -> int:
     """Tokens in a chunk, a multiple of ``step``: the fewest that fill the device evenly for tasks of equal size.
 
     Args:
+        tasks: at least one token.
         tiles: blocks of the result of one task.
         programs: how many run side by side.
+        step: tokens in a step of the product.
     """
-    tokens = triton.cdiv(tasks.tokens, tasks.count)
-    items = tiles * tasks.count
+    tokens = triton.cdiv(tasks.tokens, tasks.number)
+    items = tiles * tasks.number
     # The time of the product in waves of programs, and of writing and reading a part, a few per cent of a wave each.
     # The latter is arithmetic for 16384 tokens and d_in 1024, NOT YET MEASURED.
     splits = range(1, max(1, min(MOST_SPLITS, tokens // (2 * step))) + 1)
@@ -81,8 +87,8 @@ def chunk_of(tasks: Tasks, tiles: int, programs: int, step: int) -> int:
     return max(triton.cdiv(triton.cdiv(tokens, best), step), 1) * step
 
 
-@triton.jit
-def product_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["tokens", "tasks", "chunk"])
+def product_kernel(
     left_ptr,
     right_ptr,
     parts_ptr,
@@ -95,33 +101,48 @@ def product_kernel(  # type: ignore[no-untyped-def]
     left_stride,
     right_stride,
     GROUPED: tl.constexpr,
+    TMA: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of the product ``leftᵀ right`` over one chunk of tokens; left ``[tokens, width]``, right ``[tokens, columns]``."""
+    """One block of ``leftᵀ right`` over one chunk of tokens, with left ``[tokens, width]``, right ``[tokens, columns]``."""
     down, across = tl.cdiv(width, M), tl.cdiv(columns, N)
     part = tl.program_id(0) // (down * across)
-    task, first, stop = token_tile(offsets_ptr, part, chunk, tokens, tasks, GROUPED)
+    _, first, stop = token_tile(offsets_ptr, part, chunk, tokens, tasks, GROUPED)
     if first < stop:
         row, column = tile_order(tl.program_id(0) % (down * across), down, across, GROUP)
-        # Behind the task's last token the descriptors read zeros, so that no other task's tokens enter the sum.
-        left = tl.make_tensor_descriptor(left_ptr, shape=[stop, width], strides=[left_stride, 1], block_shape=[K, M])
-        right = tl.make_tensor_descriptor(right_ptr, shape=[stop, columns], strides=[right_stride, 1], block_shape=[K, N])
         total = tl.zeros((M, N), tl.float32)
-        for token in range(first, min(stop, first + chunk), K):
-            block = left.load([token, row * M])
-            total = tl.dot(block.T, right.load([token, column * N]), total, input_precision=PRECISION)
+        last = min(stop, first + chunk)
+        # What is behind the task's last token reads as zero, so that no other task's tokens enter the sum.
+        right = tl.make_tensor_descriptor(
+            right_ptr, shape=[stop, columns], strides=[right_stride, 1], block_shape=[K, N]
+        )
+        if TMA:
+            left = tl.make_tensor_descriptor(
+                left_ptr, shape=[stop, width], strides=[left_stride, 1], block_shape=[K, M]
+            )
+            for token in range(first, last, K):
+                block = left.load([token, row * M])
+                total = tl.dot(block.T, right.load([token, column * N]), total, input_precision=PRECISION)
+        else:
+            # Without TMA the compiler copies a block that it has to transpose through registers, not asynchronously.
+            neuron = row * M + tl.arange(0, M)
+            for token in range(first, last, K):
+                k = token + tl.arange(0, K)
+                source = left_ptr + k.to(tl.int64)[None, :] * left_stride + neuron[:, None]
+                block = tl.load(source, mask=(neuron < width)[:, None] & (k < stop)[None, :], other=0.0)
+                total = tl.dot(block, right.load([token, column * N]), total, input_precision=PRECISION)
         # Parts are padded to whole blocks: no masks, so that the stores stay 16 bytes wide.
         m = part.to(tl.int64) * (down * M) + row * M + tl.arange(0, M)
         n = column * N + tl.arange(0, N)
         tl.store(parts_ptr + m[:, None] * (across * N) + n[None, :], total)
 
 
-@triton.jit
-def expand_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["tokens", "tasks", "chunk"])
+def expand_kernel(
     parts_ptr,
     places_ptr,
     offsets_ptr,
@@ -181,7 +202,8 @@ def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tenso
     """``leftᵀ right`` in parts, one for each chunk of each task's tokens.
 
     Args:
-        left: ``[tokens, width]``, right: ``[tokens, columns]``, as ``rows16`` gives them.
+        left: ``[tokens, width]``, as ``rows16`` gives it.
+        right: ``[tokens, columns]``, likewise.
         tasks: at least one token.
         task_offsets: as the operator got them.
 
@@ -190,30 +212,39 @@ def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tenso
     """
     width, columns = left.shape[1], right.shape[1]
     if by_library("dw", left.dtype, task_offsets):
-        whole = [(a, b) for a, b in checks.segments(task_offsets, tasks.tokens) if a < b] if tasks.count > 1 else None
-        if whole is None:
-            return mm_float32(left.t(), right)[None], tasks.tokens
-        return torch.stack([mm_float32(left[a:b].t(), right[a:b]) for a, b in whole]), tasks.tokens
-    tile = product_tile(target_of(left.device), left.dtype)
+        bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
+        return torch.stack([mm_float32(left[a:b].t(), right[a:b]) for a, b in bounds if a < b]), tasks.tokens
+    precise = precision(left.dtype)
+    target = target_of(left.device)
+    tile = product_tile(target, left.dtype, precise)
     down, across = triton.cdiv(width, tile.m), triton.cdiv(columns, tile.n)
     chunk = chunk_of(tasks, down * across, processors(left.device), tile.k)
     count = tasks.most_tiles(chunk)
     parts = torch.empty((count, down * tile.m, across * tile.n), dtype=torch.float32, device=left.device)
-    sizes = (tasks.tokens, tasks.count, chunk, width, columns, left.stride(0), right.stride(0))
-    keywords = tile.keywords(precision(left.dtype))
-    grouped = tasks.offsets is not None
+    sizes = (tasks.tokens, tasks.number, chunk, width, columns, left.stride(0), right.stride(0))
+    keywords = {"GROUPED": tasks.offsets is not None, "TMA": has_tma(target), **tile.keywords(precise)}
     grid = (count * down * across,)
-    launch(product_kernel, grid, left.device, left, right, parts, tasks.offsets, *sizes, GROUPED=grouped, **keywords)
+    launch(product_kernel, grid, left.device, left, right, parts, tasks.offsets, *sizes, **keywords)
     return parts, chunk
 
 
 def expand(
-    parts: Tensor, chunk: int, places: Tensor, tasks: Tasks, out: Tensor, constant: tuple[Tensor, Tensor] | None, add: bool
+    parts: Tensor,
+    chunk: int,
+    places: Tensor,
+    tasks: Tasks,
+    out: Tensor,
+    constant: tuple[Tensor, Tensor] | None = None,
+    add: bool = False,
 ) -> None:
-    """Writes ``out [d_ff, columns]``, of any strides, from the parts of :func:`product_parts`.
+    """Writes ``out [d_ff, columns]``, of any strides: the sums of the parts in the order of tasks and chunks.
 
     Args:
-        places: int32 ``[tasks, d_ff]``.
+        parts: as :func:`product_parts` gives them.
+        chunk: the tokens in a chunk, likewise.
+        places: int32 ``[tasks, d_ff]``, see ``places_of``.
+        tasks: as for the parts.
+        out: float32, or the dtype of the operator.
         constant: b1 ``[d_ff]`` and the sums of dy by task, float32 ``[tasks, columns]``: where a task has not the
             neuron, it adds the product of the two, b1 after ReLU.
         add: add to ``out``, float32, in the rows that some task has, and touch no other row.
@@ -222,34 +253,14 @@ def expand(
     bias, sums = constant or (None, None)
     grid = (triton.cdiv(neurons, ROWS), triton.cdiv(columns, COLUMNS))
     pointers = (parts, places, tasks.offsets, bias, sums, out)
-    sizes = (tasks.tokens, tasks.count, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
-    launch(
-        expand_kernel, grid, out.device, *pointers, *sizes,
-        **expand_launch(tasks.offsets is not None, constant is not None, add),
-    )  # fmt: skip
+    sizes = (tasks.tokens, tasks.number, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
+    keywords = expand_launch(tasks.offsets is not None, constant is not None, add)
+    launch(expand_kernel, grid, out.device, *pointers, *sizes, **keywords)
 
 
 def expand_launch(grouped: bool, constant: bool, add: bool) -> dict[str, object]:
     """What a launch of ``expand_kernel`` gives by keyword."""
     return {"GROUPED": grouped, "CONSTANT": constant, "ADD": add, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
-
-
-def tasks_of(tokens: int, task_offsets: Tensor | None, device: torch.device) -> Tasks:
-    """The tokens of a call by task, their offsets on ``device``.
-
-    Raises:
-        ValueError: offsets on the CPU that do not rise from 0 to ``tokens``.
-    """
-    if task_offsets is None:
-        return Tasks(tokens, 1, None)
-    offsets = offsets_on(task_offsets, tokens, device)
-    count = offsets.shape[0] - 1
-    return Tasks(tokens, count, offsets if count > 1 else None)
-
-
-def compact_width(index: Tensor) -> int:
-    """The columns of packed operands for an index tensor: its width, padded, and at least one block."""
-    return max(triton.cdiv(index.shape[1], WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
 
 
 def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -266,7 +277,7 @@ def accumulate(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets
 def _gradient(dw: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, add: bool) -> Tensor:
     """Writes dw or adds to it; gives db."""
     tasks = tasks_of(dh.shape[0], task_offsets, dh.device)
-    if tasks.tokens == 0 or tasks.count == 0:
+    if tasks.tokens == 0:
         if not add:
             dw.zero_()
         return dh.new_zeros(dh.shape[1])
@@ -279,22 +290,18 @@ def _gradient(dw: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Te
     places = places_of(index, dh.shape[1])
     packed, sums = pack_columns(dh, index, places, tasks, compact_width(index))
     parts, chunk = product_parts(packed, rows16(x), tasks, task_offsets)
-    expand(parts, chunk, places, tasks, dw, None, add)
+    expand(parts, chunk, places, tasks, dw, add=add)
     return sums.sum(0).to(dh.dtype)
 
 
 def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:
     """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
-    return refuses(dh.dtype, dh.device, (dh.shape[1], x.shape[1]))
+    return refuses((dh, x), index, dh.shape[0])
 
 
-def refuses(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> str | None:
-    """Why the kernels do not take tensors of this dtype, device and sizes of features; None if they do."""
-    if dtype not in DTYPES:
-        return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
-    return "a size is 0" if 0 in sizes else None
+def precisions(target: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """What ``precision`` can give on a target."""
+    return ("ieee", "tf32") if dtype == torch.float32 and not target.startswith("hip") else ("ieee",)
 
 
 def shipped(target: str) -> list[Shipped]:
@@ -302,20 +309,22 @@ def shipped(target: str) -> list[Shipped]:
     kernels = []
     for dtype in (torch.bfloat16, torch.float32):
         p, name = pointer(dtype), str(dtype).removeprefix("torch.")
-        tile = product_tile(target, dtype)
         for grouped in (False, True):
             offsets = {"offsets_ptr": "*i64"} if grouped else {}
             none = {} if grouped else {"offsets_ptr": None}
             label = f"{name} {'tasks' if grouped else 'one task'}"
-            sizes = dict.fromkeys(("tokens", "tasks", "chunk", "width", "columns", "left_stride", "right_stride"), "i32")
+            sizes = dict.fromkeys(
+                ("tokens", "tasks", "chunk", "width", "columns", "left_stride", "right_stride"), "i32"
+            )
             aligned = ("left_ptr", "right_ptr", "parts_ptr", "width", "columns", "left_stride", "right_stride")
-            for way in ("ieee",) if dtype != torch.float32 else ("ieee", "tf32"):
+            for precise in precisions(target, dtype):
+                tile = product_tile(target, dtype, precise)
                 kernels.append(
                     Shipped(
-                        f"product {label} {way} {tile.m}x{tile.n}",
+                        f"product {label} {precise} {tile.m}x{tile.n}",
                         product_kernel,
                         {"left_ptr": p, "right_ptr": p, "parts_ptr": "*fp32", **offsets, **sizes},
-                        {"GROUPED": grouped, **none, **tile.keywords(way)},
+                        {"GROUPED": grouped, "TMA": has_tma(target), **none, **tile.keywords(precise)},
                         aligned,
                         ("product32",) if dtype == torch.float32 else ("product16",),
                     )
@@ -352,9 +361,7 @@ def _shipped_columns(label: str, p: str, grouped: bool, offsets: dict, none: dic
     return [pack, sums]
 
 
-def _shipped_expand(
-    label: str, p: str, grouped: bool, constant: bool, add: bool, offsets: dict, none: dict
-) -> Shipped:
+def _shipped_expand(label: str, p: str, grouped: bool, constant: bool, add: bool, offsets: dict, none: dict) -> Shipped:
     strides = ("part_stride", "row_stride", "out_stride", "out_column_stride")
     sizes = dict.fromkeys(("tokens", "tasks", "chunk", "neurons", "columns", *strides), "i32")
     # dW1 and dW are rows of d_in; dW2 is written down its columns.

@@ -14,25 +14,24 @@ IGNORED = -100
 
 
 def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[str, Any]:
-    """Pads the examples of one direction to the longest of them.
+    """Pads the examples of one direction or several to the longest of them.
 
     Args:
-        examples: of one task, as :class:`nspec.mt.data.PairDataset` gives them.
+        examples: as :class:`nspec.mt.data.PairDataset` gives them.
         pad_to_multiple_of: both lengths are rounded up to it.
 
     Returns:
         ``input_ids``, ``attention_mask`` int64 [sentences, source tokens]; ``decoder_input_ids``,
         ``decoder_attention_mask`` and ``labels`` int64 [sentences, target tokens], with labels of -100 on padding and
-        the decoder's input the labels one place to the right behind ``</s>``; ``task``, the direction.
+        the decoder's input the labels one place to the right behind ``</s>``; ``task``, the direction, or a list with the
+        direction of each sentence where there are several.
 
     Raises:
-        ValueError: no examples, or of several directions.
+        ValueError: no examples.
     """
     if not examples:
         raise ValueError("a batch needs at least one sentence pair")
-    tasks = sorted({example.task for example in examples})
-    if len(tasks) > 1:
-        raise ValueError(f"a batch holds one direction; these are pairs of {', '.join(tasks)}")
+    tasks = [example.task for example in examples]
     first = examples[0]
     sources, targets = [example.source for example in examples], [example.target for example in examples]
     input_ids, attention_mask = _padded(sources, first.pad_id, pad_to_multiple_of)
@@ -48,7 +47,7 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
         "decoder_input_ids": decoder_input_ids,
         "decoder_attention_mask": decoder_mask,
         "labels": labels,
-        "task": tasks[0],
+        "task": tasks[0] if len(set(tasks)) == 1 else tasks,
     }
 
 

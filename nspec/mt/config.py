@@ -75,7 +75,12 @@ class ModelConfig:
 class TrainConfig:
     updates: int = option(10000, "optimiser steps")
     batch_tokens: int = option(4096, "most tokens of a micro-batch, padding counted: sentences x longest (both sides)")
-    accumulate: int = option(1, "micro-batches of an update, over all processes; each holds one direction")
+    tasks_per_batch: int = option(
+        1,
+        "directions of a micro-batch: 1, or k that are drawn independently, with batch_tokens / k tokens of each "
+        "(padding between them not counted)",
+    )
+    accumulate: int = option(1, "micro-batches of an update, over all processes")
     temperature: float = option(5.0, "directions are sampled with p ~ n^(1/T), n in sentence pairs")
     lr: float = option(5e-4, "highest learning rate")
     warmup: int = option(4000, "updates of linear warm-up, then inverse square root")

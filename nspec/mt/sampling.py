@@ -1,11 +1,11 @@
-"""Which sentence pairs make which micro-batch: temperature, token budget, similar lengths, one direction each.
+"""Which sentence pairs make which micro-batch: temperature, token budget, similar lengths, one direction or several.
 
-The plan is a function of (seed, number of the micro-batch) alone:
+A micro-batch is one chunk, or several that are drawn alike. The plan is a function of (seed, number of the chunk) alone:
 
-- Directions are drawn independently, p ~ n^(1/T) with n the number of sentence pairs.
+- The directions of chunks are drawn independently, p ~ n^(1/T) with n the number of sentence pairs.
 - A direction's pairs are sorted into cells of similar source and target lengths, the cells into a fixed order, and that
   sequence cut into batches by the largest lengths of the cells in them. So the cuts hold for every epoch, and the j-th
-  micro-batch of a direction is batch ``j mod b`` of epoch ``j div b``, with b its batches: nothing before it has to be
+  chunk of a direction is batch ``j mod b`` of epoch ``j div b``, with b its batches: nothing before it has to be
   computed, which is what makes resuming exact and free.
 - Each epoch shuffles the pairs within their cells and the order of the batches, with Philox keyed by (seed, direction,
   epoch). Every pair comes once an epoch.
@@ -68,16 +68,18 @@ class TaskBatchSampler:
         data: the prepared text.
         split: usually ``train``.
         batch_tokens: most tokens of a micro-batch, padding counted: sentences x (longest source + longest target). A
-            pair that is longer than that comes alone.
+            pair that is longer than that comes alone. With several chunks it is shared out evenly, and what the
+            shorter chunks are padded to the longest is not counted.
         temperature: of the sampling over directions.
         micro_batches: of the whole plan, over all ranks. A longer plan begins with the shorter one.
         seed: of the plan.
         rank: of this process; it gets micro-batches rank, rank + world, ... of the one plan.
         world: number of processes.
+        tasks_per_batch: chunks of a micro-batch, each of one direction.
 
     Attributes:
         probabilities: how often each direction is drawn.
-        plan: int64 [micro_batches], the task index of each.
+        plan: int64 [micro_batches x tasks_per_batch], the task index of each chunk.
         start: number of micro-batches of the plan (over all ranks) that are done: iteration begins there.
 
     Raises:
@@ -94,11 +96,16 @@ class TaskBatchSampler:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        tasks_per_batch: int = 1,
     ) -> None:
         if batch_tokens < 1 or micro_batches < 1 or seed < 0:
             raise ValueError(
                 f"batch_tokens is {batch_tokens}, micro_batches {micro_batches}, seed {seed}; "
                 "expected at least 1, 1 and 0"
+            )
+        if not 1 <= tasks_per_batch <= batch_tokens:
+            raise ValueError(
+                f"tasks_per_batch is {tasks_per_batch}; expected at least 1 and at most batch_tokens ({batch_tokens})"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of {world} processes; expected 0 to {world - 1}")
@@ -109,20 +116,22 @@ class TaskBatchSampler:
             )
         self.tasks = list(data.tasks)
         self.seed, self.rank, self.world, self.micro_batches = seed, rank, world, micro_batches
+        self.tasks_per_batch = tasks_per_batch
         sizes = {task: data.size(split, task) for task in self.tasks}
         self.probabilities = probabilities_of(sizes, temperature)
         self.plan = self._draw_tasks()
         self.start = 0
         self._settings = {"seed": seed, "batch_tokens": batch_tokens, "temperature": temperature, "sizes": sizes}
-        self._occurrence = np.empty(micro_batches, dtype=np.int64)
+        self._settings["tasks_per_batch"] = tasks_per_batch
+        self._occurrence = np.empty(len(self.plan), dtype=np.int64)
         for number in range(len(self.tasks)):
             mine = np.flatnonzero(self.plan == number)
             self._occurrence[mine] = np.arange(len(mine))
         self._batches: list[_TaskBatches | None] = [None] * len(self.tasks)
-        self._data, self._split, self._budget = data, split, batch_tokens
+        self._data, self._split, self._budget = data, split, batch_tokens // tasks_per_batch
 
     def _draw_tasks(self) -> Index:
-        draws = _uniform(self.seed, "tasks", 0, self.micro_batches)
+        draws = _uniform(self.seed, "tasks", 0, self.micro_batches * self.tasks_per_batch)
         edges = np.cumsum(list(self.probabilities.values()))
         found = np.searchsorted(edges, draws, side="right")
         return np.minimum(found, len(self.tasks) - 1).astype(np.int64)  # rounding may leave the last edge below 1
@@ -145,7 +154,12 @@ class TaskBatchSampler:
             yield self.batch(number)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """The (task index, pair index) of all pairs in micro-batch ``number`` of the plan."""
+        """The (task index, pair index) of all pairs in micro-batch ``number`` of the plan, those of a task together."""
+        first = number * self.tasks_per_batch
+        chunks = sorted(range(first, first + self.tasks_per_batch), key=self.plan.__getitem__)
+        return [key for chunk in chunks for key in self._chunk(chunk)]
+
+    def _chunk(self, number: int) -> list[tuple[int, int]]:
         task = int(self.plan[number])
         batches = self._batches[task]
         if batches is None:

@@ -1,4 +1,4 @@
-"""The Trainer of one system: a task a micro-batch, the token-normalised loss, optimiser and schedule."""
+"""The Trainer of one system: the tasks of a micro-batch, the token-normalised loss, optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nspec.mt.loss import label_smoothed_loss
 
 
 class TaskTrainer(Seq2SeqTrainer):
-    """``Seq2SeqTrainer`` whose micro-batches hold one task each.
+    """``Seq2SeqTrainer`` whose micro-batches hold one task each, or sentences of several.
 
     Ours are the batches (they come from a sampler that already knows rank and world), the task switch around each
     forward and backward pass, the loss, optimiser and schedule. Logging, validation and checkpoints are with
@@ -27,7 +27,7 @@ class TaskTrainer(Seq2SeqTrainer):
 
     Attributes:
         losses: of the micro-batches of this update, each divided by the tokens of the whole update; on the device.
-        tasks: of the same micro-batches.
+        tasks: of the same micro-batches; joined with " + " where one holds several.
         tokens: real source and target tokens in them.
         targets: target tokens of the update, over all processes.
     """
@@ -77,7 +77,7 @@ class TaskTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         task = inputs.pop("task")
-        self.tasks.append(task)
+        self.tasks.append(task if isinstance(task, str) else " + ".join(dict.fromkeys(task)))
         self.tokens += int(inputs["attention_mask"].sum()) + int(inputs["labels"].ne(-100).sum())
         self.targets = num_items_in_batch  # one tensor for the whole update: not read here, which would be a sync
         with nspec.task(model, task) if self.switching else nullcontext():

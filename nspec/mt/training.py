@@ -1,4 +1,4 @@
-"""Training a system on transformers' Seq2SeqTrainer: a task a micro-batch, exactly resumable, on one or more ranks."""
+"""Training a system on transformers' Seq2SeqTrainer, exactly resumable, on one or more ranks."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _check(settings: TrainConfig, data: PreparedData, masks: nspec.NeuronMasks |
         raise ValueError("optimizer row_sparse_adamw needs a specialised model; take adamw for a dense one")
     if settings.best == "bleu" and settings.valid_bleu_sentences == 0:
         raise ValueError("best is bleu, so valid_bleu_sentences must be above 0")
-    for name in ("updates", "accumulate", "batch_tokens", "valid_every", "log_every"):
+    for name in ("updates", "accumulate", "batch_tokens", "tasks_per_batch", "valid_every", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected at least 1")
     if settings.accumulate % distributed.world():
@@ -182,7 +182,15 @@ def _train(
         rank, world = distributed.rank(), distributed.world()
         micro_batches = settings.updates * settings.accumulate
         sampler = TaskBatchSampler(
-            data, "train", settings.batch_tokens, settings.temperature, micro_batches, config.run.seed, rank, world
+            data,
+            "train",
+            settings.batch_tokens,
+            settings.temperature,
+            micro_batches,
+            config.run.seed,
+            rank,
+            world,
+            settings.tasks_per_batch,
         )
         sampler.start = state.step * settings.accumulate
         batches: DataLoader[Any] = DataLoader(

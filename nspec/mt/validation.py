@@ -68,7 +68,7 @@ def _languages(config: Config) -> None:
 
 def _training(config: Config, section: str) -> None:
     train: TrainConfig = getattr(config, section)
-    counts = ("updates", "batch_tokens", "accumulate", "warmup", "valid_every", "log_every")
+    counts = ("updates", "batch_tokens", "tasks_per_batch", "accumulate", "warmup", "valid_every", "log_every")
     _at_least(config, 1, *(f"{section}.{key}" for key in counts))
     _positive(config, *(f"{section}.{key}" for key in ("temperature", "lr", "eps")))
     zeros = ("weight_decay", "clip_norm", "valid_bleu_sentences", "patience")
@@ -82,10 +82,11 @@ def _training(config: Config, section: str) -> None:
         raise ValueError(f"train.optimizer: the dense model is trained with adamw, found {train.optimizer}")
     if train.best == "bleu" and not train.valid_bleu_sentences:
         raise ValueError(f"{section}.best: bleu needs {section}.valid_bleu_sentences above 0")
-    if train.batch_tokens < config.corpus.max_tokens:
+    least, parts = config.corpus.max_tokens * train.tasks_per_batch, f" for each of {section}.tasks_per_batch"
+    if train.batch_tokens < least:
         raise ValueError(
-            f"{section}.batch_tokens: expected at least corpus.max_tokens ({config.corpus.max_tokens}), so that the "
-            f"longest sentence fits, found {train.batch_tokens}"
+            f"{section}.batch_tokens: expected at least corpus.max_tokens ({config.corpus.max_tokens})"
+            f"{parts if train.tasks_per_batch > 1 else ''}, so that the longest sentence fits, found {train.batch_tokens}"
         )
 
 

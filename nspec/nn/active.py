@@ -1,6 +1,9 @@
-"""One task's active neurons of one layer, in the forms that the operators read, kept on the device of the weights."""
+"""Active neurons of one layer, in the forms that the operators read, kept on the device of the weights."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,21 +11,68 @@ from torch import Tensor
 from nspec.kernels.common.active import active_index
 
 
+def let_sizes_vary(*tensors: tuple[Tensor, Sequence[int]]) -> None:
+    """Tells torch.compile, where it is in use, that these dimensions differ from task to task.
+
+    It would find out by itself, but with a graph for each layer whose width is the first to differ, and after eight
+    graphs it gives up.
+    """
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return
+    for tensor, dims in tensors:
+        if not hasattr(tensor, "_dynamo_weak_dynamic_indices"):
+            torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+
+
 class ActiveSet:
-    """An active set: ``active`` bool ``[d_ff]``, ``rows`` int64 ``[n]`` and ``index`` int64 ``[1, width]``.
+    """The active neurons of one task, or of several tasks one below the other.
 
     Built once per task and layer; moved to a device on first use there, so that a step costs no copy and no sync.
+
+    Attributes:
+        active: bool ``[d_ff]``; ``[tasks, d_ff]`` for several tasks.
+        index: int64 ``[tasks, width]``, as ``kernels/common/active.py`` describes it; ``[1, width]`` for one task.
+        rows: int64 ``[n]``, the neurons that are active for one task at least.
+        union: bool ``[d_ff]``, the same as a mask.
     """
 
     def __init__(self, active: Tensor) -> None:
         if active.dtype != torch.bool or active.dim() != 1:
             raise TypeError(f"a mask must be bool [neurons], found {active.dtype} {list(active.shape)}")
         self.active = active.detach().clone()
+        self.union = self.active
         self.rows = self.active.nonzero().squeeze(1)
         self.index = active_index(self.active)
+
+    @classmethod
+    def stack(cls, sets: Sequence[ActiveSet]) -> ActiveSet:
+        """The sets of several tasks of one layer as one, for tokens sorted by task. Costs no sync on a device."""
+        stacked = cls.__new__(cls)
+        stacked.active = torch.stack([one.active for one in sets])
+        stacked.union = stacked.active.any(0)
+        stacked.rows = torch.empty(0, dtype=torch.int64, device=stacked.active.device)  # read for one task only
+        width = max(one.index.shape[1] for one in sets)
+        stacked.index = torch.stack([one._index_row(width) for one in sets])
+        return stacked
+
+    def _index_row(self, width: int) -> Tensor:
+        """The index of one task, int64 ``[width]``, in the layout that this width has."""
+        if width == self.index.shape[1]:
+            return self.index[0]
+        if width == len(self.active):
+            return torch.where(self.active, torch.arange(width, device=self.active.device), -1)
+        return torch.nn.functional.pad(self.index[0], (0, width - self.index.shape[1]), value=-1)
+
+    def let_sizes_vary(self) -> None:
+        """Has torch.compile make one graph for sets of all sizes."""
+        let_sizes_vary((self.index, (0, 1) if self.active.dim() > 1 else (1,)), (self.rows, (0,)))
+        if self.active.dim() > 1:
+            let_sizes_vary((self.active, (0,)))
 
     def on(self, device: torch.device) -> ActiveSet:
         """This set, with its tensors on ``device``."""
         if self.active.device != device:
-            self.active, self.rows, self.index = (t.to(device) for t in (self.active, self.rows, self.index))
+            self.active, self.rows, self.index, self.union = (
+                t.to(device) for t in (self.active, self.rows, self.index, self.union)
+            )
         return self

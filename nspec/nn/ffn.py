@@ -8,7 +8,7 @@ first in evaluation check through the probe that what the layer does between the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,33 @@ from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
 from .active import ActiveSet
+from .batch import TaskBatch, reorder
 from .masked_linear import MaskedLinear
 
+_STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
 _PROBE = 64  # wide enough that dropout of 0.1 goes unseen once in a thousand for a single token
+
+
+class TaskState(NamedTuple):
+    """What a layer is switched to: a task, or the tasks of a batch, and the backward pass in which it was set."""
+
+    task: str | tuple[str, ...] | None
+    active: ActiveSet | None
+    batch: TaskBatch | None
+    set_in: int
 
 
 class TaskLinear(MaskedLinear):
     """A masked layer that knows the active sets of several tasks. ``nn.Linear`` modules are turned into it in place."""
 
     _sets: dict[str, ActiveSet]
-    _task: str | None
+    _stacks: dict[tuple[str, ...], ActiveSet]
+    _task: str | tuple[str, ...] | None
 
     def add_tasks(self, masks: dict[str, Tensor]) -> None:
         """Sets the active neurons of each task, bool ``[out_features]``."""
         self._sets = {task: ActiveSet(mask) for task, mask in masks.items()}
-        self._task = None
+        self._stacks, self._task = {}, None
 
     @property
     def tasks(self) -> list[str]:
@@ -41,21 +53,45 @@ class TaskLinear(MaskedLinear):
         return list(self._sets)
 
     @property
-    def task(self) -> str | None:
-        """The current task; None is dense."""
+    def task(self) -> str | tuple[str, ...] | None:
+        """The current task, or the task of each sentence of a batch; None is dense."""
         return self._task
 
-    def set_task(self, task: str | None) -> None:
-        """Switches to the mask of ``task``; None makes the layer dense."""
-        self._task = task
-        self._use(None if task is None else self._sets[task])
+    def set_task(self, task: str | TaskBatch | None) -> None:
+        """Switches to the mask of a task, or of each task of a batch; None makes the layer dense."""
+        if isinstance(task, TaskBatch):
+            self._task = task.tasks
+            self._use(self._stack(task.names), task)
+        else:
+            self._task = task
+            self._use(None if task is None else self._sets[task])
+
+    def _stack(self, names: tuple[str, ...]) -> ActiveSet:
+        """The sets of several tasks as one; the set itself of a single one."""
+        if len(names) == 1:
+            return self._sets[names[0]]
+        if names not in self._stacks:
+            if len(self._stacks) >= _STACKS:
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[names] = ActiveSet.stack([self._sets[name].on(self.weight.device) for name in names])
+        return self._stacks[names]
+
+    def state(self) -> TaskState:
+        """What the layer is switched to, for :meth:`restore`."""
+        return TaskState(self._task, self._active, self._batch, self._set_in)
+
+    def restore(self, state: TaskState) -> None:
+        """Switches back to an earlier state."""
+        self._task = state.task
+        self._use(state.active, state.batch)
+        self._set_in = state.set_in
 
 
 class CompactFc1(TaskLinear):
     """fc1 of a specialised pair in mode ``forward``. Without a task it is an ordinary linear layer."""
 
     fc2: CompactFc2
-    _packed: Packed | None
+    _packed: list[Packed] | None
     _packed_of: tuple[Any, ...]
     _checked: set[bool]
 
@@ -65,22 +101,30 @@ class CompactFc1(TaskLinear):
         fc2._result, fc2._checking = None, False
         self._packed, self._packed_of, self._checked = None, (), set()
 
-    def _use(self, active: ActiveSet | None) -> None:
-        super()._use(active)
-        self.__dict__["_packed"] = None
+    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
+        super()._use(active, batch)
+        self._forget_packed()
+
+    def _forget_packed(self) -> None:
+        self.__dict__["_packed"], self.__dict__["_packed_of"] = None, ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Under a task: runs the block, leaves the result with fc2 and returns a probe ``[..., small]``."""
         fc2 = self.__dict__["fc2"]
-        if self._active is None:
+        (active, batch), x, w1, b1, w2, b2 = self._begin(x, self.weight, self.bias, fc2.weight, fc2.bias)
+        if active is None:
             fc2._result = None
-            return super().forward(x)
-        self.note_use()
-        if torch.is_grad_enabled():
-            active = self._active.on(self.weight.device)
-            y = compact_ffn(x, self.weight, self.bias, fc2.weight, fc2.bias, active.active, index=active.index)
+            return F.linear(x, w1, b1)
+        if hasattr(w2, "placements") and not hasattr(w1, "placements"):
+            raise RuntimeError(
+                "fc1 computes with the weights of fc2, which are sharded apart from its own: apply fully_shard to the "
+                "layer that holds both, not to fc1 or fc2 alone"
+            )
+        active = active.on(w1.device)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            y = self._with_grad(x, (w1, b1, w2, b2), active, batch)
         else:
-            y = self._without_grad(x)
+            y = self._without_grad(x, active, batch)
         fc2._result = y
         if torch.compiler.is_compiling() or self.training in self._checked:
             fc2._checking = False
@@ -89,18 +133,41 @@ class CompactFc1(TaskLinear):
         self._checked.add(self.training)
         return probe(x, y.dtype)
 
-    def _without_grad(self, x: Tensor) -> Tensor:
+    def _with_grad(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+        active: ActiveSet,
+        batch: TaskBatch | None,
+    ) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._forget_packed()  # what follows a training pass is an update, and wrappers write weights unseen
+        if batch is None:
+            return compact_ffn(x, *weights, active.active, index=active.index)
+        order, inverse, offsets = batch.layout(x)
+        tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
+        y = compact_ffn(tokens, *weights, active.active, task_offsets=offsets, index=active.index)
+        return reorder(y, inverse, order).view(*x.shape[:-1], -1)
+
+    def _without_grad(self, x: Tensor, active: ActiveSet, batch: TaskBatch | None) -> Tensor:
         """The block with packed weights that are kept between calls: a decoding step is mostly packing otherwise."""
         fc2 = self.__dict__["fc2"]
-        assert self._active is not None
         weights = (self.weight, self.bias, fc2.weight, fc2.bias)
         x, w1, b1, w2, b2 = cast_inputs(x, *weights)
         # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
-        of = tuple((w.data_ptr(), w._version) for w in weights if w is not None) + (x.dtype,)
-        if self._packed is None or self._packed_of != of or torch.compiler.is_compiling():
-            self._packed = pack(w1, b1, w2, b2, self._active.on(self.weight.device).index[0])
+        of = (active, *((w.data_ptr(), w._version) for w in weights if w is not None), x.dtype)
+        if self._packed is None or self._packed_of != of:
+            self._packed = [pack(w1, b1, w2, b2, row) for row in active.index]
             self._packed_of = of
-        y, _ = forward_packed(x.reshape(-1, self.in_features), self._packed)
+        tokens = x.reshape(-1, self.in_features)
+        if batch is None:
+            y, _ = forward_packed(tokens, self._packed[0])
+        else:
+            order, inverse, _ = batch.layout(x)
+            tokens, bounds = reorder(tokens, order, inverse), batch.bounds(x)
+            parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
+            y = torch.cat([forward_packed(part, packed)[0] for part, packed in zip(parts, self._packed)])
+            y = reorder(y, inverse, order)
         return y.view(*x.shape[:-1], fc2.out_features)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,19 +8,20 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from nspec.kernels.common.autocast import cast_inputs
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 from .active import ActiveSet
+from .batch import TaskBatch
+from .recompute import ForwardPasses, Use, backward_pass
 
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
 
-# The optimiser sees parameters, not modules. A table beside them, since an attribute would be lost when a parameter is
-# copied and would stand in the way of pickling.
-_OWNERS: Any = WeakTensorKeyDictionary()
+# The optimiser sees parameters, not modules, and wrappers replace parameters: the layers are known, and asked for the
+# parameter that they have now.
+_LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_mode(mode: str) -> None:
@@ -34,7 +35,15 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: Tensor, index: Tensor, masked: bool
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        active: Tensor,
+        rows: Tensor,
+        index: Tensor,
+        masked: bool,
+        order: Tensor | None,
+        task_offsets: Tensor | None,
     ) -> Tensor:
         if not masked:
             return F.linear(x, weight, bias)
@@ -44,16 +53,18 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, active, rows, index, ctx.masked = inputs
+        x, weight, bias, active, rows, index, ctx.masked, order, task_offsets = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, active, rows, index)
+        ctx.save_for_backward(x, weight, active, rows, index, order, task_offsets)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, active, rows, index = ctx.saved_tensors
+        x, weight, active, rows, index, order, task_offsets = ctx.saved_tensors
         dx = dy.index_select(1, rows) @ weight.index_select(0, rows) if ctx.masked else dy @ weight
-        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index)
-        return dx, dw, db if ctx.has_bias else None, None, None, None, None
+        if order is not None:  # the forward pass and dx do not mind the order of the tokens
+            dy, x = dy.index_select(0, order), x.index_select(0, order)
+        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index, task_offsets=task_offsets)
+        return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
 
 
 class MaskedLinear(nn.Linear):
@@ -87,7 +98,10 @@ class MaskedLinear(nn.Linear):
 
     mode: Mode
     _active: ActiveSet | None
-    _touched: Tensor | None
+    _batch: TaskBatch | None
+    _set_in: int  # the backward pass in which the active set was set; -1 outside of one
+    _passes: ForwardPasses
+    _touched: Tensor
 
     def __init__(
         self,
@@ -126,14 +140,15 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
-        self.note_use()
-        if self._active is None:
-            return F.linear(x, self.weight, self.bias)
-        active = self._active.on(self.weight.device)
-        x, weight, bias = cast_inputs(x, self.weight, self.bias)
+        (active, batch), x, weight, bias = self._begin(x, self.weight, self.bias)
+        if active is None:
+            return F.linear(x, weight, bias)
+        active = active.on(weight.device)
+        order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
+        x, weight, bias = cast_inputs(x, weight, bias)
         flat = x.reshape(-1, self.in_features)
         sets = active.active, active.rows, active.index
-        y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward")
+        y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -143,52 +158,67 @@ class MaskedLinear(nn.Linear):
         )
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 
+    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
+        """Sets what the next forward passes use: the active set, and where it is of several tasks their batch."""
+        self._active, self._batch = active, batch
+        if active is not None:
+            active.let_sizes_vary()
+        self._set_in = backward_pass()
+
+    def _begin(self, x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+        """Begins a forward pass: what it uses, then ``x`` and the parameters, with which the layer goes on."""
+        use: Use = (self._active, self._batch)
+        tensors: tuple[Any, ...] = (x, *parameters)
+        if not torch.compiler.is_compiling():
+            running = backward_pass()
+            if running >= 0 and running != self._set_in:
+                use = self._passes.recomputed()
+            tensors = self._passes.note(use, *tensors)
+        active, batch = use
+        self.note_use(active)
+        if batch is not None and batch.single:
+            batch.check(x)
+            use = active, None
+        return use, *tensors
+
     # What the optimiser needs to know: the rows that were trained since its last step.
 
-    def note_use(self) -> None:
-        """Adds the rows of this forward pass to those that the next optimiser step may touch."""
+    def note_use(self, active: ActiveSet | None) -> None:
+        """Adds the rows of a forward pass to those that the next optimiser step may touch."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        if self._touched is None or self._touched.device != self.weight.device:
-            self._touched = torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
-        if self._active is None:
+        if self._touched.device != self.weight.device:
+            self._touched = self._no_rows()
+        if active is None:
             self._touched.fill_(True)
         else:
-            self._touched.logical_or_(self._active.on(self.weight.device).active)
+            self._touched.logical_or_(active.on(self.weight.device).union)
 
     def take_touched(self) -> Tensor:
         """The rows used with gradients since the last call, bool ``[out_features]``; starts over."""
-        if self._touched is None:
-            return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+        if self._touched.device != self.weight.device:
+            self._touched = self._no_rows()
         touched = self._touched.clone()
         self._touched.zero_()
         return touched
 
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+
     def _attach(self, mode: Mode) -> None:
-        self.mode, self._active, self._touched = mode, None, None
-        self._own_weight()
+        self.mode, self._active, self._batch, self._touched = mode, None, None, self._no_rows()
+        self._set_in, self._passes = -1, ForwardPasses()
+        _LAYERS.add(self)
 
-    def _use(self, active: ActiveSet | None) -> None:
-        self._active = active
-
-    def _own_weight(self) -> None:
-        _OWNERS[self.weight] = weakref.ref(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MaskedLinear:
-        super()._apply(fn, recurse)
-        self._own_weight()  # .to() may have made a new parameter
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_touched"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._own_weight()  # a copy has a parameter of its own
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_touched"} | {"_touched": None}
+        self._touched = self._no_rows()  # a copy is a layer of its own, and nobody has used it
+        _LAYERS.add(self)
 
 
-def owner_of(parameter: Tensor) -> MaskedLinear | None:
-    """The masked layer whose weight this parameter is now, or None."""
-    reference = _OWNERS.get(parameter)
-    owner = reference() if reference is not None else None
-    return owner if isinstance(owner, MaskedLinear) and owner.weight is parameter else None
+def owners() -> dict[int, MaskedLinear]:
+    """The specialised layers that there are, by the ``id`` of the weight that each has now."""
+    return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, MaskedLinear)}

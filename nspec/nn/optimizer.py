@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
-from .masked_linear import owner_of
+from .masked_linear import MaskedLinear, owners
 
 
 class RowSparseAdamW(torch.optim.Optimizer):
@@ -23,6 +24,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
     different tasks that is the union of their sets; over the processes of ``torch.distributed`` too. All other
     parameters get ordinary AdamW. The bias correction uses one global step count.
 
+    Parameters may be replicated (``DistributedDataParallel``) or sharded (``torch.distributed.fsdp.fully_shard``, for
+    which the optimiser is made after sharding, as always): each process steps its shard.
+
     Args:
         params: parameters or parameter groups, as in ``torch.optim.AdamW``.
         lr: learning rate.
@@ -31,8 +35,11 @@ class RowSparseAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: options out of range, or no parameter belongs to a specialised layer.
+        ValueError: options out of range, no parameter belongs to a specialised layer, or the weight of one is not a
+            matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
     """
+
+    _layers: dict[int, weakref.ref[MaskedLinear]]
 
     def __init__(
         self,
@@ -47,7 +54,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected numbers >= 0 and betas below 1"
             )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        if not any(owner_of(p) for group in self.param_groups for p in group["params"]):
+        if not self._owners():
             raise ValueError(
                 "no parameter belongs to a specialised layer: call nspec.specialize(model, masks) first, or use "
                 "torch.optim.AdamW"
@@ -65,10 +72,32 @@ class RowSparseAdamW(torch.optim.Optimizer):
             self._step_group(group, touched)
         return loss
 
+    def _owners(self) -> dict[Tensor, MaskedLinear]:
+        """The specialised layers whose weights are among the parameters."""
+        now, found = owners(), {}
+        # A wrapper that shards may have put another tensor in the place of a parameter for a while (FSDP between a
+        # forward pass and the next backward pass): a layer that was found once is remembered.
+        known = self.__dict__.setdefault("_layers", {})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            owner = now.get(id(p))
+            if owner is not None:
+                known[id(p)] = weakref.ref(owner)
+            elif id(p) in known:
+                owner = known[id(p)]()
+            if not isinstance(owner, MaskedLinear):
+                continue
+            if p.shape != (owner.out_features, owner.in_features):
+                raise ValueError(
+                    f"the weight of a specialised layer has shape {list(p.shape)}, expected "
+                    f"[{owner.out_features}, {owner.in_features}]: a wrapper flattens it; shard the model with "
+                    "torch.distributed.fsdp.fully_shard, which keeps matrices"
+                )
+            found[p] = owner
+        return found
+
     def _touched(self) -> dict[Tensor, Tensor]:
         """For each parameter of a specialised layer, the rows to update, the same on every process."""
-        owners = {p: owner_of(p) for group in self.param_groups for p in group["params"]}
-        touched = {p: owner.take_touched() for p, owner in owners.items() if owner is not None}
+        touched = {p: owner.take_touched() for p, owner in self._owners().items()}
         if touched and torch.distributed.is_available() and torch.distributed.is_initialized():
             flat = torch.cat(list(touched.values())).to(torch.uint8)
             torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
@@ -87,11 +116,11 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            columns = [p, p.grad, state["exp_avg"], state["exp_avg_sq"]]
+            columns = [_local(tensor) for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
             if p in touched:
                 state["step"] += 1
                 lists = sparse.setdefault(int(state["step"]), [[], [], [], [], []])
-                for column, value in zip(lists, [*columns, touched[p]]):
+                for column, value in zip(lists, [*columns, _local_rows(touched[p], p)]):
                     column.append(value)
             else:
                 for column, value in zip(dense, [*columns, state["step"]]):
@@ -106,3 +135,21 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 params, grads, exp_avgs, exp_avg_sqs, [], counts,
                 amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
             )  # fmt: skip
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its shard of a DTensor, else the tensor itself. Shares its memory."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _local_rows(rows: Tensor, parameter: Any) -> Tensor:
+    """The part of ``rows``, bool ``[out_features]``, that belongs to this process's shard of the parameter."""
+    if not hasattr(parameter, "placements"):
+        return rows
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    placements = [place if place.is_shard(0) else Replicate() for place in parameter.placements]
+    whole = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return _local(whole.redistribute(placements=placements))

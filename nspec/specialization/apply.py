@@ -19,8 +19,12 @@ from .tasks import set_task
 _STATE = (
     "mode",
     "_active",
+    "_batch",
+    "_set_in",
+    "_passes",
     "_touched",
     "_sets",
+    "_stacks",
     "_task",
     "fc2",
     "_packed",

@@ -14,7 +14,7 @@ from nspec.nn.ffn import TaskLinear
 
 from .counts import ActivationCounts
 from .layers import Pair, check_relu, find_pairs, without_fast_path
-from .tasks import set_task, specialized_layers
+from .tasks import task as switched_to
 
 
 @torch.no_grad()
@@ -201,19 +201,14 @@ class _Counters(contextlib.AbstractContextManager["_Counters"]):
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no task, as long as the block lasts; each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
-    task = None
     specialized = any(isinstance(module, TaskLinear) for module in model.modules())
-    if specialized:
-        task = specialized_layers(model)[0].task
-        set_task(model, None)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        if specialized:
-            set_task(model, task)
+    with switched_to(model, None) if specialized else contextlib.nullcontext():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Batches: padding, the decoder's input, masks, one direction."""
+"""Batches: padding, the decoder's input, masks, directions."""
 
 from __future__ import annotations
 
@@ -76,9 +76,12 @@ def test_lengths_are_rounded_up_to_a_multiple():
     assert batch["decoder_input_ids"][1].tolist() == [2, 21, 10, 11, 12, 13, 1, 1]
 
 
-def test_pairs_of_two_directions_are_an_error():
-    with pytest.raises(ValueError, match="one direction; these are pairs of aa-bb, bb-aa"):
-        collate([*BATCH, example([1], [2], "bb-aa")])
+def test_pairs_of_several_directions_come_with_the_direction_of_each():
+    other = example([5], [6], "bb-aa")
+    batch = collate([BATCH[0], other, BATCH[1]])
+    assert batch["task"] == ["aa-bb", "bb-aa", "aa-bb"]
+    assert batch["input_ids"].tolist() == [[20, 5, 6, 7, 2], [21, 5, 2, 1, 1], [20, 9, 2, 1, 1]]
+    assert batch["labels"][1].tolist() == [20, 6, 2, -100, -100, -100]
 
 
 def test_an_empty_batch_is_an_error():

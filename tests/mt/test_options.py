@@ -159,6 +159,8 @@ def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
         ("train: {label_smoothing: 1.0}", "train.label_smoothing"),
         ("train: {best: bleu, valid_bleu_sentences: 0}", "train.best"),
         ("train: {batch_tokens: 100}", "train.batch_tokens"),
+        ("train: {tasks_per_batch: 0}", "train.tasks_per_batch"),
+        ("specialize: {batch_tokens: 300, tasks_per_batch: 3}", "specialize.batch_tokens"),
         ("train: {optimizer: row_sparse_adamw}", "train.optimizer"),
         ("run: {systems: []}", "run.systems"),
         ("run: {systems: [forward, dense]}", "run.systems"),

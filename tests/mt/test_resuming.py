@@ -42,12 +42,14 @@ def test_a_training_killed_at_any_time_ends_as_an_undisturbed_one(toy: Toy) -> N
         assert a[key] == b[key]
 
 
+@pytest.mark.parametrize("tasks_per_batch", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "row_sparse_adamw"])
 @pytest.mark.parametrize("mode", ["forward", "update"])
 def test_an_interrupted_training_goes_on_bit_for_bit(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, mode: str, optimizer: str
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, mode: str, optimizer: str, tasks_per_batch: int
 ) -> None:
-    name = f"{mode} {optimizer}"
+    name = f"{mode} {optimizer} {tasks_per_batch}"
+    options: dict[str, Any] = {"mode": mode, "optimizer": optimizer, "tasks_per_batch": tasks_per_batch}
     measure = training.Validator.measure
     calls = 0
 
@@ -60,11 +62,11 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
 
     monkeypatch.setattr(training.Validator, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        toy.train(name, mode=mode, optimizer=optimizer)
+        toy.train(name, **options)
     monkeypatch.undo()
     torch.rand(7)  # the state of the generator must come from the checkpoint
-    interrupted_one = toy.train(name, mode=mode, optimizer=optimizer)
-    straight = toy.train(f"straight {name}", mode=mode, optimizer=optimizer)
+    interrupted_one = toy.train(name, **options)
+    straight = toy.train(f"straight {name}", **options)
     assert rows(interrupted_one) == rows(straight)
     assert same_bits(last(interrupted_one), last(straight))
 

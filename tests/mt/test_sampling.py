@@ -1,9 +1,10 @@
-"""Micro-batches: budget, coverage, purity, temperature, and a plan that does not depend on how one gets into it."""
+"""Micro-batches: budget, coverage, purity, mixture, temperature; a plan that does not depend on how one gets into it."""
 
 from __future__ import annotations
 
 import itertools
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -178,6 +179,60 @@ def test_little_of_a_batch_is_padding_and_little_of_the_budget_unused():
     assert padded / (4096 * len(batches)) > 0.93
 
 
+def test_the_plan_of_task_pure_micro_batches_is_what_it_always_was():
+    """Trainings that began with an older version go on with the same batches."""
+    plan = list(TaskBatchSampler(DATA, "train", 200, 2.0, 400, 3))
+    assert zlib.crc32(repr(plan).encode()) == 731485603
+
+
+# Several directions in a micro-batch
+
+
+@settings(max_examples=40, deadline=None)
+@given(many, st.integers(1, 4))
+def test_a_mixed_micro_batch_is_its_chunks_with_those_of_a_task_together(case, tasks_per_batch):
+    _, sampler = sampler_of(case, tasks_per_batch=tasks_per_batch)
+    case = case | {"budget": case["budget"] // tasks_per_batch}
+    _, chunks = sampler_of(case, micro_batches=60 * tasks_per_batch)
+    assert chunks.plan.tolist() == sampler.plan.tolist()
+    singles = list(chunks)
+    for number, batch in enumerate(sampler):
+        mine = singles[number * tasks_per_batch : (number + 1) * tasks_per_batch]
+        assert sorted(batch) == sorted(itertools.chain(*mine))
+        groups = [task for task, _ in itertools.groupby(task for task, _ in batch)]
+        assert groups == sorted({chunk[0][0] for chunk in mine})
+
+
+@settings(max_examples=40, deadline=None)
+@given(many, st.integers(2, 4), st.integers(0, 60), st.integers(1, 4))
+def test_a_mixed_plan_goes_on_exactly_on_any_number_of_ranks(case, tasks_per_batch, done, world):
+    whole = list(sampler_of(case, tasks_per_batch=tasks_per_batch)[1])
+    done -= done % world
+    ranks = []
+    for rank in range(world):
+        _, sampler = sampler_of(case, rank=rank, world=world, tasks_per_batch=tasks_per_batch)
+        sampler.start = done
+        ranks.append(list(sampler))
+    assert [batch for turn in zip(*ranks) for batch in turn] == whole[done:]
+
+
+def test_a_longer_mixed_plan_begins_with_the_shorter_one_in_any_order_of_asking():
+    short, long = (TaskBatchSampler(DATA, "train", 200, 2.0, n, 3, tasks_per_batch=3) for n in (20, 50))
+    expected = list(long)
+    assert expected[:20] == list(short)
+    for number in np.random.default_rng(0).permutation(50).tolist():
+        assert long.batch(number) == expected[number]
+
+
+def test_mixed_micro_batches_hold_several_tasks_and_every_pair_once_an_epoch():
+    sampler = TaskBatchSampler(DATA, "train", 200, 2.0, 400, 3, tasks_per_batch=4)
+    drawn = Counter(len({task for task, _ in batch}) for batch in sampler)
+    assert drawn[3] > drawn[1]
+    pairs = [pair for batch in sampler for task, pair in batch if task == 2]
+    for epoch in range(len(pairs) // 40):  # the chunks of a task in one micro-batch follow the order of its epochs
+        assert sorted(pairs[40 * epoch : 40 * epoch + 40]) == list(range(40))
+
+
 # Temperature
 
 
@@ -225,6 +280,8 @@ def test_a_state_of_another_plan_is_an_error_that_names_the_difference():
     state = TaskBatchSampler(DATA, "train", 200, 2.0, 60, 3).state_dict()
     with pytest.raises(ValueError, match="had temperature 2.0, this one has 5.0"):
         TaskBatchSampler(DATA, "train", 200, 5.0, 60, 3).load_state_dict(state)
+    with pytest.raises(ValueError, match="had tasks_per_batch 1, this one has 2"):
+        TaskBatchSampler(DATA, "train", 200, 2.0, 60, 3, tasks_per_batch=2).load_state_dict(state)
     with pytest.raises(ValueError, match="had sizes"):
         TaskBatchSampler(invented({"en-aa": 5}), "train", 200, 2.0, 60, 3).load_state_dict(state)
 
@@ -241,6 +298,8 @@ def test_a_state_of_another_plan_is_an_error_that_names_the_difference():
         ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"seed": -1}, "seed -1"),
+        ({"tasks_per_batch": 0}, "tasks_per_batch is 0; expected at least 1"),
+        ({"tasks_per_batch": 101}, r"tasks_per_batch is 101; .* at most batch_tokens \(100\)"),
     ],
 )
 def test_wrong_options_are_errors(change, message):

@@ -187,12 +187,21 @@ def test_accumulated_micro_batches_give_the_gradient_over_all_their_tokens(toy: 
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(toy: Toy) -> None:
+@pytest.mark.parametrize("tasks_per_batch", [1, 3])
+def test_two_processes_give_the_losses_of_one(toy: Toy, tasks_per_batch: int) -> None:
     toy.data  # noqa: B018
-    job: dict[str, Any] = {"mode": "update", "accumulate": 4, "updates": 10, "log_every": 1, "valid_every": 5}
+    job: dict[str, Any] = {
+        "mode": "update",
+        "tasks_per_batch": tasks_per_batch,
+        "accumulate": 4,
+        "updates": 10,
+        "log_every": 1,
+        "valid_every": 5,
+    }
     job |= {"model": {"dropout": 0.0, "attention_dropout": 0.0}, "optimizer": "row_sparse_adamw"}
     job |= {"valid_bleu_sentences": 4}
-    one, two = toy.train("one", **job), toy.run("two", ranks=2, **job)
+    names = [f"{number} of {tasks_per_batch}" for number in ("one", "two")]
+    one, two = toy.train(names[0], **job), toy.run(names[1], ranks=2, **job)
     for alone, shared in zip(rows(one), rows(two), strict=True):
         assert flat(shared) == pytest.approx(flat(alone), rel=2e-4)
     a, b = weights(one / "model"), weights(two / "model")
@@ -328,6 +337,7 @@ def test_checkpoints_of_another_training_are_refused(toy: Toy) -> None:
         ({"optimizer": "row_sparse_adamw"}, "needs a specialised model"),
         ({"best": "bleu"}, "valid_bleu_sentences must be above 0"),
         ({"updates": 0}, "updates is 0"),
+        ({"tasks_per_batch": 0}, "tasks_per_batch is 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(toy: Toy, options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -95,6 +97,51 @@ def test_a_masked_linear_alone_works_too() -> None:
     layer(torch.randn(3, 4)).sum().backward()
     optimizer.step()
     assert torch.equal((layer.weight != before).any(1), LOW)
+
+
+@pytest.mark.parametrize("how", ["assigned", "loaded", "moved"])
+def test_a_layer_whose_parameter_was_replaced_is_known(how: str) -> None:
+    model = specialised()
+    if how == "assigned":
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    elif how == "loaded":
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    assert torch.equal(step(model, RowSparseAdamW(model.parameters(), **OPTIONS), "low"), LOW)
+
+
+def test_a_parameter_that_a_wrapper_has_put_aside_still_belongs_to_its_layer() -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    step(model, optimizer, "even")
+    own, before = model[0].weight, model[0].weight.detach().clone()
+    with nspec.task(model, "low"):
+        model(torch.randn(5, 4, dtype=torch.float64)).square().mean().backward()
+    model[0].weight = nn.Parameter(before.clone())
+    optimizer.step()
+    assert torch.equal((own != before).any(1), LOW)
+
+
+def test_a_flattened_weight_is_an_error_that_says_what_to_do() -> None:
+    model = specialised()
+    model[0].weight = nn.Parameter(model[0].weight.detach().flatten())
+    with pytest.raises(ValueError, match=r"shape \[256\], expected \[64, 4\]: .*fully_shard"):
+        RowSparseAdamW(model.parameters())
+
+
+def test_layers_that_are_gone_are_forgotten() -> None:
+    from nspec.nn import masked_linear
+
+    model = specialised()
+    step(model, RowSparseAdamW(model.parameters(), **OPTIONS), "low")
+    known = weakref.ref(model[0])
+    assert any(layer is known() for layer in masked_linear._LAYERS)
+    del model
+    gc.collect()
+    assert known() is None
 
 
 def test_a_model_that_is_not_specialised_is_an_error() -> None:

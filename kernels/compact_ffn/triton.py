@@ -1,0 +1,380 @@
+"""Triton: packs the weights of every task's active neurons, computes on compact operands, and expands the gradients.
+
+Packing costs one pass over the weights in each direction, whatever the number of tokens; in return every product reads
+whole, aligned blocks. Products that end in something (ReLU; the gate and the sums for db1) are kernels of our own, as are
+those of several tasks, in one launch each; ``common/products.py`` says which others the library computes. Every sum has a
+fixed order, and every output is written once.
+
+What tensor descriptors cannot read is copied: features that are no whole 16 bytes are padded with zeros, and so is an
+in-place index of a d_ff that is no multiple of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import checks
+from ..common.products import by_library
+from ..common.triton_launch import (
+    INTERPRETER,
+    SMALL,
+    Shipped,
+    launch,
+    padded,
+    pointer,
+    precision,
+    processors,
+    rows16,
+    target_of,
+)
+from ..common.triton_tasks import (
+    Tasks,
+    Tile,
+    compact_width,
+    places_of,
+    refuses,
+    task_sums,
+    task_sums_kernel,
+    task_sums_launch,
+    tasks_of,
+    tile_sums,
+    whole,
+)
+from ..row_sparse_wgrad.triton import expand, precisions, product_parts
+from .triton_kernels import (
+    expand_bias_kernel,
+    from_neurons_kernel,
+    pack_fc1_kernel,
+    pack_fc2_kernel,
+    to_neurons_kernel,
+)
+
+_PACK_ROWS = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+_PACK_COLUMNS = {"NEURONS": 64, "OUTPUTS": 64, "num_warps": 4}
+_EXPAND_BIAS = {"NEURONS": 32, "OUTPUTS": 64, "num_warps": 4}
+
+
+def _float32_tile(precise: str, warps: int) -> Tile:
+    """Without tensor cores ("ieee") accumulator and operands share the registers: a spill decides the warps."""
+    if precise == "tf32":
+        return Tile(64, 64, 32, 8, 4, 2)
+    return Tile(64, 64, 16, 8, warps, 2 if warps == 4 else 3)
+
+
+def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> Tile:
+    """The block sizes of ``to_neurons_kernel``: neurons, tokens, depth."""
+    if target == INTERPRETER:
+        return Tile(64, 32, 32, 2, 4, 1)
+    if dtype == torch.float32:
+        # 4 warps spill for 8.6 (Triton 3.6), 8 for 8.0 (Triton 3.7).
+        return _float32_tile(precise, 8 if target == SMALL else 4)
+    return {
+        "cuda:80": Tile(128, 128, 64, 8, 8, 3),
+        SMALL: Tile(128, 128, 32, 8, 8, 3),
+        # The block of h that the gate reads takes the place of a stage.
+        "cuda:90": Tile(128, 256, 64, 8, 8, 2 if gate else 3),
+        # With 8 warps the transposed store aborts the compiler on 10.0 (Triton 3.6 and 3.7).
+        "cuda:100": Tile(128, 128, 64, 8, 4, 3),
+        "hip:gfx942": Tile(128, 128, 64, 8, 8, 2),
+    }[target]
+
+
+def features_tile(target: str, dtype: torch.dtype, precise: str) -> Tile:
+    """The block sizes of ``from_neurons_kernel``: tokens, features, depth."""
+    if target == INTERPRETER:
+        return Tile(32, 32, 32, 2, 4, 1)
+    if dtype == torch.float32:
+        # 4 warps spill for 10.0 (Triton 3.6); with 8, the wider wavefronts of AMD would load less than 16 bytes a thread.
+        return _float32_tile(precise, 4 if target.startswith("hip") else 8)
+    return {
+        "cuda:80": Tile(128, 128, 64, 8, 8, 3),
+        SMALL: Tile(128, 128, 32, 8, 8, 3),
+        "cuda:90": Tile(128, 256, 64, 8, 8, 3),
+        "cuda:100": Tile(128, 256, 64, 8, 8, 3),
+        "hip:gfx942": Tile(128, 128, 64, 8, 8, 2),
+    }[target]
+
+
+class Packed(NamedTuple):
+    """The weights of all tasks, neuron-major: task t has the rows ``t * width`` to ``(t + 1) * width``.
+
+    ``fc1 [tasks * width, d_in]``, ``bias [tasks * width]`` or None, ``fc2 [tasks * width, d_out]``, with features padded to
+    16 bytes; rows without a neuron are zero. ``constant`` float32 ``[tasks, d_out]`` or None.
+    """
+
+    fc1: Tensor
+    bias: Tensor | None
+    fc2: Tensor
+    constant: Tensor | None
+    width: int
+
+
+def pack(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, places: Tensor, constant: bool
+) -> Packed:
+    """Gathers what the tasks of ``index [tasks, width]`` need; with ``constant``, also ``b2 + W2[:, I] relu(b1[I])``."""
+    tasks, index_width = index.shape
+    (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], compact_width(index)
+    fc1 = w1.new_empty((tasks * width, padded(d_in, w1.dtype)))
+    fc2 = w1.new_empty((tasks * width, padded(d_out, w1.dtype)))
+    bias = None if b1 is None else w1.new_empty(tasks * width)
+    columns = max(fc1.shape[1], fc2.shape[1])
+    grid = (triton.cdiv(width, _PACK_ROWS["ROWS"]), triton.cdiv(columns, _PACK_ROWS["COLUMNS"]), tasks)
+    sizes = (index_width, width, d_in, *w1.stride(), fc1.stride(0), fc2.stride(0))
+    keywords = {"BIAS": b1 is not None, "IN_PLACE": index_width == d_ff, **_PACK_ROWS}
+    launch(pack_fc1_kernel, grid, w1.device, w1, b1, index, fc1, bias, fc2, *sizes, **keywords)
+    blocks = triton.cdiv(d_ff, _PACK_COLUMNS["NEURONS"])
+    shares = None
+    if constant and b1 is not None:
+        shares = torch.empty((tasks, blocks, fc2.shape[1]), dtype=torch.float32, device=w1.device)
+    grid = (blocks, triton.cdiv(fc2.shape[1], _PACK_COLUMNS["OUTPUTS"]), 1)
+    more = (tasks, width, d_ff, d_out, *w2.stride(), fc2.stride(0))
+    keywords = {"CONSTANT": shares is not None, **_PACK_COLUMNS}
+    launch(pack_fc2_kernel, grid, w1.device, w2, b1, places, fc2, shares, *more, **keywords)
+    total = None if shares is None else shares.sum(1)
+    if constant and b2 is not None:
+        if total is None:
+            total = torch.zeros((tasks, fc2.shape[1]), dtype=torch.float32, device=w1.device)
+        total[:, :d_out] += b2
+    return Packed(fc1, bias, fc2, total, width)
+
+
+def _parts(tasks: Tasks, task_offsets: Tensor | None, width: int) -> list[tuple[int, slice, slice]]:
+    """For the library, each task with its tokens and with its rows of the packed weights."""
+    bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
+    return [(t, slice(*tokens), slice(t * width, (t + 1) * width)) for t, tokens in enumerate(bounds)]
+
+
+def _multiply(a: Tensor, b: Tensor, constant: Tensor | None, out: Tensor) -> None:
+    """Writes ``out = a b + constant`` by the library."""
+    if constant is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(constant, a, b, out=out)
+
+
+def _hidden(x: Tensor, packed: Packed, tasks: Tasks, task_offsets: Tensor | None) -> Tensor:
+    """``h [tokens, width]``."""
+    h = x.new_empty((tasks.tokens, packed.width))
+    if not by_library("h", x.dtype, task_offsets):
+        _to_neurons(x, packed.fc1, packed.bias, None, h, tasks)
+        return h
+    for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
+        bias = None if packed.bias is None else packed.bias[rows]
+        _multiply(x[tokens], packed.fc1[rows].t(), bias, h[tokens])
+    # Not _addmm_activation: nothing promises that the ReLU inside it lets NaN through.
+    return h.relu_()
+
+
+def _hidden_gradient(
+    dy: Tensor, h: Tensor, packed: Packed, tasks: Tasks, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``dh [tokens, width]``, and the sums of dh by task, float32 ``[tasks, width]``."""
+    dh = torch.empty_like(h)
+    if not by_library("dh", h.dtype, task_offsets):
+        sums, size = _to_neurons(dy, packed.fc2, None, h, dh, tasks)
+        return dh, task_sums(sums, tasks, size)
+    for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
+        _multiply(dy[tokens], packed.fc2[rows].t(), None, dh[tokens])
+    torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
+    return dh, task_sums(tile_sums(dh, tasks), tasks)
+
+
+def _to_neurons(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, out: Tensor, tasks: Tasks
+) -> tuple[Tensor, int]:
+    """Launches ``to_neurons_kernel``, with the gate where h is given; gives the sums and the tokens in a tile of them."""
+    device, dtype, width, precise = out.device, out.dtype, out.shape[1], precision(out.dtype)
+    tile = neurons_tile(target_of(device), dtype, precise, h is not None)
+    tiles = tasks.most_tiles(tile.n)
+    sums = torch.empty((tiles if h is not None else 0, width), dtype=torch.float32, device=device)
+    programs = min(processors(device), tiles * triton.cdiv(width, tile.m))
+    pointers = (inputs, weight, bias, h, out, sums, tasks.offsets)
+    sizes = (tasks.tokens, tasks.number, width, inputs.shape[1], inputs.stride(0), weight.stride(0))
+    keywords = {"GROUPED": tasks.offsets is not None, "BIAS": bias is not None, "GATE": h is not None}
+    launch(to_neurons_kernel, (programs,), device, *pointers, *sizes, **keywords, **tile.keywords(precise))
+    return sums, tile.n
+
+
+def _features(
+    product: str,
+    inputs: Tensor,
+    weight: Tensor,
+    constant: Tensor | None,
+    tasks: Tasks,
+    task_offsets: Tensor | None,
+    columns: int,
+) -> Tensor:
+    """``inputs weight + constant``, ``[tokens, columns]``; the key of the product in ``common/products.py``."""
+    device, dtype, width = inputs.device, inputs.dtype, inputs.shape[1]
+    out = inputs.new_empty((tasks.tokens, weight.shape[1]))
+    if by_library(product, dtype, task_offsets):
+        for task, tokens, rows in _parts(tasks, task_offsets, width):
+            added = None if constant is None else constant[task].to(dtype)
+            _multiply(inputs[tokens], weight[rows], added, out[tokens])
+        return whole(out, columns)
+    precise = precision(dtype)
+    tile = features_tile(target_of(device), dtype, precise)
+    programs = min(processors(device), tasks.most_tiles(tile.m) * triton.cdiv(out.shape[1], tile.n))
+    pointers = (inputs, weight, constant, out, tasks.offsets)
+    sizes = (tasks.tokens, tasks.number, width, out.shape[1])
+    keywords = {"GROUPED": tasks.offsets is not None, "CONSTANT": constant is not None}
+    launch(from_neurons_kernel, (programs,), device, *pointers, *sizes, **keywords, **tile.keywords(precise))
+    return whole(out, columns)
+
+
+def forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As the reference; the constant of the inactive neurons is summed in float32."""
+    (tokens, d_out), index_width = (x.shape[0], w2.shape[0]), index.shape[1]
+    tasks = tasks_of(tokens, task_offsets, x.device)
+    if tokens == 0:
+        return x.new_empty((0, d_out)), x.new_empty((0, index_width))
+    index, b1 = index.contiguous(), None if b1 is None else b1.contiguous()
+    packed = pack(w1, b1, w2, b2, index, places_of(index, w1.shape[0]), constant=True)
+    h = _hidden(rows16(x), packed, tasks, task_offsets)
+    y = _features("y", h, packed.fc2, packed.constant, tasks, task_offsets, d_out)
+    return y, whole(h, index_width)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    h: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the reference; sums over tokens and over tasks are in float32."""
+    (d_ff, d_in), d_out = w1.shape, w2.shape[0]
+    tasks = tasks_of(x.shape[0], task_offsets, x.device)
+    if tasks.tokens == 0:
+        zeros = x.new_zeros
+        return zeros(x.shape), zeros(w1.shape), zeros(d_ff), zeros(w2.shape), zeros(d_out)
+    index, b1 = index.contiguous(), None if b1 is None else b1.contiguous()
+    places = places_of(index, d_ff)
+    packed = pack(w1, b1, w2, None, index, places, constant=False)
+    dy, x, h = rows16(dy), rows16(x), _as_wide(h, packed.width)
+    s = whole(task_sums(tile_sums(dy, tasks), tasks), d_out)
+    dh, active = _hidden_gradient(dy, h, packed, tasks, task_offsets)
+    dx = _features("dx", dh, packed.fc1, None, tasks, task_offsets, d_in)
+    dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
+    expand(*product_parts(dh, x, tasks, task_offsets), places, tasks, dw1)
+    constant = None if b1 is None else (b1, s)
+    expand(*product_parts(h, dy, tasks, task_offsets), places, tasks, dw2.t(), constant)
+    db2 = s.sum(0).to(w2.dtype)
+    if b1 is None:
+        return dx, dw1, w1.new_zeros(d_ff), dw2, db2
+    db1 = w1.new_empty(d_ff)
+    sizes = (tasks.number, packed.width, d_ff, d_out, *w2.stride())
+    grid = (triton.cdiv(d_ff, _EXPAND_BIAS["NEURONS"]),)
+    launch(expand_bias_kernel, grid, x.device, active, s, w2, b1, places, db1, *sizes, **_EXPAND_BIAS)
+    return dx, dw1, db1, dw2, db2
+
+
+def _as_wide(h: Tensor, width: int) -> Tensor:
+    """The activations as the kernels wrote them, before their padding was cut off."""
+    if h.shape[1] == width and h.is_contiguous() and h.data_ptr() % 16 == 0:
+        return h
+    wide = h.new_zeros((h.shape[0], width))
+    wide[:, : h.shape[1]] = h
+    return wide
+
+
+def supports(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> str | None:
+    """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
+    return refuses((x, w1, b1, w2, b2), index, x.shape[0])
+
+
+def shipped(target: str) -> list[Shipped]:
+    """Every kernel and configuration that can be launched on a target; ``row_sparse_wgrad`` lists those that it lends."""
+    kernels = []
+    for dtype in (torch.bfloat16, torch.float32):
+        kernels += _shipped_packing(dtype)
+        for precise in precisions(target, dtype):
+            kernels += _shipped_products(target, dtype, precise)
+    for grouped in (False, True):
+        signature = {"sums_ptr": "*fp32", "out_ptr": "*fp32", **dict.fromkeys(("tokens", "columns", "size"), "i32")}
+        name = f"sums of tasks {_label(grouped)}"
+        offsets = _offsets(grouped, signature)
+        keywords = {**offsets, **task_sums_launch(grouped)}
+        kernels.append(Shipped(name, task_sums_kernel, signature, keywords, ("sums_ptr", "out_ptr", "columns")))
+    return kernels
+
+
+def _label(grouped: bool) -> str:
+    return "tasks" if grouped else "one task"
+
+
+def _offsets(grouped: bool, signature: dict[str, str]) -> dict[str, None]:
+    """Puts the offsets into the signature where there are several tasks; gives the constants that there are else."""
+    if not grouped:
+        return {"offsets_ptr": None}
+    signature["offsets_ptr"] = "*i64"
+    return {}
+
+
+def _shipped_packing(dtype: torch.dtype) -> list[Shipped]:
+    p, name = pointer(dtype), str(dtype).removeprefix("torch.")
+    kernels = []
+
+    def add(label: str, kernel: Any, pointers: dict[str, str], sizes: Sequence[str], keywords: dict) -> None:
+        signature = {**pointers, **dict.fromkeys(sizes, "i32")}
+        aligned = tuple(argument for argument in signature if argument != "tasks")
+        kernels.append(Shipped(f"{label} {name}", kernel, signature, keywords, aligned))
+
+    pointers = {**dict.fromkeys(("w1_ptr", "b1_ptr", "fc1_ptr", "bias_ptr", "fc2_ptr"), p), "index_ptr": "*i64"}
+    sizes: Sequence[str] = ("index_width", "width", "d_in", "w1_stride", "fc1_stride", "fc2_stride")
+    for in_place in (False, True):
+        keywords = {"BIAS": True, "IN_PLACE": in_place, "w1_column_stride": 1, **_PACK_ROWS}
+        add(f"pack fc1 {'in place' if in_place else 'compact'}", pack_fc1_kernel, pointers, sizes, keywords)
+    reads = {"w2_ptr": p, "b1_ptr": p, "places_ptr": "*i32"}
+    sizes = ("tasks", "width", "d_ff", "d_out", "w2_stride")
+    packing = {"w2_column_stride": 1, **_PACK_COLUMNS}
+    pointers, more = {**reads, "fc2_ptr": p}, (*sizes, "fc2_stride")
+    add("pack fc2", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": False, "parts_ptr": None})
+    pointers["parts_ptr"] = "*fp32"
+    add("pack fc2 and constant", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": True})
+    pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": p}
+    add("expand bias", expand_bias_kernel, pointers, sizes, {"w2_column_stride": 1, **_EXPAND_BIAS})
+    return kernels
+
+
+def _shipped_products(target: str, dtype: torch.dtype, precise: str) -> list[Shipped]:
+    p, name = pointer(dtype), f"{str(dtype).removeprefix('torch.')} {precise}"
+    expect = ("product32",) if dtype == torch.float32 else ("product16",)
+    kernels = []
+    for grouped in (False, True):
+        for gate in (False, True):
+            tile = neurons_tile(target, dtype, precise, gate)
+            sizes = ("width", "depth", "in_stride", "weight_stride")
+            signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), "sums_ptr": "*fp32"}
+            signature |= {"h_ptr" if gate else "bias_ptr": p, **dict.fromkeys(sizes, "i32")}
+            aligned = tuple(signature)
+            signature |= {"tokens": "i32", "tasks": "i32"}
+            keywords = {"GROUPED": grouped, "GATE": gate, "BIAS": not gate, **tile.keywords(precise)}
+            keywords |= {"bias_ptr" if gate else "h_ptr": None, **_offsets(grouped, signature)}
+            label = f"{'gated' if gate else 'relu'} {name} {_label(grouped)} {tile.m}x{tile.n}"
+            kernels.append(Shipped(label, to_neurons_kernel, signature, keywords, aligned, expect))
+        for constant in (False, True):
+            tile = features_tile(target, dtype, precise)
+            signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), "width": "i32", "columns": "i32"}
+            if constant:
+                signature["constant_ptr"] = "*fp32"
+            aligned = tuple(signature)
+            signature |= {"tokens": "i32", "tasks": "i32"}
+            keywords = {"GROUPED": grouped, "CONSTANT": constant, **tile.keywords(precise)}
+            keywords |= {**({} if constant else {"constant_ptr": None}), **_offsets(grouped, signature)}
+            label = f"features {name} {_label(grouped)}{' constant' if constant else ''} {tile.m}x{tile.n}"
+            kernels.append(Shipped(label, from_neurons_kernel, signature, keywords, aligned, expect))
+    return kernels

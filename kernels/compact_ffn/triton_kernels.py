@@ -1,0 +1,262 @@
+"""The Triton kernels of ``compact_ffn``; ``triton.py`` launches them and says in which order.
+
+Packed weights are neuron-major, ``[tasks * width, d_in]`` and ``[tasks * width, d_out]``: one neuron is one row of both,
+and the rows of a task begin at ``task * width``. ``width`` is a multiple of 64, and rows without a neuron are zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.triton_tasks import tiles_before, token_tile
+from ..common.triton_tile import tile_order
+
+
+@triton.jit
+def pack_fc1_kernel(
+    w1_ptr,
+    b1_ptr,
+    index_ptr,
+    fc1_ptr,
+    bias_ptr,
+    fc2_ptr,
+    index_width,
+    width,
+    d_in,
+    w1_stride,
+    w1_column_stride,
+    fc1_stride,
+    fc2_stride,
+    BIAS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Packs rows of W1 and b1; where there is no neuron, writes zeros, into the packed W2 too.
+
+    IN_PLACE: a neuron that is not active keeps its bias, so that its activation is relu(b1), as in the reference.
+    """
+    task = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = place < width
+    neuron = tl.load(index_ptr + task * index_width + place, mask=place < index_width, other=-1)
+    has = neuron >= 0
+    row = task * width + place
+    source = w1_ptr + neuron[:, None] * w1_stride + column.to(tl.int64)[None, :] * w1_column_stride
+    w1 = tl.load(source, mask=has[:, None] & (column < d_in)[None, :], other=0.0)
+    inside = there[:, None] & (column < fc1_stride)[None, :]
+    tl.store(fc1_ptr + row[:, None] * fc1_stride + column[None, :], w1, mask=inside)
+    empty = (there & (neuron < 0))[:, None] & (column < fc2_stride)[None, :]
+    nothing = tl.zeros((ROWS, COLUMNS), fc2_ptr.dtype.element_ty)
+    tl.store(fc2_ptr + row[:, None] * fc2_stride + column[None, :], nothing, mask=empty)
+    if BIAS:
+        first = there & (tl.program_id(1) == 0)
+        if IN_PLACE:
+            b1 = tl.load(b1_ptr + place, mask=first & (place < index_width), other=0.0)
+        else:
+            b1 = tl.load(b1_ptr + neuron, mask=first & has, other=0.0)
+        tl.store(bias_ptr + row, b1, mask=first)
+
+
+@triton.jit(do_not_specialize=["tasks"])
+def pack_fc2_kernel(
+    w2_ptr,
+    b1_ptr,
+    places_ptr,
+    fc2_ptr,
+    parts_ptr,
+    tasks,
+    width,
+    d_ff,
+    d_out,
+    w2_stride,
+    w2_column_stride,
+    fc2_stride,
+    CONSTANT: tl.constexpr,
+    NEURONS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Packs a block of neurons of W2 ``[d_out, d_ff]`` for every task: read once along d_ff, written along d_out.
+
+    CONSTANT: also the block's share of ``W2[:, I] relu(b1[I])``, float32 ``[tasks, blocks of neurons, d_out]``.
+    """
+    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    real = neuron < d_ff
+    source = w2_ptr + output.to(tl.int64)[:, None] * w2_stride + neuron.to(tl.int64)[None, :] * w2_column_stride
+    w2 = tl.trans(tl.load(source, mask=(output < d_out)[:, None] & real[None, :], other=0.0))
+    inside = output < fc2_stride
+    if CONSTANT:
+        b1 = tl.load(b1_ptr + neuron, mask=real, other=0.0).to(tl.float32)
+        product = tl.maximum(b1, 0.0, propagate_nan=tl.PropagateNan.ALL)[:, None] * w2.to(tl.float32)
+    for task in range(tasks):
+        place = tl.load(places_ptr + tl.cast(task, tl.int64) * d_ff + neuron, mask=real, other=-1)
+        row = tl.cast(task, tl.int64) * width + place
+        tl.store(
+            fc2_ptr + row[:, None] * fc2_stride + output[None, :], w2, mask=(place >= 0)[:, None] & inside[None, :]
+        )
+        if CONSTANT:
+            part = (tl.cast(task, tl.int64) * tl.num_programs(0) + tl.program_id(0)) * fc2_stride
+            total = tl.sum(tl.where((place < 0)[:, None], product, 0.0), axis=0)
+            tl.store(parts_ptr + part + output, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "tasks"])
+def to_neurons_kernel(
+    in_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    out_ptr,
+    sums_ptr,
+    offsets_ptr,
+    tokens,
+    tasks,
+    width,
+    depth,
+    in_stride,
+    weight_stride,
+    GROUPED: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out [tokens, width] = relu(in weightᵀ + bias)``, or with GATE ``(in weightᵀ) ⊙ [h > 0]`` and its sums over tokens.
+
+    Neurons are the rows of a block, so that the sum over its tokens stays within a warp. The sums are float32
+    ``[tiles of N tokens, width]``, taken before rounding.
+    """
+    weight = tl.make_tensor_descriptor(
+        weight_ptr, shape=[tasks * width, depth], strides=[weight_stride, 1], block_shape=[M, K]
+    )
+    inputs = tl.make_tensor_descriptor(in_ptr, shape=[tokens, depth], strides=[in_stride, 1], block_shape=[N, K])
+    out = tl.make_tensor_descriptor(out_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[N, M])
+    if GATE:
+        gate = tl.make_tensor_descriptor(h_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[N, M])
+    tiles = tiles_before(offsets_ptr, tasks, N, tokens, GROUPED) if GROUPED else tl.cdiv(tokens, N)
+    across = tl.cdiv(width, M)
+    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+        tile, block = tile_order(item, tiles, across, GROUP)
+        task, first, stop = token_tile(offsets_ptr, tile, N, tokens, tasks, GROUPED)
+        total = tl.zeros((M, N), tl.float32)
+        # What is read beyond the task, in tokens or in neurons, has rows and columns of its own, which nobody stores.
+        for k in range(0, depth, K):
+            left = weight.load([task * width + block * M, k])
+            total = tl.dot(left, inputs.load([first, k]).T, total, input_precision=PRECISION)
+        neuron = block * M + tl.arange(0, M)
+        if GATE:
+            # Not "h > 0": where h is NaN, PyTorch passes the gradient on.
+            h = gate.load([first, block * M]).T.to(tl.float32)
+            shut = (h <= 0) | (first + tl.arange(0, N) >= stop)[None, :]
+            total = tl.where(shut, 0.0, total)
+            sums = sums_ptr + tile.to(tl.int64) * width + neuron
+            tl.store(sums, tl.sum(total, axis=1), mask=neuron < width)
+        else:
+            if BIAS:
+                bias = tl.load(bias_ptr + task.to(tl.int64) * width + neuron, mask=neuron < width, other=0.0)
+                total += bias.to(tl.float32)[:, None]
+            total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = tl.trans(total.to(out_ptr.dtype.element_ty))
+        if GROUPED:
+            if first + N > stop:
+                # The next task's tokens follow: a descriptor that ends with this task does not touch them.
+                last = tl.make_tensor_descriptor(out_ptr, shape=[stop, width], strides=[width, 1], block_shape=[N, M])
+                last.store([first, block * M], result)
+            else:
+                out.store([first, block * M], result)
+        else:
+            out.store([first, block * M], result)
+
+
+@triton.jit(do_not_specialize=["tokens", "tasks"])
+def from_neurons_kernel(
+    in_ptr,
+    weight_ptr,
+    constant_ptr,
+    out_ptr,
+    offsets_ptr,
+    tokens,
+    tasks,
+    width,
+    columns,
+    GROUPED: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out [tokens, columns] = in weight + constant``; in ``[tokens, width]``, constant float32 ``[tasks, columns]``."""
+    inputs = tl.make_tensor_descriptor(in_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[M, K])
+    weight = tl.make_tensor_descriptor(
+        weight_ptr, shape=[tasks * width, columns], strides=[columns, 1], block_shape=[K, N]
+    )
+    out = tl.make_tensor_descriptor(out_ptr, shape=[tokens, columns], strides=[columns, 1], block_shape=[M, N])
+    tiles = tiles_before(offsets_ptr, tasks, M, tokens, GROUPED) if GROUPED else tl.cdiv(tokens, M)
+    across = tl.cdiv(columns, N)
+    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+        tile, block = tile_order(item, tiles, across, GROUP)
+        task, first, stop = token_tile(offsets_ptr, tile, M, tokens, tasks, GROUPED)
+        total = tl.zeros((M, N), tl.float32)
+        for k in range(0, width, K):
+            right = weight.load([task * width + k, block * N])
+            total = tl.dot(inputs.load([first, k]), right, total, input_precision=PRECISION)
+        if CONSTANT:
+            column = block * N + tl.arange(0, N)
+            constant = tl.load(constant_ptr + task.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
+            total += constant[None, :]
+        result = total.to(out_ptr.dtype.element_ty)
+        if GROUPED:
+            if first + M > stop:
+                last = tl.make_tensor_descriptor(
+                    out_ptr, shape=[stop, columns], strides=[columns, 1], block_shape=[M, N]
+                )
+                last.store([first, block * N], result)
+            else:
+                out.store([first, block * N], result)
+        else:
+            out.store([first, block * N], result)
+
+
+@triton.jit(do_not_specialize=["tasks"])
+def expand_bias_kernel(
+    active_ptr,
+    sums_ptr,
+    w2_ptr,
+    b1_ptr,
+    places_ptr,
+    out_ptr,
+    tasks,
+    width,
+    d_ff,
+    d_out,
+    w2_stride,
+    w2_column_stride,
+    NEURONS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """db1: by task, the sum over tokens where the neuron is active, else ``(sums[task] W2[:, neuron]) [b1 > 0]``."""
+    neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    real = neuron < d_ff
+    positive = tl.load(b1_ptr + neuron, mask=real, other=0.0).to(tl.float32) > 0
+    total = tl.zeros((NEURONS,), tl.float32)
+    for task in range(tasks):
+        task64 = tl.cast(task, tl.int64)
+        place = tl.load(places_ptr + task64 * d_ff + neuron, mask=real, other=-1)
+        total += tl.load(active_ptr + task64 * width + place, mask=place >= 0, other=0.0)
+        through = tl.zeros((OUTPUTS, NEURONS), tl.float32)
+        for begin in range(0, d_out, OUTPUTS):
+            output = begin + tl.arange(0, OUTPUTS)
+            s = tl.load(sums_ptr + task64 * d_out + output, mask=output < d_out, other=0.0)
+            source = output.to(tl.int64)[:, None] * w2_stride + neuron.to(tl.int64)[None, :] * w2_column_stride
+            w2 = tl.load(w2_ptr + source, mask=(output < d_out)[:, None] & real[None, :], other=0.0)
+            through += s[:, None] * w2.to(tl.float32)
+        total += tl.where((place < 0) & positive, tl.sum(through, axis=0), 0.0)
+    tl.store(out_ptr + neuron, total.to(out_ptr.dtype.element_ty), mask=real)

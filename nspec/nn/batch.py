@@ -1,0 +1,158 @@
+"""Batches whose sentences are of several tasks: which token belongs to which task, and the order in which they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .active import let_sizes_vary
+
+_LAYOUTS = 8  # input shapes remembered for a batch: encoder, decoder and a decoding step are three
+
+
+class Layout(NamedTuple):
+    """How the tokens of one input are sorted by task.
+
+    Attributes:
+        order: int64 ``[tokens]``, the flattened input's tokens in the order of the tasks; None where they stand so.
+        inverse: the permutation that undoes it.
+        offsets: int64 ``[tasks + 1]``, on the CPU: the tokens of task t are ``offsets[t]:offsets[t + 1]`` of the sorted
+            ones. In the capture of a CUDA graph on the device, since a copy from the CPU cannot be captured.
+    """
+
+    order: Tensor | None
+    inverse: Tensor | None
+    offsets: Tensor
+
+
+class TaskBatch:
+    """The task of each sentence of a batch; all layers of a model share one.
+
+    Sentences are sorted by task, stably, in the order in which the tasks first appear.
+
+    Args:
+        tasks: of each sentence.
+        batch_dim: the dimension of a layer's input along which sentences lie. There may be ``n * k`` rows for n
+            sentences: those of a sentence follow one another (beams, or a batch flattened to tokens).
+
+    Attributes:
+        tasks: the same.
+        names: the distinct tasks, in the order in which they appear.
+        single: whether there is one only.
+    """
+
+    def __init__(self, tasks: Sequence[str], batch_dim: int = 0) -> None:
+        self.tasks, self.batch_dim = tuple(tasks), batch_dim
+        self.names = tuple(dict.fromkeys(self.tasks))
+        self.single = len(self.names) == 1
+        numbers = {name: number for number, name in enumerate(self.names)}
+        of_sentence = torch.tensor([numbers[task] for task in self.tasks])
+        self._sorted = bool((of_sentence.diff() >= 0).all())
+        self._order = torch.sort(of_sentence, stable=True).indices
+        counts = torch.bincount(of_sentence, minlength=len(self.names))
+        self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        let_sizes_vary((self._order, (0,)), (self._starts, (0,)))
+        self._layouts: dict[Any, tuple[Layout, Tensor | None]] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TaskBatch) and (self.tasks, self.batch_dim) == (other.tasks, other.batch_dim)
+
+    def __hash__(self) -> int:
+        return hash((self.tasks, self.batch_dim))
+
+    def check(self, x: Tensor) -> int:
+        """Tokens of each sentence in a layer's input ``x [..., d_in]``.
+
+        Raises:
+            ValueError: ``x`` has no dimension ``batch_dim`` before its last, or its rows there are not ``n * k``.
+        """
+        if self.batch_dim >= x.dim() - 1:
+            raise ValueError(
+                f"batch_dim is {self.batch_dim}, but the layer's input has shape {list(x.shape)}: expected a dimension "
+                "before the last"
+            )
+        sentences, rows = self._order.shape[0], x.shape[self.batch_dim]
+        if rows % sentences:
+            raise ValueError(
+                f"the layer's input has {rows} rows along dimension {self.batch_dim}, expected a multiple of the "
+                f"{sentences} sentences whose tasks were given; models that keep time first need batch_dim=1"
+            )
+        tokens = rows // sentences
+        for dim, size in enumerate(x.shape[:-1]):
+            if dim != self.batch_dim:
+                tokens = tokens * size
+        return tokens
+
+    def layout(self, x: Tensor) -> Layout:
+        """The order of the tokens of ``x [..., d_in]`` by task, on its device. Computed once per shape.
+
+        Raises:
+            ValueError: see :meth:`check`.
+            RuntimeError: a CUDA graph is being captured, and this shape has not been seen before.
+        """
+        tokens = self.check(x)
+        if torch.compiler.is_compiling():
+            return self._sort(x, tokens)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        key = (x.shape[:-1], x.device)
+        if key not in self._layouts:
+            if capturing:
+                raise RuntimeError(
+                    "a CUDA graph is being captured with a list of tasks that the model has not run with: run it once "
+                    "before the capture, within the same nspec.task block"
+                )
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            layout = self._sort(x, tokens)
+            on_device = layout.offsets.to(x.device, non_blocking=True) if x.is_cuda else None
+            self._layouts[key] = layout, on_device
+        layout, on_device = self._layouts[key]
+        if capturing:
+            assert on_device is not None
+            return layout._replace(offsets=on_device)
+        return layout
+
+    def bounds(self, x: Tensor) -> list[int]:
+        """The offsets of :meth:`layout` as numbers."""
+        tokens = self.check(x)
+        return [start * tokens for start in self._starts.tolist()]
+
+    def _sort(self, x: Tensor, tokens: int) -> Layout:
+        offsets = self._starts * tokens
+        if self._sorted and (self.batch_dim == 0 or math.prod(x.shape[: self.batch_dim]) == 1):
+            return Layout(None, None, offsets)
+        if self._order.device != x.device:
+            self._order = self._order.to(x.device, non_blocking=True)
+        places = torch.arange(x.numel() // x.shape[-1], device=x.device)
+        by_sentence = places.view(x.shape[:-1]).movedim(self.batch_dim, 0).reshape(self._order.shape[0], tokens)
+        order = by_sentence.index_select(0, self._order).reshape(-1)
+        return Layout(order, torch.empty_like(order).scatter_(0, order, places), offsets)
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. Its gradient is the inverse permutation, not a sum with atomics."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(dy, inverse, order), None, None
+
+
+def reorder(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """``x[order]`` along dimension 0, differentiably; ``x`` itself without an order."""
+    if order is None or inverse is None:
+        return x
+    y: Tensor = _Reorder.apply(x, order, inverse)
+    return y

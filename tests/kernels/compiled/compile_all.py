@@ -1,0 +1,170 @@
+"""Compiles every Triton kernel that the operators can launch, for every target, on a machine without a GPU.
+
+    python tests/kernels/compiled/compile_all.py            prints the figures, one kernel per line, as JSON
+    python tests/kernels/compiled/compile_all.py --update   writes them to snapshots/triton-VERSION.json
+    python tests/kernels/compiled/compile_all.py --only 'cuda:90/linear'   those whose name contains this
+
+``test_compiled.py`` holds the figures to rules and to the snapshot of the Triton version at hand. After a change of a
+kernel that is meant, run ``--update`` and look at the difference. Each target is compiled in processes of its own: a
+failed assertion in the compiler ends the process, and is noted as the error of the kernel that it was at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+OPERATORS = FOLDER.parents[2] / "kernels"
+TARGETS = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+def shipped(target: str) -> list[tuple[str, Any]]:
+    """All kernels of a target with their names: ``"linear_relu_count/fp16 128x128"``."""
+    found = []
+    for path in sorted(OPERATORS.glob("*/triton.py")):
+        operator = path.parent.name
+        module = importlib.import_module(f"nspec.kernels.{operator}.triton")
+        found += [(f"{operator}/{kernel.name}", kernel) for kernel in module.shipped(target)]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{target}: two kernels have the name {max(names, key=names.count)!r}")
+    return found
+
+
+def _compile(kernel: Any, target: str) -> dict[str, Any]:
+    """The figures of one kernel.
+
+    Raises:
+        ValueError: the description does not fit the kernel's arguments.
+        RuntimeError: it does not compile.
+    """
+    import machine_code
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kind, arch = target.split(":")
+    names = kernel.kernel.arg_names
+    constants = dict(kernel.constexprs)
+    if unknown := {*constants, *kernel.divisible, *kernel.signature} - set(names):
+        raise ValueError(f"the kernel has no arguments {sorted(unknown)}")
+    if missing := set(names) - {*constants, *kernel.signature}:
+        raise ValueError(f"arguments without type or value: {sorted(missing)}")
+    signature = {name: "constexpr" if name in constants else kernel.signature[name] for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible if name not in constants}
+    source = ASTSource(fn=kernel.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    gpu = GPUTarget("hip", arch, 64) if kind == "hip" else GPUTarget("cuda", int(arch), 32)
+    compiled = triton.compile(source, target=gpu, options=kernel.options)
+    found: dict[str, Any] = {"shared": compiled.metadata.shared, "expect": sorted(kernel.expect)}
+    if kind == "hip":
+        text = compiled.asm["amdgcn"]
+        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"):
+            found[key] = int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
+        return {**found, **machine_code.figures(kind, text)}
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, text = (
+            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm",))
+        )
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    found.update(zip(("registers", "stack", "local"), map(int, numbers.groups())))  # type: ignore[union-attr]
+    found["fused"] = len(re.findall(r"\bfma\.", compiled.asm["ptx"]))
+    return {**found, **machine_code.figures(kind, text)}
+
+
+def _work(target: str, only: str, done: set[str]) -> None:
+    """In a process of its own: one line of JSON before and one after each kernel."""
+    for name, kernel in shipped(target):
+        if name in done or only not in f"{target}/{name}":
+            continue
+        print(json.dumps([name, None]), flush=True)
+        try:
+            result = _compile(kernel, target)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"[:400]}
+        print(json.dumps([name, result]), flush=True)
+
+
+def _target(target: str, only: str, cache: str) -> dict[str, Any]:
+    """All kernels of a target, from as many processes as it takes."""
+    # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = cache
+    found: dict[str, Any] = {}
+    while True:
+        command = [sys.executable, __file__, "--worker", target, "--only", only, "--done", json.dumps(list(found))]
+        worker = subprocess.run(command, env=environment, capture_output=True, text=True)
+        started = None
+        for line in worker.stdout.splitlines():
+            if line.startswith('["'):
+                name, result = json.loads(line)
+                started = None if result else name
+                if result:
+                    found[name] = result
+        if worker.returncode == 0:
+            return found
+        tail = worker.stderr.strip().splitlines()[-1:]
+        if started is None:
+            raise RuntimeError(f"{target}: the worker ended with {worker.returncode}: {worker.stderr[-2000:]}")
+        found[started] = {"error": f"the compiler ended the process ({worker.returncode}): {tail}"}
+
+
+def compile_all(only: str = "") -> dict[str, dict[str, Any]]:
+    """Figures of every kernel, by target and name; ``{"error": ...}`` for one that does not compile."""
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda target: _target(target, only, cache), TARGETS)
+        return dict(zip(TARGETS, results))
+
+
+def _dump(figures: dict[str, dict[str, Any]]) -> str:
+    """JSON with one kernel per line, so that a difference shows which one changed."""
+    targets = []
+    for target, kernels in figures.items():
+        lines = [f"    {json.dumps(name)}: {json.dumps(found)}" for name, found in kernels.items()]
+        targets.append(f"  {json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(targets) + "\n}\n"
+
+
+def snapshot(version: str) -> Path:
+    """Where the figures of a Triton version are kept."""
+    return FOLDER / "snapshots" / f"triton-{version.split('+')[0]}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the snapshot of this Triton version")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose target/operator/name contains this")
+    parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
+    parser.add_argument("--done", default="[]", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        _work(options.worker, options.only, set(json.loads(options.done)))
+        return
+    figures = compile_all(options.only)
+    if not options.update:
+        print(_dump(figures), end="")
+        return
+    errors = [f"{t}/{n}: {f['error']}" for t, kernels in figures.items() for n, f in kernels.items() if "error" in f]
+    if errors or options.only:
+        sys.exit("\n".join(errors) or "--update writes all kernels: leave out --only")
+    os.environ.pop("TRITON_INTERPRET", None)
+    version = importlib.import_module("triton").__version__
+    snapshot(version).parent.mkdir(exist_ok=True)
+    snapshot(version).write_text(_dump(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Breaks the operators, one line at a time, and runs the tests that must notice.
+
+    python tests/kernels/mutations.py            all of them (minutes)
+    python tests/kernels/mutations.py --list     their names
+    python tests/kernels/mutations.py WORD...    those with all these words in their names, "native valid"
+
+Works on a copy of the checkout in a temporary folder, with a native library of its own where CMake and a C++ compiler
+are there. First the tests in question must pass on the unchanged copy. The exit status is 1 if a mutation was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change that must not go unnoticed: ``old``, which stands once in ``file``, becomes ``new``.
+
+    ``tests`` are words in names of tests of the operator, of which one at least must fail on that backend.
+    """
+
+    operator: str
+    backend: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.backend}: {self.what}"
+
+    @property
+    def path(self) -> str:
+        """The file, from the checkout's root."""
+        return f"kernels/{self.file}" if "/" in self.file else f"kernels/{self.operator}/{self.file}"
+
+    @property
+    def selection(self) -> tuple[str, ...]:
+        """The arguments of pytest."""
+        words = " or ".join(self.tests.split())
+        return (f"tests/kernels/test_{self.operator}.py", "-k", f"[{self.backend} and ({words})")
+
+
+def _of(operator: str, backend: str, file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(operator, backend, what, file, old, new, tests) for what, old, new, tests in rows]
+
+
+# A table: lines may be long.
+# fmt: off
+# ruff: noqa: E501
+MUTATIONS = [
+    *_of("linear_relu_count", "reference", "reference.py",
+        ("NaN counts", "fired = h[start:stop] > 0", "fired = ~(h[start:stop] <= 0)", "nan"),
+        ("valid flags of other tokens", "fired[valid[start:stop]]", "fired[valid[: stop - start]]", "by_task"),
+        ("all valid", "if valid is not None:", "if False:", "integers"),
+        ("task offsets", "fired = h[start:stop] > 0", "fired = h[: stop - start] > 0", "by_task"),
+        ("mask of the gradient", "torch.ops.aten.threshold_backward(dh, h, 0)", "dh", "gradients"),
+    ),
+    *_of("linear_relu_count", "native", "csrc/linear_relu_count.cpp",
+        ("NaN counts", "counts[j] += value > 0.0f ? counted : 0u;", "counts[j] += value <= 0.0f ? 0u : counted;", "nan"),
+        ("NaN counts in 16 bits", "value != 0 && value <= infinity;", "value != 0 && value < 0x8000;", "nan"),
+        ("NaN is lost in 16 bits", "positive || size > infinity ? value", "positive ? value", "nan"),
+        ("all valid", "counted == nullptr || counted[t];", "true;", "integers"),
+        ("task offsets", "parts.push_back({task, at,", "parts.push_back({0, at,", "by_task"),
+        ("rows of a task's last part", "at += kMostRows) {", "at += kMostRows + 1) {", "integers"),
+        ("tail of a row", "h[j] = value <= 0.0f ? 0.0f : value;",
+         "h[j] = value <= 0.0f && j < n / 8 * 8 ? 0.0f : value;", "integers"),
+    ),
+    *_of("linear_relu_count", "triton", "triton.py",
+        ("NaN counts", "((out.to(tl.float32) > 0) & counted", "((out.to(tl.float32) != 0) & counted", "nan"),
+        ("tail of tokens", "counted = token < tokens\n", "counted = token < tokens + BN\n", "integers by_task"),
+        ("all valid", "if HAS_VALID:\n            counted &=", "if HAS_VALID:\n            counted |=", "integers"),
+        ("tiles of several tasks", "stop >= tl.minimum(begin + BN, tokens)", "stop >= tl.minimum(begin, tokens)", "by_task"),
+        ("task offsets", "counts + tl.maximum(task, 0).to(tl.int64) * d_ff", "counts", "by_task"),
+        ("tail of a task", "tail = tl.where(end < tokens,", "tail = tl.where(end < 0,", "by_task"),
+        ("bias", "mask=neuron < d_ff, other=0.0).to(tl.float32)[:, None]",
+         "mask=neuron < d_ff - 1, other=0.0).to(tl.float32)[:, None]", "integers"),
+    ),
+    *_of("row_sparse_wgrad", "reference", "reference.py",
+        ("scatter rows", "dw.index_add_(0, rows,", "dw.index_add_(0, rows.flip(0),", "integers"),
+        ("task offsets", ".t() @ x[start:stop]\n        dw", ".t() @ x[: stop - start]\n        dw", "grouped"),
+        ("bias gradient of inactive neurons", "return dw.to(dh.dtype), dh.sum(0)", "return dw.to(dh.dtype), dh.sum(0) * (dw != 0).any(1)", "integers"),
+        ("sums over tasks rounded", "torch.promote_types(dh.dtype, torch.float32)", "dh.dtype", "many_tasks"),
+        ("added sums rounded", "product = dh[start:stop].index_select(1, rows).float().t() @ x[start:stop].float()",
+         "product = (dh[start:stop].index_select(1, rows).t() @ x[start:stop]).float()", "add_to"),
+        ("add_to touches other rows", "total.index_add_(0, rows, product)",
+         "total.add_(torch.zeros_like(total).index_add_(0, rows, product))", "add_to"),
+    ),
+    *_of("row_sparse_wgrad", "native", "row_sparse_wgrad/native.py",
+        ("task offsets", "one_task(dh[start:stop], x[start:stop], rows)", "one_task(dh[start:stop], x[: stop - start], rows)", "grouped"),
+        ("sums over tasks rounded", "            db += sums\n    return dw",
+         "            db += sums\n            dw, db = dw.to(dh.dtype).float(), db.to(dh.dtype).float()\n    return dw", "many_tasks"),
+        ("added sums rounded", "part.index_select(0, rows))\n        db", "part.index_select(0, rows).to(dh.dtype).float())\n        db", "add_to"),
+    ),
+    *_of("row_sparse_wgrad", "native", "csrc/row_sparse_wgrad.cpp",
+        ("scatter rows", "product + j * d_in, row_bytes);", "product + (n - 1 - j) * d_in, row_bytes);", "integers"),
+        ("inactive rows", "std::memset(rows + i * row_bytes, 0, row_bytes);", ";", "integers"),
+        ("bias gradient of inactive neurons", "bias[j] = static_cast<T>(sums[j]);",
+         "bias[j] = static_cast<T>(std::count(block.columns.at.begin(), block.columns.at.end(), j) ? sums[j] : 0.0f);", "integers"),
+        ("a step of tokens is dropped", "at == 0 ? multiply(out, a, step) : multiply_add(out, a, step);", "multiply(out, a, step);", "integers"),
+        ("tail of transposed tokens", "transpose(tile.data(), n, t1 - t0, n,", "transpose(tile.data(), n, (t1 - t0) / 8 * 8, n,", "integers"),
+    ),
+    *_of("row_sparse_wgrad", "triton", "triton.py",
+        ("tokens of the next task", "left_ptr, shape=[stop, width]", "left_ptr, shape=[tokens, width]", "grouped"),
+        ("a part is dropped", "for _ in range(tl.cdiv(stop - start, chunk)):", "for _ in range(tl.cdiv(stop - start - 1, chunk)):", "integers grouped"),
+        ("parts of another task", "part += 1", "part += 0", "integers grouped"),
+        ("add_to touches other rows", "write = there[:, None] & (owned > 0)[:, None] & real", "write = there[:, None] & real", "add_to"),
+        ("rows of the last task alone", "owned = tl.where(place >= 0, 1, owned)", "owned = tl.where(place >= 0, 1, 0)", "grouped"),
+        ("mask", "mask=has & real, other=0.0)", "mask=real, other=0.0)", "integers grouped layouts"),
+    ),
+    *_of("row_sparse_wgrad", "triton", "common/triton_tasks.py",
+        ("inverse index", "tl.store(places_ptr + task * d_ff + neuron, place,", "tl.store(places_ptr + task * d_ff + neuron, place // 2,", "integers"),
+        ("tail of tokens", "there = (token < stop)[:, None]", "there = (token < tokens)[:, None]", "grouped"),
+        ("first token of a task", "return task, start + tile * size, stop", "return task, start // size * size + tile * size, stop", "grouped"),
+    ),
+    *_of("compact_ffn", "reference", "reference.py",
+        ("rank-one correction", "constant = w2 @ _constant(b1, index[:active])", "constant = w2 @ torch.zeros_like(b1)", "integers"),
+        ("constant of active neurons too", ".index_fill(0, rows, 0)", "", "integers"),
+        ("rank-one gradient", "torch.outer(s, _constant(b1, rows))", "torch.zeros_like(w2)", "integers"),
+        ("bias gradient of inactive neurons", "((s @ w2) * (b1 > 0)).index_copy_", "((s @ w2) * 0).index_copy_", "integers"),
+        ("gate of the bias gradient", "((s @ w2) * (b1 > 0)).index_copy_", "((s @ w2) * (b1 >= 0)).index_copy_", "integers"),
+        ("padding", "w1c[active:], w2c[:, active:] = 0, 0", "pass", "integers"),
+        ("mask in place", "w1 = w1.masked_fill(inactive[:, None], 0)", "w1 = w1.masked_fill(inactive[:, None], 1)", "integers layouts_of"),
+        ("mask of the gradient in place", "dw1.masked_fill_((index < 0)[:, None], 0)", "pass", "integers layouts_of"),
+        ("mask of ReLU", "threshold_backward.grad_input(dh, h, 0, grad_input=dh)", "threshold_backward.grad_input(dh, h, -1, grad_input=dh)", "integers"),
+        ("scatter rows", ".index_copy_(0, rows, (dh.t() @ x)[:n])", ".index_copy_(0, rows.flip(0), (dh.t() @ x)[:n])", "integers"),
+        ("set of another task", "pack(w1, b1, w2, b2, row))", "pack(w1, b1, w2, b2, index[0]))", "grouped"),
+        ("sums over tasks rounded", "wide = torch.promote_types(x.dtype, torch.float32)", "wide = x.dtype", "many_tasks"),
+    ),
+    *_of("compact_ffn", "native", "compact_ffn/native.py",
+        ("rank-one correction", "torch.relu(b1).index_fill_(0, rows, 0)", "torch.zeros_like(b1)", "integers"),
+        ("bias gradient of inactive neurons", "((s @ w2) * (b1 > 0)).index_copy_", "((s @ w2) * 0).index_copy_", "integers"),
+        ("mask of the gradient in place", "dw1.masked_fill_((index < 0)[:, None], 0)", "pass", "integers layouts_of"),
+        ("set of another task", "pack(w1, b1, w2, b2, row, scratch=True)", "pack(w1, b1, w2, b2, index[0], scratch=True)", "grouped"),
+        ("sums over tasks rounded", "torch.zeros(shape, dtype=torch.float32) for", "torch.zeros(shape, dtype=x.dtype) for", "many_tasks"),
+    ),
+    *_of("compact_ffn", "native", "csrc/compact.cpp",
+        ("rank-one gradient", "fill[j] = static_cast<T>(factor * static_cast<float>(constant[j]));", "fill[j] = T(0.0f);", "integers"),
+        ("scatter rows", "const int64_t source = rows - set.size() + j;", "const int64_t source = rows - 1 - j;", "integers"),
+        ("rows behind the last active one", "for (; row < rows; ++row) std::memset(base + row * bytes + from, 0, length);", "", "integers"),
+        ("mask of ReLU", "gradient[j] = h[j] <= 0.0f ? 0.0f", "gradient[j] = h[j] < 0.0f ? 0.0f", "integers"),
+        ("mask of ReLU in 16 bits", "(h[j] != 0 && h[j] <= infinity) || size > infinity;", "h[j] <= infinity || size > infinity;", "integers"),
+        ("sums of threads, not of chunks", "wanted ? partial.data() + c * width : nullptr", "wanted ? partial.data() + lo * width : nullptr", "repeats"),
+    ),
+    *_of("compact_ffn", "native", "csrc/columns.cpp",
+        ("tail of a transposed matrix", "for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) {",
+         "for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows - 1; ++i) {", "integers"),
+    ),
+    *_of("compact_ffn", "native", "csrc/sums.cpp",
+        ("the first chunk is dropped", "for (size_t start = 0; start < chunks.size()", "for (size_t start = n; start < chunks.size()", "integers"),
+    ),
+    *_of("compact_ffn", "triton", "compact_ffn/triton_kernels.py",
+        ("rank-one correction", "tl.where((place < 0)[:, None], product, 0.0)", "tl.where((place < 1)[:, None], product, 0.0)", "integers"),
+        ("bias gradient of inactive neurons", "total += tl.where((place < 0) & positive,", "total += tl.where((place < 0) & False,", "integers"),
+        ("gate of the bias gradient", "total += tl.where((place < 0) & positive,", "total += tl.where(place < 0,", "integers"),
+        ("mask of ReLU", "shut = (h <= 0) |", "shut = (h < 0) |", "integers grouped"),
+        ("tail of tokens", "| (first + tl.arange(0, N) >= stop)[None, :]", "| (first + tl.arange(0, N) >= tokens)[None, :]", "grouped"),
+        ("padding", "tl.store(fc2_ptr + row[:, None] * fc2_stride + column[None, :], nothing, mask=empty)", "pass", "integers"),
+        ("weights of another task", "weight.load([task * width + block * M, k])", "weight.load([block * M, k])", "grouped"),
+        ("constant of another task", "constant_ptr + task.to(tl.int64) * columns + column", "constant_ptr + column", "grouped"),
+        ("rows of the next task", "if first + N > stop:", "if first + N > tokens:", "grouped"),
+    ),
+    *_of("compact_ffn", "triton", "row_sparse_wgrad/triton.py",
+        ("rank-one gradient", "total += tl.where(has, 0.0, output * s[None, :])", "total += tl.where(has, 0.0, 0.0)", "integers"),
+    ),
+    *_of("compact_ffn", "triton", "common/triton_tasks.py",
+        ("a tile is dropped", "last = first + tl.cdiv(stop - start, size)", "last = first + (stop - start) // size", "integers"),
+        ("tiles of the tasks before", "for earlier in range(task):", "for earlier in range(task - 1):", "grouped"),
+    ),
+    *_of("row_sparse_adamw", "reference", "reference.py",
+        ("decay on inactive rows", "p.mul_(1 - lr * weight_decay)", "param.mul_(1 - lr * weight_decay)", "bits"),
+        ("gradient of inactive rows", "p, g, m, v = (t.index_select(0, index) for t in (p, g, m, v))",
+         "p, m, v = (t.index_select(0, index) for t in (p, m, v)); g = g[: len(index)]", "bits"),
+        ("place of eps", "denominator = (v.sqrt() / ", "denominator = ((v + eps).sqrt() / ", "bits"),
+        ("scatter rows", "whole.index_copy_(0, index, part)", "whole.index_copy_(0, index, part.flip(0))", "bits"),
+    ),
+    *_of("row_sparse_adamw", "native", "csrc/row_sparse_adamw.cpp",
+        ("mask", "while (row < a.rows && a.active[row] && passed < hi) {", "while (row < a.rows && passed < hi) {", "bits"),
+        ("decay", "p[i] = p[i] * k.decay - ", "p[i] = p[i] - ", "bits"),
+        ("threads overlap", "const int64_t from = std::max(lo, start);", "const int64_t from = start;", "threads"),
+        ("tail", "for (int64_t i = 0; i < n; ++i) {\n    const float gi", "for (int64_t i = 0; i < n - 1; ++i) {\n    const float gi", "bits"),
+        ("bias correction", "static_cast<float>(std::sqrt(1.0 - std::pow(beta2, t)))", "static_cast<float>(1.0 - std::pow(beta2, t))", "bits"),
+    ),
+    *_of("row_sparse_adamw", "triton", "triton.py",
+        ("mask", "mask=keep, other=0) != 0\n", "mask=keep, other=0) >= 0\n", "bits"),
+        ("row of an element", "later = 1 + (group - first)", "later = (group - first)", "bits"),
+        ("tail", "keep = begin + group < elements", "keep = begin + group < elements - WIDE", "bits"),
+        ("kept tables of other shapes", "*(row[0].shape for row in tensors),", "", "address"),
+        ("decay", "value = value * decay - step_size", "value = value - step_size", "bits"),
+    ),
+]
+# fmt: on
+
+
+def copy_of_checkout(target: Path) -> None:
+    """Copies what git knows and does not ignore; ``nspec.kernels`` is made importable from ``target``."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+    # As an installed nspec has them.
+    (target / "nspec/kernels").symlink_to(target / "kernels")
+    (target / "nspec/configs").symlink_to(target / "configs")
+
+
+def build(root: Path) -> None:
+    """Builds the native library of the copy, later what has changed since.
+
+    Raises:
+        subprocess.CalledProcessError: CMake failed; what it printed is shown.
+    """
+    folder = str(root / "build/native")
+    commands = [
+        ["cmake", "-S", str(root), "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", folder],
+        ["cmake", "--install", folder, "--prefix", str(root / "kernels/common")],
+    ]
+    for command in commands:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            print(done.stdout)
+            done.check_returncode()
+
+
+def run_tests(root: Path, mutation: Mutation) -> tuple[int, str]:
+    """Builds what has changed and runs the tests: exit status of pytest (1: a test failed) and its last line."""
+    if mutation.backend == "native":
+        build(root)
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("NSPEC_BACKEND", None)
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--tb=no", "-r", ""]
+    command = [sys.executable, "-m", "pytest", *options, *mutation.selection]
+    done = subprocess.run(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode, (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def caught(root: Path, mutation: Mutation) -> str | None:
+    """None if the tests notice the mutation, else what happened."""
+    path = root / mutation.path
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        return f"{mutation.path} holds {mutation.old!r} {text.count(mutation.old)} times, expected once"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        status, last = run_tests(root, mutation)
+    finally:
+        path.write_text(text)
+    return None if status == 1 else f"pytest {' '.join(mutation.selection)!r} ended with {status}: {last}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutations with all these words in their names")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if all(word in m.name for word in options.words)]
+    if options.list:
+        print("\n".join(m.name for m in chosen))
+        return 0
+    if not chosen:
+        parser.error(f"no mutation has {options.words} in its name")
+    with tempfile.TemporaryDirectory(prefix="nspec-mutations-") as folder:
+        root = Path(folder)
+        copy_of_checkout(root)
+        passing: dict[tuple[str, ...], tuple[int, str]] = {}
+        missed = 0
+        for mutation in chosen:
+            if mutation.selection not in passing:
+                passing[mutation.selection] = run_tests(root, mutation)
+            status, last = passing[mutation.selection]
+            reason = f"without the mutation: {last}" if status or "passed" not in last else caught(root, mutation)
+            print(
+                f"{'caught' if reason is None else 'MISSED':7}{mutation.name}{'' if reason is None else '; ' + reason}",
+                flush=True,
+            )
+            missed += reason is not None
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Batches of several tasks: equal to the same sentences run task by task, in every order and layout."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import batch, m2m100, masks_for
+from torch import Tensor, nn
+
+import nspec
+
+TASKS = ["en-fr", "en-de", "en-fr", "de-en", "en-de", "en-fr"]
+SORTED = ["de-en", "de-en", "en-fr", "en-de"]
+ALL = ("en-de", "de-en", "en-fr")
+BOTH = pytest.mark.parametrize("mode", ["forward", "update"])
+
+
+def specialised(mode: str = "forward", dtype: torch.dtype = torch.float64, **changes) -> nn.Module:
+    model = m2m100(dtype, **changes)
+    return nspec.specialize(model, masks_for(model, ALL, share=0.4), mode=mode)
+
+
+def inputs(sentences: int) -> dict[str, Tensor]:
+    return batch(sentences=sentences)
+
+
+def loss_of(model: nn.Module, part: dict[str, Tensor]) -> Tensor:
+    """The sum over tokens, which does not change when a batch is split."""
+    logits = model(**part).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), part["labels"].flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def task_by_task(model: nn.Module, tasks: list[str], whole: dict[str, Tensor]) -> float:
+    """The summed loss; the gradients are left on the model."""
+    total = 0.0
+    for task in dict.fromkeys(tasks):
+        mine = torch.tensor([name == task for name in tasks])
+        with nspec.task(model, task):
+            loss = loss_of(model, {name: value[mine] for name, value in whole.items()})
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+@BOTH
+@pytest.mark.parametrize("tasks", [TASKS, SORTED, ["en-de", "de-en"], ["de-en"]])
+def test_loss_and_every_gradient_are_those_of_the_sentences_run_task_by_task(mode: str, tasks: list[str]) -> None:
+    model = specialised(mode)
+    whole = inputs(len(tasks))
+    want = task_by_task(model, tasks, whole)
+    wanted = gradients(model)
+    with nspec.task(model, tasks):
+        loss = loss_of(model, whole)
+        loss.backward()
+    assert abs(loss.item() - want) < 1e-10
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@BOTH
+def test_a_batch_of_one_task_is_bitwise_that_of_the_task_itself(mode: str) -> None:
+    model, whole = specialised(mode), inputs(3)
+    found = []
+    for switch in ("en-de", ["en-de"] * 3):
+        with nspec.task(model, switch):
+            loss = loss_of(model, whole)
+            loss.backward()
+        found.append((loss, gradients(model)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+@BOTH
+def test_the_same_batch_gives_the_same_bits_again(mode: str) -> None:
+    model, whole = specialised(mode, torch.float32), inputs(len(TASKS))
+    found = []
+    for _ in range(2):
+        with nspec.task(model, TASKS):
+            loss_of(model, whole).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_without_gradients_it_is_the_same_also_after_an_update() -> None:
+    model, whole = specialised().eval(), inputs(len(TASKS))
+    for _ in range(2):
+        with nspec.task(model, TASKS):
+            with torch.no_grad():
+                first, second = model(**whole).logits, model(**whole).logits
+            with_grad = model(**whole).logits
+            torch.testing.assert_close(first, with_grad, rtol=0, atol=1e-12)
+            assert torch.equal(first, second)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+                changed = model(**whole).logits
+            assert not torch.allclose(changed, first)
+            torch.testing.assert_close(changed, model(**whole).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_gives_what_generating_task_by_task_gives(beams: int) -> None:
+    model, whole = specialised(init_std=0.5).eval(), inputs(len(TASKS))
+    with torch.no_grad():
+        model.model.decoder.layer_norm.bias.zero_()  # else one token wins everywhere
+        for layer in model.model.decoder.layers:
+            layer.fc1.weight.mul_(10)
+            layer.fc2.weight.mul_(10)
+    options = {"num_beams": beams, "max_new_tokens": 8, "min_new_tokens": 8, "forced_bos_token_id": 7}
+
+    def generate(mine: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.generate(whole["input_ids"][mine], attention_mask=whole["attention_mask"][mine], **options)
+
+    with nspec.task(model, TASKS):
+        together = generate(torch.ones(len(TASKS), dtype=torch.bool))
+    for task in ALL:
+        mine = torch.tensor([name == task for name in TASKS])
+        with nspec.task(model, task):
+            assert torch.equal(together[mine], generate(mine))
+    with nspec.task(model, "en-de"):
+        assert not torch.equal(together, generate(torch.ones(len(TASKS), dtype=torch.bool)))
+
+
+@BOTH
+def test_models_that_keep_time_first_give_the_dimension_of_the_sentences(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 96, dropout=0.0)  # [length, batch, d]
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    nspec.specialize(model, masks_for(model, ALL), mode=mode)
+    x = torch.randn(5, len(TASKS), 8, dtype=torch.float64)
+    for task in ALL:
+        with nspec.task(model, task):
+            model(x[:, [name == task for name in TASKS]]).square().sum().backward()
+    wanted = gradients(model)
+    with nspec.task(model, TASKS, batch_dim=1):
+        y = model(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), y)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-10)
+    with nspec.task(model, TASKS), pytest.raises(ValueError, match="5 rows along dimension 0, .* of the 6 sentences"):
+        model(x)
+
+
+@BOTH
+def test_a_model_that_flattens_its_batch_to_tokens_has_rows_of_each_sentence_together(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3)).double()
+    nspec.specialize(model, masks_for(model, ALL), mode=mode)
+    x = torch.randn(len(TASKS), 5, 4, dtype=torch.float64)
+    with nspec.task(model, TASKS):
+        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), model(x), rtol=0, atol=1e-12)
+
+
+def test_rows_that_are_no_multiple_of_the_sentences_are_an_error_that_names_both() -> None:
+    model = specialised()
+    for tasks in (TASKS[:2], ["en-de", "en-de"]):
+        with (
+            nspec.task(model, tasks),
+            pytest.raises(ValueError, match="3 rows along dimension 0, .* of the 2 sentences"),
+        ):
+            model(**inputs(3))
+    with nspec.task(model, TASKS, batch_dim=2), pytest.raises(ValueError, match="batch_dim is 2, .* before the last"):
+        model(**inputs(6))
+
+
+def test_lists_that_are_none_are_errors_and_change_nothing() -> None:
+    model = specialised()
+    nspec.set_task(model, "de-en")
+    with pytest.raises(TypeError, match="the task of sentence 1 is None, expected the name of a task"):
+        nspec.set_task(model, ["en-de", None])
+    with pytest.raises(ValueError, match="no masks of task 'en-dd'; known: en-de"):
+        nspec.set_task(model, ["en-de", "en-dd"])
+    with pytest.raises(ValueError, match="list of tasks is empty"):
+        nspec.set_task(model, [])
+    with pytest.raises(ValueError, match="batch_dim is -1, expected 0 or more"):
+        nspec.set_task(model, TASKS, batch_dim=-1)
+    assert model.model.encoder.layers[0].fc1.task == "de-en"
+
+
+def test_the_batch_before_comes_back_with_its_dimension() -> None:
+    model = specialised()
+    fc1 = model.model.encoder.layers[0].fc1
+    nspec.set_task(model, TASKS, batch_dim=1)
+    with nspec.task(model, "en-de"):
+        assert fc1.task == "en-de"
+    assert fc1.task == tuple(TASKS)
+    assert fc1.state().batch.batch_dim == 1
+    nspec.profile(model, {"t": [inputs(3)]})
+    assert fc1.state().batch.batch_dim == 1
+
+
+@BOTH
+def test_the_optimiser_touches_the_union_of_the_tasks_of_a_batch(mode: str) -> None:
+    model = specialised(mode)
+    masks = masks_for(m2m100(), ALL, share=0.4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = nspec.RowSparseAdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    with nspec.task(model, ["en-de", "de-en", "en-de"]):
+        loss_of(model, inputs(3)).backward()
+    optimizer.step()
+    for layer in masks.layers:
+        union = masks["de-en"][layer] | masks["en-de"][layer]
+        changed = (model.get_submodule(layer).weight != before[f"{layer}.weight"]).any(1)
+        assert not union.all()
+        assert torch.equal(changed, union)
+
+
+def test_many_mixes_keep_a_bounded_number_of_stacked_sets() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3))
+    names = tuple(f"t{i}" for i in range(8))
+    nspec.specialize(model, masks_for(model, names))
+    x = torch.randn(2, 5, 4)
+    for first in names:
+        for second in names:
+            with nspec.task(model, [first, second]):
+                y = model(x)
+            with nspec.task(model, first):
+                torch.testing.assert_close(y[:1], model(x[:1]))
+    assert len(model[0]._stacks) == 16
+
+
+def test_copies_and_pickles_of_a_switched_model_compute_the_same() -> None:
+    model, whole = specialised(), inputs(len(TASKS))
+    nspec.set_task(model, TASKS)
+    want = model(**whole).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**whole).logits, want)
+        nspec.despecialize(other)
+
+
+def test_what_the_layer_does_between_fc1_and_fc2_is_checked_in_mixed_batches_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3))
+    nspec.specialize(model, masks_for(model, ALL))
+    model[1] = nn.GELU()
+    with nspec.task(model, TASKS), pytest.raises(ValueError, match="is not ReLU alone"):
+        model(torch.randn(len(TASKS), 4))
+
+
+@BOTH
+def test_autocast(mode: str) -> None:
+    model, whole = specialised(mode, torch.float32), inputs(len(TASKS))
+    with nspec.task(model, TASKS):
+        want = loss_of(model, whole)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, whole)
+        loss.backward()
+    assert abs(loss.item() - want.item()) < 0.05 * want.item()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@BOTH
+def test_gradients_add_up_over_mixed_and_single_micro_batches(mode: str) -> None:
+    model = specialised(mode)
+    parts = [(TASKS, inputs(len(TASKS))), ("de-en", batch(seed=1)), (SORTED, batch(seed=2, sentences=4))]
+    for tasks, part in parts:
+        task_by_task(model, [tasks] * 3 if isinstance(tasks, str) else tasks, part)
+    wanted = gradients(model)
+    for tasks, part in parts:
+        with nspec.task(model, tasks):
+            loss_of(model, part).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-10)
