@@ -1,4 +1,4 @@
-"""The four operators against what one would run instead: interleaved, in one process, medians of paired ratios.
+"""The operators and a block of a model against what one would run instead, in one process: medians of paired ratios.
 
     python bench/operators.py                              # float32 and bfloat16, both shapes, this machine's CPU
     python bench/operators.py --operators row_sparse_wgrad --dtypes float32 --densities 0.5 0.78
@@ -13,6 +13,7 @@ baseline's before anything is timed.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -23,14 +24,16 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import nspec
 from nspec.kernels.common.active import active_index
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
+from nspec.nn.masked_linear import Mode
 
 Call = Callable[[], object]
 Providers = dict[str, Call]
@@ -113,11 +116,34 @@ def row_sparse_adamw_case(tokens: int, d: int, d_ff: int, dtype: torch.dtype, de
     }
 
 
+def block_case(tokens: int, d: int, d_ff: int, dtype: torch.dtype, density: float) -> Providers:
+    """A feed-forward block as a model has it, forward and backward; bfloat16 by autocast, as mixed precision trains."""
+    dense = nn.Sequential(nn.Linear(d, d_ff), nn.ReLU(), nn.Linear(d_ff, d))
+    masks = nspec.NeuronMasks({"task": {"0": random_set(d_ff, density)}})
+    x, dy = torch.randn(tokens, d, requires_grad=True), torch.randn(tokens, d).to(dtype)
+
+    def step(model: nn.Module) -> None:
+        for tensor in (x, *model.parameters()):
+            tensor.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = model(x)
+        y.backward(dy)
+
+    def specialized(mode: Mode) -> nn.Module:
+        model = nspec.specialize(copy.deepcopy(dense), masks, mode=mode)
+        nspec.set_task(model, "task")
+        return model
+
+    forward, update = specialized("forward"), specialized("update")
+    return {"dense": lambda: step(dense), "mode forward": lambda: step(forward), "mode update": lambda: step(update)}
+
+
 CASES = {
     "linear_relu_count": linear_relu_count_case,
     "row_sparse_wgrad": row_sparse_wgrad_case,
     "compact_ffn": compact_ffn_case,
     "row_sparse_adamw": row_sparse_adamw_case,
+    "block": block_case,
 }
 
 

@@ -122,6 +122,12 @@ def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Any:
     raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} has: {have}")
 
 
+def answer(operator: str, name: str, reason: str) -> None:
+    """For what an operator computes without a backend: ends the call where it was asked to explain."""
+    if _asked.get():
+        raise _Answer(Choice(operator, name, reason))
+
+
 def _why(taken: Backend, backends: Sequence[Backend], wanted: str, passed_over: Sequence[str]) -> str:
     if wanted != "auto":
         return "asked for by NSPEC_BACKEND"

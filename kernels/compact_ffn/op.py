@@ -11,7 +11,8 @@ from torch import Tensor
 from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, choose, explainable
+from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from . import dense
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", gpu.why_not),
@@ -82,6 +83,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w1, b1, w2, b2, index, task_offsets = inputs
     ctx.biases = (b1 is not None, b2 is not None)
+    ctx.mark_non_differentiable(output[1])  # else every backward pass would fill a gradient of its size with zeros
     ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, output[1])
 
 
@@ -128,7 +130,9 @@ def compact_ffn(
         ``[..., d_out]``. Differentiable once in x and in the weights and biases; inactive rows of the gradient of ``w1``
         are exactly zero.
 
-    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
+    Small blocks on a CPU are computed dense where that is faster (``dense.py``), unless ``NSPEC_BACKEND`` names a backend
+    or the call is compiled. With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for
+    these arguments.
 
     Raises:
         ValueError: shapes that do not fit, offsets that do not cover the tokens.
@@ -152,5 +156,10 @@ def compact_ffn(
     if index is None:
         index = active_index(active)
     x, w1, b1, w2, b2 = cast_inputs(x, w1, b1, w2, b2)
-    y, _ = _compact_ffn(x.reshape(-1, d_in), w1, b1, w2, b2, index, task_offsets)
+    flat = x.reshape(-1, d_in)
+    choosing = requested("compact_ffn") == "auto" and not torch.compiler.is_compiling()
+    if choosing and (why := dense.reason(flat, w1, index)) is not None:
+        answer("compact_ffn", "dense", why)
+        return dense.block(flat, w1, b1, w2, b2, active, task_offsets).view(*x.shape[:-1], w2.shape[0])
+    y, _ = _compact_ffn(flat, w1, b1, w2, b2, index, task_offsets)
     return y.view(*x.shape[:-1], w2.shape[0])

@@ -5,6 +5,7 @@
 
 #include "columns.h"
 #include "common.h"
+#include "product.h"
 
 #include <cstdlib>
 #include <memory>
@@ -221,6 +222,24 @@ void expand_columns_(Tensor matrix, Tensor index, int64_t packed, Tensor s, Tens
   }
 }
 
+// out = a b (+ bias), each thread computing some rows by itself. PyTorch's own threading of 16-bit products leaves a core idle
+// for some sizes: 4096 x 512 by 512 x 1024 ran at 1.27 TFLOP/s on two cores with AMX, by 512 x 1600 at 2.68.
+void product_(Tensor out, Tensor a, Tensor b, Tensor bias) {
+  const ScalarType type = out.scalar_type();
+  check_matrix(out, "out", type);
+  STD_TORCH_CHECK(
+      a.is_cpu() && b.is_cpu() && a.dim() == 2 && b.dim() == 2 && a.scalar_type() == type && b.scalar_type() == type &&
+          a.size(0) == out.size(0) && b.size(1) == out.size(1) && a.size(1) == b.size(0),
+      "out [n, m], a [n, k] and b [k, m] do not fit together");
+  if (bias.numel() > 0) check_vector(bias, "bias", type, out.size(1));
+  torch::stable::parallel_for(0, out.size(0), 64, [&](int64_t lo, int64_t hi) {
+    Tensor whole_out = out, whole_a = a;
+    const Tensor part = torch::stable::narrow(whole_out, 0, lo, hi - lo);
+    const Tensor rows = torch::stable::narrow(whole_a, 0, lo, hi - lo);
+    bias.numel() > 0 ? multiply(part, rows, b, bias) : multiply(part, rows, b);
+  });
+}
+
 }  // namespace
 }  // namespace nspec
 
@@ -228,5 +247,6 @@ STABLE_TORCH_LIBRARY_IMPL(nspec_native, CPU, m) {
   m.impl("pack_columns", TORCH_BOX(&nspec::pack_columns));
   m.impl("relu_backward_", TORCH_BOX(&nspec::relu_backward_));
   m.impl("expand_rows_", TORCH_BOX(&nspec::expand_rows_));
+  m.impl("product_", TORCH_BOX(&nspec::product_));
   m.impl("expand_columns_", TORCH_BOX(&nspec::expand_columns_));
 }

@@ -16,9 +16,10 @@ extern "C" __attribute__((visibility("default"), used)) const char nspec_native_
 STABLE_TORCH_LIBRARY(nspec_native, m) {
   // linear_relu_count.cpp; `valid` without elements: every token counts
   m.def("relu_count_(Tensor(a!) h, Tensor valid, Tensor task_offsets, Tensor(b!) counts) -> ()");
-  // compact.cpp; `sums`, `transposed` and `r` without elements are not wanted
+  // compact.cpp; `sums`, `transposed`, `bias` and `r` without elements are not wanted
   m.def("pack_columns(Tensor source, Tensor index, bool transposed, Tensor(a!) packed, Tensor(b!) sums) -> ()");
   m.def("relu_backward_(Tensor(a!) dh, Tensor h, Tensor(b!) transposed, Tensor(c!) sums) -> ()");
+  m.def("product_(Tensor(a!) out, Tensor a, Tensor b, Tensor bias) -> ()");
   m.def("expand_rows_(Tensor(a!) matrix, Tensor index) -> ()");
   m.def("expand_columns_(Tensor(a!) matrix, Tensor index, int packed, Tensor s, Tensor r) -> ()");
   // row_sparse_wgrad.cpp

@@ -21,6 +21,13 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()) == 0, "PyTorch's matrix product failed");
 }
 
+// out = a b + bias
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias) {
+  STD_TORCH_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), bias.get(), a.get(), b.get(), 1.0, 1.0) == 0,
+      "PyTorch's matrix product failed");
+}
+
 // out += a b
 inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(

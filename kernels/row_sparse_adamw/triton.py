@@ -168,7 +168,7 @@ def supports(
     return None
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=_TABLES)
 def _owners(blocks: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 ``[programs]``: which tensor each program works on, for tensors of so many blocks."""
     tensors = torch.arange(len(blocks), dtype=torch.int32)
@@ -205,6 +205,7 @@ def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
 
 
 _kept: OrderedDict[tuple[Any, ...], list[_Launch]] = OrderedDict()
+_captured: dict[int, list[_Launch]] = {}  # read by CUDA graphs, which hold addresses and no references
 
 
 def _plan(tensors: Sequence[_Row]) -> list[_Launch]:
@@ -215,15 +216,18 @@ def _plan(tensors: Sequence[_Row]) -> list[_Launch]:
         *(t if t is None else (t.data_ptr(), t.dtype) for row in tensors for t in row),
         *(row[0].shape for row in tensors),
     )
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key in _kept:
         _kept.move_to_end(key)
     else:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing:
             # A graph would upload the table again at each replay, from memory that is long used for something else.
             raise RuntimeError("a CUDA graph is being captured: take a step with the same tensors before, outside it")
         _kept[key] = _tables(tensors)
         if len(_kept) > _TABLES:
             _kept.popitem(last=False)
+    if capturing:
+        _captured[id(_kept[key])] = _kept[key]
     return _kept[key]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .active import let_sizes_vary
+from .captured import capturing, keep
 
 _LAYOUTS = 8  # input shapes remembered for a batch: encoder, decoder and a decoding step are three
 
@@ -97,10 +98,9 @@ class TaskBatch:
         tokens = self.check(x)
         if torch.compiler.is_compiling():
             return self._sort(x, tokens)
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         key = (x.shape[:-1], x.device)
         if key not in self._layouts:
-            if capturing:
+            if capturing(x.device):
                 raise RuntimeError(
                     "a CUDA graph is being captured with a list of tasks that the model has not run with: run it once "
                     "before the capture, within the same nspec.task block"
@@ -111,8 +111,9 @@ class TaskBatch:
             on_device = layout.offsets.to(x.device, non_blocking=True) if x.is_cuda else None
             self._layouts[key] = layout, on_device
         layout, on_device = self._layouts[key]
-        if capturing:
+        if capturing(x.device):
             assert on_device is not None
+            keep(x.device, layout, on_device)
             return layout._replace(offsets=on_device)
         return layout
 

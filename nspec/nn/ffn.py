@@ -20,6 +20,7 @@ from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
+from .captured import keep
 from .masked_linear import MaskedLinear
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
@@ -121,6 +122,7 @@ class CompactFc1(TaskLinear):
                 "layer that holds both, not to fc1 or fc2 alone"
             )
         active = active.on(w1.device)
+        keep(x.device, active)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             y = self._with_grad(x, (w1, b1, w2, b2), active, batch)
         else:
@@ -159,6 +161,7 @@ class CompactFc1(TaskLinear):
         if self._packed is None or self._packed_of != of:
             self._packed = [pack(w1, b1, w2, b2, row) for row in active.index]
             self._packed_of = of
+        keep(x.device, self._packed)
         tokens = x.reshape(-1, self.in_features)
         if batch is None:
             y, _ = forward_packed(tokens, self._packed[0])

@@ -14,6 +14,7 @@ from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 from .active import ActiveSet
 from .batch import TaskBatch
+from .captured import keep
 from .recompute import ForwardPasses, Use, backward_pass
 
 Mode = Literal["forward", "update"]
@@ -144,6 +145,7 @@ class MaskedLinear(nn.Linear):
         if active is None:
             return F.linear(x, weight, bias)
         active = active.on(weight.device)
+        keep(x.device, active)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
         x, weight, bias = cast_inputs(x, weight, bias)
         flat = x.reshape(-1, self.in_features)

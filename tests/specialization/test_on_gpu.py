@@ -165,6 +165,28 @@ def test_a_cuda_graph_of_forward_and_backward_is_replayed_with_new_inputs(mode: 
         assert_close(found, results(eager, eager, switch, new), 0.01)
 
 
+@BOTH
+@pytest.mark.parametrize("switch", ["a", TASKS])
+def test_a_cuda_graph_outlives_the_task_that_it_was_captured_in(mode: str, switch: Any) -> None:
+    model = specialised(mode).cuda().bfloat16().eval()
+    x = inputs().cuda().bfloat16()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), nspec.task(model, switch):
+        model(x)
+        with torch.cuda.graph(graph):
+            y = model(x)
+        graph.replay()
+        before = y.clone()
+    # Whatever the task left behind is now memory of these.
+    others = [
+        torch.zeros(size, dtype=torch.uint8, device="cuda") for size in (2**k for k in range(9, 21)) for _ in range(64)
+    ]
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, before)
+    assert not any(bool(other.any()) for other in others)
+
+
 def test_a_capture_without_a_run_before_is_an_error_that_says_so() -> None:
     model = specialised("update").cuda()
     x = inputs().cuda()
