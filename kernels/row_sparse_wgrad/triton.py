@@ -213,8 +213,8 @@ def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tenso
     width, columns = left.shape[1], right.shape[1]
     if by_library("dw", left.dtype, task_offsets):
         bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
-        parts = [mm_float32(left[a:b].t(), right[a:b])[None] for a, b in bounds if a < b]
-        return parts[0] if len(parts) == 1 else torch.cat(parts), tasks.tokens
+        products = [mm_float32(left[a:b].t(), right[a:b])[None] for a, b in bounds if a < b]
+        return products[0] if len(products) == 1 else torch.cat(products), tasks.tokens
     precise = precision(left.dtype)
     target = target_of(left.device)
     tile = product_tile(target, left.dtype, precise)

@@ -134,9 +134,9 @@ def _state(
     if not found:
         return Progress(options=options), None
     state = Progress.read(found[-1])
-    if changed := [
-        f"{k} was {state.options.get(k)!r}, is {v!r}" for k, v in options.items() if state.options.get(k) != v
-    ]:
+    # An option that came after a checkpoint was written had its default's meaning then.
+    before = dataclasses.asdict(TrainConfig()) | state.options
+    if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]:
         raise ValueError(
             f"{folder / 'checkpoints'} is of a training with other options: {'; '.join(changed)}; "
             "take those again, or another folder"
