@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -48,6 +49,16 @@ def cpu_name() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def commit() -> str:
+    """The commit of the checkout, with ``-dirty`` after it where files differ from it; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def random_set(d_ff: int, density: float) -> Tensor:
@@ -224,7 +235,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}"
-    stamp = {"device": device, "date": date.today().isoformat(), "backend": os.environ.get("NSPEC_BACKEND", "auto")}
+    stamp = {
+        "device": device,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "backend": os.environ.get("NSPEC_BACKEND", "auto"),
+    }
     print(device)
     print("speed-up over the baseline: median of paired ratios [quartiles]")
     for operator in args.operators:
