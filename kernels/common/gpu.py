@@ -36,6 +36,12 @@ def _triton() -> str | None:
     return None
 
 
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """The compute capability of a device. Asked for at every call of an operator, and PyTorch takes microseconds."""
+    return torch.cuda.get_device_capability(index)
+
+
 def tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an operator's arguments, those in lists too."""
     for arg in args:
@@ -59,7 +65,7 @@ def why_not(*args: Any) -> str | None:
     if first.device.type != "cuda":
         return f"the tensors are on {first.device.type}, the kernels are for CUDA and ROCm"
     reason = _triton()
-    if reason is None and torch.version.hip is None and torch.cuda.get_device_capability(first.device) < OLDEST_CUDA:
+    if reason is None and torch.version.hip is None and _capability(first.device.index) < OLDEST_CUDA:
         name = torch.cuda.get_device_name(first.device)
-        return f"{name} has compute capability {torch.cuda.get_device_capability(first.device)}, below {OLDEST_CUDA}"
+        return f"{name} has compute capability {_capability(first.device.index)}, below {OLDEST_CUDA}"
     return reason

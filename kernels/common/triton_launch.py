@@ -50,6 +50,8 @@ class Shipped:
         expect: what the machine code must have beside no spills, of ``product16`` (tensor cores on 16-bit operands, wide
             loads in the main loop), ``product32`` (wide loads alone), ``count`` (few shuffles), ``stream`` (all
             accesses to the tensors 128 bits wide), ``unfused`` (no multiply-add that the source does not have).
+        covered: whether another kernel of the list has these block sizes and does as much or more: with a bias, for
+            several tasks, in another 16-bit dtype. The compile check leaves such kernels out for some targets.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Shipped:
     launch: Mapping[str, Any]
     divisible: Sequence[str] = ()
     expect: Sequence[str] = ()
+    covered: bool = False
 
     @property
     def options(self) -> dict[str, Any]:

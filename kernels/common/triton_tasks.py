@@ -100,12 +100,15 @@ def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int) -> s
 
 
 @triton.jit
-def task_tokens(offsets_ptr, task, tokens, GROUPED: tl.constexpr):
-    """The first token of a task and the first behind it."""
+def task_end(offsets_ptr, task, start, tokens, GROUPED: tl.constexpr):
+    """The first token behind a task whose first is ``start``: 0, or the end of the task before."""
     if GROUPED:
-        return tl.load(offsets_ptr + task).to(tl.int32), tl.load(offsets_ptr + task + 1).to(tl.int32)
+        # Offsets on a device are not checked. Wrong ones give wrong numbers, but whatever they are, tasks follow one
+        # another within the tokens and have no more tiles than Tasks.most_tiles: nothing outside the tensors is touched.
+        # In 32 bits, which take fewer registers: clamped, it does not matter what the upper half was.
+        return tl.minimum(tl.maximum(tl.load(offsets_ptr + task + 1).to(tl.int32), start), tokens)
     else:
-        return 0, tokens
+        return tokens
 
 
 @triton.jit
@@ -116,13 +119,14 @@ def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):
     """
     if GROUPED:
         task = tl.zeros((), tl.int32)
-        start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
+        start = tl.zeros((), tl.int32)
+        stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
         count = tl.cdiv(stop - start, size)
         while (tile >= count) & (task < tasks - 1):
             tile -= count
             task += 1
             start = stop
-            stop = tl.load(offsets_ptr + task + 1).to(tl.int32)
+            stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
             count = tl.cdiv(stop - start, size)
         return task, start + tile * size, stop
     else:
@@ -131,13 +135,15 @@ def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):
 
 @triton.jit
 def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):
-    """How many tiles the tasks before ``task`` have."""
+    """How many tiles the tasks before ``task`` have, and the first token behind them."""
     count = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int32)
     if GROUPED:
         for earlier in range(task):
-            start, stop = task_tokens(offsets_ptr, earlier, tokens, GROUPED)
+            stop = task_end(offsets_ptr, earlier, start, tokens, GROUPED)
             count += tl.cdiv(stop - start, size)
-    return count
+            start = stop
+    return count, start
 
 
 @triton.jit
@@ -270,8 +276,8 @@ def task_sums_kernel(
     task = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = (column < columns)[None, :]
-    start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
-    first = tiles_before(offsets_ptr, task, size, tokens, GROUPED)
+    first, start = tiles_before(offsets_ptr, task, size, tokens, GROUPED)
+    stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
     last = first + tl.cdiv(stop - start, size)
     total = tl.zeros((TILES, COLUMNS), tl.float32)
     for begin in range(first, last, TILES):

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from ..common import checks
-from ..common.products import by_library
+from ..common.products import by_library, launched
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
@@ -71,8 +71,8 @@ def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> T
     if target == INTERPRETER:
         return Tile(64, 32, 32, 2, 4, 1)
     if dtype == torch.float32:
-        # 4 warps spill for 8.6 (Triton 3.6), 8 for 8.0 (Triton 3.7).
-        return _float32_tile(precise, 8 if target == SMALL else 4)
+        # 4 warps spill for 8.6 without gate (Triton 3.6), 8 with it (Triton 3.7).
+        return _float32_tile(precise, 8 if target == SMALL and not gate else 4)
     return {
         "cuda:80": Tile(128, 128, 64, 8, 8, 3),
         SMALL: Tile(128, 128, 32, 8, 8, 3),
@@ -220,6 +220,8 @@ def _features(
         return whole(out, columns)
     precise = precision(dtype)
     tile = features_tile(target_of(device), dtype, precise)
+    # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
+    assert width % tile.k == 0, f"{width} packed columns are no multiple of a step of {tile.k}"
     programs = min(processors(device), tasks.most_tiles(tile.m) * triton.cdiv(out.shape[1], tile.n))
     pointers = (inputs, weight, constant, out, tasks.offsets)
     sizes = (tasks.tokens, tasks.number, width, out.shape[1])
@@ -308,7 +310,8 @@ def shipped(target: str) -> list[Shipped]:
         name = f"sums of tasks {_label(grouped)}"
         offsets = _offsets(grouped, signature)
         keywords = {**offsets, **task_sums_launch(grouped)}
-        kernels.append(Shipped(name, task_sums_kernel, signature, keywords, ("sums_ptr", "out_ptr", "columns")))
+        aligned = ("sums_ptr", "out_ptr", "columns")
+        kernels.append(Shipped(name, task_sums_kernel, signature, keywords, aligned, covered=not grouped))
     return kernels
 
 
@@ -328,21 +331,24 @@ def _shipped_packing(dtype: torch.dtype) -> list[Shipped]:
     p, name = pointer(dtype), str(dtype).removeprefix("torch.")
     kernels = []
 
-    def add(label: str, kernel: Any, pointers: dict[str, str], sizes: Sequence[str], keywords: dict) -> None:
+    def add(
+        label: str, kernel: Any, pointers: dict[str, str], sizes: Sequence[str], keywords: dict, covered: bool = False
+    ) -> None:
         signature = {**pointers, **dict.fromkeys(sizes, "i32")}
         aligned = tuple(argument for argument in signature if argument != "tasks")
-        kernels.append(Shipped(f"{label} {name}", kernel, signature, keywords, aligned))
+        kernels.append(Shipped(f"{label} {name}", kernel, signature, keywords, aligned, covered=covered))
 
     pointers = {**dict.fromkeys(("w1_ptr", "b1_ptr", "fc1_ptr", "bias_ptr", "fc2_ptr"), p), "index_ptr": "*i64"}
     sizes: Sequence[str] = ("index_width", "width", "d_in", "w1_stride", "fc1_stride", "fc2_stride")
     for in_place in (False, True):
         keywords = {"BIAS": True, "IN_PLACE": in_place, "w1_column_stride": 1, **_PACK_ROWS}
-        add(f"pack fc1 {'in place' if in_place else 'compact'}", pack_fc1_kernel, pointers, sizes, keywords)
+        label = f"pack fc1 {'in place' if in_place else 'compact'}"
+        add(label, pack_fc1_kernel, pointers, sizes, keywords, covered=in_place or dtype == torch.float32)
     reads = {"w2_ptr": p, "b1_ptr": p, "places_ptr": "*i32"}
     sizes = ("tasks", "width", "d_ff", "d_out", "w2_stride")
     packing = {"w2_column_stride": 1, **_PACK_COLUMNS}
     pointers, more = {**reads, "fc2_ptr": p}, (*sizes, "fc2_stride")
-    add("pack fc2", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": False, "parts_ptr": None})
+    add("pack fc2", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": False, "parts_ptr": None}, covered=True)
     pointers["parts_ptr"] = "*fp32"
     add("pack fc2 and constant", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": True})
     pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": p}
@@ -356,6 +362,8 @@ def _shipped_products(target: str, dtype: torch.dtype, precise: str) -> list[Shi
     kernels = []
     for grouped in (False, True):
         for gate in (False, True):
+            if not launched("dh" if gate else "h", dtype, grouped, target):
+                continue
             tile = neurons_tile(target, dtype, precise, gate)
             sizes = ("width", "depth", "in_stride", "weight_stride")
             signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), "sums_ptr": "*fp32"}
@@ -367,6 +375,8 @@ def _shipped_products(target: str, dtype: torch.dtype, precise: str) -> list[Shi
             label = f"{'gated' if gate else 'relu'} {name} {_label(grouped)} {tile.m}x{tile.n}"
             kernels.append(Shipped(label, to_neurons_kernel, signature, keywords, aligned, expect))
         for constant in (False, True):
+            if not launched("y" if constant else "dx", dtype, grouped, target):
+                continue
             tile = features_tile(target, dtype, precise)
             signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), "width": "i32", "columns": "i32"}
             if constant:
@@ -376,5 +386,5 @@ def _shipped_products(target: str, dtype: torch.dtype, precise: str) -> list[Shi
             keywords = {"GROUPED": grouped, "CONSTANT": constant, **tile.keywords(precise)}
             keywords |= {**({} if constant else {"constant_ptr": None}), **_offsets(grouped, signature)}
             label = f"features {name} {_label(grouped)}{' constant' if constant else ''} {tile.m}x{tile.n}"
-            kernels.append(Shipped(label, from_neurons_kernel, signature, keywords, aligned, expect))
+            kernels.append(Shipped(label, from_neurons_kernel, signature, keywords, aligned, expect, not constant))
     return kernels

@@ -139,7 +139,10 @@ def to_neurons_kernel(
     out = tl.make_tensor_descriptor(out_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[N, M])
     if GATE:
         gate = tl.make_tensor_descriptor(h_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[N, M])
-    tiles = tiles_before(offsets_ptr, tasks, N, tokens, GROUPED) if GROUPED else tl.cdiv(tokens, N)
+    if GROUPED:
+        tiles, _ = tiles_before(offsets_ptr, tasks, N, tokens, GROUPED)
+    else:
+        tiles = tl.cdiv(tokens, N)
     across = tl.cdiv(width, M)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
         tile, block = tile_order(item, tiles, across, GROUP)
@@ -199,15 +202,21 @@ def from_neurons_kernel(
         weight_ptr, shape=[tasks * width, columns], strides=[columns, 1], block_shape=[K, N]
     )
     out = tl.make_tensor_descriptor(out_ptr, shape=[tokens, columns], strides=[columns, 1], block_shape=[M, N])
-    tiles = tiles_before(offsets_ptr, tasks, M, tokens, GROUPED) if GROUPED else tl.cdiv(tokens, M)
+    if GROUPED:
+        tiles, _ = tiles_before(offsets_ptr, tasks, M, tokens, GROUPED)
+    else:
+        tiles = tl.cdiv(tokens, M)
     across = tl.cdiv(columns, N)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
         tile, block = tile_order(item, tiles, across, GROUP)
         task, first, stop = token_tile(offsets_ptr, tile, M, tokens, tasks, GROUPED)
         total = tl.zeros((M, N), tl.float32)
+        # Counted along: from task * width + k the compiler for gfx942 reads "in" 2 bytes at a time (Triton 3.6).
+        row = task * width
         for k in range(0, width, K):
-            right = weight.load([task * width + k, block * N])
+            right = weight.load([row, block * N])
             total = tl.dot(inputs.load([first, k]), right, total, input_precision=PRECISION)
+            row += K
         if CONSTANT:
             column = block * N + tl.arange(0, N)
             constant = tl.load(constant_ptr + task.to(tl.int64) * columns + column, mask=column < columns, other=0.0)

@@ -242,6 +242,7 @@ def shipped(target: str) -> list[Shipped]:
                     launch={**tile, **optional},
                     divisible=list(arrays),
                     expect=("product32",) if dtype == torch.float32 else ("product16", "count"),
+                    covered=not full or dtype == torch.float16,
                 )
             )
     tile = _tiles(target, torch.bfloat16, "ieee")[0]

@@ -125,6 +125,7 @@ def shipped(target: str) -> list[Shipped]:
                     launch=_keywords(target, dtypes, aligned),
                     divisible=("table", "owner"),
                     expect=("unfused", "stream") if aligned else ("unfused",),
+                    covered=not aligned and b16 in dtypes,
                 )
             )
     return found
@@ -222,7 +223,7 @@ def _plan(tensors: Sequence[_Row]) -> list[_Launch]:
     else:
         if capturing:
             # A graph would upload the table again at each replay, from memory that is long used for something else.
-            raise RuntimeError("a CUDA graph is being captured: take a step with the same tensors before, outside it")
+            raise RuntimeError("a CUDA graph is being captured: capture forward and backward pass, and step outside")
         _kept[key] = _tables(tensors)
         if len(_kept) > _TABLES:
             _kept.popitem(last=False)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import checks
-from ..common.products import by_library, mm_float32
+from ..common.products import by_library, launched, mm_float32
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
@@ -38,7 +38,7 @@ from ..common.triton_tasks import (
     places_kernel,
     places_of,
     refuses,
-    task_tokens,
+    task_end,
     tasks_of,
     tile_sums,
     token_tile,
@@ -175,17 +175,19 @@ def expand_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     owned = tl.zeros((ROWS,), tl.int32)
     part = tl.zeros((), tl.int64)
+    start = tl.zeros((), tl.int32)
     if CONSTANT:
         bias = tl.load(bias_ptr + neuron, mask=there, other=0.0).to(tl.float32)
         output = tl.maximum(bias, 0.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
     for task in range(tasks):
-        start, stop = task_tokens(offsets_ptr, task, tokens, GROUPED)
+        stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
         place = tl.load(places_ptr + tl.cast(task, tl.int64) * neurons + neuron, mask=there, other=-1)
         has = (place >= 0)[:, None]
         row_ptr = parts_ptr + place.to(tl.int64)[:, None] * row_stride + column[None, :]
         for _ in range(tl.cdiv(stop - start, chunk)):
             total += tl.load(row_ptr + part * part_stride, mask=has & real, other=0.0).to(tl.float32)
             part += 1
+        start = stop
         if CONSTANT:
             s = tl.load(sums_ptr + tl.cast(task, tl.int64) * columns + column, mask=column < columns, other=0.0)
             total += tl.where(has, 0.0, output * s[None, :])
@@ -319,6 +321,8 @@ def shipped(target: str) -> list[Shipped]:
             )
             aligned = ("left_ptr", "right_ptr", "parts_ptr", "width", "columns", "left_stride", "right_stride")
             for precise in precisions(target, dtype):
+                if not launched("dw", dtype, grouped, target):
+                    continue
                 tile = product_tile(target, dtype, precise)
                 kernels.append(
                     Shipped(
@@ -350,6 +354,7 @@ def _shipped_columns(label: str, p: str, grouped: bool, offsets: dict, none: dic
         {**signature, **packing, **sizes},
         {**none, **columns_launch(grouped, True)},
         aligned,
+        covered=not grouped,
     )
     absent = dict.fromkeys(packing)
     sums = Shipped(
@@ -358,6 +363,7 @@ def _shipped_columns(label: str, p: str, grouped: bool, offsets: dict, none: dic
         {**signature, **sizes},
         {**none, **absent, **columns_launch(grouped, False)},
         tuple(name for name in aligned if name not in packing),
+        covered=True,
     )
     return [pack, sums]
 
@@ -376,5 +382,10 @@ def _shipped_expand(label: str, p: str, grouped: bool, constant: bool, add: bool
     aligned = [name for name in signature if name not in ("tokens", "tasks", "chunk", "offsets_ptr")]
     kind = "expand to columns" if constant else "add rows" if add else "expand"
     return Shipped(
-        f"{kind} {label}", expand_kernel, signature, {**none, **one, **expand_launch(grouped, constant, add)}, aligned
+        f"{kind} {label}",
+        expand_kernel,
+        signature,
+        {**none, **one, **expand_launch(grouped, constant, add)},
+        aligned,
+        covered=not grouped or not (constant or add),
     )

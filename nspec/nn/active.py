@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def let_sizes_vary(*tensors: tuple[Tensor, Sequence[int]]) -> None:
 class ActiveSet:
     """The active neurons of one task, or of several tasks one below the other.
 
-    Built once per task and layer; moved to a device on first use there, so that a step costs no copy and no sync.
+    Built once per task and layer; copied to a device on first use there, so that a step costs no copy and no sync. It
+    does not change: the replicas of ``nn.DataParallel`` share it, each in a thread and on a device of its own.
 
     Attributes:
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` for several tasks.
@@ -43,6 +45,7 @@ class ActiveSet:
         self.union = self.active
         self.rows = self.active.nonzero().squeeze(1)
         self.index = active_index(self.active)
+        self._copies: dict[torch.device, ActiveSet] = {}
 
     @classmethod
     def stack(cls, sets: Sequence[ActiveSet]) -> ActiveSet:
@@ -53,6 +56,7 @@ class ActiveSet:
         stacked.rows = torch.empty(0, dtype=torch.int64, device=stacked.active.device)  # read for one task only
         width = max(one.index.shape[1] for one in sets)
         stacked.index = torch.stack([one._index_row(width) for one in sets])
+        stacked._copies = {}
         return stacked
 
     def _index_row(self, width: int) -> Tensor:
@@ -68,11 +72,22 @@ class ActiveSet:
         let_sizes_vary((self.index, (0, 1) if self.active.dim() > 1 else (1,)), (self.rows, (0,)))
         if self.active.dim() > 1:
             let_sizes_vary((self.active, (0,)))
+        for copy in list(self._copies.values()):
+            copy.let_sizes_vary()
 
     def on(self, device: torch.device) -> ActiveSet:
-        """This set, with its tensors on ``device``."""
-        if self.active.device != device:
-            self.active, self.rows, self.index, self.union = (
+        """This set if it is on ``device``, else its copy there, made once."""
+        if self.active.device == device:
+            return self
+        if device not in self._copies:
+            copy = ActiveSet.__new__(ActiveSet)
+            copy.active, copy.rows, copy.index, copy.union = (
                 t.to(device) for t in (self.active, self.rows, self.index, self.union)
             )
-        return self
+            copy._copies = {}
+            copy.let_sizes_vary()
+            self._copies.setdefault(device, copy)  # of two threads that made one, the first wins
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": {}}

@@ -20,7 +20,7 @@ from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
-from .captured import keep
+from .captured import capturing, keep
 from .masked_linear import MaskedLinear
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
@@ -110,7 +110,14 @@ class CompactFc1(TaskLinear):
         self.__dict__["_packed"], self.__dict__["_packed_of"] = None, ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Under a task: runs the block, leaves the result with fc2 and returns a probe ``[..., small]``."""
+        """Under a task: runs the block, leaves the result with fc2 and returns a probe ``[..., small]``.
+
+        A CUDA graph of a pass without gradients keeps the weights packed before its capture: replays do not see later
+        updates of them.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and the layer has not run in this way before.
+        """
         fc2 = self.__dict__["fc2"]
         (active, batch), x, w1, b1, w2, b2 = self._begin(x, self.weight, self.bias, fc2.weight, fc2.bias)
         if active is None:
@@ -131,6 +138,7 @@ class CompactFc1(TaskLinear):
         if torch.compiler.is_compiling() or self.training in self._checked:
             fc2._checking = False
             return y.new_zeros((*x.shape[:-1], 1))
+        _refuse_capture(x.device)  # the check reads the probe on the host
         fc2._checking = True
         self._checked.add(self.training)
         return probe(x, y.dtype)
@@ -152,13 +160,18 @@ class CompactFc1(TaskLinear):
         return reorder(y, inverse, order).view(*x.shape[:-1], -1)
 
     def _without_grad(self, x: Tensor, active: ActiveSet, batch: TaskBatch | None) -> Tensor:
-        """The block with packed weights that are kept between calls: a decoding step is mostly packing otherwise."""
+        """The block with packed weights that are kept between calls: a decoding step is mostly packing otherwise.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and the weights as they are now have not been packed.
+        """
         fc2 = self.__dict__["fc2"]
         weights = (self.weight, self.bias, fc2.weight, fc2.bias)
         x, w1, b1, w2, b2 = cast_inputs(x, *weights)
         # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
         of = (active, *((w.data_ptr(), w._version) for w in weights if w is not None), x.dtype)
         if self._packed is None or self._packed_of != of:
+            _refuse_capture(x.device)  # packing reads the sizes of the active sets on the host
             self._packed = [pack(w1, b1, w2, b2, row) for row in active.index]
             self._packed_of = of
         keep(x.device, self._packed)
@@ -199,6 +212,15 @@ class CompactFc2(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__) | {"_result": None}
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError if a CUDA graph is being captured."""
+    if capturing(device):
+        raise RuntimeError(
+            "a CUDA graph is being captured with a layer that has not run with this task and these weights: run it once "
+            "before the capture, within the same nspec.task block"
+        )
 
 
 def probe(x: Tensor, dtype: torch.dtype) -> Tensor:

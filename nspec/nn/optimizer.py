@@ -27,6 +27,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
     Parameters may be replicated (``DistributedDataParallel``) or sharded (``torch.distributed.fsdp.fully_shard``, for
     which the optimiser is made after sharding, as always): each process steps its shard.
 
+    A step cannot be captured in a CUDA graph, which would replay its step count, learning rate and rows: capture forward
+    and backward pass, and step outside.
+
     Args:
         params: parameters or parameter groups, as in ``torch.optim.AdamW``.
         lr: learning rate.
@@ -62,7 +65,16 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; ``closure`` as in every PyTorch optimiser."""
+        """One update; ``closure`` as in every PyTorch optimiser.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and it would replay the step count, the learning rate and the rows of "
+                "this step: capture forward and backward pass, and step outside"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -191,7 +191,7 @@ MUTATIONS = [
         ("decay", "p[i] = p[i] * k.decay - ", "p[i] = p[i] - ", "bits"),
         ("threads overlap", "const int64_t from = std::max(lo, start);", "const int64_t from = start;", "threads"),
         ("tail", "for (int64_t i = 0; i < n; ++i) {\n    const float gi", "for (int64_t i = 0; i < n - 1; ++i) {\n    const float gi", "bits"),
-        ("bias correction", "static_cast<float>(std::sqrt(1.0 - std::pow(beta2, t)))", "static_cast<float>(1.0 - std::pow(beta2, t))", "bits"),
+        ("bias correction", "static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t)))", "static_cast<float>(1.0 / (1.0 - std::pow(beta2, t)))", "bits"),
     ),
     *_of("row_sparse_adamw", "triton", "triton.py",
         ("mask", "mask=keep, other=0) != 0\n", "mask=keep, other=0) >= 0\n", "bits"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nspec.kernels.common import gpu
 from nspec.kernels.common.backend import OPERATORS, Backend, Choice, choose, explain, explainable
@@ -93,3 +94,20 @@ def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatc
     assert "interpreter is slow" in str(gpu.why_not(x))
     assert "on meta" in str(gpu.why_not([x.to("meta")], None))
     assert gpu.why_not(None) == "there is no tensor"
+
+
+def test_a_device_is_asked_for_its_capability_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(gpu, "_triton", lambda: None)
+    gpu._capability.cache_clear()
+    try:
+        with FakeTensorMode():
+            x = torch.empty(1, device="cuda:0")
+        for _ in range(2):
+            assert gpu.why_not(x) == "an old one has compute capability (7, 5), below (8, 0)"
+    finally:
+        gpu._capability.cache_clear()
+    assert asked == [0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nspec.kernels.common import products
+from nspec.kernels.common import checks, products
 from nspec.kernels.common.active import active_index
 from nspec.kernels.common.products import HOST, LIBRARY, NEVER, ONE_TASK, by_library
 
@@ -108,6 +108,41 @@ def test_row_sparse_wgrad_is_exact_on_integers_either_way(
     backend.accumulate(total, call["dh"], call["x"], *where)
     reference.accumulate(exact_total, call["dh"], call["x"], *where)
     assert torch.equal(total, exact_total)
+
+
+WRONG = {  # offsets of 70 tokens, and what the kernels make of their lower 32 bits
+    "outside the tokens": ([5, 40, 2**31 - 1, -3, 71], [0, 40, 70, 70, 70]),
+    "falling": ([0, 70, 0, 70, 3], [0, 70, 70, 70, 70]),
+    "negative": ([-9, 2**40 - 1, 33, 2**40, 10**6], [0, 0, 33, 33, 70]),
+}
+
+
+@pytest.mark.parametrize("way", [NEVER], indirect=True)
+@pytest.mark.parametrize("call", ["several tasks"], indirect=True)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_offsets_on_a_device_lead_nowhere_outside_the_tensors(
+    way: str, call: dict[str, Any], wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, taken = (torch.tensor(offsets) for offsets in WRONG[wrong])
+    right, call = call | {"task_offsets": taken}, call | {"task_offsets": given.to(call["x"].device)}
+    block = ffn(importlib.import_module("nspec.kernels.compact_ffn.reference"), right, torch.float64)
+    operands = call["dh"], call["x"], call["index"]
+    wgrad = importlib.import_module("nspec.kernels.row_sparse_wgrad.reference")
+    exact = wgrad.forward(operands[0].double(), operands[1].double(), operands[2], taken)
+    monkeypatch.setattr(checks, "segments", lambda *_: None)  # on a device, nobody looks
+    for got, want in zip(ffn(module("compact_ffn"), call, torch.float32), block, strict=True):
+        assert torch.equal(got.double(), want)
+    for got, want in zip(module("row_sparse_wgrad").forward(*operands, call["task_offsets"]), exact, strict=True):
+        assert torch.equal(got.double(), want)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942", "interpreter"])
+def test_a_step_over_the_neurons_stays_within_a_task(target: str) -> None:
+    module("compact_ffn")
+    backend = importlib.import_module("nspec.kernels.compact_ffn.triton")
+    tasks = importlib.import_module("nspec.kernels.common.triton_tasks")
+    for dtype, precise in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
+        assert tasks.WIDTH_MULTIPLE % backend.features_tile(target, dtype, precise).k == 0
 
 
 def test_several_tasks_go_to_the_library_only_where_their_offsets_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

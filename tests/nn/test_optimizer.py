@@ -144,6 +144,18 @@ def test_layers_that_are_gone_are_forgotten() -> None:
     assert known() is None
 
 
+def test_a_step_in_a_capture_is_an_error_and_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = specialised()
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_available", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="capture forward and backward pass, and step outside"):
+            step(model, optimizer, "even")
+    optimizer.zero_grad()
+    assert torch.equal(step(model, optimizer, "low"), EVEN | LOW)  # those of the step that failed are still due
+
+
 def test_a_model_that_is_not_specialised_is_an_error() -> None:
     with pytest.raises(ValueError, match="no parameter belongs to a specialised layer"):
         RowSparseAdamW(nn.Linear(2, 2).parameters())

@@ -187,8 +187,9 @@ def test_a_cuda_graph_outlives_the_task_that_it_was_captured_in(mode: str, switc
     assert not any(bool(other.any()) for other in others)
 
 
-def test_a_capture_without_a_run_before_is_an_error_that_says_so() -> None:
-    model = specialised("update").cuda()
+@BOTH
+def test_a_capture_without_a_run_before_is_an_error_that_says_so(mode: str) -> None:
+    model = specialised(mode).cuda()
     x = inputs().cuda()
     results(model, model, "a", x)
     with nspec.task(model, TASKS), torch.no_grad():

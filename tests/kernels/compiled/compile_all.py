@@ -3,10 +3,15 @@
     python tests/kernels/compiled/compile_all.py            prints the figures, one kernel per line, as JSON
     python tests/kernels/compiled/compile_all.py --update   writes them to snapshots/triton-VERSION.json
     python tests/kernels/compiled/compile_all.py --only 'cuda:90/linear'   those whose name contains this
+    python tests/kernels/compiled/compile_all.py --covered  with those that only the targets in EVERY compile
 
 ``test_compiled.py`` holds the figures to rules and to the snapshot of the Triton version at hand. After a change of a
-kernel that is meant, run ``--update`` and look at the difference. Each target is compiled in processes of its own: a
-failed assertion in the compiler ends the process, and is noted as the error of the kernel that it was at.
+kernel that is meant, run ``--update`` and look at the difference. The work is done in processes of their own: a failed
+assertion in the compiler ends the process, and is noted as the error of the kernel that it was at.
+
+Every kernel is compiled for every target, every product with all its block sizes. Kernels that say of themselves that
+another one covers them (no bias, one task where several go the same way, float16 beside bfloat16) are compiled for EVERY
+alone; with ``NSPEC_COMPILE_COVERED=1`` the rules of ``test_compiled.py`` are checked for them on the other targets too.
 """
 
 from __future__ import annotations
@@ -26,15 +31,23 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 OPERATORS = FOLDER.parents[2] / "kernels"
 TARGETS = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
+#: One of NVIDIA's and AMD's, for which the kernels that others cover are compiled as well.
+EVERY = ("cuda:90", "hip:gfx942")
+#: 8.6 has the instructions of 8.0: what has no product and the same block sizes compiles to the same there.
+LIKE = {"cuda:86": "cuda:80"}
 
 
-def shipped(target: str) -> list[tuple[str, Any]]:
-    """All kernels of a target with their names: ``"linear_relu_count/fp16 128x128"``."""
-    found = []
+def shipped(target: str, covered: bool) -> list[tuple[str, Any]]:
+    """The kernels of a target with their names: ``"linear_relu_count/fp16 128x128"``; ``covered``: all of them."""
+    found: list[tuple[str, Any]] = []
     for path in sorted(OPERATORS.glob("*/triton.py")):
         operator = path.parent.name
         module = importlib.import_module(f"nspec.kernels.{operator}.triton")
-        found += [(f"{operator}/{kernel.name}", kernel) for kernel in module.shipped(target)]
+        kernels = [kernel for kernel in module.shipped(target) if covered or target in EVERY or not kernel.covered]
+        if not covered and target in LIKE:
+            other = {kernel.name: kernel for kernel in module.shipped(LIKE[target])}
+            kernels = [kernel for kernel in kernels if kernel.expect or kernel != other.get(kernel.name)]
+        found += [(f"{operator}/{kernel.name}", kernel) for kernel in kernels]
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f"{target}: two kernels have the name {max(names, key=names.count)!r}")
@@ -77,7 +90,7 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
         file.flush()
         usage, text = (
             subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm",))
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
         )
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     found.update(zip(("registers", "stack", "local"), map(int, numbers.groups())))  # type: ignore[union-attr]
@@ -85,10 +98,12 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
     return {**found, **machine_code.figures(kind, text)}
 
 
-def _work(target: str, only: str, done: set[str]) -> None:
-    """In a process of its own: one line of JSON before and one after each kernel."""
-    for name, kernel in shipped(target):
-        if name in done or only not in f"{target}/{name}":
+def _work(share: int, workers: int, only: str, covered: bool, done: set[str]) -> None:
+    """In a process of its own: one line of JSON before and one after each kernel of its share."""
+    kernels = [(target, f"{target}/{name}", kernel) for target in TARGETS for name, kernel in shipped(target, covered)]
+    wanted = [entry for entry in kernels if only in entry[1]]
+    for target, name, kernel in wanted[share::workers]:
+        if name in done:
             continue
         print(json.dumps([name, None]), flush=True)
         try:
@@ -98,14 +113,15 @@ def _work(target: str, only: str, done: set[str]) -> None:
         print(json.dumps([name, result]), flush=True)
 
 
-def _target(target: str, only: str, cache: str) -> dict[str, Any]:
-    """All kernels of a target, from as many processes as it takes."""
+def _share(share: int, workers: int, only: str, covered: bool, cache: str) -> dict[str, Any]:
+    """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes."""
     # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = cache
     found: dict[str, Any] = {}
     while True:
-        command = [sys.executable, __file__, "--worker", target, "--only", only, "--done", json.dumps(list(found))]
+        command = [sys.executable, __file__, "--worker", str(share), str(workers), "--only", only]
+        command += ["--done", json.dumps(list(found)), *(["--covered"] if covered else [])]
         worker = subprocess.run(command, env=environment, capture_output=True, text=True)
         started = None
         for line in worker.stdout.splitlines():
@@ -118,15 +134,20 @@ def _target(target: str, only: str, cache: str) -> dict[str, Any]:
             return found
         tail = worker.stderr.strip().splitlines()[-1:]
         if started is None:
-            raise RuntimeError(f"{target}: the worker ended with {worker.returncode}: {worker.stderr[-2000:]}")
+            raise RuntimeError(f"worker {share} ended with {worker.returncode}: {worker.stderr[-2000:]}")
         found[started] = {"error": f"the compiler ended the process ({worker.returncode}): {tail}"}
 
 
-def compile_all(only: str = "") -> dict[str, dict[str, Any]]:
+def compile_all(only: str = "", covered: bool = False) -> dict[str, dict[str, Any]]:
     """Figures of every kernel, by target and name; ``{"error": ...}`` for one that does not compile."""
-    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda target: _target(target, only, cache), TARGETS)
-        return dict(zip(TARGETS, results))
+    workers = min(os.cpu_count() or 1, 8)
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        shares = list(pool.map(lambda share: _share(share, workers, only, covered, cache), range(workers)))
+    figures: dict[str, dict[str, Any]] = {target: {} for target in TARGETS}
+    for name, found in sorted(entry for share in shares for entry in share.items()):
+        target, kernel = name.split("/", 1)
+        figures[target][kernel] = found
+    return figures
 
 
 def _dump(figures: dict[str, dict[str, Any]]) -> str:
@@ -147,19 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the snapshot of this Triton version")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose target/operator/name contains this")
-    parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
+    parser.add_argument("--covered", action="store_true", help="also kernels that others cover, for every target")
+    parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # its number, and of how many
     parser.add_argument("--done", default="[]", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work(options.worker, options.only, set(json.loads(options.done)))
+        _work(*options.worker, options.only, options.covered, set(json.loads(options.done)))
         return
-    figures = compile_all(options.only)
+    figures = compile_all(options.only, options.covered)
     if not options.update:
         print(_dump(figures), end="")
         return
     errors = [f"{t}/{n}: {f['error']}" for t, kernels in figures.items() for n, f in kernels.items() if "error" in f]
-    if errors or options.only:
-        sys.exit("\n".join(errors) or "--update writes all kernels: leave out --only")
+    if errors or options.only or options.covered:
+        sys.exit("\n".join(errors) or "--update writes what the test compiles: leave out --only and --covered")
     os.environ.pop("TRITON_INTERPRET", None)
     version = importlib.import_module("triton").__version__
     snapshot(version).parent.mkdir(exist_ok=True)
