@@ -128,6 +128,11 @@ class CompactFc1(TaskLinear):
                 "fc1 computes with the weights of fc2, which are sharded apart from its own: apply fully_shard to the "
                 "layer that holds both, not to fc1 or fc2 alone"
             )
+        if w1.device != w2.device:
+            raise RuntimeError(
+                f"fc1 is on {w1.device} and fc2 on {w2.device}, and mode 'forward' computes both in one: put them on one "
+                "device, and use DistributedDataParallel instead of nn.DataParallel, whose replicas lose the pair"
+            )
         active = active.on(w1.device)
         keep(x.device, active)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

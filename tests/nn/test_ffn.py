@@ -29,3 +29,14 @@ def test_a_capture_needs_a_run_before_it(grad: bool, monkeypatch: pytest.MonkeyP
             assert torch.equal(model(x), want)
             with torch.no_grad():
                 model[2].weight.add_(1)
+
+
+def test_a_pair_on_two_devices_is_refused_with_the_way_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 3))
+    nspec.specialize(model, NeuronMasks({"a": {"0": torch.arange(70) % 2 == 0}}))
+    model[2].to("meta")
+    with (
+        nspec.task(model, "a"),
+        pytest.raises(RuntimeError, match=r"fc1 is on cpu and fc2 on meta.*DistributedDataPar"),
+    ):
+        model(torch.ones(2, 4))
