@@ -177,7 +177,7 @@ def test_env_names_versions_and_each_operator(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert torch.__version__ in shown
     for operator in ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw"):
-        assert f"\n  {operator} " in shown
+        assert f"\n  {operator}, cpu, float32 " in shown
 
 
 # Corpora that cannot be used
