@@ -67,18 +67,20 @@ NSPEC_CLONES void update(
   }
 }
 
-// Asks for the beginning of a row that comes next, 1 KB of each of its four arrays: the processor foresees the rest of a row
-// but not the jump to it. 4096 x 1024 and 2048 x 512 at density 0.5: 2 % and 9 % faster; 2 KB and more are slower again.
-void prefetch(const Matrix& a, int64_t at) {
+// Asks for elements [at, end) of the four arrays ahead of their use.
+void prefetch(const Matrix& a, int64_t at, int64_t end) {
   constexpr int64_t kLine = 64 / sizeof(float);
-  const int64_t end = at + std::min<int64_t>(a.width, 16 * kLine);
   for (; at < end; at += kLine) {
-    for (const float* array : {static_cast<const float*>(a.param), a.grad, static_cast<const float*>(a.exp_avg),
-                               static_cast<const float*>(a.exp_avg_sq)}) {
-      __builtin_prefetch(array + at);
-    }
+    __builtin_prefetch(a.param + at);
+    __builtin_prefetch(a.grad + at);
+    __builtin_prefetch(a.exp_avg + at);
+    __builtin_prefetch(a.exp_avg_sq + at);
   }
 }
+
+// Elements asked for at a time. 4096 x 1024 at density 0.5 against torch's fused AdamW: 1.52x with 128, 1.51x and 1.44x with
+// 64 and 256, 1.34x with the first KB of the row at once.
+constexpr int64_t kPiece = 128;
 
 // Updates elements [lo, hi) of the matrix, counted over its active rows alone. Neighbouring active rows are one run:
 // narrow rows (a bias is rows of one element) would otherwise cost a call each.
@@ -105,8 +107,15 @@ void update_range(const Matrix& a, int64_t lo, int64_t hi, const Coefficients& c
     if (from >= to) continue;
     int64_t next = row;
     while (next < a.rows && !a.active[next]) ++next;
-    if (next < a.rows) prefetch(a, next * a.width);
-    run(first * a.width + (from - start), to - from);
+    // The processor foresees the rest of a row, but not the jump to the next: that row is asked for piece by piece while
+    // this run is computed, since it can wait for few lines at a time.
+    int64_t ahead = next * a.width;
+    const int64_t ahead_end = next < a.rows ? ahead + a.width : ahead;
+    for (int64_t at = first * a.width + (from - start), end = at + (to - from); at < end; at += kPiece) {
+      prefetch(a, ahead, std::min(ahead + kPiece, ahead_end));
+      ahead = std::min(ahead + kPiece, ahead_end);
+      run(at, std::min(kPiece, end - at));
+    }
   }
 }
 
