@@ -23,8 +23,3 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if block is None or block.numel() < size:
         block = blocks[name] = torch.empty(size, dtype=torch.uint8)
     return block[:size].view(dtype).view(shape)
-
-
-def release() -> None:
-    """Gives this thread's scratch memory back."""
-    _kept.__dict__.clear()

@@ -7,8 +7,7 @@
 #include "common.h"
 #include "product.h"
 
-#include <cstdlib>
-#include <memory>
+#include <type_traits>
 
 namespace nspec {
 namespace {
