@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+# A subclass (DTensor, FakeTensor, ...) has its own idea of where its data is: kernels that read memory take these alone.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:

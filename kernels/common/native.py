@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .checks import PLAIN
+
 #: Where setup.py and CMakeLists.txt put it. The same name on Linux and macOS: it is loaded, never linked against.
 LIBRARY = Path(__file__).resolve().parent / "libnspec_cpu.so"
 
@@ -92,14 +94,12 @@ def require() -> None:
 
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A subclass (DTensor, FakeTensor, ...) has its own idea of where its data is.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def refuses_tensors(*tensors: torch.Tensor | None) -> str | None:
     """Why the native operators do not take these tensors: they take plain CPU ones of float32, bfloat16, float16."""
     for t in tensors:
-        if t is not None and not (type(t) in _PLAIN and t.is_cpu and t.dtype in _TYPES):
+        if t is not None and not (type(t) in PLAIN and t.is_cpu and t.dtype in _TYPES):
             return f"a tensor is a {type(t).__name__} of {t.dtype} on {t.device}"
     return None
 

@@ -1,8 +1,8 @@
 // Row-sparse AdamW, float32, CPU: one pass over the active rows of a list of tensors.
 //
 // The arithmetic is torch.optim.AdamW's, but for a factor 1 / sqrt(1 - beta2^step) where that divides: square roots and
-// divisions, not memory, take the time where the tensors fit into a cache. Every operation is rounded by itself (no fused multiply-add, see
-// CMakeLists.txt), so the result does not depend on the instruction set, the number of threads or the density.
+// divisions take time beside memory. Every operation is rounded by itself (no fused multiply-add, see CMakeLists.txt), so the
+// result does not depend on the instruction set, the number of threads or the density.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.checks import PLAIN
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
@@ -38,7 +39,6 @@ from ..common.triton_launch import (
 from ..common.triton_tile import tile_order
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _LARGE = ("cuda:80", "cuda:90")  # whose shared memory holds a 128x128 tile of float32
 _LIMIT = 2**31 - 512  # coordinates of a descriptor are int32, and the last tile may reach over the edge
 
@@ -262,7 +262,7 @@ def supports(
 ) -> str | None:
     """Why :func:`forward` cannot take these arguments, in one line; None where it can."""
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("valid", valid)):
-        if t is not None and (type(t) not in _PLAIN or t.device != x.device or t.layout is not torch.strided):
+        if t is not None and (type(t) not in PLAIN or t.device != x.device or t.layout is not torch.strided):
             return f"{name} is a {type(t).__name__}, {t.layout}, on {t.device} (x: {x.device})"
     if x.dtype not in _DTYPES or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         given = [str(t.dtype) for t in (x, weight, bias) if t is not None]

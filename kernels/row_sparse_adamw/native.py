@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import native
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass (DTensor, FakeTensor, ...) has its own idea of where its data is
+from ..common.checks import PLAIN
 
 
 def supports(
@@ -29,7 +28,7 @@ def supports(
         for t in tensors:
             # One expression, because a model has hundreds of parameters and this runs in every step.
             if not (
-                type(t) in _PLAIN
+                type(t) in PLAIN
                 and t.is_cpu
                 and t.dtype is torch.float32
                 and t.layout is torch.strided

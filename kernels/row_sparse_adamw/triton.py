@@ -6,9 +6,9 @@ seen as a row of elements, and reads the active set itself: nothing is gathered,
 host waits for nothing. Inactive rows are neither read nor written, only passed over.
 
 The arithmetic is float32 whatever the dtypes of the tensors, each operation rounded by itself (the compiler may not fuse
-a product and a sum), division and root correctly rounded: for float32 tensors the same operations in the same order as
-``csrc/row_sparse_adamw.cpp``. ``reference.py`` rounds low-precision parameters and moments after every operation, this
-kernel once at the end.
+a product and a sum), division and root correctly rounded, in the order of the formulas of ``reference.py``;
+``csrc/row_sparse_adamw.cpp`` has a factor 1 / root where this divides. ``reference.py`` rounds low-precision parameters and
+moments after every operation, this kernel once at the end.
 
 There is one launch for each combination of dtypes and alignment among the tensors, so one for ordinary calls. *Aligned*
 tensors begin at multiples of 16 bytes, and so do their rows where they have an active set; they are read and written 16
@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.checks import PLAIN
 from ..common.triton_launch import INTERPRETER, Shipped, launch, target_of
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _Row = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]  # param, grad, exp_avg, exp_avg_sq, active
 _Launch = tuple[int, Tensor, Tensor, dict[str, Any]]  # programs, table, owners, keywords
-_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass (DTensor, FakeTensor, ...) has its own idea of where its data is
 _FIELDS = 8  # int64 numbers of a tensor in the table: param, grad, exp_avg, exp_avg_sq, active, elements, width, block
 _TABLES = 64  # kept tables: gradients come back at a few addresses, in an order that the allocator chooses
 
@@ -148,7 +148,7 @@ def supports(
         for t in tensors:
             # One expression, because a model has hundreds of parameters and this runs in every step.
             if not (
-                type(t) in _PLAIN
+                type(t) in PLAIN
                 and t.device == device
                 and t.dtype in _TYPES
                 and t.layout is torch.strided
