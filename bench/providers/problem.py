@@ -1,0 +1,200 @@
+"""What every operator's module gives: inputs that rotate, providers, expected results, least work."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from nspec.kernels.common.backend import Choice
+
+Computes = Literal["active", "all"]
+Results = dict[str, Tensor]
+
+ROTATED_BYTES = 2**28
+"""Input sets together are at least this large: more than a GPU's cache, and than a core's share of a CPU's."""
+
+BACKENDS = ("triton", "native", "reference")
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest relative error (norm of the difference over norm) of a result that was computed in this dtype."""
+
+
+@dataclass
+class Provider:
+    """One way to compute the operator.
+
+    Attributes:
+        name: as in the tables.
+        call: computes on the input set of that number (modulo how many there are), or on ``CHECK``.
+        results: the named results of ``call``'s answer, as far as it has them.
+        computes: ``active``, the operator's own result, or ``all``, that for all neurons active, as dense code does.
+        ours: whether nspec computes.
+        backend: of ours, which one takes the call.
+    """
+
+    name: str
+    call: Callable[[int], Any]
+    results: Callable[[Any], Results]
+    computes: Computes = "active"
+    ours: bool = False
+    backend: str = ""
+
+
+@dataclass
+class Problem:
+    """A case with its inputs.
+
+    Attributes:
+        case: what was asked for.
+        providers: the baseline first.
+        expected: the results on input set ``CHECK`` for ``active`` or ``all``, float64.
+        work: least floating-point operations and bytes moved for ``active`` or ``all`` (see each module).
+        input_sets: how many sets of inputs rotate.
+        absent: providers that cannot run here, and why.
+    """
+
+    case: Case
+    providers: list[Provider]
+    expected: Callable[[Computes], Results]
+    work: Callable[[Computes], tuple[int, int]]
+    input_sets: int
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> Provider:
+        """What the speed-ups are over: what users run today, with the fastest that PyTorch has for it."""
+        return self.providers[0]
+
+    def check(self) -> None:
+        """Compares every provider with the definition.
+
+        Raises:
+            AssertionError: one is wrong: by how much, and what was expected.
+        """
+        expected: dict[str, Results] = {}
+        for provider in self.providers:
+            if provider.computes not in expected:
+                expected[provider.computes] = self.expected(provider.computes)
+            found = provider.results(provider.call(CHECK))
+            if not found:
+                raise AssertionError(f"{self.case.label}: {provider.name} gives no result to check")
+            for name, value in found.items():
+                same(
+                    f"{self.case.label}: {name} of {provider.name}", value, expected[provider.computes][name], self.case
+                )
+
+
+def same(name: str, found: Tensor, expected: Tensor, case: Case) -> None:
+    """Raises AssertionError unless two results agree: integers exactly, floats to the bound of the case's dtype."""
+    if found.shape != expected.shape:
+        raise AssertionError(f"{name} has shape {list(found.shape)}, expected {list(expected.shape)}")
+    if not found.is_floating_point():
+        if not torch.equal(found, expected):
+            raise AssertionError(f"{name} differs in {int((found != expected).sum())} of {found.numel()} integers")
+        return
+    bound = BOUNDS[getattr(torch, case.dtype)]
+    # In float64 and not in place: both are needed again.
+    error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
+    if not error <= bound:
+        raise AssertionError(f"{name} has relative error {error:.2g}, expected at most {bound:.0e}")
+
+
+CHECK = -1
+"""The number of the input set that results are checked on; it is not among those that are timed."""
+
+
+def small_integers(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random integers from -2 to 2, on which products and sums are exact in every dtype that has 24 bits.
+
+    For checks where a ReLU follows: with biases between two integers no sum comes near 0, where rounding would decide
+    whether a neuron fires. Not for timing: a GPU draws less power on such numbers, and is faster.
+    """
+    return torch.randint(-2, 3, shape, device=device).to(dtype)
+
+
+def input_sets(bytes_of_one: int) -> int:
+    """How many input sets rotate: three at least, sixteen at most."""
+    return min(16, max(3, math.ceil(ROTATED_BYTES / max(bytes_of_one, 1))))
+
+
+def random_sets(tasks: int, d_ff: int, active: int, device: torch.device) -> Tensor:
+    """Bool ``[tasks, d_ff]`` with that many active neurons in each row, at random places."""
+    order = torch.rand(tasks, d_ff).argsort(dim=1)
+    return torch.zeros(tasks, d_ff, dtype=torch.bool).scatter_(1, order[:, :active], True).to(device)
+
+
+def equal_offsets(tokens: int, tasks: int, device: torch.device) -> Tensor:
+    """``task_offsets`` of equally many tokens a task, the last takes what is left over; int64 ``[tasks + 1]``."""
+    return torch.tensor([tokens // tasks * t for t in range(tasks)] + [tokens], device=device)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """``NSPEC_BACKEND`` as long as the block lasts; an empty name leaves it as it is."""
+    if not name:
+        yield
+        return
+    before = os.environ.get("NSPEC_BACKEND")
+    os.environ["NSPEC_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NSPEC_BACKEND"]
+        else:
+            os.environ["NSPEC_BACKEND"] = before
+
+
+def ours(
+    explain: Callable[[], Choice], call: Callable[[int], Any], results: Callable[[Any], Results]
+) -> Iterator[Provider]:
+    """Our providers: as nspec chooses, then each other backend that takes the call.
+
+    Args:
+        explain: the operator's call with ``explain=True``.
+        call: the operator's call.
+        results: as in :class:`Provider`.
+    """
+    chosen = explain().backend
+    yield Provider("ours", call, results, ours=True, backend=chosen)
+    for name in BACKENDS:
+        if name == chosen or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            continue  # an interpreter is for tests, and no contender
+        try:
+            with backend(name):
+                explain()
+        except ValueError:
+            continue  # refuses these arguments; `nspec env` says why
+        yield Provider(f"ours: {name}", forced(name, call), results, ours=True, backend=name)
+
+
+def forced(name: str, call: Callable[[int], Any]) -> Callable[[int], Any]:
+    """A call with a backend forced; the setting is read at each call of an operator."""
+
+    @functools.wraps(call)
+    def with_backend(number: int) -> Any:
+        with backend(name):
+            return call(number)
+
+    return with_backend
+
+
+def compiled(problem: Problem, providers: Sequence[Provider]) -> None:
+    """Adds providers that were made with torch.compile, or the reason why they do not compile here."""
+    if not problem.case.compiled:
+        return
+    for provider in providers:
+        try:
+            provider.call(0)
+        except Exception as error:  # no compiler, or a kind of failure of its own in each version
+            problem.absent[provider.name] = f"torch.compile: {str(error).strip().splitlines()[0][:200]}"
+        else:
+            problem.providers.append(provider)

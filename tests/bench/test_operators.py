@@ -1,0 +1,138 @@
+"""The declared cases, their providers, and that nothing wrong is timed. No time is asserted."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from bench import cases, operators
+from bench.cases import Case
+from bench.providers import problem
+from bench.providers.problem import backend, random_sets, same
+from bench.rows import Writer
+
+CPU = torch.device("cpu")
+SMOKE = cases.cases("smoke", "cpu", compiled=False)
+FIELDS = {
+    "kind", "operator", "provider", "baseline", "ours", "computes", "backend", "tokens", "d_model", "d_ff", "tasks",
+    "dtype", "density", "active", "milliseconds", "milliseconds_low", "milliseconds_high", "speedup", "speedup_low",
+    "speedup_high", "rounds", "input_sets", "peak_bytes", "flops", "bytes", "target",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", cases.SETS)
+def test_every_set_covers_every_operator_once(name: str, device_type: str) -> None:
+    found = cases.cases(name, device_type)
+    assert {case.operator for case in found} == set(cases.OPERATORS)
+    assert len({case.label for case in found}) == len(found)
+    assert any(case.tasks > 1 for case in found)
+    assert all(case.dtype == "float32" for case in found if case.operator == "row_sparse_adamw")
+
+
+def test_what_is_measured_can_be_narrowed() -> None:
+    found = cases.cases(
+        "full", "cpu", operators=["compact_ffn"], dtypes=["bfloat16"], densities=[0.4], shapes=[(64, 8, 32, 1)]
+    )
+    assert [case.label for case in found] == ["compact_ffn 64x8x32 bfloat16 0.40"]
+
+
+def test_targets_hold_at_full_size_and_for_one_task() -> None:
+    big = Case("compact_ffn", 4096, 512, 2048, "float32", 0.5)
+    assert cases.target(big, "cpu") == 1.8
+    assert cases.target(Case("compact_ffn", 96, 32, 128, "float32", 0.5), "cpu") is None
+    assert cases.target(Case("compact_ffn", 4096, 512, 2048, "float32", 0.5, tasks=8), "cpu") is None
+    for device_type, operator, dtype in cases.TARGETS:
+        assert device_type in cases.GRIDS
+        assert operator in cases.OPERATORS
+        assert dtype in cases.DTYPES
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.label)
+def test_every_provider_is_right_and_gives_a_row(case: Case) -> None:
+    found = list(operators.rows_of(problem(case, CPU), CPU, rounds=3, most_seconds=0.01))
+    assert all(row.keys() == FIELDS for row in found if row["kind"] == "operator")
+    assert found[0]["speedup"] == 1.0
+    assert sum(row["ours"] for row in found) >= 2
+    assert len(found) >= 4
+    assert not [row for row in found if row["kind"] == "absent"]
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.label)
+def test_a_provider_that_computes_for_other_neurons_is_not_timed(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = problem(case, CPU)
+    wrong = next(provider for provider in made.providers if provider.ours)
+    right = wrong.call
+
+    def call(number: int) -> object:
+        answer = right(number)
+        if isinstance(answer, tuple):
+            return tuple(t if t is None else torch.where(t == t.max(), t * 1.5 + 1, t) for t in answer)
+
+        def off_by_a_step(lists, steps):  # AdamW answers with the step itself, to run on clones
+            answer(lists, steps)
+            lists[0][0][0].add_(0.05)
+
+        return off_by_a_step
+
+    wrong.call = call
+    with pytest.raises(AssertionError, match=wrong.name):
+        made.check()
+    monkeypatch.setattr(operators, "problem", lambda *_: made)
+    assert operators.measure([case], CPU, Writer(None, CPU), 3, 0.01) == 1
+    assert "not timed" in capsys.readouterr().err
+
+
+def test_nan_and_other_shapes_are_never_the_same() -> None:
+    case = SMOKE[0]
+    x = torch.ones(3)
+    same("x", x, x.double(), case)
+    with pytest.raises(AssertionError, match="relative error nan"):
+        same("x", torch.tensor([1.0, float("nan"), 1.0]), x.double(), case)
+    with pytest.raises(AssertionError, match="shape"):
+        same("x", x[:2], x.double(), case)
+    with pytest.raises(AssertionError, match="1 of 3 integers"):
+        same("x", torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]), case)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(*_: object, **__: object):
+        def call(*_: object) -> None:
+            raise RuntimeError("no C++ compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    made = problem(Case("compact_ffn", 32, 16, 64, "float32", 0.5), CPU)
+    found = list(operators.rows_of(made, CPU, rounds=3, most_seconds=0.01))
+    absent = {row["provider"]: row["reason"] for row in found if row["kind"] == "absent"}
+    assert absent["dense, compiled"] == "torch.compile: no C++ compiler"
+
+
+def test_a_forced_backend_is_the_one_that_runs_and_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSPEC_BACKEND", "row_sparse_wgrad=reference")
+    with backend("reference"):
+        assert os.environ["NSPEC_BACKEND"] == "reference"
+    assert os.environ["NSPEC_BACKEND"] == "row_sparse_wgrad=reference"
+    monkeypatch.delenv("NSPEC_BACKEND")
+    made = problem(Case("row_sparse_wgrad", 32, 16, 64, "float32", 0.5, compiled=False), CPU)
+    names = [provider.name for provider in made.providers if provider.ours]
+    assert names[0] == "ours"
+    assert "ours: reference" in names or made.providers[-1].backend == "reference"
+    assert "NSPEC_BACKEND" not in os.environ
+
+
+def test_random_sets_have_the_size_that_was_asked_for() -> None:
+    found = random_sets(5, 64, 13, CPU)
+    assert found.sum(1).tolist() == [13] * 5
+    assert not torch.equal(found[0], found[1])
+
+
+def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
+    small, large = (problem(Case("compact_ffn", 32, 16, 64, "float32", p, compiled=False), CPU) for p in (0.25, 0.5))
+    assert small.work("all") == large.work("all")
+    assert 2 * small.work("active")[0] == large.work("active")[0] == 12 * 32 * 16 * 32
