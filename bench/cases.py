@@ -80,7 +80,8 @@ GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
             Grid(_GROUPED, (_MIXED,), ("float32", "bfloat16"), _DENSITIES),
         ),
         "quick": (
-            Grid(_ALL, (_A, _B), ("float32",), _DENSITIES),
+            Grid(_ALL, (_A,), ("float32",), _DENSITIES),
+            Grid(_ALL, (_B,), ("float32",), (0.5, 0.78), compiled=False),
             Grid(_ALL, (_A,), ("bfloat16",), _DENSITIES, compiled=False),
             Grid(_GROUPED, (_MIXED,), ("float32",), (0.5, 0.78), compiled=False),
         ),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from bench.rows import Row
-from bench.timing import interleaved
+from bench.timing import Call, interleaved
 
 
 def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, small: bool = False) -> Iterator[Row]:
@@ -28,9 +29,9 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, 
         "add": (3 * 4 * numbers, lambda _: torch.add(a, b, out=c)),
     }
     operands = {name: torch.randn(2, n, n, device=device).to(getattr(torch, name)) for name in dtypes}
-    calls = {"memory " + name: call for name, (_, call) in moved.items()}
+    calls: dict[str, Call] = {"memory " + name: call for name, (_, call) in moved.items()}
     for name, (left, right) in operands.items():
-        calls["matmul " + name] = lambda _, left=left, right=right: left @ right
+        calls["matmul " + name] = _product(left, right)
     times = interleaved(calls, device, rounds=5, least_seconds=seconds, most_seconds=3 * seconds)
     rounds = len(next(iter(times.values())))
     best = max(size / min(times["memory " + name]) for name, (size, _) in moved.items())
@@ -38,3 +39,7 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, 
     for name in dtypes:
         rate = 2 * n**3 / min(times["matmul " + name])
         yield {"kind": "ceiling", "what": "matmul", "dtype": name, "per_second": rate, "rounds": rounds}
+
+
+def _product(left: Tensor, right: Tensor) -> Call:
+    return lambda _: left @ right

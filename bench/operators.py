@@ -12,6 +12,7 @@ provider computes is compared with the definition in float64 before it is timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ def rows_of(
             "backend": provider.backend,
             **timing_fields(milliseconds, paired(baseline, values), len(values)),
             "input_sets": made.input_sets,
-            "peak_bytes": peak_bytes(lambda call=provider.call: call(0), device) if memory else None,
+            "peak_bytes": peak_bytes(functools.partial(provider.call, 0), device) if memory else None,
             "flops": flops,
             "bytes": moved,
             "target": target(case, device.type) if provider.name in ("ours", "mode forward") else None,
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    seconds = args.seconds if args.seconds is not None else {"full": 6.0, "quick": 2.5, "smoke": 0.05}[args.set]
+    seconds = args.seconds if args.seconds is not None else {"full": 6.0, "quick": 3.0, "smoke": 0.05}[args.set]
     chosen = cases(
         args.set, device.type, operators=args.operators, dtypes=args.dtypes, densities=args.densities,
         shapes=args.shapes, compiled=not args.no_compile,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         return nn.Sequential(first, *list(model)[1:])
 
     def expected(computes: Computes) -> Results:
-        wide = copy.deepcopy(dense).double()
+        wide: Any = copy.deepcopy(dense).double()
         wide.load_state_dict(exact)
         x, dy = check[0].detach().double().requires_grad_(), check[1]
         if computes == "active":

@@ -19,6 +19,7 @@ from bench.providers.problem import (
     backend,
     compiled,
     equal_offsets,
+    explained,
     input_sets,
     ours,
     random_sets,
@@ -96,7 +97,9 @@ def problem(case: Case, device: torch.device) -> Problem:
     def expected(computes: Computes) -> Results:
         wide, dy = [t.detach().double().requires_grad_() for t in check[0]], check[1]
         with backend("reference"):
-            y = compact_ffn(*wide, chosen if computes == "active" else torch.ones_like(chosen), task_offsets=offsets)
+            x, w1, b1, w2, b2 = wide
+            sets_of = chosen if computes == "active" else torch.ones_like(chosen)
+            y = compact_ffn(x, w1, b1, w2, b2, sets_of, task_offsets=offsets)
             return results((y.detach(), *torch.autograd.grad(y, wide, dy.double())))
 
     def work(computes: Computes) -> tuple[int, int]:
@@ -123,7 +126,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     if offsets is not None:
         _grouped(made, step, results, index, active, offsets)
     made.providers += ours(
-        lambda: compact_ffn(*sets[0][0], chosen, task_offsets=offsets, index=index, explain=True),
+        lambda: explained(compact_ffn, *sets[0][0], chosen, task_offsets=offsets, index=index),
         step(lambda t: compact_ffn(*t, chosen, task_offsets=offsets, index=index)),
         results,
     )

@@ -7,7 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Case
-from bench.providers.problem import CHECK, Computes, Problem, Provider, Results, backend, compiled, input_sets, ours
+from bench.providers.problem import (
+    CHECK,
+    Computes,
+    Problem,
+    Provider,
+    Results,
+    backend,
+    compiled,
+    explained,
+    input_sets,
+    ours,
+)
 from nspec.kernels.linear_relu_count import linear_relu_count
 
 
@@ -59,7 +70,5 @@ def problem(case: Case, device: torch.device) -> Problem:
     made.providers += [plain, Provider("relu(linear), count", lambda n: _counted(*take(n)), both)]
     counting = torch.compile(_counted, dynamic=False)
     compiled(made, [Provider("relu(linear), count, compiled", lambda n: counting(*take(n)), both)])
-    made.providers += ours(
-        lambda: linear_relu_count(*sets[0], explain=True), lambda n: linear_relu_count(*take(n)), both
-    )
+    made.providers += ours(lambda: explained(linear_relu_count, *sets[0]), lambda n: linear_relu_count(*take(n)), both)
     return made

@@ -159,7 +159,7 @@ def ours(
     """Our providers: as nspec chooses, then each other backend that takes the call.
 
     Args:
-        explain: the operator's call with ``explain=True``.
+        explain: :func:`explained` of the operator's call.
         call: the operator's call.
         results: as in :class:`Provider`.
     """
@@ -174,6 +174,12 @@ def ours(
         except ValueError:
             continue  # refuses these arguments; `nspec env` says why
         yield Provider(f"ours: {name}", forced(name, call), results, ours=True, backend=name)
+
+
+def explained(operator: Callable[..., Any], *args: Any, **options: Any) -> Choice:
+    """Which backend takes a call, and why: the operator's answer to ``explain=True``."""
+    answer: Choice = operator(*args, explain=True, **options)
+    return answer
 
 
 def forced(name: str, call: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from bench.cases import Case
-from bench.providers.problem import Computes, Problem, Provider, Results, backend, compiled, ours, random_sets
+from bench.providers.problem import (
+    Computes,
+    Problem,
+    Provider,
+    Results,
+    backend,
+    compiled,
+    explained,
+    ours,
+    random_sets,
+)
+from nspec.kernels.common.backend import Choice
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
 LAYERS = 12
@@ -76,10 +87,8 @@ def problem(case: Case, device: torch.device) -> Problem:
         sets = active[: len(all_lists[0])]
         row_sparse_adamw_(*all_lists, sets, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
-    def explain() -> object:
-        return row_sparse_adamw_(
-            *lists, active, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, explain=True
-        )
+    def explain() -> Choice:
+        return explained(row_sparse_adamw_, *lists, active, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
     def work(computes: Computes) -> tuple[int, int]:
         elements = LAYERS * d * (case.active if computes == "active" else d_ff)
@@ -99,7 +108,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     if device.type == "cuda":  # on a CPU the loop it makes takes minutes to compile, and is no faster
         whole = torch.compile(lambda all_lists, s: _torch(all_lists, s, fused=False), dynamic=False)
         compiled(made, [provider("foreach AdamW, compiled", whole, "all")])
-    made.providers += ours(explain, provider("", own).call, checked)  # type: ignore[arg-type]
+    made.providers += ours(explain, provider("", own).call, checked)
     return made
 
 

@@ -19,6 +19,7 @@ from bench.providers.problem import (
     backend,
     compiled,
     equal_offsets,
+    explained,
     input_sets,
     ours,
     random_sets,
@@ -80,7 +81,8 @@ def problem(case: Case, device: torch.device) -> Problem:
         return dw, db
 
     def call(number: int) -> tuple[Tensor, Tensor]:
-        return row_sparse_wgrad(*take(number), chosen, task_offsets=offsets, index=index)
+        dh, x = take(number)
+        return row_sparse_wgrad(dh, x, chosen, task_offsets=offsets, index=index)
 
     made = Problem(
         case,
@@ -102,10 +104,10 @@ def problem(case: Case, device: torch.device) -> Problem:
             made,
             [
                 Provider("dense, bias gradient, compiled", lambda n: dense(*take(n)), names, computes="all"),
-                Provider("weight x mask, compiled", lambda n: mask(*take(n), masks[0]), names),
+                Provider("weight x mask, compiled", lambda n: mask(*take(n), mask=masks[0]), names),
             ],
         )
-    made.providers += ours(lambda: row_sparse_wgrad(*sets[0], chosen, task_offsets=offsets, explain=True), call, names)
+    made.providers += ours(lambda: explained(row_sparse_wgrad, *sets[0], chosen, task_offsets=offsets), call, names)
     return made
 
 
