@@ -1,7 +1,8 @@
 # Everything from a clean clone, on a machine with Python >= 3.10:
 #     make run     the default experiment, from text to report (configs/cldr8.yaml)
 #     make test    the tests
-# Both set up .venv first: exact versions (constraints.txt), this checkout installed editable, the native library where
+#     make bench   the benchmarks and their report
+# Each sets up .venv first: exact versions (constraints.txt), this checkout installed editable, the native library where
 # there is CMake and a C++ compiler. A second call finds it done.
 
 PYTHON ?= python3
@@ -9,19 +10,22 @@ CONFIG ?= configs/cldr8.yaml
 SET ?=
 TESTS ?= tests
 PYTEST_OPTIONS ?=
+BENCH ?= quick
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
 INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test lint setup clean distclean
+.PHONY: help run test bench lint setup clean distclean
 
 help:
 	@echo 'make run    train, compare and report: nspec run $$(CONFIG)'
 	@echo '            CONFIG=configs/NAME.yaml          another experiment'
 	@echo '            SET="train.updates=100 run.seed=2"  other options'
 	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name"'
+	@echo 'make bench  operators, training steps, profiling and their report: ten minutes on two cores, into runs/bench/'
+	@echo '            BENCH=full|quick|smoke            how much; smoke measures nothing, it shows that all runs'
 	@echo 'make lint   ruff (check and format) and mypy'
 	@echo 'make setup  .venv alone; PYTHON=python3.12 chooses the Python that makes it'
 	@echo 'make clean  remove build outputs and caches; make distclean: .venv too. Results in runs/ stay.'
@@ -32,15 +36,19 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_OPTIONS) $(TESTS)
 
+bench: $(STAMP)
+	$(BIN)/python -m bench --set $(BENCH)
+
 # All three are run, so that one look shows everything. For mypy kernels/ lies at nspec/kernels, as when installed.
 lint: $(STAMP)
 	@rm -rf build/types && mkdir -p build/types/nspec
 	@ln -s "$(CURDIR)"/nspec/* "$(CURDIR)/kernels" build/types/nspec/
+	@ln -s "$(CURDIR)/bench" build/types/
 	@status=0; \
 	echo ruff check .; $(BIN)/ruff check . || status=1; \
 	echo ruff format --check .; $(BIN)/ruff format --check . || status=1; \
-	echo mypy -p nspec; (cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p nspec) \
-	  || status=1; \
+	echo mypy -p nspec -p bench; (cd build/types && \
+	  ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p nspec -p bench) || status=1; \
 	exit $$status
 
 setup: $(STAMP)
@@ -51,13 +59,13 @@ $(STAMP): $(INPUTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,test]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,test,bench]'
 	@$(BIN)/python -c 'from nspec.kernels.common import native; print("native operators:", native.why_not() or "built")'
 	@touch $@
 
 clean:
 	rm -rf $(STAMP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/common/*.so
-	find nspec kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nspec kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv

@@ -71,7 +71,7 @@ def test_the_sdist_holds_what_a_build_and_a_test_need(sdist: Path, tree: Path) -
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "constraints.txt", "Makefile"}
-    for folder in ("nspec", "kernels", "configs", "tests"):
+    for folder in ("nspec", "kernels", "configs", "tests", "bench"):
         needed |= {p.relative_to(tree).as_posix() for p in (tree / folder).rglob("*") if p.is_file()}
     assert needed <= found, f"MANIFEST.in leaves out {sorted(needed - found)}"
     assert not [name for name in found if name.endswith((".so", ".pyc"))]
@@ -79,6 +79,7 @@ def test_the_sdist_holds_what_a_build_and_a_test_need(sdist: Path, tree: Path) -
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, tree: Path) -> None:
     found = {name for name in names(wheel) if ".dist-info/" not in name}
+    assert not [name for name in found if not name.startswith("nspec/")]  # bench and tests are of the checkout only
     expected = {p.relative_to(tree).as_posix() for p in (tree / "nspec").rglob("*") if p.is_file()}
     expected |= {"nspec/" + p.relative_to(tree).as_posix() for p in (tree / "kernels").rglob("*.py")}
     expected |= {"nspec/configs/" + p.name for p in (tree / "configs").glob("*.yaml")}

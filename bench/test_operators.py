@@ -1,0 +1,94 @@
+"""The declared cases under pytest-benchmark, for its tables, JSON files and comparison of runs.
+
+    pytest bench/ --benchmark-only                                      # the quick set, about five minutes
+    pytest bench/ --benchmark-only --bench-set full --benchmark-autosave
+    pytest bench/ --benchmark-only --benchmark-compare -k "compact_ffn and 0.50"
+
+Each provider is timed by itself, one after the other, so a machine that drifts moves them against each other: for ratios to
+the baseline, with providers in turn, there is ``python -m bench.operators``. torch.compile's providers are left out of all
+sets but ``full``. On a GPU a call is timed from the host until the device is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from bench.cases import Case, cases
+from bench.machine import pick_device, stamp
+from bench.providers import Problem, problem
+from bench.providers.problem import BACKENDS
+from bench.timing import synchronize
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra `bench`)")
+
+
+@functools.cache
+def _names(case: Case, device: torch.device) -> list[str]:
+    """The providers of such a case, seen on a tiny one: making a large one for its names alone would take seconds."""
+    tiny = replace(case, tokens=32, d_model=32, d_ff=64, tasks=min(case.tasks, 2))
+    with mock.patch("torch.compile", lambda function, **_: function):
+        names = [provider.name for provider in problem(tiny, device).providers]
+    found = [name for name in names if not name.startswith("ours: ")]
+    # Which backend `ours` is depends on the shape, so each is listed; that which it is skips.
+    return found + [f"ours: {name}" for name in BACKENDS if "ours" in names]
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(case: Case, device: torch.device) -> Problem:
+    """One at a time is held: the tests of a case follow one another."""
+    torch._dynamo.reset()  # torch.compile stops compiling a function after eight shapes
+    made = problem(case, device)
+    made.expected = functools.cache(made.expected)
+    return made
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each case and provider."""
+    if "provider" not in metafunc.fixturenames:
+        return
+    options = metafunc.config.option
+    device = pick_device(options.bench_device)
+    chosen = cases(options.bench_set, device.type, compiled=options.bench_set == "full")
+    parameters = [
+        pytest.param(case, name, device, id=f"{case.label}, {name}")
+        for case in chosen
+        for name in _names(replace(case, density=1.0), device)
+    ]
+    metafunc.parametrize(("case", "provider", "device"), parameters)
+
+
+@pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
+def test_operator(benchmark: Any, case: Case, provider: str, device: torch.device) -> None:
+    """Checks a provider's results, then times it on inputs that rotate."""
+    made = _problem(case, device)
+    if provider in made.absent:
+        pytest.skip(made.absent[provider])
+    found = {one.name: one for one in made.providers}
+    if provider not in found:
+        taken = next((one.backend for one in made.providers if one.name == "ours"), "")
+        pytest.skip("it is `ours` here" if provider == f"ours: {taken}" else "this backend does not take the call")
+    one = found[provider]
+    replace(made, providers=[one]).check()
+    numbers = itertools.count()
+    benchmark.group = case.label
+    flops, moved = made.work(one.computes)
+    benchmark.extra_info.update(asdict(case), active=case.active, provider=one.name, ours=one.ours, backend=one.backend)
+    benchmark.extra_info.update(computes=one.computes, input_sets=made.input_sets, flops=flops, bytes=moved)
+    benchmark.extra_info.update(stamp(device))
+    benchmark(_timed(one.call, device, numbers))
+
+
+def _timed(call: Callable[[int], Any], device: torch.device, numbers: itertools.count[int]) -> Callable[[], None]:
+    def once() -> None:
+        call(next(numbers))
+        synchronize(device)
+
+    return once
