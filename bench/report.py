@@ -1,0 +1,320 @@
+"""Result files -> Markdown tables and figures; and the same in place in a page between markers.
+
+    python -m bench.report runs/bench/*/rows.jsonl                   # the report on the terminal
+    python -m bench.report FILES --out FOLDER                        # FOLDER/report.md and its figures
+    python -m bench.report FILES --update README.md                  # what stands between markers in the page
+
+Of several measurements of a case on one device the newest is shown. A page has a fragment where it says
+``<!-- bench:NAME:begin -->`` and, on a later line, ``<!-- bench:NAME:end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import figures, tables
+from bench.machine import ROOT
+from bench.rows import Row, read
+from bench.summary import KINDS, agreement, by_device, check, values
+from nspec.files import write_text
+
+Lines = list[str]
+
+GPU_MISSING = "GPU figures are still to be measured."
+_SPEED = (
+    "`1.63× [1.60, 1.66]` is time of the baseline / time of the other, the median over rounds of the ratio within a round, "
+    "and the middle 80 % of the rounds; above 1 is faster."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: the kind of its rows, how those of one device are written, what is said of an empty table."""
+
+    title: str
+    kind: str
+    write: Callable[[Sequence[Row]], Lines]
+    nothing: str = "Nothing to show."
+
+
+_MEASURED = {
+    "operator": "The operators were",
+    "ceiling": "The ceilings of the device were",
+    "step": "Training steps were",
+    "tasks": "Growth with the number of tasks was",
+    "profiling": "Profiling was",
+}
+PARTS: dict[str, Part] = {
+    "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
+    "losses": Part("Where something else is faster", "operator", tables.loss_table, "Nothing was faster than ours."),
+    "operators": Part("Operators", "operator", tables.operators),
+    "providers": Part(
+        "Operators, every provider",
+        "operator",
+        lambda rows: tables.operators(rows, spread=True, all_providers=True),
+    ),
+    "block": Part(
+        "A feed-forward block",
+        "operator",
+        lambda rows: tables.operators(rows, only=("block",), all_providers=True),
+        "The block was not measured.",
+    ),
+    "steps": Part("Training steps", "step", tables.steps),
+    "step-spread": Part("Training steps", "step", lambda rows: tables.steps(rows, spread=True)),
+    "step-parts": Part("Training steps by part", "step", tables.step_parts),
+    "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
+    "profiling": Part("Profiling", "profiling", tables.profiling),
+    "ceilings": Part("Ceilings", "ceiling", tables.ceilings, "No ceiling has a figure."),
+    "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
+}
+FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
+FRAGMENTS = ("machine", *PARTS, *FIGURE_PARTS)
+_IN_REPORT = (
+    "targets",
+    "losses",
+    "operators",
+    "providers",
+    "step-spread",
+    "step-parts",
+    "tasks",
+    "profiling",
+    "ceilings",
+    "absent",
+)
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """One line: device, versions, commit and date of rows of one device."""
+    first = rows[0]
+
+    def all_of(name: str) -> str:
+        return ", ".join(str(value) for value in values(rows, name) if value)
+
+    known = [str(first.get("device") or "unnamed device"), all_of("driver")]
+    for name in ("torch", "triton"):
+        known.append(f"{name} {all_of(name)}" if all_of(name) else "")
+    known.append(f"Python {all_of('python')}" if all_of("python") else "")
+    days = sorted({str(row["date"])[:10] for row in rows if row.get("date")})
+    known.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "")
+    known.append(f"commit {all_of('commit')}" if all_of("commit") else "")
+    return ", ".join(part for part in known if part)
+
+
+def has_gpu(devices: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether any row was measured on a GPU."""
+    return any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
+
+
+def machines(devices: Mapping[str, Sequence[Row]]) -> Lines:
+    """What was measured on, and what was not."""
+    lines = [f"* {machine(rows)}" for rows in devices.values()]
+    return lines if has_gpu(devices) else [*lines, "", GPU_MISSING]
+
+
+def section(name: str, devices: Mapping[str, Sequence[Row]]) -> Lines:
+    """The tables of a part, device by device, or what was not measured."""
+    part = PARTS[name]
+    lines: Lines = []
+    for device, rows in devices.items():
+        found = [row for row in rows if row["kind"] == part.kind]
+        written = part.write(found) if found else []
+        said = written or [part.nothing if found or part.kind == "absent" else f"{_MEASURED[part.kind]} not measured."]
+        lines += [*([f"**{device}**", ""] if len(devices) > 1 else []), *said, ""]
+    return lines[:-1]
+
+
+@dataclass
+class Report:
+    """The rows of some files, and how they are written.
+
+    Attributes:
+        files: that were read, in order.
+        pages: Markdown files that are updated from them; they are named in the command under each fragment.
+        docs: where the figures of pages lie.
+    """
+
+    files: Sequence[Path]
+    pages: Sequence[Path] = ()
+    docs: Path = ROOT / "docs"
+    rows: list[Row] = field(init=False)
+    devices: dict[str, list[Row]] = field(init=False)
+    _drawn: dict[str, str | None] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = read(self.files)
+        if not self.rows:
+            raise ValueError(f"no rows in {', '.join(map(str, self.files)) or 'no files'}; measure some: make bench")
+        check(self.rows)
+        self.devices = by_device(self.rows)
+
+    def command(self) -> str:
+        """What writes the pages from the files, as seen from the checkout's root."""
+        names = [shlex.quote(_relative(path, ROOT)) for path in self.files]
+        pages = [shlex.quote(_relative(path, ROOT)) for path in self.pages]
+        docs = [] if self.docs == ROOT / "docs" else ["--docs", shlex.quote(_relative(self.docs, ROOT))]
+        return " ".join(["python -m bench.report", *names, "--update", *pages, *docs])
+
+    def fragment(self, name: str, page: Path) -> str:
+        """What stands between the markers of ``name`` in ``page``.
+
+        Raises:
+            ValueError: there is no such fragment.
+        """
+        if name in FIGURE_PARTS:
+            lines = self._picture(FIGURE_PARTS[name], page)
+        elif name == "machine":
+            lines = machines(self.devices)
+        elif name in PARTS:
+            lines = section(name, self.devices)
+        else:
+            raise ValueError(f"{page}: no fragment {name!r}; there are {', '.join(FRAGMENTS)}")
+        on = "" if name == "machine" else "Measured on " + "; and on ".join(map(machine, self.devices.values())) + ". "
+        return "\n".join([*lines, "", f"{on}Written by `{self.command()}`."])
+
+    def drawing(self, name: str) -> str | None:
+        """A figure as SVG, drawn once; None where none of its rows were measured."""
+        if name not in self._drawn:
+            self._drawn[name] = figures.draw(name, self.devices)
+        return self._drawn[name]
+
+    def picture_path(self, name: str) -> Path:
+        """Where a figure of the pages lies."""
+        return self.docs / f"bench-{name}.svg"
+
+    def _picture(self, name: str, page: Path) -> Lines:
+        if self.drawing(name) is None:
+            return [f"{figures.FIGURES[name][1]}: not measured."]
+        return [f"![{figures.FIGURES[name][1]}]({_relative(self.picture_path(name), page.parent)})"]
+
+    def update(self) -> list[Path]:
+        """Writes the fragments of all pages and the figures that these show; returns what was written."""
+        texts = {page: self.updated(page, page.read_text(encoding="utf-8")) for page in self.pages}
+        written = []
+        for fragment, name in FIGURE_PARTS.items():
+            shown = any(fragment in fragments_of(page, text) for page, text in texts.items())
+            drawing = self.drawing(name) if shown else None
+            if drawing is not None:
+                self.docs.mkdir(parents=True, exist_ok=True)
+                write_text(self.picture_path(name), drawing)
+                written.append(self.picture_path(name))
+        for page, text in texts.items():
+            write_text(page, text)
+        return [*self.pages, *written]
+
+    def updated(self, page: Path, text: str) -> str:
+        """The text of a page with its fragments written anew.
+
+        Raises:
+            ValueError: it has no markers, or they do not match.
+        """
+        found = fragments_of(page, text)
+        if not found:
+            raise ValueError(f"{page}: no markers; put <!-- bench:NAME:begin --> and <!-- bench:NAME:end --> into it")
+        for name in found:
+            begin, end = _markers(name)
+            head, rest = text.split(begin)
+            text = f"{head}{begin}\n{self.fragment(name, page)}\n{end}{rest.split(end)[1]}"
+        return text
+
+    def markdown(self, folder: Path | None) -> str:
+        """The whole report; its figures are written into ``folder``, and linked, where one is given."""
+        lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
+        for name in figures.FIGURES if folder is not None else ():
+            drawing = self.drawing(name)
+            lines += [f"## {figures.FIGURES[name][1]}", ""]
+            if drawing is None:
+                lines += ["Not measured.", ""]
+                continue
+            assert folder is not None
+            write_text(folder / f"bench-{name}.svg", drawing)
+            lines += [f"![{figures.FIGURES[name][1]}](bench-{name}.svg)", ""]
+        for name in _IN_REPORT:
+            lines += [f"## {PARTS[name].title}", "", *section(name, self.devices), ""]
+        lines += ["## Two runs of the same", "", self._runs(), ""]
+        others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
+        lines += [f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else []
+        return "\n".join(lines)
+
+    def _runs(self) -> str:
+        found = agreement(self.rows)
+        if found is None:
+            return "No case was measured twice at one commit."
+        return (
+            f"{found.cases} figures were measured twice at one commit, and the newest run is shown. The spreads overlap in "
+            f"{found.overlapping} of them; the newer speed-up is {found.lowest:.2f} to {found.highest:.2f} times the older."
+        )
+
+
+def _relative(path: Path, to: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), to.resolve())).as_posix()
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
+
+
+def fragments_of(page: Path, text: str) -> list[str]:
+    """The names of the fragments that a page has places for.
+
+    Raises:
+        ValueError: a marker without its partner, twice, or one inside another.
+    """
+    marks = re.findall(r"<!-- bench:([\w-]+):(begin|end) -->", text)
+    names = [name for name, _ in marks[::2]]
+    if marks != [(name, side) for name in names for side in ("begin", "end")] or len(set(names)) < len(names):
+        found = ", ".join(":".join(mark) for mark in marks)
+        raise ValueError(
+            f"{page}: markers are {found}; expected each NAME once, its begin directly followed by its end"
+        )
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, JSON lines")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and its figures there")
+    made.add_argument(
+        "--update",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PAGE",
+        help=f"Markdown files to write fragments into: {', '.join(FRAGMENTS)}",
+    )
+    made.add_argument("--docs", type=Path, default=ROOT / "docs", help="where figures of pages go (default: docs/)")
+    return made
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    args = parser().parse_args(None if arguments is None else list(arguments))
+    try:
+        report = Report(args.files, args.update, args.docs)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_text(args.out / "report.md", report.markdown(args.out))
+            print(f"{PARTS['targets'].title}\n")
+            print("\n".join(section("targets", report.devices)))
+            print(f"\nwritten: {args.out / 'report.md'}")
+        if report.pages:
+            print("written:", ", ".join(str(path) for path in report.update()))
+        if args.out is None and not report.pages:
+            print(report.markdown(None))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

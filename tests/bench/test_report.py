@@ -1,0 +1,185 @@
+"""Reports say what the rows say: the newest, verdicts, losses, bounds, and what is missing."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricated import CPU, fabricated, written
+
+from bench import figures, report, summary, tables
+
+
+def operator(**changed: Any) -> dict[str, Any]:
+    """A row of ours, 1.5 times as fast as dense, with a target of 1.5."""
+    row = next(r for r in fabricated(CPU) if r.get("provider") == "ours" and r["density"] == 0.5)
+    return {**row, "speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6, "target": 1.5, **changed}
+
+
+def test_the_newest_run_of_a_case_is_shown_whatever_the_order_of_files() -> None:
+    old, new = operator(date="2026-01-01T00:00:00Z", speedup=1.1), operator(date="2026-01-02T00:00:00Z", speedup=1.2)
+    for rows in ([old, new], [new, old]):
+        assert [row["speedup"] for row in summary.newest(rows)] == [1.2]
+    other = operator(date="2025-01-01T00:00:00Z", density=0.3)
+    assert len(summary.newest([new, other])) == 2
+
+
+def test_a_forced_backend_is_neither_ours_nor_in_its_place() -> None:
+    forced = operator(backend_asked="reference", date="2027-01-01T00:00:00Z")
+    assert len(summary.newest([operator(), forced])) == 2
+    assert not summary.is_ours(forced)
+    assert not summary.is_ours(operator(provider="ours: reference"))
+    assert summary.is_ours(operator())
+
+
+@pytest.mark.parametrize(
+    ("speedup", "high", "said"),
+    [(1.5, 1.6, "met"), (1.41, 1.45, "missed by 6 %"), (1.47, 1.6, "missed by 2 %, within the spread")],
+)
+def test_a_target_is_met_or_missed_and_says_by_how_much(speedup: float, high: float, said: str) -> None:
+    lines = tables.targets([operator(speedup=speedup, speedup_high=high)])
+    assert lines[-1].split("|")[-2].strip() == said
+
+
+def test_whatever_is_faster_than_ours_is_listed_with_its_name() -> None:
+    other = operator(provider="index_select", ours=False, speedup=1.7, speedup_low=1.65, target=None)
+    slower = operator(provider="dense", ours=False, speedup=1.0, target=None)
+    [loss] = summary.losses([operator(), other, slower])
+    assert (loss.winner, loss.within_spread) == ("index_select", False)
+    assert loss.ratio == pytest.approx(1.5 / 1.7)
+    assert not summary.losses([operator(), slower])
+    # a reference of ours that is slower is no loss: users do not get it
+    assert len(summary.losses([operator(), operator(provider="ours: reference", speedup=0.5), other])) == 1
+    assert "index_select" in tables.loss_table([operator(), other])[-1]
+
+
+def test_break_even_is_where_the_line_between_measurements_falls_below_one() -> None:
+    assert summary.break_even([(1.0, 0.9), (0.5, 1.5), (0.8, 1.1)]) == pytest.approx(0.9)
+    assert summary.break_even([(0.3, 1.2), (1.0, 1.01)]) == 1.0
+    assert summary.break_even([(0.3, 0.99), (1.0, 1.2)]) is None
+    assert summary.break_even([]) is None
+
+
+def test_the_bound_of_a_step_is_amdahls() -> None:
+    assert summary.amdahl(0.5, 0.5) == pytest.approx(4 / 3)
+    assert summary.amdahl(0.0, 0.3) == 1
+    step = next(row for row in fabricated(CPU) if row["kind"] == "step" and row["density"] == 0.5)
+    text = "\n".join(tables.steps([{**step, "feed_forward_share": 0.5}]))
+    assert "in mode `forward` 1.33× at 0.5 and in mode `update` 1.04× at 0.5" in text
+
+
+def test_the_roof_is_the_longer_of_computing_and_moving() -> None:
+    limits = {("matmul", "float32"): 1e9, ("memory", ""): 1e8}
+    row = operator(milliseconds=2000.0, flops=1e9, bytes=1e7)
+    assert summary.roof(row, limits) == summary.Roof(0.5, "matmul")
+    assert summary.roof({**row, "bytes": 2e8}, limits) == summary.Roof(1.0, "memory")
+    assert summary.roof(row, {("memory", ""): 1e8}) is None
+    assert summary.roof({**row, "flops": 0}, {("memory", ""): 1e8}) == summary.Roof(0.05, "memory")
+    assert summary.roof({**row, "milliseconds": None}, limits) is None
+
+
+def test_two_runs_at_one_commit_are_compared() -> None:
+    first, second = operator(date="2026-01-01T00:00:00Z"), operator(date="2026-01-02T00:00:00Z", speedup=1.8)
+    assert summary.agreement([first, second]) == summary.Agreement(1, 1, pytest.approx(1.2), pytest.approx(1.2))
+    apart = {**second, "speedup_low": 1.7, "speedup_high": 1.9}
+    found = summary.agreement([first, apart])
+    assert found is not None
+    assert found.overlapping == 0
+    assert summary.agreement([first, {**second, "commit": "another"}]) is None
+
+
+def test_the_report_has_every_part_for_both_devices(both: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert report.main([str(both), "--out", str(tmp_path)]) == 0
+    assert "verdict" in capsys.readouterr().out
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert not re.search(r"\bNone\b|\bnan\b|not measured\.", text.replace("dense step was not measured.", ""))
+    assert report.GPU_MISSING not in text
+    for name in ("Some GPU", "Some Processor", "index_select", "break-even", "(computed)", "grouped_mm", "peak memory"):
+        assert name in text, name
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") > 3, line
+    for name in figures.FIGURES:
+        assert f"](bench-{name}.svg)" in text
+        assert (tmp_path / f"bench-{name}.svg").is_file()
+
+
+def test_without_a_gpu_the_report_says_so_and_nothing_else_of_it(tmp_path: Path) -> None:
+    text = report.Report([written(tmp_path / "rows.jsonl", fabricated(CPU))]).markdown(None)
+    assert text.count(report.GPU_MISSING) == 1
+    assert "GPU" not in text.replace(report.GPU_MISSING, "")
+
+
+@pytest.mark.parametrize("kind", summary.KINDS)
+def test_a_kind_that_is_missing_or_alone_is_said_to_be(kind: str, tmp_path: Path) -> None:
+    rows = fabricated(CPU)
+    for chosen in ([r for r in rows if r["kind"] != kind], [r for r in rows if r["kind"] == kind]):
+        made = report.Report([written(tmp_path / "rows.jsonl", chosen)])
+        kinds = {row["kind"] for row in chosen}
+        expected = {"operator": 4, "step": 2, "tasks": 1, "profiling": 1, "ceiling": 1}
+        text = made.markdown(None)
+        assert text.count("not measured.") >= sum(n for name, n in expected.items() if name not in kinds)
+        drawn = {name for name in figures.FIGURES if figures.draw(name, made.devices)}
+        speeds = {"speedup"} if kinds & {"operator", "step"} else set()
+        roofs = {"roofline"} if {"operator", "ceiling"} <= kinds else set()
+        assert drawn == speeds | roofs | ({"parts"} if "step" in kinds else set())
+
+
+def test_a_figure_that_is_null_or_absent_is_a_dash_and_what_names_a_case_is_needed(tmp_path: Path) -> None:
+    rows = [row for row in fabricated(CPU) if row.get("dtype") != "bfloat16"]
+    for name in sorted({key for row in rows for key in row} - {"kind"}):
+        for changed in (
+            [{**row, name: None} for row in rows],
+            [{k: v for k, v in row.items() if k != name} for row in rows],
+        ):
+            path = written(tmp_path / "rows.jsonl", changed)
+            if any(name in needed for needed in summary.NEEDED.values()):
+                with pytest.raises(ValueError, match=rf"row \d+, of kind \w+, has no {name}"):
+                    report.Report([path])
+                continue
+            made = report.Report([path])
+            assert not re.search(r"\bNone\b|\bnan\b", made.markdown(None)), name
+            if name in (
+                "speedup",
+                "speedup_low",
+                "milliseconds",
+                "parts",
+                "flops",
+                "bytes",
+                "tokens",
+                "device",
+                "date",
+            ):
+                assert all("None" not in (figures.draw(figure, made.devices) or "") for figure in figures.FIGURES), name
+
+
+def test_figures_are_the_same_for_the_same_rows_and_name_devices_and_units(both: Path) -> None:
+    devices = report.Report([both]).devices
+    words = {
+        "speedup": ["speed-up over dense", "1 / density"],
+        "roofline": ["100 %", "TFLOP/s"],
+        "parts": ["ms", "backward"],
+    }
+    for name in figures.FIGURES:
+        drawing = figures.draw(name, devices)
+        assert drawing is not None
+        assert drawing == figures.draw(name, devices)
+        shown = "".join(ElementTree.fromstring(drawing).itertext())
+        for word in ["Some GPU", "Some Processor, 2 threads", *words[name]]:
+            assert word in shown, (name, word)
+        assert "<dc:date>" not in drawing
+
+
+def test_files_without_rows_and_rows_of_another_suite_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for content, said in (("", "no rows in"), ('{"a": 1}', "without `kind`"), ("x", "not JSON")):
+        (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
+        assert report.main([str(tmp_path / "rows.jsonl")]) == 1
+        assert said in capsys.readouterr().err
+    assert report.main([str(tmp_path / "nothing.jsonl")]) == 1
+    assert "nothing.jsonl" in capsys.readouterr().err
+    unknown = [{"kind": "training", "device": "x"}]
+    assert report.main([str(written(tmp_path / "rows.jsonl", fabricated(CPU), unknown))]) == 0
+    assert "not shown: training" in capsys.readouterr().out
