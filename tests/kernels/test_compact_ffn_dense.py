@@ -80,7 +80,33 @@ def test_masked_weights_are_not_read() -> None:
 
 
 def test_several_tasks_have_to_save_their_packing_each() -> None:
-    x, w1 = torch.empty(1024, 256), torch.empty(1024, 256)
-    one, four = active_index(some(1024, 0.5)), active_index(torch.stack([some(1024, 0.5) for _ in range(4)]))
-    assert dense.reason(x, w1, one) is None
-    assert "for a task" in str(dense.reason(x, w1, four))
+    def why(tokens: int, share: float, tasks: int, dtype: torch.dtype = torch.float32) -> str | None:
+        active = torch.arange(1024).expand(tasks, 1024) < share * 1024
+        return dense.reason(torch.empty(tokens, 256, dtype=dtype), torch.empty(1024, 256), active_index(active))
+
+    assert why(1024, 0.5, 1) is None
+    assert why(1024, 0.5, 4) is None
+    assert "128 tokens that it saves a task (at least 400)" in str(why(1024, 0.5, 4, torch.bfloat16))
+    assert "64 tokens that it saves a task (at least 128)" in str(why(1024, 0.5, 8))
+    assert "(at least 128)" in str(why(2**20, 0.99, 2**13))  # however large the whole is
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_several_tasks_give_no_gradient_to_what_wants_none(frozen: int) -> None:
+    tensors, active = inputs(9, 5, 200, torch.float32), torch.stack([some(200, 0.5) for _ in range(2)])
+    offsets = torch.tensor([0, 4, 9])
+    assert chosen(*tensors, active, task_offsets=offsets).backend == "dense"
+    whole = torch.autograd.grad(compact_ffn(*tensors, active, task_offsets=offsets).sum(), tensors)
+    tensors[frozen].requires_grad_(False)
+    wanted = [t for t in tensors if t.requires_grad]
+    part = torch.autograd.grad(compact_ffn(*tensors, active, task_offsets=offsets).sum(), wanted)
+    for ours, theirs in zip(part, [g for i, g in enumerate(whole) if i != frozen]):
+        assert torch.equal(ours, theirs)
+
+
+def test_several_tasks_without_biases() -> None:
+    x, w1, _, w2, _ = inputs(9, 5, 200, torch.float32)
+    active, offsets = torch.stack([some(200, 0.5) for _ in range(2)]), torch.tensor([0, 4, 9])
+    y = compact_ffn(x, w1, None, w2, None, active, task_offsets=offsets)
+    parts = [torch.relu(x[s] @ w1[a].t()) @ w2[:, a].t() for s, a in zip((slice(0, 4), slice(4, 9)), active)]
+    torch.testing.assert_close(y, torch.cat(parts), rtol=1e-4, atol=1e-4)
