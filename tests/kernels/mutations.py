@@ -50,7 +50,9 @@ class Mutation:
     def selection(self) -> tuple[str, ...]:
         """The arguments of pytest."""
         words = " or ".join(self.tests.split())
-        return (f"tests/kernels/test_{self.operator}.py", "-k", f"[{self.backend} and ({words})")
+        own = f"tests/kernels/test_{self.operator}_{self.backend}.py"
+        files = [f"tests/kernels/test_{self.operator}.py", *([own] if (ROOT / own).is_file() else [])]
+        return (*files, "-k", f"[{self.backend} and ({words})")
 
 
 def _of(operator: str, backend: str, file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
@@ -102,6 +104,10 @@ MUTATIONS = [
         ("task offsets", "one_task(dh[start:stop], x[start:stop], rows)", "one_task(dh[start:stop], x[: stop - start], rows)", "grouped"),
         ("sums over tasks rounded", "            db += sums\n    return dw",
          "            db += sums\n            dw, db = dw.to(dh.dtype).float(), db.to(dh.dtype).float()\n    return dw", "many_tasks"),
+        ("offsets of one product", "torch.where(own, dh[start:stop], zero, out=masked[start:stop])",
+         "torch.where(own, dh[start:stop], dh[start:stop] if start else zero, out=masked[start:stop])", "both_ways"),
+        ("columns of one product are read", "torch.where(own, dh[start:stop], zero, out=masked[start:stop])",
+         "torch.mul(own, dh[start:stop], out=masked[start:stop])", "not_read"),
         ("added sums rounded", "part.index_select(0, rows))\n        db", "part.index_select(0, rows).to(dh.dtype).float())\n        db", "add_to"),
     ),
     *_of("row_sparse_wgrad", "native", "csrc/row_sparse_wgrad.cpp",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nspec.kernels.common.active import active_index
-from nspec.kernels.row_sparse_wgrad import reference, row_sparse_wgrad
+from nspec.kernels.row_sparse_wgrad import native, reference, row_sparse_wgrad
 
 OPERATOR = "row_sparse_wgrad"
 
@@ -26,6 +26,12 @@ LARGE = [(65, 1000, 200, 65, "random"), (129, 1024, 4096, 1500, "random"), (17, 
          (1000, 24, 300, 64, "block")]  # fmt: skip
 TASKS = [((), ()), ((0,), (9,)), ((5, 0, 3), (20, 70, 100)), ((1, 1, 1), (100, 0, 64)), ((0, 17, 0), (10, 65, 150)),
          ((64, 1, 65), (64, 63, 1)), ((30, 40), (149, 150))]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _a_product_for_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU few tokens a task, as here, take one product for all: test_row_sparse_wgrad_native.py has both ways."""
+    monkeypatch.setattr(native, "LEAST_TOKENS", 0.0)
 
 
 def exact_gradient(dh: Tensor, x: Tensor, active: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from nspec.kernels.row_sparse_wgrad import native, reference
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason="the native library is not built")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WAYS = pytest.mark.parametrize("least", [0.0, float("inf")], ids=["native a product for each", "native one product"])
 OFFSETS = [[0, 5, 5, 11], [0, 11], [0, 0, 11], [0, 0, 0]]
 
 
@@ -20,9 +21,9 @@ def integers(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-2, 3, shape).to(dtype)
 
 
-@pytest.mark.parametrize("least", [0.0, float("inf")], ids=["a product for each", "one product"])
-@pytest.mark.parametrize("offsets", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offsets", OFFSETS)
+@WAYS
 def test_both_ways_are_exact(
     least: float, offsets: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,7 +38,7 @@ def test_both_ways_are_exact(
     assert torch.equal(db.double(), sums)
 
 
-@pytest.mark.parametrize("least", [0.0, float("inf")], ids=["a product for each", "one product"])
+@WAYS
 def test_columns_of_inactive_neurons_are_not_read(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "LEAST_TOKENS", least)
     active = torch.tensor([[True, False] * 64, [False, True] * 64])

@@ -1,0 +1,270 @@
+"""bench/gpu_check.sh: that it goes on after a part that fails or hangs, and what it leaves; and the parts it runs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import rows, small_calls, synthetic_text
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+PARTS = ["environment", "gpu_tests", "operators", "steps", "profiling", "training", "small_calls"]
+PARTS += ["memcheck", "racecheck", "report"]
+LIMIT = 16 * 10**6
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+# What stands for Python: it does what the words of its command line ask for, at once.
+PRETEND = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  *bench.operators*) {operators} ;;
+  *bench.steps*) echo '{{"kind": "step"}}' >> "${{!#}}" ;;
+  *nspec.cli*)
+    for word; do case $word in run.folder=*) run=${{word#*=}} ;; esac; done
+    mkdir -p "$run/report"; echo page > "$run/report/index.html" ;;
+  *bench.report*)
+    out=${{!#}}; mkdir -p "$out"; echo report > "$out/report.md"; head -c 17000000 /dev/zero > "$out/a.svg"
+    for name in b c d e; do echo figure > "$out/$name.svg"; done ;;
+esac
+"""
+
+
+def interpreter(folder: Path, text: str) -> Path:
+    """A program that gpu_check.sh takes for Python."""
+    path = folder / "python"
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def check(folder: Path, python: Path | str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the script from another folder than the checkout's, with its temporary files where a test can look."""
+    work = folder.parent / "work"
+    work.mkdir(exist_ok=True)
+    env = {
+        **os.environ,
+        "PYTHON": str(python),
+        "TMPDIR": str(work),
+        "CALLS": str(folder.parent / "calls"),
+        **environment,
+    }
+    command = ["bash", str(SCRIPT), folder.name, "--device", "cpu", "--set", "smoke", *options]
+    return subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=280)
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """The status of each part, after a look at what every run has to leave."""
+    files = list(folder.iterdir())
+    assert len(files) <= 8
+    assert all(file.is_file() and file.stat().st_size <= LIMIT for file in files)
+    assert list((folder.parent / "work").iterdir()) == [], "temporary files are left"
+    parts = json.loads((folder / "summary.json").read_text())["parts"]
+    assert [part["part"] for part in parts] == PARTS
+    assert all(part["seconds"] >= 0 for part in parts)
+    return {part["part"]: part["status"] for part in parts}
+
+
+def test_it_goes_on_after_a_failing_part_and_says_so_last(tmp_path: Path) -> None:
+    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="echo wrong >&2; exit 3")))
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = statuses(tmp_path / "out")
+    assert found.pop("operators") == "failed (exit 3)"
+    assert {found.pop("memcheck"), found.pop("racecheck")} == {"absent"}
+    assert set(found.values()) == {"ok"}
+    last = [line.split() for line in done.stdout.splitlines()[-len(PARTS) - 2 :]]
+    assert last[0] == ["part", "status", "seconds"]
+    assert [line[0] for line in last[1:]] == [*PARTS, "all"]
+    assert last[-1][1] == "failed"
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log == done.stdout
+    assert "wrong\n" in log, "what a part writes to standard error is in the log"
+
+
+def test_it_keeps_three_figures_and_no_file_that_is_too_large(tmp_path: Path) -> None:
+    filler = "head -c 17000000 /dev/zero | tr '\\0' x"
+    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators=filler)))
+    assert done.returncode == 1
+    assert set(statuses(tmp_path / "out").values()) == {"ok", "absent"}
+    wanted = {"log.txt", "rows.jsonl", "summary.json", "report.md", "b.svg", "c.svg", "training.html"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == wanted
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "a.svg was larger than 16 MB" in log
+    assert log.splitlines()[-1].split()[:2] == ["all", "failed"], "the end of a long log is kept"
+
+
+def test_a_part_that_hangs_is_stopped_and_the_others_have_their_time(tmp_path: Path) -> None:
+    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="sleep 100")), "--seconds", "8")
+    assert done.returncode == 1
+    found = statuses(tmp_path / "out")
+    assert found["operators"] == "out of time"
+    assert found["report"] == "ok"
+    assert json.loads((tmp_path / "out/summary.json").read_text())["seconds"] <= 9
+
+
+def test_benchmarks_are_asked_for_bfloat16_on_the_device_and_write_into_one_file(tmp_path: Path) -> None:
+    check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="true")))
+    calls = (tmp_path / "calls").read_text().splitlines()
+    for part in ("operators", "steps", "profiling"):
+        options = f"--set smoke --device cpu --dtypes bfloat16 --json {tmp_path}/out/rows.jsonl"
+        assert f"-m bench.{part} {options}" in calls
+    (tests,) = (call.split() for call in calls if "-m pytest" in call)
+    for file in ROOT.joinpath("tests").rglob("test_*.py"):
+        marked = "mark" + ".gpu" in file.read_text()
+        assert (str(file.relative_to(ROOT)) in tests) == marked, file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["out", "--device", "tpu"], "--device tpu: expected cuda or cpu"),
+        (["out", "--seconds", "soon"], "expected a whole number of seconds"),
+        (["out", "--set"], "--set needs a value"),
+        (["out", "--fast"], "unknown option --fast"),
+        (["full"], "is not empty"),
+        ([], "usage:"),
+    ],
+)
+def test_what_it_cannot_do_is_an_error_at_once(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/rows.jsonl").write_text("{}\n")
+    done = subprocess.run(["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("code", "said"), [(77, "sees no GPU"), (1, "cannot import torch")])
+def test_a_machine_without_a_gpu_is_an_error_before_anything_runs(tmp_path: Path, code: int, said: str) -> None:
+    python = interpreter(tmp_path, f"#!/bin/bash\nexit {code}\n")
+    done = check(tmp_path / "out", python, "--device", "cuda")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_without_a_gpu_every_part_runs_at_the_smallest_size(tmp_path: Path) -> None:
+    for name in ("transformers", "sentencepiece", "sacrebleu", "matplotlib", "typer"):
+        pytest.importorskip(name, reason=f"the training needs {name}")
+    # Libraries that only other corpora need are not to be imported: here they cannot be.
+    blocked = "import sys; sys.modules |= dict.fromkeys(('babel', 'datasets'))"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(blocked + "\n")
+    failing = f'case "$*" in *bench.operators*) echo planted; exit 4 ;; esac\nexec {sys.executable} "$@"'
+    python = interpreter(tmp_path, f"#!/bin/bash\n{failing}\n")
+    done = check(tmp_path / "out", python, PYTHONPATH=str(tmp_path / "site"), OMP_NUM_THREADS="1")
+    found = statuses(tmp_path / "out")
+    assert found.pop("operators") == "failed (exit 4)", done.stdout
+    assert found == dict.fromkeys(found, "ok") | {"memcheck": "absent", "racecheck": "absent"}, done.stdout
+    assert done.returncode == 1
+    kinds = {row["kind"] for row in rows.read([tmp_path / "out/rows.jsonl"])}
+    assert {"step", "tasks", "profiling"} <= kinds
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"log.txt", "rows.jsonl", "summary.json", "report.md", "training.html"} <= files
+    page = (tmp_path / "out/training.html").read_text()
+    assert all(language.code in page for language in synthetic_text.LANGUAGES)
+    assert 'src="http' not in page
+
+
+def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("NSPEC_BACKEND", "reference")
+    assert small_calls.main(["--device", "cpu"]) == 0
+    real = small_calls.row_sparse_wgrad
+
+    def wrong(dh: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dw, db = real(dh, *args, **kwargs)
+        return (dw, db) if dh.dtype == torch.float64 else (dw, db * float("nan"))
+
+    monkeypatch.setattr(small_calls, "row_sparse_wgrad", wrong)
+    assert small_calls.main(["--device", "cpu"]) == 1
+    assert "wrong: row_sparse_wgrad: db" in capsys.readouterr().out
+
+
+def test_small_calls_covers_every_operator() -> None:
+    from nspec.kernels.common.backend import OPERATORS
+
+    found = small_calls.calls(small_calls.SHAPES[0], True, torch.float32, torch.device("cpu"))
+    assert {name.split(":")[0] for results in found for name in results} == set(OPERATORS)
+
+
+def test_the_gpu_tests_are_collected_without_hypothesis_and_pytest_timeout(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\nfrom hypothesis import HealthCheck, given, settings\nfrom hypothesis import strategies as st\n\n"
+        "@given(n=st.integers(1, 9).map(abs))\n@settings(suppress_health_check=[HealthCheck.too_slow])\n"
+        "def test_drawn(n): raise AssertionError\n\ndef test_plain(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntimeout = 300\n")
+    blocked = """
+import importlib.util, sys
+find, absent = importlib.util.find_spec, ("hypothesis", "pytest_timeout")
+importlib.util.find_spec = lambda name, *package: None if name in absent else find(name, *package)
+import pytest
+sys.exit(pytest.main(["-p", "no:timeout", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
+                      "-p", "bench.pytest_stand_ins", "-rs", "-W", "error", "test_one.py"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", blocked],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "hypothesis is not installed" in done.stdout
+
+
+def test_synthetic_text_is_the_same_again_and_its_splits_share_no_sentence(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        synthetic_text.write(tmp_path / name, train=300, valid=40, test=30)
+    first, second = ({p.name: p.read_text() for p in (tmp_path / name).iterdir()} for name in ("a", "b"))
+    assert first == second
+    assert len(first) == 3 * 3 * 2
+    for language in synthetic_text.LANGUAGES:
+        stem = f"en-{language.code}"
+        pairs = {
+            split: list(
+                zip(*(first[f"{split}.{stem}.{code}"].splitlines() for code in ("en", language.code)), strict=True)
+            )
+            for split in ("train", "valid", "test")
+        }
+        assert {split: len(lines) for split, lines in pairs.items()} == {"train": 300, "valid": 40, "test": 30}
+        for one, other in itertools.combinations(pairs.values(), 2):
+            assert not {text for _, text in one} & {text for _, text in other}
+    other = tmp_path / "c"
+    synthetic_text.write(other, train=300, valid=40, test=30, seed=2)
+    assert first["train.en-qaa.en"] != (other / "train.en-qaa.en").read_text()
+
+
+def test_a_synthetic_sentence_has_the_order_and_endings_of_its_language() -> None:
+    chance = random.Random(0)
+    said = [synthetic_text.meaning(chance) for _ in range(500)]
+    for language in synthetic_text.LANGUAGES:
+        texts = {language.say(one) for one in said}
+        assert len(texts) == len(set(said)), "different meanings are different sentences"
+    child, wolf = (synthetic_text.NOUNS.index(noun) for noun in ("child", "wolf"))
+    carry, garden = synthetic_text.VERBS.index("carry"), synthetic_text.PLACES.index("garden")
+    thing = synthetic_text.Thing
+    one = synthetic_text.Meaning(thing(child, 2, True), carry, True, thing(wolf, -1, False), (1, garden), 0)
+    assert synthetic_text.english(one) == "the small children carried the wolf behind the garden today."
+    words = {language.code: language.say(one).rstrip(".").split() for language in synthetic_text.LANGUAGES}
+    now = {language.code: language.say(dataclasses.replace(one, past=False)) for language in synthetic_text.LANGUAGES}
+    verb_at = {
+        code: next(i for i, word in enumerate(said) if word not in now[code].rstrip(".").split())
+        for code, said in words.items()
+    }
+    assert verb_at == {"qaa": 4, "qab": 1, "qac": 2}
