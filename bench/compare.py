@@ -33,14 +33,14 @@ import torch
 
 from bench import cases as declared
 from bench.cases import Case
-from bench.compare_block import default_cases, request, smoke_cases
+from bench.comparing.block import default_cases, request, smoke_cases
+from bench.comparing.moved import Change, changes, percent
+from bench.comparing.trees import NotPossible, Tree, add_library, trees
 from bench.machine import ROOT, device_name, pick_device
-from bench.moved import Change, changes, percent
 from bench.rows import Writer
-from bench.trees import NotPossible, Tree, add_library, trees
 
 Block = Mapping[str, Mapping[str, Any]]
-"""What a process found, by label of the case (:func:`bench.compare_block.measure`)."""
+"""What a process found, by label of the case (:func:`bench.comparing.block.measure`)."""
 
 
 def order(pairs: int) -> list[int]:
@@ -57,7 +57,7 @@ def run_block(tree: Tree, out: Path, argument: str) -> Block:
     # From the folder and by PYTHONPATH: both come before an installed nspec, of whichever kind.
     paths = [str(tree.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NSPEC_COMMIT": tree.name}
-    command = [sys.executable, "-m", "bench.compare_block", argument]
+    command = [sys.executable, "-m", "bench.comparing.block", argument]
     done = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import figures, tables
 from bench.machine import ROOT
+from bench.reporting import figures, tables
+from bench.reporting.summary import KINDS, agreement, by_device, check, values
 from bench.rows import Row, read
-from bench.summary import KINDS, agreement, by_device, check, values
 from nspec.files import write_text
 
 Lines = list[str]

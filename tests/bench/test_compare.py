@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, trees
-from bench.compare_block import STEP, calls, smoke_cases
+from bench import compare
+from bench.comparing import trees
+from bench.comparing.block import STEP, calls, smoke_cases
+from bench.comparing.moved import LEAST, Change, changes, holm, percent, t_quantile, t_within
 from bench.machine import ROOT
-from bench.moved import LEAST, Change, changes, holm, percent, t_quantile, t_within
 
 Sides = tuple[dict[str, list[float]], dict[str, list[float]]]
 
@@ -155,8 +156,8 @@ def test_trees_hold_their_commit_and_this_harness_and_are_removed(repository: Pa
         assert not (working / "ignored.py").exists()
         assert made[2].name.endswith("-dirty")
         for tree in made:
-            assert (tree.folder / "bench" / "compare_block.py").read_bytes() == (
-                ROOT / "bench" / "compare_block.py"
+            assert (tree.folder / "bench" / "comparing" / "block.py").read_bytes() == (
+                ROOT / "bench" / "comparing" / "block.py"
             ).read_bytes()
             assert trees.add_library(tree) == "has no native library"
     assert not left(repository)

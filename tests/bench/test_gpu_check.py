@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import rows, small_calls, synthetic_text
+from bench import rows
+from bench.gpu import small_calls, synthetic_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -213,7 +214,7 @@ find, absent = importlib.util.find_spec, ("hypothesis", "pytest_timeout")
 importlib.util.find_spec = lambda name, *package: None if name in absent else find(name, *package)
 import pytest
 sys.exit(pytest.main(["-p", "no:timeout", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
-                      "-p", "bench.pytest_stand_ins", "-rs", "-W", "error", "test_one.py"]))
+                      "-p", "bench.gpu.pytest_stand_ins", "-rs", "-W", "error", "test_one.py"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", blocked],

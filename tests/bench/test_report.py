@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fabricated import CPU, fabricated, written
 
-from bench import figures, report, summary, tables
+from bench import report
+from bench.reporting import figures, summary, tables
 
 
 def operator(**changed: Any) -> dict[str, Any]:

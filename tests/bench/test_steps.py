@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import nspec
-from bench import step_model, step_summary, steps
+from bench import steps
 from bench.rows import Row, read
-from bench.step_check import TOLERANCE, check
-from bench.step_model import (
+from bench.stepping import model as step_model
+from bench.stepping import summary as step_summary
+from bench.stepping.check import TOLERANCE, check
+from bench.stepping.model import (
     BASE,
     Clock,
     System,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.cases import OPERATORS
-from bench.rows import Row
-from bench.summary import (
+from bench.reporting.summary import (
     OPTIMIZERS,
     PRODUCTS_SAVED,
     REAL_DENSITY,
@@ -28,6 +27,7 @@ from bench.summary import (
     values,
     verdicts,
 )
+from bench.rows import Row
 
 Lines = list[str]
 NONE = "–"

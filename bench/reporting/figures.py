@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bench.cases import OPERATORS
-from bench.rows import Row
-from bench.summary import (
+from bench.reporting.summary import (
     STEP_PARTS,
     amdahl,
     block_share,
@@ -31,7 +30,7 @@ from bench.summary import (
     shape_of,
     values,
 )
-from bench.tables import (
+from bench.reporting.tables import (
     batch_name,
     is_baseline_step,
     milliseconds,
@@ -41,6 +40,7 @@ from bench.tables import (
     speedup,
     step_key,
 )
+from bench.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Two commits: their trees, a measuring process, and what moved beyond the noise."""

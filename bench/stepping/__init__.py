@@ -1,0 +1,1 @@
+"""A training step: models, batches and masks, the check before timing, what is measured, growth with tasks, words."""
