@@ -104,7 +104,7 @@ def problem(case: Case, device: torch.device) -> Problem:
             made,
             [
                 Provider("dense, bias gradient, compiled", lambda n: dense(*take(n)), names, computes="all"),
-                Provider("weight x mask, compiled", lambda n: mask(*take(n), mask=masks[0]), names),
+                Provider("weight x mask, compiled", lambda n: mask(take(n)[0], take(n)[1], masks[0]), names),
             ],
         )
     made.providers += ours(lambda: explained(row_sparse_wgrad, *sets[0], chosen, task_offsets=offsets), call, names)
