@@ -15,8 +15,9 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,17 +30,48 @@ from bench.timing import interleaved, paired, peak_bytes, spread
 
 
 def rows_of(
-    made: Problem, device: torch.device, *, rounds: int, most_seconds: float, memory: bool = True
+    made: Problem,
+    device: torch.device,
+    *,
+    rounds: int,
+    most_seconds: float,
+    memory: bool = True,
+    again: Callable[[], Problem] | None = None,
 ) -> Iterator[Row]:
     """Checks and times the providers of a case: one row each, and one for each that cannot run.
+
+    Args:
+        made: the case with its inputs.
+        device: that they are on.
+        rounds: of each provider, as many of them as ``most_seconds`` allows.
+        most_seconds: for all rounds together; at least four are always done.
+        memory: measure peak memory too.
+        again: makes the inputs anew for the second half of the rounds. Where memory lies decides how fast a product
+            runs, for as long as it lies there.
 
     Raises:
         AssertionError: a provider computes something else than the operator.
     """
     case = made.case
     made.check()
-    calls = {provider.name: provider.call for provider in made.providers}
-    times = interleaved(calls, device, rounds=rounds, least_seconds=most_seconds / 2, most_seconds=most_seconds)
+    times: dict[str, list[float]] = {provider.name: [] for provider in made.providers}
+    halves = 1 if again is None else 2
+    for half in range(halves):
+        if half == 1 and again is not None:
+            absent = made.absent
+            del made  # before the next, so that both need not fit
+            made = again()
+            made.absent = absent
+        part = interleaved(
+            {provider.name: provider.call for provider in made.providers},
+            device,
+            rounds=-(-rounds // halves),
+            least_seconds=most_seconds / 2 / halves,
+            most_seconds=most_seconds / halves,
+            always=4,
+        )
+        for name, values in part.items():
+            times[name] += values
     baseline = times[made.baseline.name]
     common = {
         "operator": case.operator,
@@ -85,7 +117,9 @@ def show(row: Row) -> None:
     print(f"  {row['provider']:<32} {row['milliseconds']:9.3f} ms {figure(row):>20}{memory}{taken}{wanted}", flush=True)
 
 
-def measure(chosen: Sequence[Case], device: torch.device, write: Writer, rounds: int, most_seconds: float) -> int:
+def measure(
+    chosen: Sequence[Case], device: torch.device, write: Writer, rounds: int, most_seconds: float, memory: bool = True
+) -> int:
     """Measures and prints cases; a provider that is wrong is reported and its case left out.
 
     Returns:
@@ -99,8 +133,9 @@ def measure(chosen: Sequence[Case], device: torch.device, write: Writer, rounds:
         note = f", about {left:.0f} s left" if number else ""
         print(f"[{number + 1}/{len(chosen)}{note}] {case.label}", flush=True)
         try:
-            made = problem(case, device)
-            for row in rows_of(made, device, rounds=rounds, most_seconds=most_seconds):
+            again = functools.partial(problem, case, device, seed=1)
+            options: dict[str, Any] = {"rounds": rounds, "most_seconds": most_seconds, "memory": memory, "again": again}
+            for row in rows_of(problem(case, device), device, **options):
                 show(write(row))
         except AssertionError as error:
             wrong += 1
@@ -152,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unit = "GB/s" if row["what"] == "memory" else "Gflop/s"
         print(f"ceiling: {row['what']} {row['dtype']}: {row['per_second'] / 1e9:.0f} {unit}")
         write(row)
-    wrong = measure(chosen, device, write, 3 if args.set == "smoke" else args.rounds, seconds)
+    wrong = measure(chosen, device, write, 3 if args.set == "smoke" else args.rounds, seconds, not args.no_memory)
     if wrong:
         print(f"error: {wrong} of {len(chosen)} cases were not timed; see above", file=sys.stderr)
     return 1 if wrong else 0

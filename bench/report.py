@@ -30,7 +30,7 @@ Lines = list[str]
 GPU_MISSING = "GPU figures are still to be measured."
 _SPEED = (
     "`1.63× [1.60, 1.66]` is time of the baseline / time of the other, the median over rounds of the ratio within a round, "
-    "and the middle 80 % of the rounds; above 1 is faster."
+    "and the middle 80 % of the rounds (all, of fewer than ten); above 1 is faster."
 )
 
 

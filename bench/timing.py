@@ -2,7 +2,7 @@
 
 A shared machine drifts by a factor of two within minutes, so a time alone says little. What is compared is run in rounds,
 each provider once a round, and a figure is the median over rounds of the ratio *within* a round. The spread is that of
-the middle 80 % of the rounds.
+the middle 80 % of the rounds (of all, where they are fewer than ten).
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ GPU_SAMPLE_SECONDS = 1e-3
 """On a GPU calls are put together until a sample lasts this long: then the host runs ahead, as in a training."""
 
 
+FEW = 10
+"""Of fewer values than this no tenth can be left out at an end."""
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Median, and the ends of the middle 80 %."""
+    """Median, and the ends of the middle 80 %; of all, where there are fewer than ten."""
 
     median: float
     low: float
@@ -33,9 +37,9 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and 10 % and 90 % quantiles (interpolated) of one value or more."""
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
+    """Median and 10 % and 90 % quantiles (interpolated) of ten values or more, least and largest of fewer."""
+    if len(values) < FEW:
+        return Spread(statistics.median(values), min(values), max(values))
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return Spread(statistics.median(values), tenths[0], tenths[-1])
 
@@ -80,6 +84,7 @@ def interleaved(
     least_seconds: float = 1.0,
     most_seconds: float = math.inf,
     warmup: int = 2,
+    always: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round.
 
@@ -88,10 +93,11 @@ def interleaved(
     Args:
         calls: by name; each is given a running number to choose its inputs with, the same for all within a round.
         device: that they compute on.
-        rounds: at least so many, unless ``most_seconds`` is reached (three are always done) ...
+        rounds: at least so many, unless ``most_seconds`` is reached ...
         least_seconds: ... and at least so many seconds in all.
         most_seconds: no round is begun after so many seconds.
         warmup: calls of each that are not timed: allocations, compilation, caches of code.
+        always: so many rounds are done however long they take.
     """
     names = list(calls)
     for number in range(warmup):
@@ -111,7 +117,7 @@ def interleaved(
         done = 0
         while True:
             elapsed = time.perf_counter() - began
-            if done >= 3 and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
+            if done >= always and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
                 return times
             shift = done % len(names)
             for name in names[shift:] + names[:shift]:

@@ -18,6 +18,7 @@ def test_the_spread_is_the_middle_eighty_percent() -> None:
     found = timing.spread([float(n) for n in range(11)])
     assert (found.median, found.low, found.high) == (5.0, 1.0, 9.0)
     assert timing.spread([3.0]) == timing.Spread(3.0, 3.0, 3.0)
+    assert timing.spread([2.0, 9.0, 1.0]) == timing.Spread(2.0, 1.0, 9.0)
 
 
 def test_drift_of_the_machine_cancels_in_paired_ratios() -> None:

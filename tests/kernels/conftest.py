@@ -89,7 +89,11 @@ def _place(operator: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(operator, name, "cpu", dtypes, False)
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
+# On a machine with a GPU these are tests of the GPU too, so that `-m gpu` runs them.
+_ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["reference", "native", pytest.param("triton", marks=_ON_GPU)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Each backend of ``OPERATOR`` of the test's module in turn; those that cannot run are skipped with the reason."""
     return _place(request.module.OPERATOR, request.param, monkeypatch)
