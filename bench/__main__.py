@@ -24,7 +24,7 @@ from bench.cases import SETS
 from bench.machine import ROOT, pick_device
 
 PARTS = ("operators", "steps", "profiling")
-QUICK_SECONDS = {"operators": 270, "steps": 180, "profiling": 30, "report": 20}
+QUICK_SECONDS = {"operators": 340, "steps": 190, "profiling": 25, "report": 5}
 """About how long each takes in the quick set on two cores."""
 
 

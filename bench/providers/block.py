@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 import nspec
 from bench.cases import Case
-from bench.providers.problem import CHECK, Computes, Problem, Provider, Results, input_sets, random_sets, small_integers
+from bench.providers.problem import (
+    CHECK,
+    Computes,
+    Problem,
+    Provider,
+    Results,
+    input_sets,
+    noise,
+    random_sets,
+    small_integers,
+)
 from nspec.nn.masked_linear import Mode
 
 Call = Callable[[int], tuple[Tensor | None, ...]]
@@ -34,7 +44,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     masks = nspec.NeuronMasks({"task": {"0": active.cpu()}})
     count = input_sets(8 * tokens * (d + d_ff))
     inputs = [
-        (torch.randn(tokens, d, device=device, requires_grad=True), torch.randn(tokens, d, device=device).to(dtype))
+        (noise(tokens, d, device=device).requires_grad_(), noise(tokens, d, device=device).to(dtype))
         for _ in range(count)
     ]
     check = [small_integers(tokens, d, device=device, dtype=kind) for kind in (torch.float32, dtype)]

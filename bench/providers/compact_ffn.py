@@ -21,6 +21,7 @@ from bench.providers.problem import (
     equal_offsets,
     explained,
     input_sets,
+    noise,
     ours,
     random_sets,
     small_integers,
@@ -57,10 +58,10 @@ def problem(case: Case, device: torch.device) -> Problem:
     """
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
     size = dtype.itemsize * (2 * tokens * d + 2 * d * d_ff)
-    make = lambda *shape: torch.randn(shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
+    make = lambda *shape: noise(*shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
     shapes = ((tokens, d), (d_ff, d), (d_ff,), (d, d_ff), (d,))
     sets: list[Inputs] = [
-        (tuple(make(*shape) for shape in shapes), torch.randn(tokens, d, device=device).to(dtype))  # type: ignore[misc]
+        (tuple(make(*shape) for shape in shapes), noise(tokens, d, device=device).to(dtype))  # type: ignore[misc]
         for _ in range(input_sets(size + dtype.itemsize * tokens * d_ff))
     ]
     whole = [small_integers(*shape, device=device, dtype=dtype) for shape in shapes]

@@ -17,6 +17,7 @@ from bench.providers.problem import (
     compiled,
     explained,
     input_sets,
+    noise,
     ours,
 )
 from nspec.kernels.linear_relu_count import linear_relu_count
@@ -41,9 +42,9 @@ def problem(case: Case, device: torch.device) -> Problem:
     size = dtype.itemsize * (tokens * d + d_ff * d)
     sets = [
         (
-            torch.randn(tokens, d, device=device).to(dtype),
-            torch.randn(d_ff, d, device=device).div_(d**0.5).to(dtype),
-            torch.randn(d_ff, device=device).to(dtype),
+            noise(tokens, d, device=device).to(dtype),
+            noise(d_ff, d, device=device).div_(d**0.5).to(dtype),
+            noise(d_ff, device=device).to(dtype),
         )
         for _ in range(input_sets(size + dtype.itemsize * tokens * d_ff))
     ]

@@ -17,6 +17,7 @@ from bench.providers.problem import (
     backend,
     compiled,
     explained,
+    noise,
     ours,
     random_sets,
 )
@@ -55,7 +56,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     One set of inputs: twelve layers with their moments are larger than a cache. Each provider is checked on clones.
     """
     d, d_ff = case.d_model, case.d_ff
-    draw = lambda: [torch.randn(d_ff, d, device=device) for _ in range(LAYERS)]
+    draw = lambda: [noise(d_ff, d, device=device) for _ in range(LAYERS)]
     lists: Lists = (draw(), draw(), draw(), [t.abs_() for t in draw()])
     active = list(random_sets(LAYERS, d_ff, case.active, device))
     rows = [one.nonzero().squeeze(1) for one in active]

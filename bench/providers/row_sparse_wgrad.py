@@ -21,6 +21,7 @@ from bench.providers.problem import (
     equal_offsets,
     explained,
     input_sets,
+    noise,
     ours,
     random_sets,
 )
@@ -41,7 +42,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
     size = dtype.itemsize * tokens * (d + d_ff)
     sets = [
-        (torch.randn(tokens, d_ff, device=device).to(dtype), torch.randn(tokens, d, device=device).to(dtype))
+        (noise(tokens, d_ff, device=device).to(dtype), noise(tokens, d, device=device).to(dtype))
         for _ in range(input_sets(size))
     ]
     active = random_sets(case.tasks, d_ff, case.active, device)

@@ -10,7 +10,7 @@ import torch
 from bench import cases, operators
 from bench.cases import Case
 from bench.providers import problem
-from bench.providers.problem import backend, random_sets, same
+from bench.providers.problem import backend, noise, random_sets, same
 from bench.rows import Writer
 
 CPU = torch.device("cpu")
@@ -130,6 +130,14 @@ def test_random_sets_have_the_size_that_was_asked_for() -> None:
     found = random_sets(5, 64, 13, CPU)
     assert found.sum(1).tolist() == [13] * 5
     assert not torch.equal(found[0], found[1])
+
+
+def test_drawn_inputs_are_normal_and_no_two_are_alike() -> None:
+    first, second = noise(3, 2**21, device=CPU), noise(3, 2**21, device=CPU)
+    assert first.shape == (3, 2**21)
+    assert not torch.equal(first, second)
+    assert abs(float(first.mean())) < 0.01
+    assert abs(float(first.std()) - 1) < 0.01
 
 
 def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
