@@ -82,8 +82,8 @@ GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
         "quick": (
             Grid(_ALL, (_A,), ("float32",), _DENSITIES),
             Grid(_ALL, (_B,), ("float32",), (0.5, 0.78), compiled=False),
-            Grid(_ALL, (_A,), ("bfloat16",), _DENSITIES, compiled=False),
-            Grid(_GROUPED, (_MIXED,), ("float32",), (0.5, 0.78), compiled=False),
+            Grid(_ALL, (_A,), ("bfloat16",), (0.5, 0.78, 1.0), compiled=False),
+            Grid(_GROUPED, (_MIXED,), ("float32",), (0.78,), compiled=False),
         ),
         "smoke": _SMOKE,
     },

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    seconds = args.seconds if args.seconds is not None else {"full": 6.0, "quick": 2.5, "smoke": 0.05}[args.set]
+    seconds = args.seconds if args.seconds is not None else {"full": 6.0, "quick": 2.0, "smoke": 0.05}[args.set]
     chosen = cases(
         args.set, device.type, operators=args.operators, dtypes=args.dtypes, densities=args.densities,
         shapes=args.shapes, compiled=not args.no_compile,
