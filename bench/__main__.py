@@ -1,7 +1,7 @@
 """The whole suite: operators, training steps, profiling, and the report of them.
 
     python -m bench                                   # the quick set: ten minutes on two cores
-    python -m bench --set full --out runs/bench/full  # the published figures: hours on a CPU
+    python -m bench --set full --out runs/bench/full  # every density and dtype: much longer
     python -m bench --set smoke                       # tiny shapes, to see that everything runs; its times mean nothing
 
 Each part is a process of its own. One that fails does not keep the others from running, but the command fails then. The
