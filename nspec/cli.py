@@ -5,19 +5,17 @@ Nothing here imports torch before a command needs it, so that help and mistakes 
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nspec.cli_tools import ConfigArgument, DebugOption, SetOption, tools
+
 if TYPE_CHECKING:
-    from nspec.mt.config import Config
     from nspec.mt.pipeline import Pipeline
 
 app = typer.Typer(
@@ -45,12 +43,6 @@ def top(
     """Neuron specialisation for multilingual translation: profile, select, specialise, compare."""
 
 
-CONFIG_HELP = "A YAML file, or the name of a configuration that comes with nspec, such as cldr8."
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Changes an option, such as train.lr=3e-4. Repeatable."),
-]
 RedoOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -58,7 +50,6 @@ RedoOption = Annotated[
         help="Makes a stage and all that follows from it anew; the old folders are kept as *.old-N. Repeatable.",
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")]
 SystemOption = Annotated[
     str, typer.Option("--system", metavar="NAME", help="Only this system; all of them if not given.")
 ]
@@ -90,13 +81,10 @@ def run(
 
 def _show(folder: Path, page: Path) -> None:
     """The score table and where the page is, on standard output."""
-    from rich.console import Console
-
+    from nspec.mt.display import show
     from nspec.report import score_table
 
-    # Without a terminal there is no width to fit into; rich would assume 80 columns and break lines.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(score_table(folder))
+    show(score_table(folder))
     print(f"report: {page}", flush=True)
 
 
@@ -167,144 +155,7 @@ def report(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = No
             _show(pipeline.folder, page)
 
 
-@app.command()
-def translate(
-    task: Annotated[str, typer.Option(metavar="en-de", help="The direction.")],
-    model: Annotated[str, typer.Option(metavar="FOLDER", help="A model, such as RUN/systems/forward/model.")] = "",
-    run: Annotated[str, typer.Option(metavar="RUN", help="A run folder; goes with --system.")] = "",
-    system: Annotated[str, typer.Option(metavar="NAME", help="A system of the run, such as forward.")] = "",
-    input: Annotated[str, typer.Option(metavar="FILE", help="Text, a sentence a line; -: standard input.")] = "-",
-    output: Annotated[str, typer.Option(metavar="FILE", help="Appears when it is whole; -: standard output.")] = "-",
-    beam: Annotated[int | None, typer.Option(help="Beam size [default: the run's, else 5].")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Exponent on the length [the run's, else 1].")] = None,
-    max_length_ratio: Annotated[
-        float | None, typer.Option(help="Longest output per source [the run's, else 2].")
-    ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads of PyTorch; 0: as it chooses.", min=0)] = 0,
-    debug: DebugOption = False,
-) -> None:
-    """Translates text, a line out for a line in.
-
-    Lines keep their order and are written as soon as a batch of them is done.
-    """
-    from nspec.mt.options import validate
-
-    folder, settings = _model_folder(model, run, system)
-    given = {"beam": beam, "batch_tokens": batch_tokens, "length_penalty": length_penalty}
-    given["max_length_ratio"] = max_length_ratio
-    for name, value in given.items():
-        if value is not None:
-            setattr(settings.decode, name, value)
-    validate(settings)
-    with contextlib.ExitStack() as files:
-        # Before the slow imports: a wrong name shows at once.
-        source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
-
-        from nspec.mt.distributed import resolve_device
-        from nspec.mt.model import load_system
-        from nspec.mt.pipeline import quieten
-        from nspec.mt.translate import Translator
-
-        quieten(threads)
-        loaded, tokenizer = load_system(folder, resolve_device(device))
-        translator = Translator(loaded, tokenizer, settings.decode)
-        translator.translate([], task)  # a direction that it does not know shows before anything is read
-        if input == "-":
-            groups = _decode(_arriving(sys.stdin.fileno()), "standard input")
-            lines: Iterator[str] = itertools.chain.from_iterable(translator.translate(group, task) for group in groups)
-        else:
-            text = itertools.chain.from_iterable(_decode(([line] for line in source), input))
-            lines = translator.translate(text, task)
-        _write_lines(lines, output)
-
-
-def _model_folder(model: str, run: str, system: str) -> tuple[Path, Config]:
-    """The folder with the model and the settings that belong to it."""
-    from nspec.mt.config import Config
-    from nspec.mt.options import load
-
-    if bool(model) == bool(run):
-        raise ValueError("translate needs either --model FOLDER or --run RUN --system NAME")
-    if model:
-        if system:
-            raise ValueError("--system goes with --run; --model is the folder of one system")
-        if not Path(model).is_dir():
-            raise ValueError(f"--model {model}: there is no such folder")
-        return Path(model), Config()
-    trained = sorted(path.parts[-2] for path in Path(run).glob("systems/*/model"))
-    if system not in trained:
-        found = f"--system {system}" if system else "no --system"
-        raise ValueError(f"{found}: {run} has the trained systems {', '.join(trained) or 'none'}")
-    return Path(run) / "systems" / system / "model", load(Path(run) / "config.yaml")
-
-
-def _arriving(descriptor: int) -> Iterator[list[bytes]]:
-    """The whole lines that are there to be read, in groups: who writes one line and waits gets its translation."""
-    rest = b""
-    while read := os.read(descriptor, 1 << 16):
-        *lines, rest = (rest + read).split(b"\n")
-        if lines:
-            yield lines
-    if rest:
-        yield [rest]
-
-
-def _decode(groups: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
-    """Groups of UTF-8 lines without their ends; only a line feed (with a carriage return) ends a line."""
-    number = 0
-    for group in groups:
-        texts = []
-        for line in group:
-            number += 1
-            try:
-                texts.append(line.decode("utf-8").removesuffix("\n").removesuffix("\r"))
-            except UnicodeDecodeError as error:
-                wrong = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-                raise ValueError(f"{name} line {number} is not UTF-8: {wrong}") from None
-        yield texts
-
-
-def _write_lines(lines: Iterable[str], output: str) -> None:
-    from nspec.files import replacing
-
-    if output != "-":
-        with replacing(output) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        return
-    for line in lines:
-        sys.stdout.buffer.write(f"{line}\n".encode())
-        sys.stdout.buffer.flush()
-
-
-@app.command()
-def env(debug: DebugOption = False) -> None:
-    """Shows versions, devices and backends."""
-    from nspec.env import main
-
-    main()
-
-
-@app.command()
-def config(
-    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help=f"{CONFIG_HELP} The defaults if not given.")] = "",
-    set_: SetOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Prints a configuration with every option explained."""
-    from nspec.mt.config import Config
-    from nspec.mt.options import find_config, load, render, set_option, validate
-
-    chosen: Config
-    if config:
-        chosen = load(find_config(config), set_ or ())
-    else:
-        chosen = Config()
-        for assignment in set_ or ():
-            set_option(chosen, assignment)
-        validate(chosen)
-    print(render(chosen), end="")
+app.add_typer(tools)  # without a name: its commands stand beside those above
 
 
 # What click calls a wrong command line; typer brings its own copy of click or uses the installed one.

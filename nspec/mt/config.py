@@ -26,8 +26,15 @@ class RunConfig:
     systems: list[str] = option(
         ["dense", "continued", "forward", "update", "random"],
         "what is trained and compared; dense is always first, the others start from it with a fresh optimiser and train "
-        "for the same number of updates: continued (dense), forward and update (specialised), random (forward, with "
-        "random masks of the same sizes)",
+        "for the same number of updates: continued (dense), forward and update (specialised), these two with _encoder or "
+        "_decoder (only that half is), random (forward, with random masks of the same sizes), lass (masks of single "
+        "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest frozen); "
+        "and finetuned (from dense) and bilingual (from new weights), a model for each direction",
+    )
+    variants: list[str] = option(
+        [],
+        "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune "
+        "or bilingual, each a line such as forward-k70 = forward select.k=0.7",
     )
 
 
@@ -111,6 +118,9 @@ class TrainConfig:
 class ProfileConfig:
     split: str = option("valid", "the text whose activations are counted", ("valid", "train"))
     sentences: int = option(0, "most sentences of a direction; 0: all")
+    share: float = option(1.0, "share of a direction's sentences, evenly spread, in (0, 1]")
+    path: str = option("", "a folder with parallel text of another domain, counted instead; empty: the run's own text")
+    path_split: str = option("valid", "with path: the name of the part that is counted")
     padding: str = option(
         "exclude", "include counts padded positions too, as the authors' release does", ("exclude", "include")
     )
@@ -124,6 +134,32 @@ class SelectConfig:
 @dataclass
 class SpecializeConfig(TrainConfig):
     """Continued training: of the specialised systems, and of the dense and random ones beside them."""
+
+
+@dataclass
+class FinetuneConfig:
+    updates: int = option(
+        500, "optimiser steps of each direction, from the dense model; else trained as specialize says"
+    )
+    lr: float = option(1e-4, "highest learning rate")
+
+
+@dataclass
+class LassConfig:
+    alpha: float = option(
+        0.3, "share of the weights of smallest magnitude that is pruned from each matrix of attention, fc1 and fc2"
+    )
+
+
+@dataclass
+class AdaptersConfig:
+    bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder")
+    lr: float = option(1e-3, "highest learning rate; the model itself is frozen")
+
+
+@dataclass
+class BilingualConfig:
+    updates: int = option(5000, "optimiser steps of each direction, from new weights; else trained as train says")
 
 
 @dataclass
@@ -152,5 +188,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     specialize: SpecializeConfig = field(default_factory=SpecializeConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    lass: LassConfig = field(default_factory=LassConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    bilingual: BilingualConfig = field(default_factory=BilingualConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)

@@ -5,12 +5,13 @@ Needs neither the corpus nor the libraries that read it: a folder prepared on on
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,17 @@ class PreparedData:
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the arrays itself; pickled maps would be sent as their contents.
         return {**self.__dict__, "_arrays": {}}
+
+    def only(self, task: str) -> PreparedData:
+        """The same text with one direction alone.
+
+        Raises:
+            ValueError: it is not among them.
+        """
+        self.size("train", task)  # raises
+        part = copy.copy(self)
+        part.tasks = [task]
+        return part
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -223,6 +235,22 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path} is not there; prepare the text anew") from None
 
 
+class Pairs(Protocol):
+    """What :class:`PairDataset` needs of :class:`PreparedData`, and other text offers too."""
+
+    tasks: list[str]
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
+    def size(self, split: str, task: str) -> int: ...
+
+    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]: ...
+
+
 class PairDataset:
     """The pairs of a split, by (index of the task in ``data.tasks``, index of the pair); for a DataLoader.
 
@@ -231,7 +259,7 @@ class PairDataset:
         split: ``train``, ``valid`` or ``test``.
     """
 
-    def __init__(self, data: PreparedData, split: str) -> None:
+    def __init__(self, data: Pairs, split: str) -> None:
         self.data = data
         self.split = split
         self.sizes = [data.size(split, task) for task in data.tasks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,16 @@ class Display:
                 bars.update(task, description=" ".join(filter(None, [label, what])), completed=done)
 
             yield move
+
+
+def show(*parts: Any) -> None:
+    """Puts tables, and text as it stands, on standard output."""
+    from rich.console import Console
+
+    # Without a terminal there is no width to fit into; rich would assume 80 columns and break lines.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=200, highlight=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
 
 
 def duration(seconds: float) -> str:

@@ -18,18 +18,17 @@ from nspec.mt.data import PairDataset, PreparedData, languages_of_task
 from nspec.mt.loss import token_losses
 from nspec.mt.sampling import evaluation_batches
 from nspec.mt.scoring import bleu_tokenizer
-from nspec.mt.translate import Translator
+from nspec.mt.translate import Translator, decodes_by_task
 
 
 class Validator:
     """Measures a model on the validation text; batches are made once.
 
     Args:
-        model: dense or specialised, unwrapped. In mode ``forward`` each direction is measured with its masks on.
+        model: unwrapped. Where its forward pass depends on the task, each direction is measured under its own.
         data: the prepared text.
         settings: token budget of the loss batches, sentences for BLEU.
         decode: limits of the translations; the search is greedy whatever its beam is.
-        masked: the model is specialised in mode ``forward``.
         bf16: computes in bfloat16 as the training does.
     """
 
@@ -40,11 +39,10 @@ class Validator:
         settings: TrainConfig,
         decode: DecodeConfig,
         *,
-        masked: bool,
         bf16: bool,
     ) -> None:
         self.model, self.data, self.sentences = model, data, settings.valid_bleu_sentences
-        self.masked, self.bf16 = masked, bf16
+        self.by_task, self.bf16 = decodes_by_task(model), bf16
         self.pairs = PairDataset(data, "valid")
         self.batches = {task: evaluation_batches(data, "valid", task, settings.batch_tokens) for task in data.tasks}
         self.translator = Translator(model, data.tokenizer, replace(decode, beam=1))
@@ -76,7 +74,7 @@ class Validator:
         }
 
     def _task(self, task: str) -> AbstractContextManager[Any]:
-        return nspec.task(self.model, task) if self.masked else nullcontext()
+        return nspec.task(self.model, task) if self.by_task else nullcontext()
 
     def _losses(self) -> list[tuple[float, float]]:
         """(sum of token losses, target tokens) of each task."""

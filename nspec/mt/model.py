@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -22,11 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import nspec
-from nspec.files import read_json, write_json
 from nspec.mt.config import ModelConfig
+from nspec.mt.methods import Method, load_method
 from nspec.mt.vocabulary import load_tokenizer
-from nspec.nn.masked_linear import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +115,13 @@ def save_system(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | os.PathLike[str],
-    masks: nspec.NeuronMasks | None = None,
-    mode: Mode | None = None,
+    method: Method | None = None,
 ) -> None:
     """Writes a system that :func:`load_system` and, as a dense model, ``AutoModelForSeq2SeqLM`` load.
 
-    The weights are the dense ones under their usual names; masks and mode stand beside them in ``masks/`` and
-    ``nspec.json``. The folder appears at once: a kill leaves the old one or none.
-
-    Raises:
-        ValueError: masks without a mode or the other way round.
+    The weights are the dense ones under their usual names (those of adapters are added); what makes the system, such as
+    masks, stands beside them with ``nspec.json``. The folder appears at once: a kill leaves the old one or none.
     """
-    if (masks is None) != (mode is None):
-        raise ValueError(f"masks and mode go together; masks are {'given' if masks else 'not given'}, mode is {mode!r}")
     with _new_folder(Path(folder)) as part, quiet_transformers():
         cached, model.config.use_cache = model.config.use_cache, True  # off while training, wanted in decoding
         try:
@@ -136,9 +129,8 @@ def save_system(
         finally:
             model.config.use_cache = cached
         tokenizer.save_pretrained(part)
-        if masks is not None:
-            masks.save(part / "masks")
-            write_json(part / "nspec.json", {"mode": mode})
+        if method is not None:
+            method.save(part)
 
 
 def load_system(
@@ -147,10 +139,10 @@ def load_system(
     """Loads what :func:`save_system` wrote, or any ``transformers`` sequence-to-sequence model with its tokenizer.
 
     Returns:
-        The model in evaluation mode and float32 on ``device``, specialised where the folder says so, and its tokenizer.
+        The model in evaluation mode and float32 on ``device``, with what makes the system applied, and its tokenizer.
 
     Raises:
-        ValueError: no model or no tokenizer in the folder.
+        ValueError: no model or no tokenizer in the folder, or see :func:`nspec.mt.methods.load_method`.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -158,22 +150,30 @@ def load_system(
     with quiet_transformers():
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
-    mode = system_mode(folder)
-    if mode is not None:
-        nspec.specialize(model, nspec.NeuronMasks.load(folder / "masks"), mode=mode)
+    method = load_method(folder)
+    if method is not None:
+        method.attach(model)
+        if method.has_weights:
+            load_weights(model, folder)
     return model.to(device).eval(), tokenizer
 
 
-def system_mode(folder: str | os.PathLike[str]) -> Mode | None:
-    """How the system in a folder is specialised: "forward", "update" or None for a dense one."""
-    file = Path(folder) / "nspec.json"
-    if not file.is_file():
-        return None
-    described: Any = read_json(file)
-    if not isinstance(described, dict) or described.get("mode") not in ("forward", "update"):
-        raise ValueError(f'{file} is {described!r}; expected {{"mode": "forward"}} or {{"mode": "update"}}')
-    mode: Mode = described["mode"]
-    return mode
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copies ``model.safetensors`` of a folder into the model; names that are tied to a stored one may be missing.
+
+    Raises:
+        ValueError: the file has other parameters than the model.
+    """
+    stored = load_file(folder / "model.safetensors")
+    result = model.load_state_dict(stored, strict=False)
+    own = model.state_dict()
+    covered = {own[name].data_ptr() for name in stored if name in own}
+    missing = [name for name in result.missing_keys if own[name].data_ptr() not in covered]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is not of this model: it lacks {missing[:3]} and has "
+            f"{result.unexpected_keys[:3]}, which the model has not"
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ What the options are and mean stands in :mod:`nspec.mt.config`; nothing here kno
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,7 +15,7 @@ import os
 import re
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import yaml
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
 
-__all__ = ["find_config", "flatten", "load", "parse", "render", "set_option", "validate"]
+__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "render", "set_option", "validate"]
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -34,6 +35,10 @@ SECTIONS = {
     "profile": "counting how often each feed-forward neuron fires, for each direction",
     "select": "which neurons a direction keeps",
     "specialize": "continued training of every system but dense, each from the dense weights with a fresh optimiser",
+    "finetune": "fine-tuning on one direction alone: the system finetuned, and the first step of lass",
+    "lass": "the system lass (Lin et al. 2021): which weights it keeps",
+    "adapters": "the systems adapters and adapters_family (Bapna and Firat 2019)",
+    "bilingual": "the system bilingual: a model for each direction",
     "decode": "beam search on the test set",
     "score": "BLEU and chrF++ with confidence intervals, and tests between systems",
 }
@@ -153,6 +158,19 @@ def _at(file: str, node: yaml.Node) -> str:
     return f"{file} line {node.start_mark.line + 1}"
 
 
+@contextlib.contextmanager
+def _yaml_errors(name: str) -> Iterator[None]:
+    """Text that is not YAML is a ValueError with the place."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{name}{place} is not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:
     """Reads YAML text over ``config`` (the defaults where it is None); what is not given stays. Does not validate.
 
@@ -165,7 +183,7 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
         ValueError: not YAML, an unknown or repeated option, a value of the wrong type or outside the choices.
     """
     config = config or Config()
-    try:
+    with _yaml_errors(name):
         loader = _Loader(text)
         root = loader.get_single_node()
         for section, node, at in [] if root is None else _items(loader, root, "", name):
@@ -178,12 +196,6 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
                 _check_name(option, f" in {at}")
                 found = _convert(option, loader.construct_object(value, deep=True), f" ({at})")
                 setattr(getattr(config, section), key, found)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{name}{place} is not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     return config
 
 
@@ -216,15 +228,39 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         OSError: the file cannot be read.
         ValueError: see :func:`parse`, :func:`set_option` and :func:`validate`; one line that says what to change.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
-    config = parse(text, str(path))
+    config = parse(_text(path), str(path))
     for assignment in overrides:
         set_option(config, assignment)
     validate(config)
     return config
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+
+
+def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Reads a YAML file of named lists of texts, such as ``low: [is, mt]``, by the rules of a configuration.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else; one line with the place.
+    """
+    lists: dict[str, list[str]] = {}
+    with _yaml_errors(str(path)):
+        loader = _Loader(_text(path))
+        root = loader.get_single_node()
+        if root is None:
+            raise ValueError(f"{path} is empty; expected lines such as low: [is, mt]")
+        for name, node, at in _items(loader, root, "", str(path)):
+            value = loader.construct_object(node, deep=True)
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise ValueError(f"{name}: expected a list of texts such as [is, mt], found {_show(value)} ({at})")
+            lists[name] = value
+    return lists
 
 
 def flatten(config: Config) -> dict[str, Any]:

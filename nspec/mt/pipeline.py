@@ -1,121 +1,38 @@
-"""The whole chain, from parallel text to a report: which arrows there are, what each reads, and who does the work.
+"""The whole chain, from parallel text to a report: who does the work of each arrow.
 
-    prepare -> train -> profile -> select (-> random_masks) -> specialize:* -> evaluate:* -> score:* -> report
-
-Each arrow is a :class:`~nspec.mt.stages.Stage` of the run folder; see there for what happens in a second run.
+Which arrows there are stands in :mod:`nspec.mt.arrows`. Each is a :class:`~nspec.mt.stages.Stage` of the run folder; see
+there for what happens in a second run.
 Importing this module loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nspec.files import read_json, write_json, write_text
+from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
 from nspec.mt.options import render
-from nspec.mt.stages import Run, Stage
+from nspec.mt.stages import Run
+from nspec.mt.systems import (
+    config_of,
+    kind_of,
+    masked_systems,
+    masks_folder,
+    profile_folder,
+    selected_folder,
+    system_names,
+)
 from nspec.mt.world import World
 
 if TYPE_CHECKING:
     from nspec.mt.data import PreparedData
-
-MODES: dict[str, Literal["forward", "update"] | None] = {
-    "continued": None,
-    "forward": "forward",
-    "update": "update",
-    "random": "forward",
-}
-"""How each system that starts from the dense one is specialised."""
-
-_MASK_STAGES = {"masks": "select", "random_masks": "random_masks"}  # which stage makes which folder
-_PREPARED = ("prepared/meta.json", "prepared/tokenizer/*")
-
-
-def masks_of(system: str) -> str | None:
-    """The folder (in the run folder) with the masks of a system, None where it has none."""
-    if MODES.get(system) is None:
-        return None
-    return "random_masks" if system == "random" else "masks"
-
-
-def baseline_of(config: Config) -> str:
-    """The system that the others are tested against: ``score.baseline``, or dense where that is not in the run."""
-    return config.score.baseline if config.score.baseline in config.run.systems else "dense"
-
-
-def stages_of(config: Config) -> list[Stage]:
-    """The arrows of a run with this configuration, in an order in which they can be done."""
-    others = [system for system in config.run.systems if system != "dense"]
-    modes = [MODES[system] for system in others]
-    # Validation BLEU translates greedily up to this length; it matters only where it picks the checkpoint.
-    length = ("decode.max_length_ratio",)
-    picks = {name: length if getattr(config, name).best == "bleu" else () for name in ("train", "specialize")}
-    text = ("corpus", "tokenizer", "model.pretrained", "model.max_positions", "run.seed")
-    stages = [
-        Stage("prepare", "prepared", options=text),
-        Stage(
-            "train",
-            "systems/dense",
-            options=("model", "train", "run.seed", *picks["train"]),
-            inputs=_PREPARED,
-            after=("prepare",),
-            resumable=True,
-        ),
-    ]
-    if any(modes):
-        profiled = (*_PREPARED, *_weights("dense"))
-        stages += [
-            Stage("profile", "profile", ("profile",), profiled, ("train",)),
-            Stage("select", "masks", ("select",), ("profile/counts.*",), ("profile",)),
-        ]
-    if "random" in others:
-        stages.append(Stage("random_masks", "random_masks", ("run.seed",), ("masks/masks.*",), ("select",)))
-    for system in others:
-        masks = masks_of(system)
-        stages.append(
-            Stage(
-                f"specialize:{system}",
-                f"systems/{system}",
-                options=("specialize", "run.seed", *picks["specialize"]),
-                inputs=(*_PREPARED, *_weights("dense"), *([f"{masks}/masks.*"] if masks else [])),
-                after=("train", *([_MASK_STAGES[masks]] if masks else [])),
-                resumable=True,
-            )
-        )
-    for system in config.run.systems:
-        trained = "train" if system == "dense" else f"specialize:{system}"
-        inputs = (*_PREPARED, *_weights(system))
-        stages.append(Stage(f"evaluate:{system}", f"scores/{system}", ("decode",), inputs, (trained,), resumable=True))
-    for system in config.run.systems:
-        folders = dict.fromkeys([system, baseline_of(config)])
-        stages.append(
-            Stage(
-                f"score:{system}",
-                f"scores/{system}",
-                options=("score",),
-                inputs=tuple(f"scores/{name}/stage.json" for name in folders),
-                after=(f"evaluate:{system}",),
-                derived=True,
-                record="stage-score.json",
-            )
-        )
-    results = ["config.yaml", "masks/masks.*", "random_masks/masks.*"]
-    for system in config.run.systems:
-        results += [f"systems/{system}/summary.json", f"systems/{system}/log.jsonl", f"scores/{system}/scores.json"]
-    stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True))
-    return stages
-
-
-def _weights(system: str) -> tuple[str, ...]:
-    folder = f"systems/{system}/model"
-    return f"{folder}/*.safetensors", f"{folder}/config.json", f"{folder}/masks/*", f"{folder}/nspec.json"
 
 
 class Pipeline:
@@ -177,7 +94,7 @@ class Pipeline:
         """
         self.prepare()
         self.train()
-        if "profile" in self.run.stages:
+        if any(masked_systems(self.config)):
             self.profile()
             self.select()
         self.specialize()
@@ -214,42 +131,43 @@ class Pipeline:
 
     def profile(self) -> None:
         """How often each feed-forward neuron of the dense model fires, for each direction: ``profile/``."""
-        self._needs_masks("profile")
+        for folder, system in self._made(profile_folder).items():
+            self._do(stage_name("profile", folder), functools.partial(self._profile, system), everyone=True)
 
-        def work(folder: Path) -> None:
-            from nspec.mt.profiling import profile_tasks
+    def _profile(self, system: str, folder: Path) -> None:
+        from nspec.mt.other_text import OtherText
+        from nspec.mt.profiling import profile_tasks
 
-            model, _ = self._system("dense")
-            with self.display.bar("profile") as progress:
-                counts = profile_tasks(
-                    model, self._data(), self.config.profile, self.config.train.batch_tokens, progress=progress
-                )
-            if self.world.rank == 0:
-                counts.save(folder)
-
-        self._do("profile", work, everyone=True)
+        own = config_of(self.config, system)
+        model, _ = self._system("dense")
+        with self.display.bar("profile") as progress:
+            text = OtherText(own, self._data()) if own.profile.path else self._data()
+            counts = profile_tasks(model, text, own.profile, own.train.batch_tokens, progress=progress)
+        if self.world.rank == 0:
+            counts.save(folder)
 
     def select(self) -> None:
         """The neurons that each direction keeps: ``masks/``, and as many random ones: ``random_masks/``."""
-        self._needs_masks("select")
+        for folder, system in self._made(selected_folder).items():
+            self._do(stage_name("select", folder), functools.partial(self._select, system))
+        for place, system in self._made(masks_folder).items():
+            if kind_of(self.config, system).masks == "random_masks":
+                self._do(stage_name("random_masks", place), functools.partial(self._randomize, system))
 
-        def work(folder: Path) -> None:
-            import nspec
+    def _select(self, system: str, folder: Path) -> None:
+        import nspec
 
-            masks = nspec.select(nspec.ActivationCounts.load(self.folder / "profile"), k=self.config.select.k)
-            masks.save(folder)
-            shares = [share for layers in masks.density().values() for share in layers.values()]
-            self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons on average")
+        counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
+        masks = nspec.select(counts, k=config_of(self.config, system).select.k)
+        masks.save(folder)
+        shares = [share for layers in masks.density().values() for share in layers.values()]
+        self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons on average")
 
-        def random(folder: Path) -> None:
-            import nspec
+    def _randomize(self, system: str, folder: Path) -> None:
+        import nspec
 
-            masks = nspec.NeuronMasks.load(self.folder / "masks")
-            nspec.random_masks(masks, seed=self.config.run.seed).save(folder)
-
-        self._do("select", work)
-        if "random_masks" in self.run.stages:
-            self._do("random_masks", random)
+        masks = nspec.NeuronMasks.load(self.folder / selected_folder(self.config, system))
+        nspec.random_masks(masks, seed=self.config.run.seed).save(folder)
 
     def specialize(self, system: str | None = None) -> None:
         """Trains a system on from the dense one, with a fresh optimiser (all of them: None): ``systems/<system>/``.
@@ -259,20 +177,26 @@ class Pipeline:
         """
         if system == "dense":
             raise ValueError("--system dense: it is trained by `nspec train`; the others continue from it")
-        for name in [self._known(system)] if system else [s for s in self.config.run.systems if s != "dense"]:
-            self._do(f"specialize:{name}", functools.partial(self._continue, name), everyone=True)
+        trained = trained_systems(self.config)
+        if system is not None and system not in trained:
+            self._known(system)  # raises
+        for stage in [training_stage(system)] if system else list(self.run.stages):
+            if stage.startswith("weight_masks"):
+                owner = next(name for name in trained if weight_masks_stage(self.config, name) == stage)
+                self._do(stage, functools.partial(self._prune, owner))
+            elif stage.startswith("specialize:"):
+                self._do(stage, functools.partial(self._make, stage.partition(":")[2]), everyone=True)
 
-    def _continue(self, system: str, folder: Path) -> None:
-        import nspec
-        from nspec.mt.training import train_system
+    def _make(self, system: str, folder: Path) -> None:
+        from nspec.mt.making import make_system
 
-        model, _ = self._system("dense", device="cpu")  # the trainer moves it
-        place = masks_of(system)
-        masks = nspec.NeuronMasks.load(self.folder / place) if place else None
-        settings, mode = self.config.specialize, MODES[system]
-        if mode is None:  # with every row in the task, row_sparse_adamw is this
-            settings = dataclasses.replace(settings, optimizer="adamw")
-        train_system(system, self.config, settings, self._data(), model, folder, masks=masks, mode=mode)
+        make_system(system, self.config, self.folder, self._data(), folder)
+
+    def _prune(self, system: str, folder: Path) -> None:
+        from nspec.mt.making import prune
+
+        with self.display.bar("weight_masks") as progress:
+            prune(system, self.config, self.folder, self._data(), folder, progress)
 
     def evaluate(self, system: str | None = None) -> None:
         """Translates and scores the test sets of a system (of all of them: None): ``scores/<system>/``.
@@ -280,10 +204,10 @@ class Pipeline:
         Raises:
             ValueError: the run has no such system.
         """
-        chosen = [self._known(system)] if system else self.config.run.systems
+        chosen = [self._known(system)] if system else system_names(self.config)
         for name in chosen:
             self._do(f"evaluate:{name}", functools.partial(self._translate, name), everyone=True)
-        for name in self.config.run.systems:  # the tests of others may be new too, when this is their baseline
+        for name in system_names(self.config):  # the tests of others may be new too, when this is their baseline
             if self.run.finished(f"evaluate:{name}"):
                 self._do(f"score:{name}", functools.partial(self._score, name))
 
@@ -295,11 +219,14 @@ class Pipeline:
         left = [task for task in data.tasks if not _decoded(folder, task).is_file()]
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
-        model, tokenizer = self._system(system)
-        translator = Translator(model, tokenizer, self.config.decode)
+        each = kind_of(self.config, system).method == "each"
+        translator = None if each else Translator(*self._system(system), self.config.decode)
         done = 0
         with self.display.bar(f"evaluate {system}", "sentences") as progress:
             for task in left[self.world.rank :: self.world.size]:
+                if each:
+                    translator = Translator(*self._system(f"{system}/{task}"), self.config.decode)
+                assert translator is not None
                 begun = time.monotonic()
                 sources, _ = data.text("test", task)
                 hypotheses = []
@@ -359,16 +286,26 @@ class Pipeline:
         return load_system(self.folder / "systems" / system / "model", place)
 
     def _known(self, system: str) -> str:
-        if system not in self.config.run.systems:
-            raise ValueError(f"--system {system}: run.systems has {', '.join(self.config.run.systems)}")
+        if system not in system_names(self.config):
+            raise ValueError(f"--system {system}: the run has {', '.join(system_names(self.config))}")
         return system
 
-    def _needs_masks(self, arrow: str) -> None:
-        if arrow not in self.run.stages:
+    def _made(self, folder_of: Callable[[Config, str], str | None]) -> dict[str, str]:
+        """The folders that systems with masks read, each with the first of these systems; the run's own first.
+
+        Raises:
+            ValueError: no system has masks.
+        """
+        found: dict[str, str] = {}
+        for system in masked_systems(self.config):
+            if folder := folder_of(self.config, system):
+                found.setdefault(folder, system)
+        if not found:
             raise ValueError(
-                f"{arrow}: no system of this run needs masks (run.systems is {self.config.run.systems}); "
+                f"no system of this run needs neuron masks (run.systems is {self.config.run.systems}); "
                 "add forward, update or random"
             )
+        return dict(sorted(found.items(), key=lambda item: "/" in item[0]))
 
 
 def _decoded(folder: Path, task: str) -> Path:

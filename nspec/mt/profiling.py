@@ -13,12 +13,13 @@ from nspec.mt import distributed
 from nspec.mt.collate import collate
 from nspec.mt.config import ProfileConfig
 from nspec.mt.data import PairDataset, PreparedData
+from nspec.mt.other_text import OtherText
 from nspec.mt.sampling import evaluation_batches
 
 
 def profile_tasks(
     model: nn.Module,
-    data: PreparedData,
+    data: PreparedData | OtherText,
     config: ProfileConfig,
     batch_tokens: int,
     progress: Callable[[str, int, int], None] | None = None,
@@ -29,7 +30,7 @@ def profile_tasks(
 
     Args:
         model: dense, or specialised and then profiled dense.
-        data: the prepared text.
+        data: the prepared text, or that of another folder.
         config: which text, how much, and whether padding counts.
         batch_tokens: most tokens of a batch, padding counted.
         progress: called as ``progress(task, batches done, batches in all)`` after each batch of this process.
@@ -44,7 +45,7 @@ def profile_tasks(
     rank, world = distributed.rank(), distributed.world()
     mine: dict[str, list[list[int]]] = {}
     for number, task in enumerate(data.tasks):
-        batches = evaluation_batches(data, config.split, task, batch_tokens, limit=config.sentences)
+        batches = evaluation_batches(data, config.split, task, batch_tokens, config.sentences, config.share)
         if not batches:
             raise ValueError(f"{task} has no {config.split} text to profile it on")
         if share := batches[(rank - number) % world :: world]:

@@ -260,7 +260,9 @@ def _cut(source: Ids, target: Ids, budget: int) -> Index:
     return np.array(edges, dtype=np.int64)
 
 
-def evaluation_batches(data: LengthSource, split: str, task: str, batch_tokens: int, limit: int = 0) -> list[list[int]]:
+def evaluation_batches(
+    data: LengthSource, split: str, task: str, batch_tokens: int, limit: int = 0, share: float = 1.0
+) -> list[list[int]]:
     """Batches of similar lengths for profiling and loss, longest first; always the same.
 
     Args:
@@ -270,11 +272,21 @@ def evaluation_batches(data: LengthSource, split: str, task: str, batch_tokens: 
         batch_tokens: most tokens of a batch, padding counted: sentences x (longest source + longest target). A pair
             that is longer comes alone.
         limit: only the first so many pairs; 0: all.
+        share: of these, in (0, 1]; evenly spread over them, one at least.
 
     Returns:
         Pair indices, each exactly once.
     """
     source, target = (lengths[: limit or None] for lengths in data.lengths(split, task))
+    if share < 1 and len(source):
+        chosen = np.unique((np.arange(max(1, round(share * len(source)))) / share).astype(np.int64))
+        chosen = chosen[chosen < len(source)]
+        batches = _batched(source[chosen], target[chosen], batch_tokens)
+        return [chosen[batch].tolist() for batch in batches]
+    return _batched(source, target, batch_tokens)
+
+
+def _batched(source: Ids, target: Ids, batch_tokens: int) -> list[list[int]]:
     # Longest first, so that what does not fit into memory shows at once; the longer side decides.
     order = np.lexsort((np.arange(len(source)), target - source, -np.maximum(source, target)))
     edges = _cut(source[order], target[order], batch_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,24 @@ _TOKENIZERS = {
     "kor": "ko-mecab",
 }
 
+METRICS = {"bleu": significance.bleu, "chrf": significance.chrf}
+
 Texts = Mapping[str, Sequence[str]]
+Groups = Mapping[str, Sequence[str]]
+Measured = Mapping[str, tuple[float, Floats]]  # score and per-sentence statistics of each metric
 
 
 @dataclass
 class _Corpus:
-    """What one direction of one system measured: scores in points and their bootstrap samples, float64 [samples]."""
+    """What one direction of one system measured: scores in points and their bootstrap samples, float64 [samples].
+
+    ``swapped``, float64 [trials], is how far it is above the baseline after exchanges at random; empty without one.
+    """
 
     score: dict[str, float]
     samples: dict[str, Floats]
     signature: dict[str, str]
+    swapped: dict[str, Floats]
 
 
 def bleu_tokenizer(target: str) -> tuple[str, str]:
@@ -69,6 +77,7 @@ def score_system(
     config: ScoreConfig,
     pivot: str,
     baseline: tuple[str, Texts] | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Any]:
     """Scores a system's translations and tests them against a baseline's.
 
@@ -78,15 +87,17 @@ def score_system(
         config: how many bootstrap samples.
         pivot: directions from and to this language are averaged apart; empty: only the average over all.
         baseline: name and translations of the system to test against; None: no test.
+        groups: more averages, as :func:`average_groups` takes them.
 
     Returns:
         What goes into ``scores.json``: ``signatures``, ``tasks`` (scores in points, 0 to 100, with the bounds of their
-        95 % bootstrap intervals, signatures, differences and p values) and ``average`` (macro averages over ``all``
-        directions, ``from_<pivot>`` and ``to_<pivot>``, tested like a direction).
+        95 % bootstrap intervals, signatures, and under ``baseline`` differences and p values: ``<metric>_p`` of the
+        paired bootstrap, ``<metric>_p_ar`` of approximate randomisation with ``ar_trials`` trials) and ``average``
+        (macro averages over ``all`` directions, ``from_<pivot>``, ``to_<pivot>`` and groups, tested like a direction).
 
     Raises:
         ValueError: a direction without hypotheses, references or a baseline, numbers of lines that differ, an empty
-            test set, or too few bootstrap samples.
+            test set, too few bootstrap samples, or a group that does not fit the directions.
     """
     if config.bootstrap < MIN_BOOTSTRAP:
         raise ValueError(f"score.bootstrap is {config.bootstrap}; a 95 % interval needs at least {MIN_BOOTSTRAP}")
@@ -95,6 +106,7 @@ def score_system(
     _check("system", hypotheses, references)
     if baseline is not None:
         _check(f"baseline {baseline[0]!r}", baseline[1], references)
+    averaged = average_groups(references, pivot, groups)
 
     signatures: dict[str, Any] = {"bleu": {}, "chrf": ""}
     tasks: dict[str, dict[str, Any]] = {}
@@ -110,28 +122,71 @@ def score_system(
         signatures["bleu"][bleu_tokenizer(_target(task))[0]] = signature["bleu"]
         signatures["chrf"] = signature["chrf"]
         entry: dict[str, Any] = {"sentences": len(lines)}
-        for metric in ("bleu", "chrf"):
+        for metric in METRICS:
             entry |= _with_interval(metric, corpora[0].score[metric], corpora[0].samples[metric])
             entry[f"{metric}_signature"] = signature[metric]
         entry["baseline"] = _compare(baseline[0], corpora[0], corpora[1]) if baseline else None
         tasks[task] = entry
 
-    groups = {"all": list(references)}
-    if pivot:
-        groups[f"from_{pivot}"] = [task for task in references if task.startswith(f"{pivot}-")]
-        groups[f"to_{pivot}"] = [task for task in references if task.endswith(f"-{pivot}")]
     average: dict[str, Any] = {}
-    for group, members in groups.items():
-        if not members:
-            continue
+    for group, members in averaged.items():
         own = _mean([measured[task] for task in members])
         entry = {"directions": len(members)}
-        for metric in ("bleu", "chrf"):
+        for metric in METRICS:
             entry |= _with_interval(metric, own.score[metric], own.samples[metric])
         other = _mean([compared[task] for task in members]) if baseline else None
         entry["baseline"] = _compare(baseline[0], own, other) if baseline and other else None
         average[group] = entry
     return {"signatures": signatures, "tasks": tasks, "average": average}
+
+
+def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = None) -> dict[str, list[str]]:
+    """The directions of each average.
+
+    Args:
+        tasks: the directions that are scored.
+        pivot: see :func:`score_system`.
+        groups: name -> languages or directions, such as ``{"low": ["is", "en-mt"]}``. A language stands for each
+            direction from it and to it.
+
+    Returns:
+        ``all``, ``from_<pivot>`` and ``to_<pivot>`` where there are such directions, and each group. A group with
+        directions on both sides of the pivot is followed by its halves, ``<group>/from_<pivot>`` and
+        ``<group>/to_<pivot>``: papers give both, as translation from and into a small language differ.
+
+    Raises:
+        ValueError: a group is empty, has the name of another average, or names what is not scored, or the pivot.
+    """
+    tasks = list(tasks)
+    sides = {}
+    if pivot:
+        sides[f"from_{pivot}"] = [task for task in tasks if task.startswith(f"{pivot}-")]
+        sides[f"to_{pivot}"] = [task for task in tasks if task.endswith(f"-{pivot}")]
+    found = {"all": tasks} | {side: members for side, members in sides.items() if members}
+    languages = sorted({code for task in tasks for code in task.split("-")})
+    for group, names in (groups or {}).items():
+        if group == "all" or group.startswith(("from_", "to_")) or "/" in group:
+            raise ValueError(
+                f"group {group}: all, from_..., to_... and names with / are those of other averages; rename it"
+            )
+        if not names:
+            raise ValueError(f"group {group} is empty; give it languages or directions, or leave it out")
+        for name in names:
+            if name == pivot:
+                raise ValueError(
+                    f"group {group} has the pivot {pivot}, which says nothing of a direction; leave it out"
+                )
+            if name not in languages and name not in tasks:
+                known = ", ".join([*languages, *tasks])
+                raise ValueError(
+                    f"group {group}: {name} is not a language or direction that is scored; there are {known}"
+                )
+        members = [task for task in tasks if {task, *task.split("-")} & set(names)]
+        found[group] = members
+        halves = {f"{group}/{side}": [task for task in members if task in of] for side, of in sides.items()}
+        if all(halves.values()):
+            found |= halves
+    return found
 
 
 def _target(task: str) -> str:
@@ -158,7 +213,7 @@ def _check(who: str, hypotheses: Texts, references: Texts) -> None:
 
 
 def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[str], samples: int) -> list[_Corpus]:
-    """Scores of systems on one test set and their bootstrap samples, drawn jointly."""
+    """Scores of a system, and of a baseline after it, on one test set, with samples that are drawn jointly."""
     from sacrebleu.metrics import BLEU, CHRF
 
     tokenizer, note = bleu_tokenizer(_target(task))
@@ -167,7 +222,6 @@ def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[s
         "bleu": BLEU(tokenize=tokenizer, force=True, references=[references]),
         "chrf": CHRF(word_order=2, references=[references]),
     }
-    formulas = {"bleu": significance.bleu, "chrf": significance.chrf}
     signature = {}
     for name, metric in metrics.items():
         metric.n_bootstrap, metric.seed = samples, str(significance.SEED)
@@ -179,22 +233,35 @@ def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[s
     blocks = [system[name][1] for system in measured for name in metrics]
     drawn = significance.resample(np.concatenate(blocks, axis=1), samples)
     parts = iter(np.split(drawn, np.cumsum([block.shape[1] for block in blocks])[:-1], axis=1))
-    return [
+    corpora = [
         _Corpus(
             score={name: system[name][0] for name in metrics},
-            samples={name: formulas[name](next(parts)) for name in metrics},
+            samples={name: METRICS[name](next(parts)) for name in metrics},
             signature=signature,
+            swapped={},
         )
         for system in measured
     ]
+    if len(measured) == 2:
+        corpora[0].swapped = _swap(*measured)
+    return corpora
+
+
+def _swap(system: Measured, baseline: Measured) -> dict[str, Floats]:
+    """How far the system is above the baseline, for each metric, after exchanges at random: float64 [trials]."""
+    one, two = (np.concatenate([measured[name][1] for name in METRICS], axis=1) for measured in (system, baseline))
+    ends = np.cumsum([system[name][1].shape[1] for name in METRICS])[:-1]
+    own, other = (np.split(sums, ends, axis=1) for sums in significance.swap(one, two))
+    return {name: formula(a) - formula(b) for (name, formula), a, b in zip(METRICS.items(), own, other)}
 
 
 def _mean(corpora: Sequence[_Corpus]) -> _Corpus:
     """The macro average: each direction counts the same, whatever its size."""
     return _Corpus(
-        score={m: float(np.mean([corpus.score[m] for corpus in corpora])) for m in ("bleu", "chrf")},
-        samples={m: np.mean([corpus.samples[m] for corpus in corpora], axis=0) for m in ("bleu", "chrf")},
+        score={m: float(np.mean([corpus.score[m] for corpus in corpora])) for m in METRICS},
+        samples={m: np.mean([corpus.samples[m] for corpus in corpora], axis=0) for m in METRICS},
         signature={},
+        swapped={m: np.mean([corpus.swapped[m] for corpus in corpora], axis=0) for m in corpora[0].swapped},
     )
 
 
@@ -204,9 +271,10 @@ def _with_interval(metric: str, score: float, samples: Floats) -> dict[str, floa
 
 
 def _compare(name: str, system: _Corpus, baseline: _Corpus) -> dict[str, Any]:
-    result: dict[str, Any] = {"system": name}
-    for metric in ("bleu", "chrf"):
+    result: dict[str, Any] = {"system": name, "ar_trials": significance.TRIALS}
+    for metric in METRICS:
         delta = system.score[metric] - baseline.score[metric]
         result[f"{metric}_delta"] = delta
         result[f"{metric}_p"] = significance.paired_p_value(system.samples[metric], baseline.samples[metric], delta)
+        result[f"{metric}_p_ar"] = significance.randomisation_p_value(system.swapped[metric], delta)
     return result

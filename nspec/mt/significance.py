@@ -1,9 +1,10 @@
-"""Bootstrap intervals and paired bootstrap tests over BLEU and chrF++, vectorised over the samples.
+"""Bootstrap intervals and paired tests (bootstrap, approximate randomisation) over BLEU and chrF++, vectorised.
 
 sacreBLEU scores a corpus from sums of per-sentence statistics (n-gram matches and lengths). Everything here works on
 these statistics: one matrix product draws all bootstrap samples of a corpus, and array versions of the two formulas
 score them at once. The samples are those that sacreBLEU draws (numpy's default generator, seed 12345), intervals and p
-values follow its definitions, so that the numbers are the library's; see :func:`paired_p_value` for the one exception.
+values follow its definitions, so that the numbers are the library's; :func:`paired_p_value` and
+:func:`randomisation_p_value` name their exceptions. Approximate randomisation swaps sentences as it does.
 
 The same seed for every corpus is deliberate. Corpora of the same size draw the same sentence numbers, so a multiway
 test set (line i means the same in every language) is resampled jointly over its directions, which an average over
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SEED = 12345  # sacreBLEU's default
+TRIALS = 10_000  # of approximate randomisation: sacreBLEU's default
 
 _CHUNK_CELLS = 4_000_000  # sentence draws held at a time: 32 MB of indices
+_TIE = 1e-9  # points; rounding of the array formulas is far below, and a real difference of two corpora far above
 _BLEU_ORDER = 4
 _CHRF_ORDER = 6 + 2  # characters and words: chrF++
 _BETA2 = 4.0
@@ -149,3 +152,48 @@ def paired_p_value(system: Floats, baseline: Floats, delta: float) -> float:
         return 1.0
     stray = int(np.sum(difference - difference.mean() > abs(delta)))
     return (stray + 1) / (len(difference) + 1)
+
+
+def swap(system: Floats, baseline: Floats, trials: int = TRIALS, seed: int = SEED) -> tuple[Floats, Floats]:
+    """Sums of statistics of two systems whose translations were exchanged at random, sentence by sentence.
+
+    Args:
+        system: float64 [sentences, k]; columns of several metrics side by side share their exchanges.
+        baseline: float64 [sentences, k], those of the baseline.
+        trials: how many times; each sentence is exchanged in half of them.
+        seed: of numpy's default generator.
+
+    Returns:
+        Two float64 [trials, k], the sums of either side; exact, as the statistics are whole numbers.
+    """
+    sentences = len(system)
+    generator = np.random.default_rng(seed)
+    # One product is enough: what one side wins by an exchange the other one loses.
+    moved, gain = np.empty((trials, system.shape[1])), system - baseline
+    # The generator takes 32 choices from one of its numbers and drops what is left of it at the end of a call, so a
+    # multiple of 32 choices a call makes those of one call for all.
+    step = 32 * max(1, _CHUNK_CELLS // (32 * sentences))
+    for start in range(0, trials, step):
+        rows = min(step, trials - start)
+        exchanged = generator.integers(2, size=(rows, sentences), dtype=bool)
+        moved[start : start + rows] = exchanged.astype(np.float64) @ gain
+    return system.sum(0) - moved, baseline.sum(0) + moved
+
+
+def randomisation_p_value(differences: Floats, delta: float) -> float:
+    """The two-sided p value of paired approximate randomisation: (b + 1) / (trials + 1), never 0.
+
+    If the systems were equally good it would not matter which of the two said what: a trial counts against the
+    difference (b of them do) when that of the exchanged systems is at least as large, whatever its sign.
+
+    sacreBLEU does not count a trial with the same difference. For test sets of usual size there is none and the p values
+    are equal; but where systems differ in a few sentences only, most trials are such ties, and leaving them out makes
+    any difference significant: of two systems that differ in one sentence the library says p = 1 / (trials + 1), where
+    chance alone gives such a difference always (p = 1).
+
+    Args:
+        differences: float64 [trials], scores of one side minus those of the other after :func:`swap`.
+        delta: the difference of the two systems on the test set itself; its sign does not matter.
+    """
+    stray = int(np.sum(np.abs(differences) >= abs(delta) - _TIE))
+    return (stray + 1) / (len(differences) + 1)

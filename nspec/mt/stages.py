@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ NEUTRAL = {
     "run.threads",
     "run.device",
     "run.systems",
+    "run.variants",
     "train.log_every",
     "train.compile",
     "specialize.log_every",
@@ -59,6 +60,7 @@ class Stage:
         after: names of the stages whose results it reads; all of them must be finished.
         resumable: an unfinished one goes on, instead of starting over.
         derived: cheap and wholly made from its inputs, so that it is made anew where they or the options changed.
+        overrides: options that have another value here than in the configuration: those of a variant.
         record: file in the folder that says that it is finished; another where two stages share a folder.
     """
 
@@ -69,6 +71,7 @@ class Stage:
     after: tuple[str, ...] = ()
     resumable: bool = False
     derived: bool = False
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: str = "stage.json"
 
 
@@ -120,7 +123,7 @@ class Run:
     def _options(self, stage: Stage) -> dict[str, Any]:
         return {
             name: value
-            for name, value in self._values.items()
+            for name, value in (self._values | dict(stage.overrides)).items()
             if name not in NEUTRAL and (name in stage.options or name.partition(".")[0] in stage.options)
         }
 

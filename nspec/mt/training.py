@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
-import nspec
 from nspec.files import write_json
 from nspec.mt import checkpoints, distributed
 from nspec.mt.checkpoints import Progress, TrainingLog
@@ -25,12 +22,12 @@ from nspec.mt.collate import collate
 from nspec.mt.config import Config, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData
 from nspec.mt.evaluation import Validator
-from nspec.mt.model import quiet_transformers, save_system
+from nspec.mt.methods import Method
+from nspec.mt.model import load_weights, quiet_transformers, save_system
 from nspec.mt.sampling import TaskBatchSampler
 from nspec.mt.supervision import Supervisor, stopping_on_sigterm
 from nspec.mt.trainer import TaskTrainer, resolve_precision
 from nspec.mt.world import World
-from nspec.nn.masked_linear import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +45,7 @@ def train_system(
     model: PreTrainedModel,
     folder: Path,
     *,
-    masks: nspec.NeuronMasks | None = None,
-    mode: Mode | None = None,
+    method: Method | None = None,
     progress: bool = True,
 ) -> None:
     """Trains a system to the end, or goes on where an earlier call was stopped or killed.
@@ -62,52 +58,50 @@ def train_system(
         config: seed, device and decoding limits.
         settings: how it is trained.
         data: the prepared text.
-        model: the weights to start from; specialised here when masks are given, and holding the best ones in the end.
+        model: the weights to start from; ``method`` is applied to it here, and it holds the best weights in the end.
         folder: gets ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and in the end ``model/`` and ``summary.json``.
-        masks: the active neurons of every task of ``data``.
-        mode: ``forward`` or ``update``; goes with ``masks``.
+        method: what makes the system other than dense; knows every task of ``data``.
         progress: show a bar on a terminal, else a line for each validation, on standard error.
 
     Raises:
-        ValueError: settings that contradict each other, a task without masks, or checkpoints of another training.
+        ValueError: settings that contradict each other, a task that the method does not know, or checkpoints of
+            another training.
         TrainingDiverged: a loss or gradient is not finite; the checkpoints are intact.
         SystemExit: SIGTERM came (single process); a checkpoint was saved and the next call goes on from it.
     """
     folder = Path(folder)
     World().connect(config.run.device)
-    _check(settings, data, masks, mode)
-    state, resumed = _state(folder, settings, config.run.seed, masks, mode)
+    _check(settings, data, method)
+    state, resumed = _state(folder, settings, config.run.seed, method)
     trained = (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file()
     if trained and (resumed is None or state.stopped):
         logger.info("%s: %s is trained already", system, folder)
         return
     device = distributed.resolve_device(config.run.device)
     precision = resolve_precision(settings.precision, device, int(getattr(model.config, "hidden_size", 0)))
-    if masks is not None and mode is not None:
-        nspec.specialize(model, masks, mode=mode)
+    dense = sum(p.numel() for p in model.parameters())
+    if method is not None:
+        method.attach(model)
     if not state.stopped:
         shown = system if progress else None
-        _train(config, settings, data, model, folder, state, resumed, device, precision, mode, shown)
+        _train(config, settings, data, model, folder, state, resumed, device, precision, method, shown)
     best = folder / "checkpoints" / f"checkpoint-{state.best_step}"
     load_weights(model, best if best.is_dir() else folder / "model")  # there when a finished training went on
     model.eval()
     (tokens,) = distributed.all_sum([state.tokens])
     if distributed.rank() == 0:
-        save_system(model, data.tokenizer, folder / "model", masks, mode)
-        write_json(
-            folder / "summary.json",
-            _summary(system, settings, model, state, int(tokens), masks, mode, device, precision),
-        )
+        save_system(model, data.tokenizer, folder / "model", method)
+        summary = _summary(system, settings, model, state, int(tokens), method, device, precision)
+        write_json(folder / "summary.json", summary | {"parameters_added": summary["parameters"] - dense})
         checkpoints.keep_only(folder / "checkpoints", checkpoints.whole(folder / "checkpoints")[-1:])
     distributed.barrier()
 
 
-def _check(settings: TrainConfig, data: PreparedData, masks: nspec.NeuronMasks | None, mode: Mode | None) -> None:
-    if (masks is None) != (mode is None):
-        raise ValueError(f"masks and mode go together; masks are {'given' if masks else 'not given'}, mode is {mode!r}")
-    if masks is not None and (lost := [task for task in data.tasks if task not in masks.tasks]):
-        raise ValueError(f"no masks for {', '.join(lost)}; there are masks for {', '.join(masks.tasks)}")
-    if settings.optimizer == "row_sparse_adamw" and masks is None:
+def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> None:
+    if method is not None and (lost := [task for task in data.tasks if task not in method.tasks]):
+        what = "masks" if method.mode else method.name
+        raise ValueError(f"no {what} for {', '.join(lost)}; there are {what} for {', '.join(method.tasks)}")
+    if settings.optimizer == "row_sparse_adamw" and not (method and method.by_rows):
         raise ValueError("optimizer row_sparse_adamw needs a specialised model; take adamw for a dense one")
     if settings.best == "bleu" and settings.valid_bleu_sentences == 0:
         raise ValueError("best is bleu, so valid_bleu_sentences must be above 0")
@@ -121,12 +115,12 @@ def _check(settings: TrainConfig, data: PreparedData, masks: nspec.NeuronMasks |
         )
 
 
-def _state(
-    folder: Path, settings: TrainConfig, seed: int, masks: nspec.NeuronMasks | None, mode: Mode | None
-) -> tuple[Progress, Path | None]:
+def _state(folder: Path, settings: TrainConfig, seed: int, method: Method | None) -> tuple[Progress, Path | None]:
     """Where training stands, and the checkpoint to go on from; partial checkpoints are deleted."""
     options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
-    options |= {"seed": seed, "mode": mode, "masks": _digest(masks)}
+    options |= {"seed": seed, "mode": None, "masks": None}
+    if method is not None:
+        options |= {"mode": method.mode or method.name, "masks": method.digest()}
     found = checkpoints.whole(folder / "checkpoints")
     distributed.barrier()
     if distributed.rank() == 0:
@@ -153,16 +147,6 @@ def _exhausted(state: Progress, settings: TrainConfig) -> bool:
     return 0 < settings.patience <= state.worse
 
 
-def _digest(masks: nspec.NeuronMasks | None) -> str | None:
-    if masks is None:
-        return None
-    digest = hashlib.sha256()
-    for task in masks.tasks:
-        for layer, mask in masks[task].items():
-            digest.update(f"{task} {layer} ".encode() + bytes(mask.to(torch.uint8).tolist()))
-    return digest.hexdigest()
-
-
 def _train(
     config: Config,
     settings: TrainConfig,
@@ -173,12 +157,13 @@ def _train(
     resumed: Path | None,
     device: torch.device,
     precision: str,
-    mode: Mode | None,
+    method: Method | None,
     shown: str | None,
 ) -> None:
     """Trains until ``state.stopped``; ``state`` and the checkpoints tell the caller what came of it."""
     with quiet_transformers(), _accelerate_precision(precision):
         arguments = _arguments(config, settings, folder, device, precision)
+        arguments.ddp_find_unused_parameters = method is not None and method.leaves_parameters
         rank, world = distributed.rank(), distributed.world()
         micro_batches = settings.updates * settings.accumulate
         sampler = TaskBatchSampler(
@@ -201,8 +186,8 @@ def _train(
         )
         if settings.compile:
             model.compile(dynamic=True)
-        trainer = TaskTrainer(model, arguments, settings, batches, switching=mode is not None)
-        validator = Validator(model, data, settings, config.decode, masked=mode == "forward", bf16=precision == "bf16")
+        trainer = TaskTrainer(model, arguments, settings, batches, switching=method is not None)
+        validator = Validator(model, data, settings, config.decode, bf16=precision == "bf16")
         log = TrainingLog(folder, state.step) if rank == 0 else None
         supervisor = Supervisor(trainer, validator, state, log, shown if rank == 0 else None)
         trainer.add_callback(supervisor)
@@ -240,7 +225,6 @@ def _arguments(
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
         ddp_backend="gloo" if device.type == "cpu" and distributed.world() > 1 else None,
-        ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         remove_unused_columns=False,
         logging_strategy="no",
@@ -270,43 +254,20 @@ def _accelerate_precision(precision: str) -> Iterator[None]:
             os.environ[_PRECISION] = before
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copies ``model.safetensors`` of a folder into the model; names that are tied to a stored one may be missing.
-
-    Raises:
-        ValueError: the file has other parameters than the model.
-    """
-    stored = load_file(folder / "model.safetensors")
-    result = model.load_state_dict(stored, strict=False)
-    own = model.state_dict()
-    covered = {own[name].data_ptr() for name in stored if name in own}
-    missing = [name for name in result.missing_keys if own[name].data_ptr() not in covered]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{folder / 'model.safetensors'} is not of this model: it lacks {missing[:3]} and has "
-            f"{result.unexpected_keys[:3]}, which the model has not"
-        )
-
-
-def _mean_density(masks: nspec.NeuronMasks) -> float:
-    shares = [share for layers in masks.density().values() for share in layers.values()]
-    return sum(shares) / len(shares)
-
-
 def _summary(
     system: str,
     settings: TrainConfig,
     model: nn.Module,
     state: Progress,
     tokens: int,
-    masks: nspec.NeuronMasks | None,
-    mode: Mode | None,
+    method: Method | None,
     device: torch.device,
     precision: str,
 ) -> dict[str, Any]:
     return {
         "system": system,
-        "mode": mode,
+        "method": method.name if method else None,
+        "mode": method.mode if method else None,
         "updates": state.step,
         "micro_batches": state.step * settings.accumulate,
         "train_seconds": state.seconds,
@@ -316,7 +277,8 @@ def _summary(
         "best_value": state.best_value,
         "best_metric": settings.best,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "density": None if masks is None else _mean_density(masks),
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **(method.facts() if method else {"density": None, "mask_bytes": 0}),
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

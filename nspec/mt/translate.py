@@ -15,7 +15,7 @@ import nspec
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
 from nspec.mt.vocabulary import encode, end_id, language_id
-from nspec.nn.ffn import TaskLinear
+from nspec.nn.switched import TaskSwitched
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,17 @@ WINDOW = 2000
 _ROOM = 10  # tokens that a translation may have beyond max_length_ratio times its source
 
 
+def decodes_by_task(model: PreTrainedModel) -> bool:
+    """Whether what the model computes depends on the task that it is switched to."""
+    return any(isinstance(module, TaskSwitched) and module.decodes_by_task for module in model.modules())
+
+
 class Translator:
     """Translates with a model that :func:`nspec.mt.model.load_system` loaded, or any of ``transformers``' like it.
 
     Args:
-        model: in evaluation mode while it translates. Specialised in mode ``forward``, it computes with the masks of
-            the direction that is asked for.
+        model: in evaluation mode while it translates. Where its forward pass depends on the task (masks in mode
+            ``forward``, adapters), it computes as the direction that is asked for does.
         tokenizer: of the model.
         decode: beam size and limits.
         window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
@@ -46,8 +51,7 @@ class Translator:
     ) -> None:
         self.model: Any = model  # transformers types what it adds to nn.Module too loosely
         self.tokenizer, self.decode, self.window = tokenizer, decode, window
-        layers = [module for module in model.modules() if isinstance(module, TaskLinear)]
-        self._masked = bool(layers) and layers[0].mode == "forward"
+        self._by_task = decodes_by_task(model)
         embeddings: Any = model.get_input_embeddings()
         self._spare = list(range(len(tokenizer), embeddings.num_embeddings))  # they only round the vocabulary up
 
@@ -75,7 +79,7 @@ class Translator:
             return language_id(self.tokenizer, source), language_id(self.tokenizer, target)
 
     def _task(self, task: str) -> AbstractContextManager[Any]:
-        return nspec.task(self.model, task) if self._masked else nullcontext()
+        return nspec.task(self.model, task) if self._by_task else nullcontext()
 
     def _windows(self, lines: Iterator[str], window: int, task: str, source: int, target: int) -> Iterator[str]:
         first = 1

@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 from nspec.mt.config import Config, TrainConfig
-
-SYSTEMS = ("dense", "continued", "forward", "update", "random")
+from nspec.mt.systems import KINDS, config_of, system_names, variants_of
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
 
@@ -90,6 +89,17 @@ def _training(config: Config, section: str) -> None:
         )
 
 
+def _varied(config: Config) -> None:
+    """What variants may change."""
+    _training(config, "specialize")
+    _at_least(config, 0, "profile.sentences")
+    _share("profile.share", config.profile.share, zero=False, one=True)
+    _share("select.k", config.select.k, zero=False, one=True)
+    _at_least(config, 1, "finetune.updates", "adapters.bottleneck", "bilingual.updates")
+    _positive(config, "finetune.lr", "adapters.lr")
+    _share("lass.alpha", config.lass.alpha, zero=True, one=False)
+
+
 def validate(config: Config) -> None:
     """Checks the values of all options, alone and against each other.
 
@@ -98,14 +108,14 @@ def validate(config: Config) -> None:
     """
     systems = config.run.systems
     for system in systems:
-        if system not in SYSTEMS:
-            raise ValueError(f"run.systems: expected systems out of {', '.join(SYSTEMS)}, found {system!r}")
+        if system not in KINDS:
+            raise ValueError(f"run.systems: expected systems out of {', '.join(KINDS)}, found {system!r}")
     _distinct("run.systems", systems)
     if systems[:1] != ["dense"]:
         raise ValueError(f"run.systems: must begin with dense, which the others start from, found {systems}")
     if not config.run.folder.strip():
         raise ValueError("run.folder: expected a folder, found nothing")
-    _at_least(config, 0, "run.seed", "run.threads", "profile.sentences")
+    _at_least(config, 0, "run.seed", "run.threads")
     if config.run.seed >= 2**32:
         raise ValueError(f"run.seed: expected less than 2**32, found {config.run.seed}")
     _languages(config)
@@ -126,10 +136,15 @@ def validate(config: Config) -> None:
     _share("model.dropout", model.dropout, zero=True, one=False)
     _share("model.attention_dropout", model.attention_dropout, zero=True, one=False)
     _training(config, "train")
-    _training(config, "specialize")
-    _share("select.k", config.select.k, zero=False, one=True)
+    _varied(config)
     _at_least(config, 1, "decode.beam", "decode.batch_tokens")
     _positive(config, "decode.max_length_ratio")
     _at_least(config, 40, "score.bootstrap")  # with fewer samples there is no 95 % interval
-    if config.score.baseline not in SYSTEMS:
-        raise ValueError(f"score.baseline: expected one of {', '.join(SYSTEMS)}, found {config.score.baseline!r}")
+    known = dict.fromkeys([*KINDS, *system_names(config)])
+    if config.score.baseline not in known:
+        raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {config.score.baseline!r}")
+    for variant in variants_of(config):
+        try:
+            _varied(config_of(config, variant))
+        except ValueError as error:
+            raise ValueError(f"run.variants: {variant}: {error}") from None

@@ -22,6 +22,8 @@ from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
 from .masked_linear import MaskedLinear
+from .recompute import backward_pass
+from .switched import TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
 _PROBE = 64  # wide enough that dropout of 0.1 goes unseen once in a thousand for a single token
@@ -36,7 +38,7 @@ class TaskState(NamedTuple):
     set_in: int
 
 
-class TaskLinear(MaskedLinear):
+class TaskLinear(MaskedLinear, TaskSwitched):
     """A masked layer that knows the active sets of several tasks. ``nn.Linear`` modules are turned into it in place."""
 
     _sets: dict[str, ActiveSet]
@@ -52,6 +54,11 @@ class TaskLinear(MaskedLinear):
     def tasks(self) -> list[str]:
         """The tasks that this layer has masks of."""
         return list(self._sets)
+
+    @property
+    def decodes_by_task(self) -> bool:
+        """In mode ``forward`` alone: in mode ``update`` the forward pass is dense."""
+        return self.mode == "forward"
 
     @property
     def task(self) -> str | tuple[str, ...] | None:
@@ -86,6 +93,10 @@ class TaskLinear(MaskedLinear):
         self._task = state.task
         self._use(state.active, state.batch)
         self._set_in = state.set_in
+
+    def again(self, state: TaskState) -> TaskState:
+        """The same, set in the backward pass that is running."""
+        return state._replace(set_in=backward_pass())
 
 
 class CompactFc1(TaskLinear):

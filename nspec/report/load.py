@@ -13,6 +13,7 @@ from nspec.analysis import order_tasks
 from nspec.files import read_json
 from nspec.mt import options
 from nspec.mt.config import Config
+from nspec.mt.systems import KINDS, Variant, masks_folder, system_names, variants_of
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 METRICS = ("bleu", "chrf")
 _SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
 _TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
+_LATER_TEST_KEYS = ["bleu_p_ar", "chrf_p_ar"]  # scores.json of older runs has none
 
 
 @dataclass
@@ -37,7 +39,9 @@ class System:
 class RunData:
     """A run folder.
 
-    ``baseline`` is the system that the scores were tested against; ``missing`` says what is not there yet.
+    ``baseline`` is the system that the scores were tested against; ``missing`` says what is not there yet; ``sizes`` are
+    training pairs by direction (empty before the text is prepared); ``variant_masks`` are the neurons of those variants
+    that have a selection of their own.
     """
 
     folder: Path
@@ -49,6 +53,27 @@ class RunData:
     baseline: str
     stages: list[dict[str, Any]]
     missing: list[str]
+    variants: dict[str, Variant]
+    sizes: dict[str, int]
+    variant_masks: dict[str, NeuronMasks]
+
+    def name(self, system: str) -> str:
+        """A system's name for readers, see :func:`nspec.report.words.system_name`."""
+        from nspec.report.words import system_name  # that module reads this one
+
+        return system_name(system, self.variants)
+
+    def short(self, system: str) -> str:
+        """A system's name where there is little room: what a variant is shows elsewhere."""
+        return system if system in self.variants else self.name(system)
+
+    def base_of(self, system: str) -> str:
+        """What a system is a variant of; itself where it is none."""
+        return self.variants[system].of if system in self.variants else system
+
+    def masks_at(self, folder: str | None) -> NeuronMasks | None:
+        """The neuron masks in a folder of the run; None where there are none."""
+        return self.masks if folder == "masks" else _masks(self.folder / folder) if folder else None
 
     @property
     def scored(self) -> dict[str, dict[str, Any]]:
@@ -87,6 +112,9 @@ def load_run(run: Path) -> RunData:
         baseline=_baseline(config, systems),
         stages=_stages(run),
         missing=_missing(run, systems, masks, config),
+        variants=variants_of(config),
+        sizes=_sizes(run / "prepared" / "meta.json"),
+        variant_masks=_variant_masks(run, config),
     )
 
 
@@ -94,7 +122,7 @@ def _system_names(run: Path, config: Config) -> list[str]:
     """Those of the configuration in its order, then others that left something, but not what ``--redo`` set aside."""
     found = {path.name for part in ("systems", "scores") for path in (run / part).glob("*") if path.is_dir()}
     extra = sorted(name for name in found if not re.search(r"\.old-\d+$", name) and not name.startswith("."))
-    return list(dict.fromkeys([*config.run.systems, *extra]))
+    return list(dict.fromkeys([*system_names(config), *extra]))
 
 
 def _system(run: Path, name: str) -> System:
@@ -167,7 +195,7 @@ def _scores(path: Path) -> dict[str, Any]:
             need(entry, key, where, number, "a number")
         test = entry.get("baseline")
         if test is not None:
-            for key in _TEST_KEYS:
+            for key in _TEST_KEYS + [key for key in _LATER_TEST_KEYS if key in test]:
                 need(test, key, f"{where}.baseline", number, "a number")
             need(test, "system", f"{where}.baseline", lambda v: isinstance(v, str), "a name")
 
@@ -201,16 +229,39 @@ def _masks(folder: Path) -> NeuronMasks | None:
     return NeuronMasks.load(folder)
 
 
+def _variant_masks(run: Path, config: Config) -> dict[str, NeuronMasks]:
+    found = {}
+    for name in variants_of(config):
+        place = masks_folder(config, name)
+        masks = _masks(run / place) if place and place.startswith("variants/") else None
+        if masks is not None:
+            found[name] = masks
+    return found
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Training pairs of each direction, from what preparing the text wrote; empty where that is not there."""
+    counts = _dictionary(path).get("counts") if path.is_file() else None
+    train = counts.get("train") if isinstance(counts, dict) else None
+    if not isinstance(train, dict):
+        return {}
+    return {task: size for task, size in train.items() if isinstance(size, int) and size > 0}
+
+
 def _stages(run: Path) -> list[dict[str, Any]]:
     """What each finished step wrote about itself, in the order of a run."""
-    order = ["prepared", "systems/dense", "profile", "masks", "random_masks", "systems", "scores"]
+    order = ["prepared", "systems/dense", "profile", "masks", "random_masks", "variants", "systems", "scores"]
 
     def place(folder: str) -> tuple[int, str]:
         known = folder if folder in order else folder.partition("/")[0]
         return order.index(known) if known in order else len(order), folder
 
     records = []
-    for path in [path for pattern in ("*/*stage*.json", "*/*/*stage*.json") for path in run.glob(pattern)]:
+    for path in [
+        path
+        for pattern in ("*/*stage*.json", "*/*/*stage*.json", "variants/*/*/*stage*.json")
+        for path in run.glob(pattern)
+    ]:
         folder = path.parent.relative_to(run).as_posix()
         if folder != "report" and not re.search(r"\.old-\d+(/|$)", folder):
             records.append(_dictionary(path) | {"folder": folder})
@@ -224,6 +275,6 @@ def _missing(run: Path, systems: dict[str, System], masks: object, config: Confi
     unscored = [name for name, system in systems.items() if system.scores is None]
     if untrained:
         missing.append(f"the training of {', '.join(untrained)}")
-    if masks is None and {"forward", "update", "random"} & set(config.run.systems):
+    if masks is None and any(KINDS[name].masks for name in config.run.systems if name in KINDS):
         missing.append("the neuron masks")
     return missing + ([f"the scores of {', '.join(unscored)}"] if unscored else [])

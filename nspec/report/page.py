@@ -7,8 +7,13 @@ from typing import Any
 
 from nspec import analysis
 from nspec.files import write_text
-from nspec.report import figures, words
+from nspec.report import figures, published, words
+from nspec.report.ablations import ablation_section
+from nspec.report.blocks import block_order
+from nspec.report.costs import cost_rows
+from nspec.report.levels import level_section, transfer_section
 from nspec.report.load import METRICS, RunData, load_run
+from nspec.report.relations import relation_section
 from nspec.report.tables import write_overlap, write_scores
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +41,7 @@ def build_report(run: Path) -> Path:
     environment.filters["group_name"] = words.group_name
     html = environment.get_template("report.html.j2").render(context(data))
     folder = data.folder / "report"
-    write_scores(data, folder / "scores.tsv")
+    write_scores(data.scored, data.tasks, folder / "scores.tsv")
     if data.masks is not None:
         write_overlap(data, folder)
     write_text(folder / "index.html", html)
@@ -50,12 +55,12 @@ def context(data: RunData) -> dict[str, Any]:
         "headline": words.headline(data),
         "setup": words.setup_sentence(data),
         "findings": [
-            {"system": words.system_name(name), "colour": figures.css_colour(name, list(data.systems)), "text": text}
+            {"system": data.name(name), "colour": figures.css_colour(name, list(data.systems)), "text": text}
             for name in data.systems
             if (text := words.finding(data, name))
         ],
         "missing": data.missing,
-        "baseline": words.system_name(data.baseline),
+        "baseline": words.in_sentence(data.name(data.baseline)),
         "systems": _systems(data),
         "groups": _groups(data),
         "averages": _averages(data),
@@ -64,6 +69,13 @@ def context(data: RunData) -> dict[str, Any]:
         "masks": _masks(data),
         "loss": _loss(data),
         "speed": _speed(data),
+        "costs": cost_rows(data),
+        "levels": level_section(data) if data.scored else None,
+        "transfer": transfer_section(data),
+        "ablations": ablation_section(data),
+        "relations": relation_section(data),
+        "test_sentence": words.test_sentence(data),
+        "two_sided": words.two_sided(data),
         "samples": _samples(data),
         "stages": [_stage(record) for record in data.stages],
         "versions": _versions(data),
@@ -79,19 +91,25 @@ def _systems(data: RunData) -> list[dict[str, Any]]:
     return [
         {
             "id": name,
-            "name": words.system_name(name),
-            "meaning": words.SYSTEMS.get(name, ("", ""))[1],
+            "name": data.name(name),
+            "meaning": _meaning(data, name),
             "colour": figures.css_colour(name, list(data.systems)),
         }
         for name in data.systems
     ]
 
 
+def _meaning(data: RunData, name: str) -> str:
+    if name in data.variants:
+        return f"a variant of {words.in_sentence(words.system_name(data.base_of(name)))}, with other options"
+    return words.SYSTEMS.get(name, ("", ""))[1]
+
+
 def _groups(data: RunData) -> list[str]:
     return list(dict.fromkeys(group for scores in data.scored.values() for group in scores["average"]))
 
 
-def _cell(entry: dict[str, Any] | None, metric: str, best: float | None, about: str) -> dict[str, Any]:
+def _cell(data: RunData, entry: dict[str, Any] | None, metric: str, best: float | None, about: str) -> dict[str, Any]:
     """One score: its text, interval, mark and what is said on hover."""
     if entry is None:
         empty = dict.fromkeys(("interval", "mark", "delta", "p"), "")
@@ -100,14 +118,14 @@ def _cell(entry: dict[str, Any] | None, metric: str, best: float | None, about: 
     title = f"{about}: {entry[metric]:.2f} {words.METRIC_NAMES[metric]}, 95 % interval {low:.2f} to {high:.2f}"
     delta = p = ""
     if test:
-        delta, p = words.signed(test[f"{metric}_delta"]), words.p_text(test[f"{metric}_p"])
-        says = words.verdict(test[f"{metric}_delta"], test[f"{metric}_p"])
-        title += f"; {delta} against {words.system_name(test['system']).lower()}, {p}, {says}"
+        delta, p = words.signed(test[f"{metric}_delta"]), words.p_text(words.p_value(test, metric))
+        says = words.verdict(test[f"{metric}_delta"], words.p_value(test, metric))
+        title += f"; {delta} against {words.in_sentence(data.name(test['system']))}, {p}, {says}"
     return {
         "score": f"{entry[metric]:.2f}",
         "interval": f"{low:.1f}–{high:.1f}",
         "best": best is not None and entry[metric] == best,
-        "mark": words.mark(test, metric),
+        "mark": words.arrow(test, metric),
         "delta": delta,
         "p": p,
         "title": title,
@@ -125,9 +143,9 @@ def _averages(data: RunData) -> list[dict[str, Any]]:
             for metric in METRICS:
                 present = [entry[group][metric] for entry in entries.values() if group in entry]
                 best = max(present) if len(present) > 1 else None
-                about = f"{words.system_name(name)}, average of {words.group_name(group)}"
-                cells[f"{group} {metric}"] = _cell(entries.get(name, {}).get(group), metric, best, about)
-        rows.append({"id": name, "name": words.system_name(name), "cells": cells, "is_baseline": name == data.baseline})
+                about = f"{data.name(name)}, average of {words.group_name(group)}"
+                cells[f"{group} {metric}"] = _cell(data, entries.get(name, {}).get(group), metric, best, about)
+        rows.append({"id": name, "name": data.name(name), "cells": cells, "is_baseline": name == data.baseline})
     return rows
 
 
@@ -142,10 +160,12 @@ def _directions(data: RunData, metric: str) -> dict[str, Any]:
         if not present:
             continue
         best = max(present) if several else None
-        cells = [_cell(entries[name], metric, best, f"{task}, {words.system_name(name)}") for name in names]
+        cells = [_cell(data, entries[name], metric, best, f"{task}, {data.name(name)}") for name in names]
         sentences = next(entry["sentences"] for entry in entries.values() if entry)
         rows.append({"task": task, "sentences": words.count(sentences), "cells": cells})
-    heads = [{"name": words.system_name(name), "is_baseline": name == data.baseline} for name in names]
+    heads = [
+        {"name": data.short(name), "title": data.name(name), "is_baseline": name == data.baseline} for name in names
+    ]
     return {"metric": words.METRIC_NAMES[metric], "heads": heads, "rows": rows}
 
 
@@ -170,7 +190,7 @@ def _masks(data: RunData) -> dict[str, Any] | None:
     """Figures and numbers about the masks; None where there are none."""
     if data.masks is None:
         return None
-    tasks = analysis.order_tasks(data.masks.tasks, data.pivot)
+    tasks, blocks = block_order(data.masks.tasks, data.pivot)
     shares = analysis.density(data.masks, tasks=tasks)
     heats = []
     for side in figures.SIDES if len(tasks) > 1 else ():
@@ -182,8 +202,12 @@ def _masks(data: RunData) -> dict[str, Any] | None:
             svg = figures.draw(f"heat_{side}", data)
             heats.append({"side": side, "svg": svg, "mean": f"{iou:.3f}", "chance": f"{chance:.3f}"})
     return {
-        "density": figures.draw("density", data),
-        "published": figures.shows_published(data),
+        "masked": figures.draw("masked", data),
+        "published": bool(data.pivot),
+        "source": published.SOURCE,
+        "blocks": len({block.name for block in blocks}) > 1,
+        "published_iou": figures.draw("published_iou", data) if data.pivot and len(tasks) > 1 else "",
+        "published_iou_k": f"{published.IOU_K:g}",
         "mean": f"{shares.mean():.3f}",
         "low": f"{shares.min():.3f}",
         "high": f"{shares.max():.3f}",
@@ -194,7 +218,8 @@ def _masks(data: RunData) -> dict[str, Any] | None:
 
 
 def _loss(data: RunData) -> str:
-    if not any(system.training or system.validation for system in data.systems.values()):
+    dense = data.systems.get("dense")
+    if not figures.continued_systems(data) and not (dense and (dense.training or dense.validation)):
         return ""
     return figures.draw("loss", data)
 
@@ -210,23 +235,20 @@ def _speed(data: RunData) -> dict[str, Any]:
     for name, summary in trained.items():
         speed, compared = speeds[name], speeds.get(base)
         decoding = (data.systems[name].scores or {}).get("seconds")
-        hardware.setdefault(_hardware(summary), []).append(words.system_name(name))
+        hardware.setdefault(_hardware(summary), []).append(data.name(name))
         rows.append(
             {
-                "name": words.system_name(name),
+                "name": data.name(name),
                 "colour": figures.css_colour(name, list(data.systems)),
                 "speed": words.count(speed) if speed else "–",
                 "share": round(100 * speed / top, 1) if speed and top else 0,
                 "relative": f"{speed / compared:.2f}×" if speed and compared else "–",
-                "seconds": words.duration(summary["train_seconds"]) if "train_seconds" in summary else "–",
-                "updates": words.count(summary["updates"]) if "updates" in summary else "–",
-                "density": _density(summary.get("density")),
                 "decoding": words.duration(decoding) if isinstance(decoding, (int, float)) else "–",
                 "best": _best(summary),
             }
         )
     lines = [what if len(hardware) == 1 else f"{', '.join(names)}: {what}" for what, names in hardware.items()]
-    return {"rows": rows, "base": words.system_name(base).lower(), "hardware": lines}
+    return {"rows": rows, "base": words.in_sentence(words.system_name(base)), "hardware": lines}
 
 
 def _hardware(summary: dict[str, Any]) -> str:
@@ -236,13 +258,6 @@ def _hardware(summary: dict[str, Any]) -> str:
     if summary.get("parameters"):
         parts.append(f"{words.count(summary['parameters'])} parameters")
     return ", ".join(parts)
-
-
-def _density(value: Any) -> str:
-    """The mean density of a system; 1, all neurons, where it has no masks."""
-    if value is None:
-        return "1"
-    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
 
 
 def _best(summary: dict[str, Any]) -> str:
@@ -261,7 +276,7 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
         lines.append(("reference", _first_line(text / f"{pair}.{target}.txt"), target))
         for name in data.scored:
             said = _first_line(data.folder / "scores" / name / f"{task}.hyp.txt")
-            lines.append((words.system_name(name), said, target))
+            lines.append((data.name(name), said, target))
         if all(said is not None for _, said, _ in lines[:2]):
             rows = [{"who": who, "said": said, "lang": lang} for who, said, lang in lines if said is not None]
             samples.append({"task": task, "rows": rows})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec import analysis
 from nspec.files import write_text
 from nspec.report.load import METRICS, RunData, load_run
-from nspec.report.words import METRIC_NAMES, group_name, mark, p_text, signed
+from nspec.report.words import METRIC_NAMES, arrow, group_name, p_text, p_value, signed, two_sided
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _NUMBERS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
-_TESTS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
+_TESTS = [f"{metric}_{end}" for metric in METRICS for end in ("delta", "p", "p_ar")]
 SCORE_COLUMNS = ["system", "direction", "sentences", *_NUMBERS, "baseline", *_TESTS, "bleu_signature", "chrf_signature"]
 
 
@@ -22,21 +23,28 @@ def _line(cells: list[Any]) -> str:
     return "\t".join("" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)
 
 
-def write_scores(data: RunData, path: Path) -> None:
-    """Every score with its interval, test and signature: a line per system and direction, then its averages.
+def write_scores(scored: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], path: Path) -> None:
+    """Every score with its interval, tests and signature: a line per system and direction, then its averages.
 
     Averages have ``average:all`` and alike as their direction and the number of directions under ``sentences``' stead
-    empty; numbers are points (0 to 100) and p values.
+    empty; numbers are points (0 to 100) and p values (``_p``: paired bootstrap, ``_p_ar``: approximate randomisation,
+    empty where a run is older than that test). A last column ``comet`` is there when a system has it.
+
+    Args:
+        scored: what ``scores.json`` of each system holds.
+        tasks: the directions in the order in which they are written; those that a system has not are passed by.
+        path: the file.
     """
-    lines = ["\t".join(SCORE_COLUMNS)]
-    for system, scores in data.scored.items():
-        rows = [(task, scores["tasks"][task]) for task in data.tasks if task in scores["tasks"]]
+    extra = ["comet"] if any("comet" in scores["average"]["all"] for scores in scored.values()) else []
+    lines = ["\t".join(SCORE_COLUMNS + extra)]
+    for system, scores in scored.items():
+        rows = [(task, scores["tasks"][task]) for task in tasks if task in scores["tasks"]]
         rows += [(f"average:{group}", entry) for group, entry in scores["average"].items()]
         for name, entry in rows:
             test = entry.get("baseline") or {}
             cells = [system, name, entry.get("sentences"), *(entry[key] for key in _NUMBERS), test.get("system")]
             cells += [*(test.get(key) for key in _TESTS), entry.get("bleu_signature"), entry.get("chrf_signature")]
-            lines.append(_line(cells))
+            lines.append(_line(cells + [entry.get(key) for key in extra]))
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -73,9 +81,11 @@ def score_table(run: Path) -> Table:
     data = load_run(Path(run))
     directions = {len(scores["tasks"]) for scores in data.scored.values()}
     over = f"average of {directions.pop()} directions" if len(directions) == 1 else "average over directions"
+    kinds = {True: "approximate randomisation", False: "paired bootstrap", None: "randomisation, else bootstrap"}
+    by = kinds[two_sided(data)]
     table = Table(
         title=f"{data.folder.resolve().name}: {over}, with 95 % bootstrap intervals",
-        caption=f"Δ: difference from {data.baseline}; ▲ ▼ significant at 5 %; tokens/s and time are those of training",
+        caption=f"Δ: difference from {data.baseline}; p and ▲ ▼ (5 %): {by}; tokens/s and time are those of training",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -117,5 +127,5 @@ def _terminal_cells(entry: dict[str, Any] | None, metric: str, best: float | Non
     test = entry.get("baseline")
     if not test:
         return [score, ""]
-    delta = f"{signed(test[f'{metric}_delta'])}{mark(test, metric) or ' '}"
-    return [score, f"{delta}\n[dim]{p_text(test[f'{metric}_p']).replace(' ', '')}[/dim]"]
+    delta = f"{signed(test[f'{metric}_delta'])}{arrow(test, metric) or ' '}"
+    return [score, f"{delta}\n[dim]{p_text(p_value(test, metric)).replace(' ', '')}[/dim]"]

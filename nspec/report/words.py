@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from nspec.mt.systems import Variant
 from nspec.report.load import RunData
 
 LEVEL = 0.05
@@ -13,15 +15,58 @@ SYSTEMS = {
     "continued": ("Dense continued", "dense trained on for as many updates as the others: the fair control"),
     "forward": ("Specialised (forward)", "a direction computes with its own neurons, in training and in translation"),
     "update": ("Specialised (update)", "all neurons compute; a direction updates the fc1 rows of its own only"),
+    "forward_encoder": (
+        "Forward, encoder only",
+        "as forward, with masks in the encoder alone; the decoder stays dense",
+    ),
+    "forward_decoder": (
+        "Forward, decoder only",
+        "as forward, with masks in the decoder alone; the encoder stays dense",
+    ),
+    "update_encoder": ("Update, encoder only", "as update, with masks in the encoder alone"),
+    "update_decoder": ("Update, decoder only", "as update, with masks in the decoder alone"),
     "random": ("Random masks", "as forward, with as many neurons per direction and layer, drawn at random"),
+    "lass": (
+        "LaSS",
+        "a mask of single weights for each direction: the smallest ones of the dense model fine-tuned on it are left out",
+    ),
+    "adapters": (
+        "Adapters per direction",
+        "the dense model is frozen; small layers for each direction are trained in it",
+    ),
+    "adapters_family": ("Adapters per family", "the same with one set for the directions of a language family"),
+    "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
+    "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
 }
+_PLURAL = {"random", "adapters", "adapters_family", "finetuned", "bilingual"}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
 
 
-def system_name(system: str) -> str:
-    """A system's name for readers; one that nspec does not know is called what its folder is called."""
-    return SYSTEMS.get(system, (system, ""))[0]
+def system_name(system: str, variants: Mapping[str, Variant] | None = None) -> str:
+    """A system's name for readers; one that nspec does not know is called what its folder is called.
+
+    Args:
+        system: its name in the run.
+        variants: those of the run: one is called ``<name>: <what it varies>, select.k = 0.7``.
+    """
+    variant = (variants or {}).get(system)
+    if variant is None:
+        return SYSTEMS.get(system, (system, ""))[0]
+    return f"{system}: {system_name(variant.of)}, {changes(variant)}"
+
+
+def changes(variant: Variant) -> str:
+    """The options that a variant changes, ``select.k = 0.7, profile.split = train``."""
+    options = variant.overrides.items()
+    texts = (f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}" for name, value in options)
+    return ", ".join(texts) or "no option changed"
+
+
+def in_sentence(name: str) -> str:
+    """A name within a sentence: a small first letter, unless the word has capitals of its own (LaSS) or is a variant's."""
+    first = name.split(maxsplit=1)[0] if name else ""
+    return name if first[1:] != first[1:].lower() or ":" in name else name[:1].lower() + name[1:]
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -44,15 +89,61 @@ def verdict(delta: float, p: float) -> str:
     return "significantly better" if delta > 0 else "significantly worse"
 
 
-def mark(test: dict[str, Any] | None, metric: str) -> str:
-    """▲ or ▼ for a significant difference from the baseline, else nothing."""
-    if not test or test[f"{metric}_p"] >= LEVEL or test[f"{metric}_delta"] == 0:
+def p_value(test: Mapping[str, Any], metric: str) -> float:
+    """The p value that the page goes by: of approximate randomisation (two-sided), of the bootstrap where that lacks."""
+    return float(test.get(f"{metric}_p_ar", test[f"{metric}_p"]))
+
+
+def arrow(test: Mapping[str, Any] | None, metric: str) -> str:
+    """▲ or ▼ for a difference from the baseline that is significant by :func:`p_value`, else nothing."""
+    if not test or p_value(test, metric) >= LEVEL or test[f"{metric}_delta"] == 0:
         return ""
     return "▲" if test[f"{metric}_delta"] > 0 else "▼"
 
 
+def mark(test: Mapping[str, Any] | None, metric: str) -> str:
+    """▲ or ▼ for a difference from the baseline that is significant by the bootstrap, else nothing."""
+    return arrow({key: value for key, value in test.items() if not key.endswith("_p_ar")}, metric) if test else ""
+
+
+def two_sided(data: RunData) -> bool | None:
+    """Whether all tests of the run are approximate randomisation; None where some are and some are not."""
+    kinds = {"bleu_p_ar" in test for test in _tests(data)}
+    return None if len(kinds) == 2 else kinds != {False}
+
+
+def _tests(data: RunData) -> list[Mapping[str, Any]]:
+    return [
+        entry["baseline"]
+        for scores in data.scored.values()
+        for entry in [*scores["tasks"].values(), *scores["average"].values()]
+        if entry.get("baseline")
+    ]
+
+
+def test_sentence(data: RunData) -> str:
+    """Which test the p values of the page are of, with its trials; empty where nothing was tested."""
+    tests = _tests(data)
+    if not tests:
+        return ""
+    trials = sorted({int(test["ar_trials"]) for test in tests if isinstance(test.get("ar_trials"), int)})
+    several = f" ({' or '.join(count(number) for number in trials)} trials)" if trials else ""
+    randomised = f"two-sided approximate randomisation{several}"
+    bootstrap = f"the paired bootstrap ({count(data.config.score.bootstrap)} samples), which is in effect one-sided"
+    if two_sided(data):
+        return f"All p values and arrows are those of {randomised}."
+    if two_sided(data) is None:
+        return (
+            f"The p values and arrows are those of {randomised}; where scores are older than that test, of {bootstrap}."
+        )
+    return f"All p values and arrows are those of {bootstrap}."
+
+
 def group_name(group: str) -> str:
-    """``from_en`` as ``en→x``, ``to_en`` as ``x→en``."""
+    """``from_en`` as ``en→x``, ``to_en`` as ``x→en``, ``low/from_en`` as ``low, en→x``."""
+    name, slash, side = group.rpartition("/")
+    if slash:
+        return f"{name}, {group_name(side)}"
     if group.startswith("from_"):
         return f"{group[5:]}→x"
     if group.startswith("to_"):
@@ -91,7 +182,7 @@ def setup_sentence(data: RunData) -> str:
     test = f"; the test sets have {_range(sizes)} sentences a direction" if sizes else ""
     source = f" in {corpus.path}" if corpus.path else f" {corpus.name}" if corpus.name else ""
     meaning = SYSTEMS.get(data.baseline, ("", ""))[1]
-    control = f" Systems are tested against {system_name(data.baseline).lower()}: {meaning}." if meaning else ""
+    control = f" Systems are tested against {in_sentence(data.name(data.baseline))}: {meaning}." if meaning else ""
     return f"{where}, from the {corpus.type} corpus{source}{test}.{control}"
 
 
@@ -108,15 +199,15 @@ def finding(data: RunData, system: str) -> str | None:
     average = scores["average"]["all"]
     said = []
     for metric, name in METRIC_NAMES.items():
-        delta, p = test[f"{metric}_delta"], test[f"{metric}_p"]
+        delta, p = test[f"{metric}_delta"], p_value(test, metric)
         said.append(f"{signed(delta)} {name} ({p_text(p)}, {verdict(delta, p)})")
     tests = [entry["baseline"] for entry in scores["tasks"].values() if entry.get("baseline")]
     up = sum(t["bleu_delta"] > 0 for t in tests)
     down = sum(t["bleu_delta"] < 0 for t in tests)
-    sure_up, sure_down = (sum(mark(t, "bleu") == arrow for t in tests) for arrow in "▲▼")
+    sure_up, sure_down = (sum(arrow(t, "bleu") == sign for t in tests) for sign in "▲▼")
     return (
         f"{average['bleu']:.2f} BLEU and {average['chrf']:.2f} chrF++ on average: {' and '.join(said)} against "
-        f"{system_name(test['system']).lower()}. By BLEU it is above in {up} of {len(tests)} directions "
+        f"{in_sentence(data.name(test['system']))}. By BLEU it is above in {up} of {len(tests)} directions "
         f"({sure_up} significantly) and below in {down} ({sure_down} significantly)."
     )
 
@@ -124,20 +215,26 @@ def finding(data: RunData, system: str) -> str | None:
 def headline(data: RunData) -> str:
     """The answer to the question that the run asks: is specialised better than dense training for as long?
 
-    Random masks are a part of it: where they do as well, it is not the choice of neurons that helps.
+    Random masks are a part of it: where they do as well, it is not the choice of neurons that helps. Where other methods
+    were run too, the headline ends with who scores highest; the tests of all are in :func:`finding`.
     """
     said = []
     for system in ("forward", "update", "random"):
         scores = data.systems[system].scores if system in data.systems else None
         test = scores["average"]["all"].get("baseline") if scores else None
         if test:
-            delta, p = test["bleu_delta"], test["bleu_p"]
+            delta, p = test["bleu_delta"], p_value(test, "bleu")
             one, many, than = {
                 "not significant": ("shows", "show", "no significant difference from"),
                 "significantly better": ("is", "are", "significantly better than"),
                 "significantly worse": ("is", "are", "significantly worse than"),
             }[verdict(delta, p)]
-            base = system_name(test["system"]).lower()
-            verb = f"{many if system == 'random' else one} {than}"
+            base = in_sentence(data.name(test["system"]))
+            verb = f"{many if system in _PLURAL else one} {than}"
             said.append(f"{system_name(system)} {verb} {base}: {signed(delta)} BLEU on average ({p_text(p)}).")
+    averages = {name: scores["average"]["all"]["bleu"] for name, scores in data.scored.items()}
+    if set(averages) - {"dense", "continued", "forward", "update", "random"} and len(averages) > 1:
+        best = max(averages, key=lambda name: averages[name])
+        verb = "have" if best in _PLURAL else "has"
+        said.append(f"{data.name(best)} {verb} the highest mean BLEU of {len(averages)} systems, {averages[best]:.2f}.")
     return " ".join(said) or "No specialised system has been compared with a baseline yet."

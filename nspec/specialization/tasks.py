@@ -9,19 +9,18 @@ from typing import Any
 from torch import nn
 
 from nspec.nn.batch import TaskBatch
-from nspec.nn.ffn import TaskLinear
-from nspec.nn.recompute import backward_pass
+from nspec.nn.switched import TaskSwitched
 
 from .layers import nearest
 
 
-def specialized_layers(model: nn.Module) -> list[TaskLinear]:
-    """The specialised fc1 modules of ``model``, also through wrappers (DistributedDataParallel, torch.compile).
+def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
+    """The modules of ``model`` that know tasks, also through wrappers (DistributedDataParallel, torch.compile).
 
     Raises:
         ValueError: the model is not specialised.
     """
-    layers = [module for module in model.modules() if isinstance(module, TaskLinear)]
+    layers: list[TaskSwitched] = [module for module in model.modules() if isinstance(module, TaskSwitched)]
     if not layers:
         raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
     return layers
@@ -121,10 +120,10 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def _switched(layers: list[TaskLinear], states: list[Any]) -> Iterator[None]:
+def _switched(layers: list[TaskSwitched], states: list[Any]) -> Iterator[None]:
     before = [layer.state() for layer in layers]
     for layer, state in zip(layers, states):
-        layer.restore(state._replace(set_in=backward_pass()))
+        layer.restore(layer.again(state))
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import nspec
 from nspec.mt.collate import collate
 from nspec.mt.data import PairDataset
 from nspec.mt.loss import label_smoothed_loss
+from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.sampling import TaskBatchSampler
 from nspec.mt.supervision import TrainingDiverged
 from nspec.mt.training import train_system
@@ -28,7 +29,16 @@ def test_mixed_micro_batches_give_the_loss_of_their_sentences_with_the_neurons_o
     config = toy.config(**options, model={"dropout": 0.0, "attention_dropout": 0.0})
     masks = None if mode is None else toy.masks()
     folder = toy.folder / f"mixed {mode}"
-    train_system("x", config, config.train, toy.data, toy.model(config), folder, masks=masks, mode=mode, progress=False)
+    train_system(
+        "x",
+        config,
+        config.train,
+        toy.data,
+        toy.model(config),
+        folder,
+        method=NeuronSpecialization(masks, mode) if masks else None,
+        progress=False,
+    )
     train, pairs = config.train, PairDataset(toy.data, "train")
     keys = [
         key

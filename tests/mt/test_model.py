@@ -12,7 +12,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Config, M2M
 import nspec
 from nspec.mt import model as model_module
 from nspec.mt.config import ModelConfig
-from nspec.mt.model import build_model, load_system, save_system, system_mode
+from nspec.mt.methods import NeuronSpecialization, load_method
+from nspec.mt.model import build_model, load_system, save_system
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,9 +96,9 @@ def test_a_specialised_system_comes_back_as_it_was(toy: Toy, tmp_path: Path, mod
     model, masks = toy.model().eval(), toy.masks()
     nspec.specialize(model, masks, mode=mode)
     model.config.use_cache = False
-    save_system(model, toy.data.tokenizer, tmp_path / "model", masks, mode)
+    save_system(model, toy.data.tokenizer, tmp_path / "model", NeuronSpecialization(masks, mode))
     assert not model.config.use_cache
-    assert system_mode(tmp_path / "model") == mode
+    assert load_method(tmp_path / "model").mode == mode
     loaded, tokenizer = load_system(tmp_path / "model")
     assert not loaded.training
     assert loaded.config.use_cache
@@ -114,7 +115,7 @@ def test_a_specialised_system_loads_in_plain_transformers_as_its_dense_model(toy
     model = toy.model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     nspec.specialize(model, toy.masks(), mode="forward")
-    save_system(model, toy.data.tokenizer, tmp_path / "model", toy.masks(), "forward")
+    save_system(model, toy.data.tokenizer, tmp_path / "model", NeuronSpecialization(toy.masks(), "forward"))
     plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     assert same(plain.state_dict(), before)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == len(toy.data.tokenizer)
@@ -146,7 +147,7 @@ def test_the_folder_appears_only_when_it_is_whole(toy: Toy, tmp_path: Path, monk
         rename(source, target)
 
     monkeypatch.setattr(model_module.os, "rename", watched)
-    save_system(toy.model(), toy.data.tokenizer, tmp_path / "model", toy.masks(), "update")
+    save_system(toy.model(), toy.data.tokenizer, tmp_path / "model", NeuronSpecialization(toy.masks(), "update"))
     (names,) = seen
     assert {"config.json", "model.safetensors", "tokenizer.json", "masks", "nspec.json"} <= set(names)
 
@@ -159,9 +160,4 @@ def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_mode_in_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "nspec.json").write_text('{"mode": "sideways"}')
     with pytest.raises(ValueError, match="sideways"):
-        system_mode(tmp_path)
-
-
-def test_masks_without_a_mode_are_an_error(toy: Toy, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="masks and mode go together; masks are given, mode is None"):
-        save_system(toy.model(), toy.data.tokenizer, tmp_path / "model", toy.masks(), None)
+        load_method(tmp_path)

@@ -10,6 +10,7 @@ from nspec.mt import options, pipeline
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
 from nspec.mt.stages import NEUTRAL, Stage
+from nspec.mt.systems import KINDS, variants_of
 from nspec.mt.world import World, _portable
 
 
@@ -28,7 +29,7 @@ def stages(*systems: str, **values: object) -> dict[str, Stage]:
 
 def test_every_option_that_changes_results_belongs_to_a_stage() -> None:
     """Else changing it in a finished run would be ignored without a word."""
-    depended = {name for stage in stages().values() for name in stage.options}
+    depended = {name for stage in stages(*KINDS).values() for name in stage.options}
     free = [
         name for name in options.flatten(Config()) if name not in depended and name.partition(".")[0] not in depended
     ]
@@ -39,7 +40,10 @@ def test_neutral_options_exist() -> None:
     assert set(options.flatten(Config())) >= NEUTRAL
 
 
-@pytest.mark.parametrize("systems", [["dense"], ["dense", "random"], ["dense", "continued"], ["dense", "update"], []])
+@pytest.mark.parametrize(
+    "systems",
+    [["dense"], ["dense", "random"], ["dense", "continued"], ["dense", "update"], [], list(KINDS), ["dense", "lass"]],
+)
 def test_stages_come_after_those_that_they_need(systems: list[str]) -> None:
     seen: set[str] = set()
     for stage in pipeline.stages_of(config_of(*systems)):
@@ -48,7 +52,10 @@ def test_stages_come_after_those_that_they_need(systems: list[str]) -> None:
 
 
 def test_no_two_stages_share_a_record() -> None:
-    places = [(stage.folder, stage.record) for stage in stages().values()]
+    variants = ["a = forward select.k=0.5", "b = random profile.split=train", "c = lass lass.alpha=0.5"]
+    found = stages(*KINDS, run_variants=variants)
+    places = [(stage.folder, stage.record) for stage in found.values()]
+    assert {"profile:b", "select:a", "random_masks:b", "weight_masks:c", "specialize:c", "score:a"} <= set(found)
     assert len(places) == len(set(places))
 
 
@@ -66,6 +73,58 @@ def test_systems_read_their_own_masks() -> None:
     assert "random_masks/masks.*" in found["specialize:random"].inputs
     assert not any(pattern.endswith("masks/masks.*") for pattern in found["specialize:continued"].inputs)
     assert found["specialize:random"].after == ("train", "random_masks")
+
+
+def test_a_variant_shares_what_it_does_not_change() -> None:
+    variants = ["low = forward select.k=0.5", "rows = update specialize.optimizer=row_sparse_adamw"]
+    variants += ["tenth = random profile.share=0.1", "half = lass lass.alpha=0.5"]
+    found = stages("dense", "forward", "lass", run_variants=variants)
+    assert found["select:low"].inputs == ("profile/counts.*",)
+    assert "variants/low/masks/masks.*" in found["specialize:low"].inputs
+    assert "masks/masks.*" in found["specialize:rows"].inputs
+    assert "variants/tenth/random_masks/masks.*" in found["specialize:tenth"].inputs
+    assert found["random_masks:tenth"].after == ("select:tenth",)
+    assert found["profile:tenth"].overrides == {"profile.share": 0.1}
+    assert found["weight_masks:half"].inputs == found["weight_masks"].inputs
+    assert {"profile:low", "select:rows", "profile:rows"}.isdisjoint(found)
+
+
+def test_lass_brings_the_fine_tuned_models_that_it_prunes() -> None:
+    found = stages("dense", "lass")
+    assert list(found).index("specialize:finetuned") < list(found).index("weight_masks")
+    assert list(found).index("weight_masks") < list(found).index("specialize:lass")
+    assert "evaluate:finetuned" not in found
+
+
+def test_a_variant_of_lass_prunes_models_that_were_fine_tuned_alike() -> None:
+    pair = ["long = finetuned finetune.updates=900", "lass-long = lass finetune.updates=900 lass.alpha=0.5"]
+    assert stages("dense", run_variants=pair)["weight_masks:lass-long"].after == ("specialize:long",)
+    with pytest.raises(ValueError, match="add a variant of finetuned"):
+        stages("dense", run_variants=pair[1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("forward select.k=0.5", "expected NAME = SYSTEM"),
+        ("a = sideways select.k=0.5", "expected a variant of one of"),
+        ("a = dense select.k=0.5", "expected a variant of one of"),
+        ("forward = update select.k=0.5", "name of another system"),
+        ("a = forward model.d_ff=8", "shared by all systems"),
+        ("a = forward select.j=0.5", "unknown option select.j"),
+        ("a = forward select.k=many", "expected a number"),
+    ],
+)
+def test_a_variant_that_cannot_be_meant_is_an_error(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        variants_of(config_of("dense", run_variants=[text]))
+
+
+def test_values_of_variants_are_checked_like_others() -> None:
+    config = config_of("dense", "forward", run_variants=["a = forward select.k=1.5"])
+    config.train.valid_bleu_sentences = 1
+    with pytest.raises(ValueError, match="run.variants: a: select.k"):
+        options.validate(config)
 
 
 def test_decoding_matters_to_training_only_where_bleu_picks_the_checkpoint() -> None:

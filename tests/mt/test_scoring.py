@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nspec.mt.config import ScoreConfig
-from nspec.mt.scoring import bleu_tokenizer, score_system
+from nspec.mt.scoring import average_groups, bleu_tokenizer, score_system
 
 sacrebleu_metrics = pytest.importorskip("sacrebleu.metrics")
 BLEU, CHRF = sacrebleu_metrics.BLEU, sacrebleu_metrics.CHRF
@@ -84,12 +84,86 @@ def test_a_planted_difference_is_significant_and_identical_systems_are_not() -> 
         assert entry["baseline"]["bleu_delta"] > 5
         assert entry["baseline"]["bleu_p"] < 0.01
         assert entry["baseline"]["chrf_p"] < 0.01
+        assert entry["baseline"]["bleu_p_ar"] < 0.01
+        assert entry["baseline"]["chrf_p_ar"] < 0.01
     for entry in [*same["tasks"].values(), same["average"]["all"]]:
         assert entry["baseline"]["bleu_delta"] == entry["baseline"]["chrf_delta"] == 0
         assert entry["baseline"]["bleu_p"] == entry["baseline"]["chrf_p"] == 1.0
+        assert entry["baseline"]["bleu_p_ar"] == entry["baseline"]["chrf_p_ar"] == 1.0
     worse = score_system(hypotheses, references, CONFIG, "en", ("continued", better))
     assert worse["tasks"]["en-de"]["baseline"]["bleu_delta"] == -scores["tasks"]["en-de"]["baseline"]["bleu_delta"]
     assert worse["tasks"]["en-de"]["baseline"]["bleu_p"] < 0.01
+
+
+def test_p_values_of_approximate_randomisation_are_the_librarys() -> None:
+    from sacrebleu.significance import PairedTest
+
+    hypotheses, references = texts(["en-de"], sentences=40)
+    rng = random.Random(5)  # another system, a little better
+    lines = [" ".join(w if rng.random() < 0.75 else rng.choice(WORDS) for w in r.split()) for r in references["en-de"]]
+    scores = score_system({"en-de": lines}, references, CONFIG, "en", ("base", hypotheses))
+    systems = [("base", hypotheses["en-de"]), ("system", lines)]
+    metrics = {"bleu": BLEU(), "chrf": CHRF(word_order=2)}
+    results = PairedTest(systems, metrics, [references["en-de"]], "ar")()[1]
+    test = scores["tasks"]["en-de"]["baseline"]
+    assert test["ar_trials"] == 10_000
+    for own, theirs in (("bleu", "BLEU"), ("chrf", "chrF2++")):
+        assert test[f"{own}_p_ar"] == pytest.approx(results[theirs][1].p_value, abs=1e-12)
+        assert 0.01 < test[f"{own}_p_ar"] < 0.99
+    assert scores["average"]["all"]["baseline"]["bleu_p_ar"] == test["bleu_p_ar"], "the average of one direction"
+
+
+def test_directions_that_differ_opposite_ways_do_not_differ_on_average() -> None:
+    """The average is tested by the mean of signed differences, not of their sizes."""
+    hypotheses, references = texts(["en-de"], sentences=60)
+    better = [r if i % 3 == 0 else h for i, (h, r) in enumerate(zip(hypotheses["en-de"], references["en-de"]))]
+    system = {"en-de": better, "en-fr": hypotheses["en-de"]}
+    base = {"en-de": hypotheses["en-de"], "en-fr": better}
+    both = {"en-de": references["en-de"], "en-fr": references["en-de"]}
+    scores = score_system(system, both, CONFIG, "", ("base", base))
+    assert scores["tasks"]["en-de"]["baseline"]["bleu_p_ar"] < 0.01
+    assert scores["tasks"]["en-fr"]["baseline"]["bleu_p_ar"] < 0.01
+    assert scores["average"]["all"]["baseline"]["bleu_p_ar"] == 1.0
+
+
+def test_groups_are_averaged_over_their_directions() -> None:
+    hypotheses, references = texts(["en-de", "de-en", "en-is", "is-en", "de-is"])
+    groups = {"high": ["de"], "into icelandic": ["en-is", "de-is"], "low": ["is", "en-is"]}
+    scores = score_system(hypotheses, references, CONFIG, "en", ("base", hypotheses), groups)
+    members = {
+        "high": ["en-de", "de-en", "de-is"],
+        "high/from_en": ["en-de"],
+        "high/to_en": ["de-en"],
+        "into icelandic": ["en-is", "de-is"],
+        "low": ["en-is", "is-en", "de-is"],
+        "low/from_en": ["en-is"],
+        "low/to_en": ["is-en"],
+    }
+    assert list(scores["average"]) == ["all", "from_en", "to_en", *members]
+    for group, tasks in members.items():
+        entry = scores["average"][group]
+        assert entry["directions"] == len(tasks)
+        assert entry["bleu"] == pytest.approx(np.mean([scores["tasks"][task]["bleu"] for task in tasks]))
+        assert entry["baseline"]["chrf_p_ar"] == 1.0
+    assert list(average_groups(["en-de", "de-en"], "", {"high": ["de"]})) == ["all", "high"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"low": ["mt"]}, r"group low: mt is not a language or direction that is scored; there are de, en, en-de"),
+        ({"low": ["de-en"]}, r"group low: de-en is not a language or direction"),
+        ({"low": []}, r"group low is empty"),
+        ({"low": ["de", "en"]}, r"group low has the pivot en"),
+        ({"all": ["de"]}, r"group all: .* rename it"),
+        ({"from_en": ["de"]}, r"group from_en: .* rename it"),
+        ({"low/high": ["de"]}, r"group low/high: .* rename it"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_one_error(groups: dict, message: str) -> None:
+    hypotheses, references = texts(["en-de"])
+    with pytest.raises(ValueError, match=message):
+        score_system(hypotheses, references, CONFIG, "en", groups=groups)
 
 
 def test_empty_translations_score_zero() -> None:

@@ -81,6 +81,78 @@ def test_interval_and_p_value_equal_the_librarys_paired_bootstrap(name: str, sen
     assert p == pytest.approx(result.p_value, abs=1.5 / 301)
 
 
+def differences(name: str, system: np.ndarray, baseline: np.ndarray, trials: int) -> np.ndarray:
+    one, two = significance.swap(system, baseline, trials)
+    return FORMULAS[name](one) - FORMULAS[name](two)
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+@pytest.mark.parametrize("sentences", [40, 57])
+def test_p_value_equals_the_librarys_paired_approximate_randomisation(name: str, sentences: int) -> None:
+    references, better = corpus(sentences, 0.80, seed=2)
+    rng = random.Random(4)
+    worse = [" ".join(w if rng.random() < 0.82 else rng.choice(WORDS) for w in r.split()) for r in references]
+    test = PairedTest([("base", worse), ("system", better)], {name: metrics(references)[name]}, None, "ar", 400)
+    result = next(iter({k: v for k, v in test()[1].items() if k != "System"}.values()))[1]
+
+    metric = metrics(references)[name]
+    (base_score, base), (score, system) = (significance.measure(metric, lines) for lines in (worse, better))
+    p = significance.randomisation_p_value(differences(name, system, base, 400), score - base_score)
+    # The same seed and the same exchanges, and too many sentences for ties, which the library does not count.
+    assert p == pytest.approx(result.p_value, abs=1e-12)
+    assert 0.02 < p < 0.98, "a p value that other exchanges would not give as well"
+    other_way = significance.randomisation_p_value(differences(name, base, system, 400), base_score - score)
+    assert other_way == p, "two-sided"
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+@pytest.mark.parametrize("differ", [1, 2, 3, 5])
+def test_a_few_sentences_that_differ_are_not_significant(name: str, differ: int) -> None:
+    """Most exchanges of them give the very difference that was found, or its opposite: those are no less extreme."""
+    references, hypotheses = corpus(30, 0.6, seed=2)
+    better = references[:differ] + hypotheses[differ:]
+    metric = metrics(references)[name]
+    (base_score, base), (score, system) = (significance.measure(metric, lines) for lines in (hypotheses, better))
+    p = significance.randomisation_p_value(differences(name, system, base, 4000), score - base_score)
+    # All sentences are better: of the 2^differ exchanges, none and all give the largest difference.
+    assert p == pytest.approx(2 / 2**differ, abs=0.03)
+    assert score > base_score
+
+
+def test_approximate_randomisation_finds_what_is_planted_and_little_else() -> None:
+    references, first = corpus(200, 0.7, seed=3)
+    metric = metrics(references)["chrf"]
+    base_score, base = significance.measure(metric, first)
+
+    def p_value(lines: list[str]) -> float:
+        score, statistics = significance.measure(metric, lines)
+        return significance.randomisation_p_value(differences("chrf", statistics, base, 400), score - base_score)
+
+    drawn = []
+    for seed in range(20):
+        rng = random.Random(100 + seed)
+        drawn.append([" ".join(w if rng.random() < 0.7 else rng.choice(WORDS) for w in r.split()) for r in references])
+    p_values = [p_value(lines) for lines in drawn]
+    assert sum(p < 0.05 for p in p_values) <= 3
+    assert max(p_values) > 0.5, "not one-sided: a difference of nothing is likely"
+    assert p_value([r if i % 5 == 0 else h for i, (r, h) in enumerate(zip(references, first))]) < 0.01
+    assert p_value(list(first)) == 1.0
+
+
+@pytest.mark.parametrize("sentences", [31, 37])
+def test_exchanges_do_not_depend_on_how_many_are_held_in_memory(
+    sentences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(5)
+    system, baseline = (generator.integers(0, 9, size=(sentences, 10)).astype(np.float64) for _ in range(2))
+    whole = significance.swap(system, baseline, 101)
+    monkeypatch.setattr(significance, "_CHUNK_CELLS", sentences * 32)
+    parts = significance.swap(system, baseline, 101)
+    assert np.array_equal(parts[0], whole[0])
+    assert np.array_equal(parts[0] + parts[1], np.tile(system.sum(0) + baseline.sum(0), (101, 1)))
+    assert len(np.unique(whole[0], axis=0)) > 90
+
+
 def test_systems_that_say_the_same_are_not_significantly_different() -> None:
     references, hypotheses = corpus(40, 0.7)
     metric = metrics(references)["bleu"]

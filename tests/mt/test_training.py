@@ -13,6 +13,7 @@ from toy_translation import TASKS, Toy, last, rows, same_bits, weights
 import nspec
 from nspec.mt import checkpoints, training
 from nspec.mt.config import TrainConfig
+from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.model import load_system
 from nspec.mt.trainer import build_optimizer, inverse_square_root, resolve_precision
 from nspec.mt.training import train_system
@@ -112,8 +113,7 @@ def test_rows_outside_the_masks_in_use_keep_their_weights_with_the_row_sparse_op
         toy.data,
         model,
         toy.folder / "sparse",
-        masks=masks,
-        mode="update",
+        method=NeuronSpecialization(masks, "update"),
         progress=False,
     )
     drawn = {TASKS[task] for task in plan(toy, 16).plan}
@@ -351,5 +351,11 @@ def test_a_direction_without_masks_is_an_error_that_names_it(toy: Toy) -> None:
     masks = toy.masks(tasks=["en-de", "de-en"])
     with pytest.raises(ValueError, match="no masks for en-fr, fr-en; there are masks for en-de, de-en"):
         train_system(
-            "x", config, config.train, toy.data, toy.model(), toy.folder / "lacking", masks=masks, mode="forward"
+            "x",
+            config,
+            config.train,
+            toy.data,
+            toy.model(),
+            toy.folder / "lacking",
+            method=NeuronSpecialization(masks, "forward"),
         )

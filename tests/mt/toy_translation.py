@@ -95,13 +95,21 @@ class Toy:
 
     def train(self, name: str, *, mode: Any = None, model: dict[str, Any] | None = None, **train: Any) -> Path:
         """Trains a system in this process and returns its folder."""
+        from nspec.mt.methods import NeuronSpecialization
         from nspec.mt.training import train_system
 
         config = self.config(model=model, **train)
         masks = self.masks() if mode else None
         built = self.model(config)
         train_system(
-            name, config, config.train, self.data, built, self.folder / name, masks=masks, mode=mode, progress=False
+            name,
+            config,
+            config.train,
+            self.data,
+            built,
+            self.folder / name,
+            method=NeuronSpecialization(masks, mode) if masks else None,
+            progress=False,
         )
         return self.folder / name
 

@@ -16,9 +16,16 @@ LAYERS = [
     ["nspec.files"],
     ["nspec.nn"],
     ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
+    ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
     ["nspec.mt"],
-    ["nspec.baselines", "nspec.analysis", "nspec.report"],
-    ["nspec.mt.pipeline", "nspec.cli", "nspec.env"],  # the whole chain, and its faces
+    ["nspec.analysis", "nspec.report"],
+    [
+        "nspec.mt.pipeline",
+        "nspec.mt.making",
+        "nspec.cli",
+        "nspec.cli_tools",
+        "nspec.env",
+    ],  # the whole chain, and its faces
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

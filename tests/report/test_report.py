@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
+from fabricated_run import SYSTEMS, TASKS, Page, make_run, masks
 from rich.console import Console
 
 from nspec import NeuronMasks
@@ -22,113 +21,12 @@ from nspec.mt.config import Config, ScoreConfig
 from nspec.mt.scoring import score_system
 from nspec.report import build_report, score_table
 
-LANGUAGES = ["de", "fa", "zh"]
-TASKS = [f"en-{x}" for x in LANGUAGES] + [f"{x}-en" for x in LANGUAGES]
-SYSTEMS = ["dense", "continued", "forward", "update", "random"]
-SPECIALISED = ("forward", "update", "random")
-WORDS = ["maro", "tili", "kex", "ristus", "zun", "pal", "sendo", "dorra", "1999", ","]
-KEPT = {"dense": 0.6, "continued": 0.6, "forward": 0.9, "update": 0.6, "random": 0.3}
-
-
-def texts(sentences: int) -> tuple[dict, dict]:
-    """References by task, and hypotheses by system and task; update says exactly what continued says."""
-    rng = random.Random(4)
-    references = {t: [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))) for _ in range(sentences)] for t in TASKS}
-    hypotheses = {
-        system: {
-            task: [" ".join(w if rng.random() < KEPT[system] else rng.choice(WORDS) for w in r.split()) for r in lines]
-            for task, lines in references.items()
-        }
-        for system in SYSTEMS
-    }
-    hypotheses["update"] = hypotheses["continued"]
-    return references, hypotheses
-
-
-def masks(layers: int = 2, d_ff: int = 64) -> NeuronMasks:
-    generator = torch.Generator().manual_seed(1)
-    names = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in range(layers)]
-    return NeuronMasks({t: {name: torch.rand(d_ff, generator=generator) < 0.8 for name in names} for t in TASKS})
-
-
-def make_run(run: Path, systems: list[str] = SYSTEMS, scored: list[str] | None = None, with_masks: bool = True) -> Path:
-    """A run folder in which ``systems`` are trained and ``scored`` are scored, out of all five."""
-    config = Config()
-    config.run.folder, config.run.systems, config.corpus.languages = str(run), SYSTEMS, ["en", *LANGUAGES]
-    write_text(run / "config.yaml", options.render(config))
-    references, hypotheses = texts(25)
-    for task in TASKS:
-        pair = "-".join(sorted(task.split("-")))
-        write_text(run / "prepared/text/test" / f"{pair}.{task.split('-')[1]}.txt", "\n".join(references[task]) + "\n")
-    versions = {"python": "3.11.9", "nspec": "0.1.0"}
-    stage = {"options": {}, "inputs": {"prepared/meta.json": "ab" * 32}, "seconds": 12.5, "versions": versions}
-    for number, system in enumerate(systems):
-        folder = run / "systems" / system
-        log = [
-            {"step": u, "updates": u, "loss": 5 - u / 100, "lr": 1e-3, "tokens_per_second": 900, "seconds": u / 10}
-            for u in range(50, 301, 50)
-        ]
-        log += [
-            {"step": u, "valid_loss": 4 - u / 100 - number / 50, "valid_bleu": None, "tasks": {}} for u in (100, 300)
-        ]
-        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-        density = 0.8125 if system in SPECIALISED else None
-        summary = {"system": system, "mode": None, "updates": 300, "micro_batches": 300, "train_seconds": 61.25}
-        summary |= {"tokens": 12345, "tokens_per_second": 4321.0 + number, "best_step": 300, "best_value": 1.5}
-        summary |= {"best_metric": "loss", "parameters": 1234567, "density": density, "precision": "fp32"}
-        write_json(folder / "summary.json", summary | {"device": "cpu", "threads": 2})
-        write_json(folder / "stage.json", stage | {"stage": f"specialize:{system}"})
-    for system in systems if scored is None else scored:
-        baseline = ("continued", hypotheses["continued"]) if system != "continued" else None
-        scores = score_system(hypotheses[system], references, ScoreConfig(bootstrap=60), "en", baseline)
-        write_json(run / "scores" / system / "scores.json", {"system": system, "decode": {}, **scores, "seconds": 3.0})
-        for task, lines in hypotheses[system].items():
-            write_text(run / "scores" / system / f"{task}.hyp.txt", "\n".join(lines) + "\n")
-    write_json(run / "prepared" / "meta.json", {})
-    if with_masks:
-        masks().save(run / "masks")
-    return run
-
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "complete")
     build_report(run)
     return run
-
-
-class Page(HTMLParser):
-    """Visible text, links, ids and unclosed elements of a page."""
-
-    VOID = {"meta", "br", "link", "img", "hr", "input"}
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.text, self.references, self.ids, self.open = [], [], [], []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "action")]
-        self.ids += [value for key, value in attrs if key == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def test_page_needs_nothing_from_elsewhere(complete: Path) -> None:
@@ -184,7 +82,7 @@ def test_page_holds_settings_versions_hashes_and_figures(complete: Path) -> None
     assert "nspec 0.1.0" in page.words
     assert "abababababab" in page.words
     labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page.source)
-    assert len(labels) == 5  # density, two heat maps, IoU by layer, loss
+    assert len(labels) == 6  # rows masked, two heat maps, IoU by layer twice, loss
     assert "en→x, published" in page.words
     assert "prefers-color-scheme: dark" in page.source
 
@@ -204,8 +102,28 @@ def test_scores_tsv_has_a_line_per_system_and_direction_and_the_averages(complet
     row = rows["forward", "en-zh"]
     assert float(row["bleu"]) == pytest.approx(forward["bleu"], rel=1e-5)
     assert float(row["chrf_p"]) == pytest.approx(forward["baseline"]["chrf_p"], rel=1e-5)
+    assert float(row["bleu_p_ar"]) == pytest.approx(forward["baseline"]["bleu_p_ar"], rel=1e-5)
     assert row["bleu_signature"] == forward["bleu_signature"]
+    assert "comet" not in row
     assert rows["continued", "en-zh"]["bleu_delta"] == ""
+
+
+def test_scores_of_a_run_before_approximate_randomisation_are_still_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued"], with_masks=False)
+    path = run / "scores" / "dense" / "scores.json"
+    scores = json.loads(path.read_text())
+    del scores["signatures"]
+    for entry in [*scores["tasks"].values(), *scores["average"].values()]:
+        for key in ("bleu_p_ar", "chrf_p_ar", "ar_trials"):
+            del entry["baseline"][key]
+    write_json(path, scores)
+    build_report(run)
+    with open(run / "report" / "scores.tsv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["system"] == "dense"]
+    assert rows
+    for row in rows:
+        assert row["bleu_p_ar"] == row["chrf_p_ar"] == ""
+        assert float(row["bleu_p"]) > 0
 
 
 def test_overlap_files_hold_every_density_and_pair(complete: Path) -> None:
@@ -317,6 +235,10 @@ def drop(*keys: str):
         (drop("tasks", "en-de", "bleu_signature"), r"tasks.en-de.bleu_signature should be a signature, found nothing"),
         (lambda s: s["tasks"]["en-de"].update(bleu="high"), r"tasks.en-de.bleu should be a number, found 'high'"),
         (drop("tasks", "en-de", "baseline", "bleu_p"), r"tasks.en-de.baseline.bleu_p should be a number"),
+        (
+            lambda s: s["tasks"]["en-de"]["baseline"].update(chrf_p_ar="low"),
+            r"tasks.en-de.baseline.chrf_p_ar should be a number, found 'low'",
+        ),
     ],
 )
 def test_broken_scores_are_one_error_that_names_file_and_place(tmp_path: Path, change, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     assert done.returncode == 0, done.stderr
     run.output, run.errors = done.stdout, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def another(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """Writes the configuration of a run that has not begun, for a module that shares it."""
+    return lambda name: tiny_config(tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture

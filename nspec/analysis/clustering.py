@@ -1,0 +1,101 @@
+"""Hierarchical clustering of languages by the distance of their masks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from nspec.analysis.overlap import Floats
+
+
+def average_linkage(distances: Floats) -> Floats:
+    """Joins the two nearest clusters until one is left; clusters are as far apart as their members on average (UPGMA).
+
+    Sokal and Michener, University of Kansas Science Bulletin 38, 1958. Of equal distances the pair with the lowest
+    indices is joined, so the same matrix gives the same tree.
+
+    Args:
+        distances: float [n, n], symmetric, n >= 1.
+
+    Returns:
+        float64 [n - 1, 4], a row for each join, in the format of ``scipy.cluster.hierarchy``: two clusters (lower index
+        first), their distance, and the number of leaves of the new cluster, which is number n + row.
+
+    Raises:
+        ValueError: no symmetric matrix of finite numbers.
+    """
+    far = np.array(distances, dtype=np.float64)  # a copy: it is worked on in place
+    n = len(far)
+    if far.shape != (n, n) or n == 0:
+        raise ValueError(f"distances have shape {list(far.shape)}, expected [n, n] with n of 1 or more")
+    if not np.isfinite(far).all() or not np.allclose(far, far.T, rtol=0, atol=1e-12):
+        raise ValueError("distances are not symmetric or not finite, expected those of every two objects")
+    np.fill_diagonal(far, np.inf)
+    number, size = np.arange(n), np.ones(n)
+    rows = np.zeros((n - 1, 4))
+    for step in range(n - 1):
+        i, j = np.unravel_index(np.argmin(far), far.shape)
+        total = size[i] + size[j]
+        a, b = sorted((number[i], number[j]))
+        rows[step] = a, b, far[i, j], total
+        # The average over all members: each cluster counts by its size.
+        joined = (size[i] * far[i] + size[j] * far[j]) / total
+        far[i], far[:, i] = joined, joined
+        far[j], far[:, j] = np.inf, np.inf
+        far[i, i] = np.inf
+        number[i], size[i] = n + step, total
+    return rows
+
+
+def leaf_order(linkage: Floats) -> list[int]:
+    """Leaves as a tree shows them, so that clusters lie together: for dendrograms and heat maps.
+
+    Args:
+        linkage: float [n - 1, 4] of :func:`average_linkage`.
+
+    Returns:
+        The n leaves, for each join those of its first cluster before those of its second.
+    """
+    n = len(linkage) + 1
+    order: list[int] = []
+    waiting = [2 * n - 2]
+    while waiting:  # no recursion: a chain of joins can be deeper than Python's stack
+        node = waiting.pop()
+        if node < n:
+            order.append(node)
+        else:
+            first, second = (int(child) for child in linkage[node - n, :2])
+            waiting += [second, first]
+    return order
+
+
+def newick(linkage: Floats, names: Sequence[str]) -> str:
+    """The tree in Newick's format, which tools for trees read: ``((de:0.1,nl:0.1):0.2,ru:0.3);``.
+
+    A node lies at half the distance at which it was joined, so two leaves are as far apart along the branches as their
+    clusters were.
+
+    Args:
+        linkage: float [n - 1, 4] of :func:`average_linkage`.
+        names: of the n leaves. One with other characters than letters, digits and ``_.-`` is quoted.
+
+    Raises:
+        ValueError: the number of names is not the number of leaves.
+    """
+    n = len(linkage) + 1
+    if len(names) != n:
+        raise ValueError(f"there are {len(names)} names, expected one for each of {n} leaves")
+    texts = [_quoted(name) for name in names]
+    heights = [0.0] * n
+    for first, second, distance, _ in linkage:
+        height = float(distance) / 2
+        children = (f"{texts[int(c)]}:{height - heights[int(c)]:.6g}" for c in (first, second))
+        texts.append(f"({','.join(children)})")
+        heights.append(height)
+    return f"{texts[-1]};"
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w.-]+", name) else "'" + name.replace("'", "''") + "'"

@@ -1,0 +1,193 @@
+"""Whether the overlap of masks reflects how closely languages are related: a Mantel test for every layer.
+
+In each layer, and for directions from the pivot and to the pivot apart, languages are compared by their masks (1 - IoU)
+and by their place in the tree of languages. The pivot itself is in every direction, so it is no object of these tests.
+
+IoU grows with density (:func:`nspec.analysis.overlap.chance_iou`). Where the densities of languages differ, as they may
+between much and little training data, look at them before a correlation is called one of neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from nspec.analysis import languages, mantel
+from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, sort_layers
+
+Direction = Literal["from", "to"]
+DIRECTIONS: tuple[Direction, ...] = ("from", "to")
+FEWEST = 4  # languages of a test; three have six relabellings, so no p value below 1/6
+
+
+@dataclass(frozen=True)
+class LayerProximity:
+    """One layer and direction type.
+
+    Attributes:
+        layer: qualified name of fc1.
+        side: half of the model.
+        direction: ``from`` the pivot (the other language is the target) or ``to`` it (it is the source).
+        test: mask distance against genetic distance; None where no correlation is defined.
+        reason: why there is no test; else empty.
+        partial: the same with a control; None without one, or where it is not defined.
+        p_holm: p of ``test`` adjusted over all tests of the answer by Holm's method; NaN without a test.
+        p_bh: by Benjamini and Hochberg's.
+        within: mean IoU of two languages of one group; NaN where there are none.
+        across: mean IoU of two languages of different groups; NaN likewise.
+    """
+
+    layer: str
+    side: Side
+    direction: Direction
+    test: mantel.MantelResult | None
+    reason: str
+    partial: mantel.MantelResult | None
+    p_holm: float
+    p_bh: float
+    within: float
+    across: float
+
+
+@dataclass(frozen=True)
+class Proximity:
+    """All layers and direction types.
+
+    Attributes:
+        pivot: the language that directions come from and go to.
+        grouping: what ``within`` and ``across`` mean; see :func:`nspec.analysis.languages.group_of`.
+        languages: by direction type, the other languages as the tasks name them, sorted; a direction type that the masks
+            do not have is not there.
+        layers: the encoder from bottom to top, then the decoder; within a layer, from the pivot first.
+    """
+
+    pivot: str
+    grouping: languages.Grouping
+    languages: dict[Direction, tuple[str, ...]]
+    layers: tuple[LayerProximity, ...]
+
+
+def sides_of_pivot(masks: Masks, pivot: str) -> dict[Direction, tuple[str, ...]]:
+    """By direction type, the languages on the other side of the pivot; a type without tasks is not there.
+
+    Raises:
+        ValueError: no task has the pivot.
+    """
+    pairs = [task.partition("-")[::2] for task in masks.tasks]
+    found: dict[Direction, tuple[str, ...]] = {
+        "from": tuple(sorted(target for source, target in pairs if source == pivot)),
+        "to": tuple(sorted(source for source, target in pairs if target == pivot)),
+    }
+    found = {direction: codes for direction, codes in found.items() if codes}
+    if not found:
+        raise ValueError(f"no direction is from or to {pivot!r}; the masks are of {', '.join(masks.tasks)}")
+    return found
+
+
+def task_name(direction: Direction, pivot: str, code: str) -> str:
+    """``en-de`` for ``from``, ``en``, ``de``; ``de-en`` for ``to``."""
+    return f"{pivot}-{code}" if direction == "from" else f"{code}-{pivot}"
+
+
+def mask_iou(masks: Masks, layers: Sequence[str], direction: Direction, pivot: str, codes: Sequence[str]) -> Floats:
+    """IoU of the masks of every two languages in each layer: float64 [layers, codes, codes]."""
+    return layer_iou(masks, layers, [task_name(direction, pivot, code) for code in codes])
+
+
+def within_across(iou: Floats, groups: Sequence[str]) -> tuple[float, float]:
+    """Mean IoU over the pairs of one group, and over those of two; NaN where there are none.
+
+    Args:
+        iou: float64 [n, n], symmetric.
+        groups: name of the group of each language, n of them; empty where it is not known, which leaves its pairs out.
+    """
+    rows, columns = np.triu_indices(len(groups), 1)
+    names = np.array(groups)
+    grouped = (names[rows] != "") & (names[columns] != "")
+    same = names[rows] == names[columns]
+    pairs = iou[rows, columns]
+    within, across = (
+        float(pairs[chosen].mean()) if chosen.any() else math.nan for chosen in (grouped & same, grouped & ~same)
+    )
+    return within, across
+
+
+def proximity(
+    masks: Masks,
+    pivot: str,
+    *,
+    grouping: languages.Grouping = "branch",
+    distances: Callable[[Sequence[str]], Floats] = languages.genetic_distances,
+    control: Callable[[Sequence[str]], Floats | None] | None = None,
+    method: mantel.Method = "spearman",
+    alternative: mantel.Alternative = "greater",
+    permutations: int = 9999,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Proximity:
+    """Tests in every layer whether related languages keep the same neurons.
+
+    Ranks are the default, for distances in a tree say which pair is closer rather than by how much. p values are
+    adjusted over all layers and direction types at once.
+
+    Args:
+        masks: of tasks ``source-target``.
+        pivot: the language that all of them share; tasks without it are left out.
+        grouping: of languages, for the means within and across, in which languages that the table lacks have no part.
+        distances: distance of every two languages of a list, float [n, n]; in the tree of
+            :mod:`nspec.analysis.lineages` by default.
+        control: a third distance for partial tests, such as :func:`nspec.analysis.languages.script_distances`; it may
+            answer None for languages that it cannot tell apart, and there is no partial test of those then.
+        method: of correlation; see :func:`nspec.analysis.mantel.mantel`.
+        alternative: ``greater``: languages that are far apart share fewer neurons.
+        permutations: at most so many relabellings a test.
+        seed: of the relabellings.
+        level: confidence of the intervals.
+
+    Raises:
+        ValueError: no task has the pivot, a direction type has fewer than 4 languages, a language is not known, all
+            languages are equally far apart, or an option is out of range.
+    """
+    codes = sides_of_pivot(masks, pivot)
+    for direction, names in codes.items():
+        if len(names) < FEWEST:
+            found = f"{len(names)} language{'s' if len(names) > 1 else ''} ({', '.join(names)}) {direction} {pivot}"
+            raise ValueError(f"the masks are of {found}, expected {FEWEST} or more to test proximity")
+    layers = sort_layers(masks.layers)
+    found_by: dict[tuple[str, Direction], LayerProximity] = {}
+    options = {"method": method, "alternative": alternative, "permutations": permutations, "seed": seed, "level": level}
+    for direction, names in codes.items():
+        genetic = distances(names)
+        if mantel.constant(mantel.condensed(genetic)):
+            raise ValueError(f"{', '.join(names)} are all equally far apart, so overlap cannot follow their proximity")
+        third = control(names) if control else None
+        # With distances of the user's own a language may be one that the table lacks.
+        groups = [languages.group_of(name, grouping) if languages.is_known(name) else "" for name in names]
+        for layer, iou in zip(layers, mask_iou(masks, layers, direction, pivot, names)):
+            test, reason, partial = None, "", None
+            if mantel.constant(mantel.condensed(1 - iou)):
+                reason = "every two masks overlap alike"
+            else:
+                test = mantel.mantel(1 - iou, genetic, **options)  # type: ignore[arg-type]
+                if third is not None and math.isfinite(mantel.correlation([1 - iou, genetic, third], method)):
+                    partial = mantel.mantel(1 - iou, genetic, control=third, **options)  # type: ignore[arg-type]
+            means = within_across(iou, groups)
+            found_by[layer, direction] = LayerProximity(
+                layer, layer_side(layer), direction, test, reason, partial, math.nan, math.nan, *means
+            )
+    rows = [found_by[layer, direction] for layer in layers for direction in codes]
+    return Proximity(pivot, grouping, codes, tuple(_adjusted(rows)))
+
+
+def _adjusted(rows: Sequence[LayerProximity]) -> list[LayerProximity]:
+    p = [row.test.p for row in rows if row.test]
+    adjusted = iter(zip(mantel.holm(p), mantel.benjamini_hochberg(p)))
+    done = []
+    for row in rows:
+        strict, mild = next(adjusted) if row.test else (math.nan, math.nan)
+        done.append(replace(row, p_holm=float(strict), p_bh=float(mild)))
+    return done

@@ -1,0 +1,1 @@
+"""The methods that neuron specialisation is compared with, for any ``nn.Module``."""

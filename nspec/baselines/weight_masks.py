@@ -1,0 +1,275 @@
+"""Weight masks: for each task and weight matrix, the single weights that the task uses. Packed, one bit for a weight.
+
+``weight_masks.safetensors`` holds one tensor per layer, named by the qualified name of the linear module, with a row per
+task: uint8 ``[tasks, ceil(out * in / 8)]``, where bit j % 8 of byte j // 8 is weight j in row-major order and the bits
+after the last weight are 0. Its metadata has one entry, ``nspec``, a JSON object with ``format`` (1), ``kind``,
+``tasks`` and ``shapes`` by layer. Only this file is read; ``weight_masks.json`` is for people and for other tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nspec.files import replacing, write_text
+
+FORMAT = 1
+_KIND = "weight_masks"
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
+
+
+class PackedMask:
+    """The mask of one matrix for one task, as bits. It does not change, so copies of a model share it.
+
+    Attributes:
+        packed: uint8 ``[ceil(out * in / 8)]`` on the CPU; bit j % 8 of byte j // 8 is weight j in row-major order.
+        shape: ``(out, in)``.
+    """
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.packed, self.shape = packed, shape
+
+    @classmethod
+    def pack(cls, mask: Tensor) -> PackedMask:
+        """Packs a bool tensor ``[out, in]``."""
+        bits = np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1), bitorder="little")
+        return cls(torch.from_numpy(bits), (mask.shape[0], mask.shape[1]))
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, kept or not."""
+        return self.shape[0] * self.shape[1]
+
+    def unpack(self, device: torch.device | str = "cpu") -> Tensor:
+        """A new bool tensor ``[out, in]`` on ``device``; only the bits are copied there."""
+        # Never an inference tensor, even when validation is the first to need it: training saves it for its backward.
+        with torch.inference_mode(False), torch.no_grad():
+            packed = self.packed.to(device)
+            bits = packed[:, None] & (1 << torch.arange(8, device=device)).to(torch.uint8)
+            return (bits != 0).view(-1)[: self.numel].view(self.shape)
+
+    def kept(self) -> int:
+        """Number of weights that are kept."""
+        return int(np.bincount(self.packed.numpy(), minlength=256) @ _BITS_SET)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedMask:
+        return self
+
+
+class _Layers(Mapping[str, Tensor]):
+    """The masks of one task, each unpacked when it is asked for."""
+
+    def __init__(self, packed: dict[str, PackedMask]) -> None:
+        self._packed = packed
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self._packed[layer].unpack()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
+    """``masks[task][layer]`` is a bool tensor ``[out, in]``, True for the weights that are kept. A mapping of tasks.
+
+    In memory there are bits only: 60 tasks of 100 million weights take 750 MB. A tensor is unpacked whenever it is asked
+    for, and changing it changes no mask.
+
+    Args:
+        masks: task -> {qualified name of a linear module: bool tensor ``[out, in]``}. Packed one by one, so a mapping
+            that makes its values on demand needs memory for one of them.
+
+    Raises:
+        ValueError: no task, or tasks with different layers or shapes.
+        TypeError: a value that is not a bool tensor ``[out, in]``.
+    """
+
+    def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._set(
+            {
+                task: {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
+                for task, layers in masks.items()
+            }
+        )
+
+    def _set(self, by_task: dict[str, dict[str, PackedMask]]) -> None:
+        _check_same_layers(by_task)
+        first = next(iter(by_task.values()))
+        self._by_task = {task: {layer: layers[layer] for layer in first} for task, layers in by_task.items()}
+
+    @classmethod
+    def _of_packed(cls, by_task: dict[str, dict[str, PackedMask]]) -> WeightMasks:
+        masks = cls.__new__(cls)
+        masks._set(by_task)
+        return masks
+
+    @classmethod
+    def union_of_tasks(cls, parts: Iterable[WeightMasks]) -> WeightMasks:
+        """The masks of all tasks of several; nothing is copied.
+
+        Raises:
+            ValueError: nothing given, a task that two parts have, or parts with different layers or shapes.
+        """
+        by_task: dict[str, dict[str, PackedMask]] = {}
+        for part in parts:
+            for task, layers in part._by_task.items():
+                if task in by_task:
+                    raise ValueError(f"task {task} is given twice, expected masks of different tasks")
+                by_task[task] = layers
+        return cls._of_packed(by_task)
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return _Layers(self._by_task[task])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_task)
+
+    def __len__(self) -> int:
+        return len(self._by_task)
+
+    def __repr__(self) -> str:
+        kept = sum(mask.kept() for layers in self._by_task.values() for mask in layers.values())
+        share = kept / max(1, sum(mask.numel for layers in self._by_task.values() for mask in layers.values()))
+        return f"WeightMasks({len(self.tasks)} tasks, {len(self.layers)} layers, density {share:.3f})"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order given."""
+        return list(self._by_task)
+
+    @property
+    def layers(self) -> list[str]:
+        """The qualified names of the linear modules, in the order of the first task."""
+        return list(self.shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out, in)`` of each layer."""
+        return {layer: mask.shape for layer, mask in next(iter(self._by_task.values())).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed bits of all tasks, in memory and on disk."""
+        return sum(mask.packed.numel() for layers in self._by_task.values() for mask in layers.values())
+
+    def packed(self, task: str, layer: str) -> PackedMask:
+        """The mask of one task and layer, as bits."""
+        return self._by_task[task][layer]
+
+    def density(self) -> dict[str, dict[str, float]]:
+        """For each task and layer, the share of weights that are kept."""
+        return {
+            task: {layer: mask.kept() / max(1, mask.numel) for layer, mask in layers.items()}
+            for task, layers in self._by_task.items()
+        }
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, over tasks, layers, shapes and bits. Equal masks have equal ones in any order."""
+        shapes = sorted(self.shapes.items())
+        found = hashlib.sha256(json.dumps([sorted(self.tasks), shapes]).encode())
+        for task in sorted(self.tasks):
+            for layer, _ in shapes:
+                found.update(self._by_task[task][layer].packed.numpy().data)
+        return found.hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``weight_masks.safetensors`` and a readable ``weight_masks.json``, each whole or not at all.
+
+        Raises:
+            OSError: the files cannot be written; what was there is unchanged.
+        """
+        about = {"format": FORMAT, "kind": _KIND, "tasks": self.tasks, "shapes": self.shapes}
+        rows = {layer: torch.stack([self._by_task[task][layer].packed for task in self.tasks]) for layer in self.shapes}
+        with replacing(Path(folder) / f"{_KIND}.safetensors") as part:
+            try:
+                save_file(rows, part, metadata={"nspec": json.dumps(about, ensure_ascii=False)})
+            except SafetensorError as error:  # what the library makes of a full disk
+                raise OSError(5, str(error)) from error
+        density = {task: [round(share, 4) for share in layers.values()] for task, layers in self.density().items()}
+        about = {"nspec_format": FORMAT, "tasks": self.tasks, "layers": self.shapes, "density": density}
+        lines = (f" {json.dumps(key)}: {_readable(value)}" for key, value in about.items())
+        write_text(Path(folder) / f"{_KIND}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> WeightMasks:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no ``weight_masks.safetensors`` in the folder.
+            ValueError: the file is broken, of another kind, or of a newer format.
+        """
+        path = Path(folder) / f"{_KIND}.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: expected a folder that WeightMasks.save(folder) wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("nspec", "{}"))
+                if about.get("kind") != _KIND:
+                    raise ValueError(f"{path} holds {about.get('kind', 'something else')}, expected {_KIND}")
+                if about.get("format") != FORMAT:
+                    raise ValueError(f"{path} has format {about.get('format')}, this version reads {FORMAT}")
+                tasks, by_layer = about["tasks"], {}
+                for layer, (out, wide) in about["shapes"].items():
+                    by_layer[layer] = _rows(path, layer, file.get_tensor(layer), len(tasks), (out, wide))
+        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path} is broken: {error}; write it again") from error
+        return cls._of_packed(
+            {task: {layer: rows[place] for layer, rows in by_layer.items()} for place, task in enumerate(tasks)}
+        )
+
+
+def _rows(path: Path, layer: str, rows: Tensor, tasks: int, shape: tuple[int, int]) -> list[PackedMask]:
+    """The mask of each task of one layer, checked; copies, so that none keeps the others' bits alive."""
+    weights = shape[0] * shape[1]
+    expected, spare = (tasks, -(-weights // 8)), -weights % 8
+    if rows.dtype != torch.uint8 or tuple(rows.shape) != expected:
+        found = f"{rows.dtype} {list(rows.shape)}"
+        raise ValueError(f"{path} is broken: {layer} is {found}, expected torch.uint8 {list(expected)}")
+    if spare and bool((rows[:, -1] >= 1 << (8 - spare)).any()):
+        raise ValueError(f"{path} is broken: {layer} has bits after its last weight; write it again")
+    return [PackedMask(row.clone(), shape) for row in rows]
+
+
+def _checked(task: str, layer: str, mask: Tensor) -> PackedMask:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+        found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"weight mask of {task}, {layer}: found {found}, expected a bool tensor [out, in]")
+    return PackedMask.pack(mask)
+
+
+def _check_same_layers(by_task: Mapping[str, Mapping[str, PackedMask]]) -> None:
+    if not by_task:
+        raise ValueError("no task: expected weight masks of at least one task")
+    first, *others = by_task
+    if not by_task[first]:
+        raise ValueError(f"task {first} has no layer")
+    for task in others:
+        for layer, mask in by_task[task].items():
+            if layer not in by_task[first]:
+                raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
+            if mask.shape != by_task[first][layer].shape:
+                shapes = f"{list(mask.shape)} in task {task}, {list(by_task[first][layer].shape)} in task {first}"
+                raise ValueError(f"layer {layer} has weights of shape {shapes}")
+        if missing := [layer for layer in by_task[first] if layer not in by_task[task]]:
+            raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")
+
+
+def _readable(value: Any) -> str:
+    """One line per task or layer."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    inner = (f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(item)}" for key, item in value.items())
+    return "{\n" + ",\n".join(inner) + "\n }"

@@ -1,0 +1,146 @@
+"""Trains the systems that start from the dense model, each with what makes it, and the models for single directions."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nspec
+from nspec.analysis.languages import group_of
+from nspec.baselines import lass
+from nspec.files import read_json, write_json
+from nspec.mt import distributed, methods
+from nspec.mt.arrows import weight_masks_folder
+from nspec.mt.config import Config, TrainConfig
+from nspec.mt.data import PreparedData, languages_of_task
+from nspec.mt.model import build_model, load_system
+from nspec.mt.systems import Kind, builtin_of, config_of, finetuned_system, kind_of, masks_folder
+from nspec.mt.training import train_system
+
+
+def make_system(system: str, config: Config, run: Path, data: PreparedData, folder: Path) -> None:
+    """Trains a system other than dense to the end, or goes on with it.
+
+    Args:
+        system: its name.
+        config: of the run.
+        run: the run folder, with the dense model and the masks.
+        data: the prepared text.
+        folder: of the system. One with a model for each direction has a folder for each in it.
+
+    Raises:
+        ValueError: see :func:`~nspec.mt.training.train_system`, or a language whose family is not known.
+    """
+    kind, own = kind_of(config, system), config_of(config, system)
+    if kind.method == "each":
+        _make_each(system, own, kind, run, data, folder)
+        return
+    method, settings = _method(system, config, own, kind, run, data)
+    model, _ = load_system(run / "systems" / "dense" / "model", "cpu")  # the trainer moves it
+    train_system(system, own, settings, data, model, folder, method=method)
+
+
+def _method(
+    system: str, config: Config, own: Config, kind: Kind, run: Path, data: PreparedData
+) -> tuple[methods.Method | None, TrainConfig]:
+    settings: TrainConfig = own.specialize
+    dense = dataclasses.replace(settings, optimizer="adamw")  # with every row in the task, row_sparse_adamw is this
+    if kind.masks:
+        place = masks_folder(config, system)
+        assert place is not None
+        assert kind.mode
+        return methods.NeuronSpecialization(
+            on_side(nspec.NeuronMasks.load(run / place), kind.side), kind.mode
+        ), settings
+    if kind.method == "weight_masks":
+        return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
+    if kind.method == "adapters":
+        group = family_group if builtin_of(config, system) == "adapters_family" else lambda task, pivot: task
+        groups = {task: group(task, own.corpus.pivot) for task in data.tasks}
+        adapters = methods.Adapters(groups, own.adapters.bottleneck, own.run.seed)
+        return adapters, dataclasses.replace(dense, lr=own.adapters.lr)
+    return None, dense
+
+
+def on_side(masks: nspec.NeuronMasks, side: str) -> nspec.NeuronMasks:
+    """The masks of the layers of one half of the model (``encoder``, ``decoder``); all of them for an empty side.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not side:
+        return masks
+    kept = [layer for layer in masks.layers if side in layer.split(".")]
+    if not kept:
+        raise ValueError(f"no layer of the masks is in the {side}; there are {', '.join(masks.layers)}")
+    return nspec.NeuronMasks({task: {layer: masks[task][layer] for layer in kept} for task in masks.tasks})
+
+
+def family_group(task: str, pivot: str) -> str:
+    """The adapters that a direction shares: ``en-Germanic`` for en-de, ``Germanic-en`` for de-en.
+
+    Families are branches such as Germanic or Semitic. The pivot stands for itself: else en-de and de-en would be one.
+
+    Raises:
+        ValueError: the family of a language is not known.
+    """
+    return "-".join(code if code == pivot else group_of(code) for code in languages_of_task(task))
+
+
+def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Path, tell: Callable[..., None]) -> None:
+    """The weights that LaSS keeps for each direction, from the models that were fine-tuned on it: ``weight_masks/``."""
+    own, models = config_of(config, system), run / "systems" / finetuned_system(config, system)
+    found: dict[str, Any] = {}
+    for number, task in enumerate(data.tasks):
+        tell(task, number, len(data.tasks))
+        model, _ = load_system(models / task / "model", "cpu")
+        found[task] = lass.magnitude_masks(model, own.lass.alpha)
+    lass.WeightMasks(found).save(folder)
+    tell("", len(data.tasks), len(data.tasks))
+
+
+def _make_each(system: str, own: Config, kind: Kind, run: Path, data: PreparedData, folder: Path) -> None:
+    """A model for each direction, in a folder for each; what is trained already is left as it is."""
+    if kind.scratch:
+        settings: TrainConfig = dataclasses.replace(own.train, updates=own.bilingual.updates)
+    else:
+        lr, updates = own.finetune.lr, own.finetune.updates
+        settings = dataclasses.replace(own.specialize, updates=updates, lr=lr, optimizer="adamw")
+    settings = dataclasses.replace(settings, tasks_per_batch=1, warmup=min(settings.warmup, settings.updates))
+    for task in data.tasks:
+        if kind.scratch:
+            model = build_model(own.model, data.tokenizer, own.run.seed)
+        else:
+            model, _ = load_system(run / "systems" / "dense" / "model", "cpu")
+        train_system(f"{system} {task}", own, settings, data.only(task), model, folder / task)
+        if distributed.rank() == 0:  # an optimiser state for each direction would be three times the models
+            shutil.rmtree(folder / task / "checkpoints", ignore_errors=True)
+        distributed.barrier()
+    if distributed.rank() == 0:
+        parts = [read_json(folder / task / "summary.json") for task in data.tasks]
+        write_json(folder / "summary.json", _together(system, parts))
+
+
+def _together(system: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of models for single directions: sums, and of what is the same for all the first."""
+    keys = ("updates", "micro_batches", "train_seconds", "tokens", "parameters", "parameters_trained")
+    sums = {key: sum(part[key] for part in parts) for key in keys}
+    kept = {key: parts[0][key] for key in ("mode", "density", "mask_bytes", "precision", "device", "threads")}
+    speed = sums["tokens"] / max(sums["train_seconds"], 1e-9)
+    added = sums["parameters"]  # no weight is shared with the dense model
+    return (
+        kept
+        | sums
+        | {
+            "system": system,
+            "method": "each",
+            "tokens_per_second": speed,
+            "parameters_added": added,
+            "best_step": None,
+            "best_value": sum(part["best_value"] for part in parts) / len(parts),
+            "best_metric": parts[0]["best_metric"],
+        }
+    )

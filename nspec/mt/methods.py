@@ -1,0 +1,179 @@
+"""What makes a system other than dense: applied to a model in place, and kept beside its weights in ``nspec.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nspec
+from nspec.baselines import adapters, lass
+from nspec.files import read_json, write_json
+from nspec.nn.masked_linear import MODES, Mode
+
+
+class Method(ABC):
+    """A way to specialise a model for tasks.
+
+    Attributes:
+        name: in ``nspec.json`` and ``summary.json``.
+        mode: ``forward`` or ``update`` of neuron masks; None for other methods.
+        tasks: the directions that it knows.
+        by_rows: RowSparseAdamW has rows to leave alone.
+        leaves_parameters: a step trains only a part of the parameters, which DistributedDataParallel must be told.
+        has_weights: it brings parameters of its own, which stand with those of the model.
+    """
+
+    name: str
+    mode: Mode | None = None
+    by_rows = False
+    leaves_parameters = False
+    has_weights = False
+
+    @property
+    @abstractmethod
+    def tasks(self) -> list[str]: ...
+
+    @abstractmethod
+    def digest(self) -> str:
+        """What tells it from another of its kind."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> None:
+        """Changes a dense model in place, so that ``nspec.task`` switches it."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what :func:`load_method` reads, but for weights."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """``density`` (None without masks) and ``mask_bytes`` for ``summary.json``."""
+
+
+class NeuronSpecialization(Method):
+    """Neuron masks in mode ``forward`` or ``update``."""
+
+    name = "masks"
+    by_rows = True
+    mode: Mode
+
+    def __init__(self, masks: nspec.NeuronMasks, mode: Mode) -> None:
+        self.masks, self.mode = masks, mode
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.masks.tasks)
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for task in self.masks.tasks:
+            for layer, mask in self.masks[task].items():
+                digest.update(f"{task} {layer} ".encode() + bytes(mask.to(torch.uint8).tolist()))
+        return digest.hexdigest()
+
+    def attach(self, model: nn.Module) -> None:
+        nspec.specialize(model, self.masks, mode=self.mode)
+
+    def save(self, folder: Path) -> None:
+        self.masks.save(folder / "masks")
+        write_json(folder / "nspec.json", {"mode": self.mode})
+
+    def facts(self) -> dict[str, Any]:
+        shares = [share for layers in self.masks.density().values() for share in layers.values()]
+        bits = [-(-len(mask) // 8) for layers in self.masks.values() for mask in layers.values()]
+        return {"density": sum(shares) / len(shares), "mask_bytes": sum(bits)}
+
+
+class Adapters(Method):
+    """Bottlenecks after each layer, one set for each group of directions; the model itself is frozen.
+
+    Args:
+        groups: task -> name of its group.
+        bottleneck: their width.
+        seed: of their initialisation.
+    """
+
+    name = "adapters"
+    leaves_parameters = True
+    has_weights = True
+
+    def __init__(self, groups: Mapping[str, str], bottleneck: int, seed: int = 0) -> None:
+        self.groups, self.bottleneck, self.seed = dict(groups), bottleneck, seed
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.groups)
+
+    def digest(self) -> str:
+        described = json.dumps([self.groups, self.bottleneck, self.seed], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def attach(self, model: nn.Module) -> None:
+        adapters.add_adapters(model, self.groups, self.bottleneck, seed=self.seed)
+        adapters.freeze_all_but_adapters(model)
+
+    def save(self, folder: Path) -> None:
+        described = {"method": self.name, "groups": self.groups, "bottleneck": self.bottleneck, "seed": self.seed}
+        write_json(folder / "nspec.json", described)
+
+    def facts(self) -> dict[str, Any]:
+        return {"density": None, "mask_bytes": 0}
+
+
+class Lass(Method):
+    """Masks of single weights (Lin et al. 2021)."""
+
+    name = "weight_masks"
+
+    def __init__(self, masks: lass.WeightMasks) -> None:
+        self.masks = masks
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.masks.tasks)
+
+    def digest(self) -> str:
+        return self.masks.digest()
+
+    def attach(self, model: nn.Module) -> None:
+        lass.apply_weight_masks(model, self.masks)
+
+    def save(self, folder: Path) -> None:
+        self.masks.save(folder / "weight_masks")
+        write_json(folder / "nspec.json", {"method": self.name})
+
+    def facts(self) -> dict[str, Any]:
+        shares = [share for layers in self.masks.density().values() for share in layers.values()]
+        return {"density": sum(shares) / len(shares), "mask_bytes": self.masks.nbytes}
+
+
+def load_method(folder: Path) -> Method | None:
+    """What makes the system in a folder; None for a dense one.
+
+    Raises:
+        ValueError: ``nspec.json`` says something else, or masks are broken.
+        FileNotFoundError: the masks are not there.
+    """
+    file = Path(folder) / "nspec.json"
+    if not file.is_file():
+        return None
+    described: Any = read_json(file)
+    if isinstance(described, dict):
+        if described.get("mode") in MODES:
+            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / "masks"), described["mode"])
+        if described.get("method") == Lass.name:
+            return Lass(lass.WeightMasks.load(file.parent / "weight_masks"))
+        groups, width, seed = (described.get(key) for key in ("groups", "bottleneck", "seed"))
+        if described.get("method") == Adapters.name and isinstance(groups, dict) and isinstance(width, int):
+            return Adapters(groups, width, seed or 0)
+    raise ValueError(
+        f'{file} is {described!r}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
+        "(with groups and bottleneck) or weight_masks"
+    )

@@ -1,0 +1,74 @@
+"""Parallel text of another folder, encoded for a run's model: to profile on another domain."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from nspec.mt import vocabulary
+from nspec.mt.config import Config
+from nspec.mt.corpus.base import CorpusError
+from nspec.mt.corpus.files import open_files
+from nspec.mt.data import Ids, PreparedData, languages_of_task, pair_of_task
+
+
+class OtherText:
+    """What :class:`~nspec.mt.data.PreparedData` offers for counting activations, of the text in ``profile.path``.
+
+    Args:
+        config: the folder is ``profile.path`` and the part ``profile.path_split``, as ``corpus.path`` and
+            ``corpus.valid_split`` would be; languages and directions are those of the run.
+        data: the run's own text, whose vocabulary and limits hold.
+
+    Raises:
+        ValueError: a direction of the run without text there, or a malformed file.
+    """
+
+    def __init__(self, config: Config, data: PreparedData) -> None:
+        part = config.profile.path_split
+        options = dataclasses.replace(
+            config.corpus,
+            type="files",
+            path=config.profile.path,
+            languages=data.languages,
+            directions=data.tasks,
+            valid_split=part,
+            test_split=part,
+            valid_sentences=0,
+        )
+        corpus = open_files(options, config.run.seed)  # not open_corpus: an evaluation set has no training text
+        self.tasks, self.pad_id, self.end_id = data.tasks, data.pad_id, data.end_id
+        self._tags = {code: data.language_id(code) for code in data.languages}
+        longest = int(data.meta["max_positions"]) - 2
+        self._sides: dict[tuple[str, str], list[Ids]] = {}
+        for pair in sorted({pair_of_task(task) for task in data.tasks}):
+            codes = languages_of_task(pair)
+            if codes not in corpus.pairs:
+                raise CorpusError(f"profile.path {config.profile.path} has no text of {pair}, which the run translates")
+            texts = list(corpus.read(codes, "valid")) or list(corpus.read(codes, "test"))  # both are the same part
+            if not texts:
+                raise CorpusError(f"profile.path {config.profile.path} has no {part} text of {pair}")
+            for number, code in enumerate(codes):
+                ids = vocabulary.encode(data.tokenizer, [both[number] for both in texts])
+                self._sides[pair, code] = [self._framed(code, line[:longest]) for line in ids]
+
+    def _framed(self, code: str, ids: list[int]) -> Ids:
+        return np.array([self._tags[code], *ids, self.end_id], dtype=np.int64)
+
+    def _both(self, task: str) -> list[list[Ids]]:
+        return [self._sides[pair_of_task(task), code] for code in languages_of_task(task)]
+
+    def size(self, split: str, task: str) -> int:
+        """Sentence pairs of a direction; there is one part, whatever the split is called."""
+        return len(self._both(task)[0])
+
+    def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
+        """Source and target lengths, each int64 [n], tag and ``</s>`` counted."""
+        source, target = (np.array([len(ids) for ids in side], dtype=np.int64) for side in self._both(task))
+        return source, target
+
+    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
+        """Source and target ids of one pair, each int64 [tokens], with tag and ``</s>``."""
+        source, target = self._both(task)
+        return source[index], target[index]

@@ -1,0 +1,81 @@
+"""The order of directions in a figure, in blocks of related languages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nspec.analysis.languages import Grouping, group_of, language
+from nspec.analysis.lineages import EC30_GROUPS
+
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Directions that stand together.
+
+    Attributes:
+        name: of the group of languages.
+        part: 0 from the pivot, 1 to it, 2 without it.
+        first: place of its first direction.
+        size: number of its directions.
+    """
+
+    name: str
+    part: int
+    first: int
+    size: int
+
+
+def grouping_of(codes: Iterable[str]) -> Grouping:
+    """EC30's own groups where all languages are of EC30, else branches."""
+    try:
+        for code in codes:
+            group_of(code, "ec30")
+    except ValueError:
+        return "branch"
+    return "ec30"
+
+
+def _place(code: str, grouping: Grouping) -> tuple[int, str, str]:
+    """Sorts groups, and names the group: EC30's in its order, branches by their families, unknown languages last."""
+    try:
+        name = group_of(code, grouping)
+        if grouping == "ec30":
+            return list(EC30_GROUPS).index(name), "", name
+        return 0, language(code).family, name
+    except ValueError:
+        return len(EC30_GROUPS), "", OTHER
+
+
+def block_order(tasks: Iterable[str], pivot: str) -> tuple[list[str], list[Block]]:
+    """Directions from the pivot, to it, then others, each by the groups of their languages.
+
+    A direction without the pivot stands in the group of its source.
+
+    Args:
+        tasks: such as ``en-de``.
+        pivot: the language that most directions share; empty: none.
+
+    Returns:
+        The directions in their order, and the blocks from first to last.
+    """
+    tasks = list(tasks)
+    grouping = grouping_of({code for task in tasks for code in task.split("-")} - {pivot})
+
+    def key(task: str) -> tuple[int, tuple[int, str, str], str, str]:
+        source, _, target = task.partition("-")
+        part = 0 if pivot and source == pivot else 1 if pivot and target == pivot else 2
+        mine, other = (target, source) if part == 0 else (source, target)
+        return part, _place(mine, grouping), mine, other
+
+    keyed = sorted((key(task), task) for task in tasks)
+    blocks: list[Block] = []
+    for number, ((part, (_, _, name), _, _), _) in enumerate(keyed):
+        if blocks and (blocks[-1].part, blocks[-1].name) == (part, name):
+            last = blocks.pop()
+            blocks.append(Block(name, part, last.first, last.size + 1))
+        else:
+            blocks.append(Block(name, part, number, 1))
+    return [task for _, task in keyed], blocks

@@ -1,0 +1,141 @@
+"""Who gains and who loses: score changes by how much training text a direction has, and against bilingual models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nspec.report import figures, words
+from nspec.report.load import METRICS, RunData
+
+FACTOR = 2.0
+"""Levels differ by more than this factor in training pairs."""
+
+
+def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Directions by level of training pairs, the largest first.
+
+    Where data come in steps, as in EC30 (5M, 1M, 100k), levels are these: sizes are cut at the two widest gaps of more
+    than :data:`FACTOR`. Else distinct sizes are cut in three equal parts, if the geometric means of neighbouring parts
+    differ by more than the factor. Else one wide gap alone gives ``high`` and ``low``.
+
+    Args:
+        sizes: training pairs of each direction, positive.
+
+    Returns:
+        ``high``, ``medium`` and ``low``, or ``high`` and ``low``, each with its directions in the order given; empty where
+        sizes differ too little.
+    """
+    distinct = sorted(set(sizes.values()), reverse=True)
+    ratios = {place: distinct[place - 1] / distinct[place] for place in range(1, len(distinct))}
+    gaps = sorted((place for place, ratio in ratios.items() if ratio > FACTOR), key=lambda place: -ratios[place])
+    cuts = sorted(gaps[:2])
+    if len(cuts) < 2 and len(distinct) >= 3:
+        thirds = [round(len(distinct) / 3), round(2 * len(distinct) / 3)]
+        means = [math.exp(sum(map(math.log, part)) / len(part)) for part in _parts(distinct, thirds)]
+        if all(larger / smaller > FACTOR for larger, smaller in zip(means, means[1:])):
+            cuts = thirds
+    if not cuts:
+        return {}
+    names = ["high", "medium", "low"] if len(cuts) == 2 else ["high", "low"]
+    return {
+        name: [task for task, size in sizes.items() if size in part]
+        for name, part in zip(names, _parts(distinct, cuts))
+    }
+
+
+def _parts(distinct: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
+    ends = [0, *cuts, len(distinct)]
+    return [distinct[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def changes(data: RunData, system: str, than: str, metric: str) -> dict[str, float]:
+    """Score of ``system`` minus that of ``than`` in points, for each direction that both have been scored in."""
+    one, other = (data.scored.get(name, {"tasks": {}})["tasks"] for name in (system, than))
+    return {task: one[task][metric] - other[task][metric] for task in data.tasks if task in one and task in other}
+
+
+def level_section(data: RunData) -> dict[str, Any]:
+    """Mean change of every system against the baseline, by level of training pairs.
+
+    Returns:
+        ``reason``: why there are no levels, else empty; ``heads``, ``rows`` and ``figure`` of the table otherwise.
+    """
+    sizes = {task: data.sizes[task] for task in data.tasks if task in data.sizes}
+    compared = [name for name in data.scored if name != data.baseline and changes(data, name, data.baseline, "bleu")]
+    if not compared:
+        return {"reason": "Levels of training data are compared once systems and their baseline have been scored."}
+    if not sizes:
+        return {"reason": "How much training text a direction has is not known: prepared/meta.json does not say it."}
+    low, high = min(sizes.values()), max(sizes.values())
+    levels = resource_levels(sizes)
+    if low == high:
+        return {"reason": f"All directions have the same {words.count(low)} training pairs, so there are no levels."}
+    if not levels:
+        between = f"{words.count(low)} to {words.count(high)}"
+        return {"reason": f"Directions have {between} training pairs, which differ too little for levels."}
+    heads = [
+        {"name": name, "range": _range([sizes[task] for task in tasks]), "directions": len(tasks)}
+        for name, tasks in levels.items()
+    ]
+    rows = []
+    means: dict[str, dict[str, list[float]]] = {}
+    for name in compared:
+        cells = []
+        means[name] = {}
+        for metric in METRICS:
+            change = changes(data, name, data.baseline, metric)
+            means[name][metric] = []
+            for tasks in levels.values():
+                found = [change[task] for task in tasks if task in change]
+                mean = sum(found) / len(found) if found else math.nan
+                means[name][metric].append(mean)
+                up = f"{sum(value > 0 for value in found)} of {len(found)} up"
+                cells.append({"text": words.signed(mean) if found else "–", "up": up if found else ""})
+        rows.append({"name": data.name(name), "colour": figures.css_colour(name, list(data.systems)), "cells": cells})
+    return {"reason": "", "heads": heads, "rows": rows, "figure": figures.draw("levels", data, list(levels), means)}
+
+
+def transfer_section(data: RunData) -> dict[str, Any] | None:
+    """Every multilingual system minus the bilingual models, by direction; None where there are none of these."""
+    if "bilingual" not in data.scored:
+        return None
+    names = [
+        name for name in data.scored if name != "bilingual" and data.base_of(name) not in ("bilingual", "finetuned")
+    ]
+    found = {(name, m): changes(data, name, "bilingual", m) for name in names for m in METRICS}
+    if not any(found.values()):
+        return None
+    rows = []
+    for task in data.tasks:
+        entry = data.scored["bilingual"]["tasks"].get(task)
+        if not entry:
+            continue
+        cells = [_transfer([found[name, metric].get(task) for metric in METRICS]) for name in names]
+        pairs = words.count(data.sizes[task]) if task in data.sizes else "–"
+        rows.append({"task": task, "pairs": pairs, "bilingual": _pair(entry), "cells": cells, "mean": False})
+    averages = [
+        _transfer([sum(v.values()) / len(v) if (v := found[name, m]) else None for m in METRICS]) for name in names
+    ]
+    whole = _pair(data.scored["bilingual"]["average"]["all"])
+    rows.insert(0, {"task": "mean", "pairs": "", "bilingual": whole, "cells": averages, "mean": True})
+    return {"heads": [{"name": data.short(name), "title": data.name(name)} for name in names], "rows": rows}
+
+
+def _pair(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {"text": f"{entry['bleu']:.2f}", "beside": f"{entry['chrf']:.2f}"}
+
+
+def _transfer(values: Sequence[float | None]) -> dict[str, str]:
+    """BLEU with chrF++ beside it; the sign of BLEU says which of the two it is."""
+    bleu, chrf = values
+    if bleu is None or chrf is None:
+        return {"text": "–", "beside": "", "kind": ""}
+    kind = "transfer" if bleu > 0 else "interference" if bleu < 0 else ""
+    return {"text": words.signed(bleu), "beside": words.signed(chrf), "kind": kind}
+
+
+def _range(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return words.count(low) if low == high else f"{words.count(low)} to {words.count(high)}"

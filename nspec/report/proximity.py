@@ -1,0 +1,218 @@
+"""``nspec analyze``: whether the overlap of a run's masks reflects language proximity, as a table, files and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nspec.analysis import clustering
+from nspec.analysis.languages import genetic_distances, group_of, is_known, read_distances, script_distances
+from nspec.analysis.overlap import Floats, Side, side_layers
+from nspec.analysis.proximity import Direction, LayerProximity, Proximity, mask_iou, proximity
+from nspec.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nspec import NeuronMasks
+
+SIDES: tuple[Side, ...] = ("encoder", "decoder")
+COLUMNS = [
+    *("layer", "side", "direction", "languages", "r", "low", "high", "p", "p_holm", "p_bh", "exact", "permutations"),
+    *("partial_r", "partial_p", "iou_within", "iou_across", "reason"),
+]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Languages clustered by their mean mask distance over the layers of one side.
+
+    Attributes:
+        side: half of the model.
+        direction: ``from`` or ``to`` the pivot.
+        languages: the leaves, by number.
+        linkage: float64 [n - 1, 4] of :func:`nspec.analysis.clustering.average_linkage`.
+    """
+
+    side: Side
+    direction: Direction
+    languages: tuple[str, ...]
+    linkage: Floats
+
+    @property
+    def order(self) -> list[str]:
+        """The leaves as a tree shows them."""
+        return [self.languages[leaf] for leaf in clustering.leaf_order(self.linkage)]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :func:`analyze_run` found.
+
+    Attributes:
+        folder: what it wrote.
+        distances: the file of the languages' distances; empty: they are those in the tree of languages.
+        proximity: the tests.
+        trees: languages clustered by their masks.
+    """
+
+    folder: Path
+    distances: str
+    proximity: Proximity
+    trees: tuple[Tree, ...]
+
+
+def analyze_run(run: Path, pivot: str = "", permutations: int = 9999, distances: str = "") -> Analysis:
+    """Tests the masks of a run and writes ``analysis.json``, ``analysis.tsv`` and the dendrograms into RUN/analysis.
+
+    Args:
+        run: a run folder with ``masks``.
+        pivot: the language that directions come from and go to; empty: that of the run's configuration.
+        permutations: at most so many relabellings a Mantel test.
+        distances: a file with the distances of languages, see :func:`nspec.analysis.languages.read_distances`; empty:
+            those in the tree of languages.
+
+    Raises:
+        OSError: the file of distances cannot be read.
+        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages, a language is not
+            known, or the file of distances is wrong or lacks a pair. Nothing is written then.
+    """
+    from nspec import NeuronMasks
+    from nspec.report.dendrogram import dendrogram
+
+    if not (run / "masks" / "masks.safetensors").is_file():
+        raise ValueError(f"{run} has no masks/masks.safetensors; `nspec select CONFIG` or `nspec run CONFIG` makes it")
+    far = read_distances(distances) if distances else genetic_distances
+    masks = NeuronMasks.load(run / "masks")
+    found = proximity(masks, pivot or _pivot(run), distances=far, permutations=permutations, control=_scripts)
+    result = Analysis(run / "analysis", distances, found, cluster(masks, found))
+    write_text(result.folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
+    lines = [COLUMNS, *([_text(cell) for cell in _cells(found, row)] for row in found.layers)]
+    write_text(result.folder / "analysis.tsv", "".join("\t".join(line) + "\n" for line in lines))
+    for tree in result.trees:
+        groups = [group_of(code, found.grouping) if is_known(code) else "not known" for code in tree.languages]
+        title = f"{tree.side.capitalize()}, {_arrow(tree.direction, found.pivot)}"
+        svg = dendrogram(tree.linkage, tree.languages, groups, title)
+        write_text(result.folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)
+    return result
+
+
+def _scripts(codes: Any) -> Floats | None:
+    """The distance by script, the control of the partial tests; None where it cannot tell languages apart."""
+    if not all(is_known(code) for code in codes):
+        return None
+    far = script_distances(codes)
+    return far if 0 < far.sum() < len(codes) * (len(codes) - 1) else None
+
+
+def _pivot(run: Path) -> str:
+    from nspec.mt import options
+
+    path = run / "config.yaml"
+    pivot = options.parse(path.read_text(encoding="utf-8"), str(path)).corpus.pivot if path.is_file() else ""
+    if not pivot:
+        why = f"{path} names no pivot" if path.is_file() else f"{run} has no config.yaml"
+        raise ValueError(f"{why}: give the language that directions come from and go to, such as --pivot en")
+    return pivot
+
+
+def cluster(masks: NeuronMasks, found: Proximity) -> tuple[Tree, ...]:
+    """A tree for each side that the masks have and each direction type."""
+    trees = []
+    for side in SIDES:
+        layers = side_layers(masks, side)
+        for direction, codes in found.languages.items() if layers else ():
+            far = 1 - mask_iou(masks, layers, direction, found.pivot, codes).mean(0)
+            trees.append(Tree(side, direction, codes, clustering.average_linkage(far)))
+    return tuple(trees)
+
+
+def as_json(result: Analysis) -> dict[str, Any]:
+    """All of it as plain values; what is not defined is NaN."""
+    trees = [
+        {
+            "side": tree.side,
+            "direction": tree.direction,
+            "order": tree.order,
+            "newick": clustering.newick(tree.linkage, tree.languages),
+        }
+        for tree in result.trees
+    ]
+    return {**asdict(result.proximity), "distances": result.distances or "tree", "control": "script", "trees": trees}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
+    """The cells of a row, as ``COLUMNS`` names them."""
+    test, partial = row.test, row.partial
+    cells: list[Any] = [row.layer, row.side, row.direction, len(found.languages[row.direction])]
+    cells += [test.r, test.low, test.high, test.p, row.p_holm, row.p_bh] if test else [None] * 6
+    cells += [str(test.exact).lower(), test.permutations] if test else [None, None]
+    cells += [partial.r, partial.p] if partial else [None, None]
+    return [*cells, row.within, row.across, row.reason]
+
+
+def _text(cell: Any) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
+
+
+def _arrow(direction: Direction, pivot: str) -> str:
+    return f"{pivot}→x" if direction == "from" else f"x→{pivot}"
+
+
+def proximity_table(found: Proximity, distances: str = "") -> Table:
+    """The table that ``nspec analyze`` prints: a row for each layer and direction type. It fits 80 columns.
+
+    Args:
+        found: what it shows.
+        distances: the file of the languages' distances, for the title; empty: the tree of languages.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    against = escape(Path(distances).name) if distances else "the tree of languages"
+    table = Table(
+        title=f"Do related languages keep the same neurons? Mask distance against {against}",
+        caption="r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
+        f"IoU by {found.grouping}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("layer", no_wrap=True)
+    for name in ("x", "r", "interval", "p", "Holm", "BH", "IoU\nwithin", "IoU\nacross"):
+        table.add_column(name, justify="right", no_wrap=True)
+    depth = {side: list(dict.fromkeys(row.layer for row in found.layers if row.side == side)) for side in SIDES}
+    for row in found.layers:
+        cells = [f"{row.side} {depth[row.side].index(row.layer)}", _arrow(row.direction, found.pivot)]
+        if row.test:
+            low, high = row.test.low, row.test.high
+            cells += [f"{row.test.r:+.2f}", "–" if math.isnan(low) else f"{low:+.2f} {high:+.2f}"]
+            cells += [f"{p:.4f}" for p in (row.test.p, row.p_holm, row.p_bh)]
+        else:
+            cells += ["–"] * 5
+        cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
+        table.add_row(*cells)
+    return table
+
+
+def print_analysis(result: Analysis) -> None:
+    """The table and the folder, on standard output."""
+    from nspec.mt.display import show
+
+    show(proximity_table(result.proximity, result.distances))
+    print(f"analysis: {result.folder}", flush=True)

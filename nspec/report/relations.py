@@ -1,0 +1,105 @@
+"""The section of the page on whether related languages keep the same neurons."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from nspec.analysis.languages import group_of
+from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, proximity, sides_of_pivot
+from nspec.report import words
+from nspec.report.blocks import OTHER, grouping_of
+from nspec.report.canvas import inline_svg
+from nspec.report.load import RunData
+from nspec.report.proximity import SIDES, Tree, cluster
+
+if TYPE_CHECKING:
+    from nspec import NeuronMasks
+
+PERMUTATIONS = 9999  # as many as `nspec analyze` makes
+
+
+def relation_section(data: RunData) -> dict[str, Any] | None:
+    """The Mantel test of every layer and the trees of languages; None where there are no masks.
+
+    Returns:
+        ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping`` and
+        ``permutations`` otherwise.
+    """
+    if data.masks is None:
+        return None
+    try:
+        sides = sides_of_pivot(data.masks, data.pivot)
+        if min(len(codes) for codes in sides.values()) < FEWEST:
+            return {"reason": f"This is tested where masks cover {FEWEST} languages or more beside the pivot."}
+        codes = {code for each in sides.values() for code in each}
+        found = proximity(data.masks, data.pivot, grouping=grouping_of(codes), permutations=PERMUTATIONS)
+    except ValueError as error:
+        return {"reason": f"This cannot be tested here: {error}."}
+    depth = {side: list(dict.fromkeys(row.layer for row in found.layers if row.side == side)) for side in SIDES}
+    return {
+        "reason": "",
+        "summary": summary(found),
+        "rows": [_row(found, row, depth[row.side].index(row.layer)) for row in found.layers],
+        "trees": _trees(found, data.masks),
+        "grouping": "EC30's own groups" if found.grouping == "ec30" else f"{found.grouping} of the language tree",
+        "permutations": words.count(PERMUTATIONS),
+    }
+
+
+def summary(found: Proximity) -> str:
+    """In how many layers related languages keep more neurons in common, after Holm's correction; and where most."""
+    said = []
+    for direction in found.languages:
+        tested = [row for row in found.layers if row.direction == direction and row.test]
+        sure = [row for row in tested if row.p_holm < words.LEVEL]
+        if not tested:
+            continue
+        best = max(tested, key=_r)
+        what = words.group_name(f"{direction}_{found.pivot}")
+        said.append(
+            f"{what}: in {len(sure)} of {len(tested)} layers the masks of closer languages overlap more "
+            f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(_r(best))}, in {best.layer}"
+        )
+    return "; ".join(said) + "." if said else "No layer has masks whose overlap differs, so there is nothing to test."
+
+
+def _r(row: LayerProximity) -> float:
+    return row.test.r if row.test else math.nan
+
+
+def _row(found: Proximity, row: LayerProximity, depth: int) -> dict[str, Any]:
+    cells = ["–"] * 4
+    if row.test:
+        low, high = row.test.low, row.test.high
+        interval = "–" if math.isnan(low) else f"{words.signed(low)} to {words.signed(high)}"
+        cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}"]
+    cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
+    return {
+        "layer": f"{row.side} {depth}",
+        "direction": words.group_name(f"{row.direction}_{found.pivot}"),
+        "cells": cells,
+        "sure": bool(row.test) and row.p_holm < words.LEVEL,
+        "title": row.reason or row.layer,
+    }
+
+
+def _group(code: str, found: Proximity) -> str:
+    try:
+        return group_of(code, found.grouping)
+    except ValueError:
+        return OTHER
+
+
+def _trees(found: Proximity, masks: NeuronMasks) -> list[dict[str, str]]:
+    from nspec.report.dendrogram import dendrogram
+
+    return [_drawn(tree, found, dendrogram) for tree in cluster(masks, found)]
+
+
+def _drawn(tree: Tree, found: Proximity, dendrogram: Any) -> dict[str, str]:
+    title = f"{tree.side.capitalize()}, {words.group_name(f'{tree.direction}_{found.pivot}')}"
+    svg = dendrogram(tree.linkage, tree.languages, [_group(code, found) for code in tree.languages], title)
+    # its own page is white with grey lines; here both are those of the page
+    svg = svg.replace("#ffffff", "none").replace("#333333", "var(--ink)")
+    return {"svg": inline_svg(svg, f"tree_{tree.side}_{tree.direction}", f"Tree of languages, {title}")}

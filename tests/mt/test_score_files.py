@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+pytest.importorskip("sacrebleu")
+
+from nspec import cli
+from nspec.mt import comet_score
+from nspec.mt.config import ScoreConfig
+from nspec.mt.score_files import score_files
+from nspec.mt.scoring import score_system
+from nspec.report import comparison
+
+WORDS = ["the", "a", "cat", "dog", "house", "sees", "ran", "3", "12.5", ",", "blue", "Berlin", "tree", "grün"]
+TASKS = ["de-en", "en-de"]
+SAMPLES = 50
+
+Texts = dict[str, list[str]]
+
+
+def write(folder: Path, files: dict[str, list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def texts() -> tuple[Texts, Texts, Texts]:
+    """References and two systems, of which the second is better."""
+    rng = random.Random(3)
+    references = {task: [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))) for _ in range(20)] for task in TASKS}
+
+    def spoil(kept: float) -> Texts:
+        return {
+            task: [" ".join(w if rng.random() < kept else rng.choice(WORDS) for w in line.split()) for line in lines]
+            for task, lines in references.items()
+        }
+
+    return references, spoil(0.5), spoil(0.9)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Folders ``refs``, ``theirs`` and ``ours``."""
+    references, theirs, ours = texts()
+    write(tmp_path / "refs", {f"{task}.ref.txt": lines for task, lines in references.items()})
+    write(tmp_path / "theirs", {f"{task}.{task[3:]}": lines for task, lines in theirs.items()})
+    write(tmp_path / "ours", {f"{task}.hyp.txt": lines for task, lines in ours.items()})
+    (tmp_path / "ours" / "scores.json").write_text("{}")  # a run's folder has more than translations
+    (tmp_path / "ours" / "en-de.decode.json").write_text("{}")
+    return tmp_path
+
+
+def score(place: Path, *names: str, **options: object) -> dict:
+    systems = [f"{name}={place / name}" for name in names or ("theirs", "ours")]
+    return score_files(systems, str(place / "refs"), **{"bootstrap": SAMPLES, **options})  # type: ignore[arg-type]
+
+
+def test_files_get_the_scores_that_a_run_gives(place: Path) -> None:
+    references, theirs, ours = texts()
+    scored = score(place, baseline="theirs", pivot="en")
+    assert list(scored) == ["theirs", "ours"]
+    config = ScoreConfig(bootstrap=SAMPLES)
+    assert scored["theirs"] == score_system(theirs, references, config, "en")
+    assert scored["ours"] == score_system(ours, references, config, "en", ("theirs", theirs))
+    assert scored["ours"]["average"]["all"]["baseline"]["bleu_delta"] > 10
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"en-de": "en-de.ref.txt", "de-en": "de-en.txt"},
+        {"en-de": "en-de.de", "de-en": "de-en.en"},
+        {"en-de": "en-de.de", "de-en": "en-de.en"},  # Moses: two files for both directions
+        {"en-de": "de-en.de.txt", "de-en": "de-en.en.txt"},  # prepared/text/test of a run
+    ],
+)
+def test_references_may_be_called_in_each_way(place: Path, names: dict[str, str]) -> None:
+    expected = score(place)
+    for task, name in names.items():
+        (place / "refs" / f"{task}.ref.txt").rename(place / "refs" / name)
+    assert score(place) == expected
+
+
+def test_line_ends_marks_and_compression_change_nothing(place: Path) -> None:
+    expected = score(place)
+    path = place / "ours" / "en-de.hyp.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
+    other = place / "ours" / "de-en.hyp.txt"
+    (place / "ours" / "de-en.hyp.txt.gz").write_bytes(gzip.compress(other.read_bytes()))
+    other.unlink()
+    assert score(place) == expected
+
+
+def test_a_reference_pair_may_have_a_side_that_is_not_scored(place: Path) -> None:
+    for path in ("refs/de-en.ref.txt", "theirs/de-en.en", "ours/de-en.hyp.txt"):
+        (place / path).unlink()
+    (place / "refs/en-de.ref.txt").rename(place / "refs/en-de.de")
+    write(place / "refs", {"en-de.en": ["a source"] * 20})
+    assert list(score(place)["ours"]["tasks"]) == ["en-de"]
+
+
+def test_a_direction_with_files_of_its_own_does_not_take_those_of_the_opposite_one(place: Path) -> None:
+    """Two test sets, each with source and target: the source of de-en is no reference of en-de."""
+    expected = score(place)
+    for task, other in (("en-de", "de-en"), ("de-en", "en-de")):
+        (place / "refs" / f"{task}.ref.txt").rename(place / "refs" / f"{task}.{task[3:]}")
+        write(place / "refs", {f"{other}.{task[3:]}": ["another text"] * 20})
+    assert score(place) == expected
+
+
+Change = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: (p / "refs/en-de.ref.txt").unlink(),
+            "there are no references of direction en-de: expected en-de.ref.txt, en-de.txt or en-de.de in {p}/refs",
+        ),
+        (
+            lambda p: write(p / "refs", {"en-fr.ref.txt": ["x"]}),
+            "--references: {p}/refs/en-fr.ref.txt is of a direction that the systems have not; they have de-en, en-de",
+        ),
+        (
+            lambda p: write(p / "refs", {"en-de.de": ["x"]}),
+            "{p}/refs has en-de.ref.txt and en-de.de, which could all be the references of en-de; leave one",
+        ),
+        (
+            lambda p: write(p / "ours", {"en-de.txt": ["x"]}),
+            "{p}/ours has en-de.hyp.txt and en-de.txt, which could all be the translations of en-de; leave one",
+        ),
+        (
+            lambda p: (p / "ours/en-de.hyp.txt").unlink(),
+            "system theirs has {p}/theirs/en-de.de, but system ours no translations of en-de: expected en-de.hyp.txt,",
+        ),
+        (
+            lambda p: write(p / "ours", {"en-fr.hyp.txt": ["x"]}),
+            "system ours has {p}/ours/en-fr.hyp.txt, but system theirs no translations of en-fr: expected en-fr.hyp",
+        ),
+        (
+            lambda p: [path.unlink() for path in (p / "ours").glob("*.txt")],
+            "system ours: {p}/ours has no translations: expected en-de.hyp.txt, en-de.txt or en-de.de for direction "
+            "en-de, and so on; it has en-de.decode.json, scores.json",
+        ),
+        (
+            lambda p: write(p / "ours", {"en-de.hyp.txt": ["x"] * 19}),
+            "{p}/ours/en-de.hyp.txt has 19 lines and {p}/refs/en-de.ref.txt has 20; expected a line for each reference",
+        ),
+        (lambda p: (p / "ours/en-de.hyp.txt").write_bytes(b""), "{p}/ours/en-de.hyp.txt is empty; expected a sentence"),
+        (lambda p: (p / "refs/en-de.ref.txt").write_bytes(b""), "{p}/refs/en-de.ref.txt is empty; expected a sentence"),
+        (lambda p: write(p / "refs", {"en-de.ref.txt": [" "] * 20}), "{p}/refs/en-de.ref.txt has blank lines only"),
+        (
+            lambda p: (p / "ours/en-de.hyp.txt").write_bytes("ein Café\n".encode("latin-1") * 20),
+            "{p}/ours/en-de.hyp.txt, line 1: not valid UTF-8 (byte 0xe9 at position 8)",
+        ),
+        (
+            lambda p: (p / "ours/en-de.hyp.txt").write_bytes("ein Haus\n".encode("utf-16-le") * 20),
+            "{p}/ours/en-de.hyp.txt has zero bytes, which text has not (UTF-16?)",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_one_error_that_names_them(place: Path, change: Change, message: str) -> None:
+    change(place)
+    with pytest.raises(ValueError) as caught:
+        score(place, baseline="theirs")
+    assert str(caught.value).startswith(message.format(p=place))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--system", "ours"], "--system ours: expected NAME=FOLDER"),
+        (["--system", "=ours"], "--system =ours: expected NAME=FOLDER"),
+        (["--system", "../a={p}/ours"], "--system ../a={p}/ours: expected NAME=FOLDER"),
+        (["--system", "a={p}/ours", "--system", "a={p}/theirs"], "--system a is there twice"),
+        (["--system", "a={p}/nowhere"], "--system {p}/nowhere: there is no such folder"),
+        (["--system", "a={p}/ours", "--baseline", "b"], "--baseline b: there are the systems a"),
+        (["--system", "a={p}/ours", "--pivot", "fr"], "--pivot fr is in none of the directions de-en, en-de"),
+        (["--system", "a={p}/ours", "--bootstrap", "39"], "--bootstrap 39: a 95 % interval needs at least 40 samples"),
+        (["--system", "a={p}/ours", "--references", "{p}/x"], "--references {p}/x: there is no such folder"),
+        (["--system", "ours={p}/ours", "--out", "{p}"], "--out {p}: scores of ours would lie among the translations"),
+        (["--system", "a={p}/ours", "--comet", "x"], "--comet needs --sources FOLDER"),
+        (["--system", "a={p}/ours", "--sources", "x"], "--sources needs --comet PATH"),
+        (["--system", "a={p}/ours", "--groups", "{p}/g.yaml"], "low: expected a list of texts such as [is, mt]"),
+        (["--system", "a={p}/ours", "--groups", "{p}/empty.yaml"], "{p}/empty.yaml is empty; expected lines such as"),
+        (["--system", "a={p}/ours", "--groups", "{p}/twice.yaml"], "low is given twice in {p}/twice.yaml"),
+        (["--system", "a={p}/ours", "--groups", "{p}/other.yaml"], "group low: no is not a language or direction"),
+        ([], "Missing option '--system'."),
+    ],
+)
+def test_wrong_options_are_one_line(
+    place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"g": "low: de\n", "empty": "", "twice": "low: [de]\nlow: [en]\n", "other": "low: [no]\n"}
+    for name, text in groups.items():
+        (place / f"{name}.yaml").write_text(text)
+    given = [argument.format(p=place) for argument in arguments]
+    assert cli.main(["score", "--references", str(place / "refs"), *given]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines()[-1].startswith(f"nspec: error: {message.format(p=place)}")
+
+
+def test_the_verb_shows_tables_and_writes_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "groups.yaml").write_text("low: [de]\ninto: [en-de]\n")
+    arguments = ["--references", place / "refs", "--system", f"theirs={place / 'theirs'}"]
+    arguments += ["--system", f"ours={place / 'ours'}", "--baseline", "theirs", "--pivot", "en", "--bootstrap", SAMPLES]
+    arguments += ["--groups", place / "groups.yaml", "--out", place / "out"]
+    assert cli.main(["score", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    scores = {name: json.loads((place / "out" / name / "scores.json").read_text()) for name in ("theirs", "ours")}
+    groups = ["all", "from_en", "to_en", "low", "low/from_en", "low/to_en", "into"]
+    assert list(scores["ours"]["average"]) == groups
+    for metric, name in (("bleu", "BLEU"), ("chrf", "chrF++")):
+        part = shown[shown.index(f"{name}, with 95 % bootstrap intervals") :]
+        for row, entry in {
+            "all directions": scores["ours"]["average"]["all"],
+            "en→x": scores["ours"]["average"]["from_en"],
+            "low, x→en": scores["ours"]["average"]["low/to_en"],
+            "en-de": scores["ours"]["tasks"]["en-de"],
+        }.items():
+            line, below = part[part.index(f"\n {row} ") + 1 :].splitlines()[:2]
+            test = entry["baseline"]
+            assert f"{entry[metric]:.2f}" in line
+            assert f"{test[f'{metric}_delta']:+.2f}▲" in line
+            assert f"{entry[f'{metric}_low']:.1f}–{entry[f'{metric}_high']:.1f}" in below
+            p_values = [test[f"{metric}_p"], test[f"{metric}_p_ar"]]
+            assert " / ".join("<0.001" if p < 0.001 else f"{p:.3f}" for p in p_values) in below
+        assert f"{name} signature: {scores['ours']['tasks']['en-de'][f'{metric}_signature']}\n" in shown
+    assert "Δ: difference from theirs" in shown
+    assert "COMET" not in shown
+    with open(place / "out" / "scores.tsv", encoding="utf-8", newline="") as file:
+        rows = {(row["system"], row["direction"]): row for row in csv.DictReader(file, delimiter="\t")}
+    directions = [*TASKS, *(f"average:{group}" for group in groups)]
+    assert set(rows) == {(system, row) for system in scores for row in directions}
+    p_ar = scores["ours"]["average"]["low"]["baseline"]["bleu_p_ar"]
+    assert float(rows["ours", "average:low"]["bleu_p_ar"]) == pytest.approx(p_ar, rel=1e-5)
+
+
+def test_a_system_alone_is_not_tested(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--references", place / "refs", "--system", f"ours={place / 'ours'}", "--bootstrap", SAMPLES]
+    assert cli.main(["score", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    assert "Δ" not in shown
+    assert "en→x" not in shown
+    assert "all directions" in shown
+
+
+def test_arrows_go_by_approximate_randomisation(place: Path) -> None:
+    scored = score(place, baseline="theirs")
+    for task, p, p_ar in (("en-de", 0.9, 0.01), ("de-en", 0.01, 0.9)):
+        scored["ours"]["tasks"][task]["baseline"].update(bleu_p=p, bleu_p_ar=p_ar)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(comparison.tables(scored, "")[0])
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
+    assert "▲" in lines["en-de"]
+    assert "▲" not in lines["de-en"]
+
+
+# COMET: a module in the place of the package, which is large
+
+
+@pytest.fixture
+def comet(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A package ``comet`` that scores by length, a model ``place/wmt-da`` and sources; what the package was asked."""
+    asked: dict = {"samples": []}
+
+    class Model:
+        def predict(self, samples: list[dict], batch_size: int, gpus: int, progress_bar: bool) -> types.SimpleNamespace:
+            asked["samples"].append(samples)
+            return types.SimpleNamespace(scores=[len(s["mt"]) / len(s["ref"]) + len(s["src"]) for s in samples])
+
+    def load(path: str, local_files_only: bool = False) -> Model:
+        asked.update(path=path, local=local_files_only, offline=os.environ.get("HF_HUB_OFFLINE"))
+        return Model()
+
+    package = types.ModuleType("comet")
+    package.load_from_checkpoint = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comet", package)
+    monkeypatch.setattr(comet_score.importlib.metadata, "version", lambda name: f"{name} 9")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")  # so that what the code sets is undone
+    hub = types.ModuleType("huggingface_hub.constants")
+    hub.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub.constants", hub)
+    asked["hub"] = hub
+    (place / "wmt-da/checkpoints").mkdir(parents=True)
+    (place / "wmt-da/checkpoints/model.ckpt").touch()
+    (place / "wmt-da/hparams.yaml").touch()
+    write(place / "sources", {"en-de.en": ["one"] * 20, "de-en.src.txt": ["eins"] * 20})
+    return asked
+
+
+@pytest.mark.parametrize("model", ["wmt-da", "wmt-da/checkpoints/model.ckpt"])
+def test_comet_is_the_mean_over_sentences_and_over_directions(place: Path, comet: dict, model: str) -> None:
+    references, _, ours = texts()
+    scored = score(place, "ours", comet=str(place / model), sources=str(place / "sources"), pivot="en")["ours"]
+    assert comet["path"] == str(place / "wmt-da/checkpoints/model.ckpt")
+    assert comet["samples"][1][0] == {"src": "one", "mt": ours["en-de"][0], "ref": references["en-de"][0]}
+    means = {
+        task: np.mean([len(h) / len(r) for h, r in zip(ours[task], references[task])]) + length
+        for task, length in (("en-de", 3), ("de-en", 4))
+    }
+    for task, mean in means.items():
+        assert scored["tasks"][task]["comet"] == pytest.approx(mean)
+    assert scored["average"]["all"]["comet"] == pytest.approx(np.mean(list(means.values())))
+    assert scored["average"]["to_en"]["comet"] == pytest.approx(means["de-en"])
+    assert scored["signatures"]["comet"] == "model:wmt-da|version:unbabel-comet 9"
+
+
+def test_comet_is_kept_from_the_network(place: Path, comet: dict) -> None:
+    score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
+    assert comet["local"] is True
+    assert comet["offline"] == "1", "before the package is asked for the model"
+    assert comet["hub"].HF_HUB_OFFLINE is True
+
+
+def test_comet_stands_in_table_and_files(place: Path, comet: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--references", place / "refs", "--system", f"ours={place / 'ours'}", "--bootstrap", SAMPLES]
+    arguments += ["--comet", place / "wmt-da", "--sources", place / "sources", "--out", place / "out"]
+    assert cli.main(["score", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    scores = json.loads((place / "out/ours/scores.json").read_text())
+    for row, entry in (("all directions", scores["average"]["all"]), ("de-en", scores["tasks"]["de-en"])):
+        part = shown[shown.index(" COMET") :]
+        assert f"{entry['comet']:.4f}" in part[part.index(f"\n {row} ") + 1 :].splitlines()[0]
+    assert "COMET signature: model:wmt-da|" in shown
+    with open(place / "out/scores.tsv", encoding="utf-8", newline="") as file:
+        rows = {row["direction"]: row for row in csv.DictReader(file, delimiter="\t")}
+    assert float(rows["average:all"]["comet"]) == pytest.approx(scores["average"]["all"]["comet"], rel=1e-5)
+
+
+def test_comet_that_is_not_there_is_one_error(place: Path, comet: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"--comet .*/none: there is no .*/none; .*nspec does not download"):
+        score(place, "ours", comet=str(place / "none"), sources=str(place / "sources"))
+    (place / "wmt-da/hparams.yaml").unlink()
+    with pytest.raises(ValueError, match=r"--comet .*: there is no .*/hparams.yaml"):
+        score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
+    (place / "wmt-da/hparams.yaml").touch()
+    monkeypatch.setitem(sys.modules, "comet", None)
+    with pytest.raises(ImportError, match="--comet needs the package unbabel-comet, which is not installed: pip"):
+        score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
+    assert "path" not in comet
+
+
+def test_sources_that_do_not_fit_are_named(place: Path, comet: dict) -> None:
+    write(place / "sources", {"en-de.en": ["one"] * 3})
+    with pytest.raises(ValueError, match=r"sources/en-de.en has 3 lines and .*/refs/en-de.ref.txt has 20"):
+        score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
+    (place / "sources/en-de.en").unlink()
+    with pytest.raises(
+        ValueError, match=r"no sources of direction en-de: expected en-de.src.txt, en-de.txt or en-de.en"
+    ):
+        score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
