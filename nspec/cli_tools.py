@@ -215,3 +215,21 @@ def config(
             set_option(chosen, assignment)
         validate(chosen)
     print(render(chosen), end="")
+
+
+@tools.command()
+def seeds(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders that differ in run.seed alone.")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Writes seeds.md, seeds.tsv, costs.tsv and figures.")] = "",
+    debug: DebugOption = False,
+) -> None:
+    """Compares the systems of runs with several seeds.
+
+    Means and spread over seeds, and differences from the baseline with a paired t test.
+    """
+    from nspec.report.seeds import compare_seeds
+
+    compared = compare_seeds(runs)
+    if out:
+        compared.write(Path(out))
+    print(compared.markdown(), end="")

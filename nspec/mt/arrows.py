@@ -165,7 +165,7 @@ def _training(config: Config, system: str) -> Stage:
         after.append(stage_name("random_masks" if kind.masks == "random_masks" else "select", masks))
     elif kind.method == "weight_masks":
         masks = weight_masks_folder(config, system)
-        inputs += (f"{masks}/masks.*",)
+        inputs += (f"{masks}/weight_masks.*",)
         after.append(stage_name("weight_masks", masks))
     elif kind.method == "adapters":
         options += ("adapters",)

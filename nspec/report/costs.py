@@ -45,9 +45,9 @@ def size(value: Any) -> str:
     if not _number(value):
         return MISSING
     unit = 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
+    while value >= 999.5 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {_UNITS[unit]}" if value < 999.5 else f"{value:.0f} {_UNITS[unit]}"
+    return f"{value:.3g} {_UNITS[unit]}"
 
 
 def _number(value: Any) -> bool:

@@ -17,8 +17,8 @@ def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """Directions by level of training pairs, the largest first.
 
     Where data come in steps, as in EC30 (5M, 1M, 100k), levels are these: sizes are cut at the two widest gaps of more
-    than :data:`FACTOR`. Else distinct sizes are cut in three equal parts, if the geometric means of neighbouring parts
-    differ by more than the factor. Else one wide gap alone gives ``high`` and ``low``.
+    than :data:`FACTOR`; one such gap gives ``high`` and ``low``. Without gaps distinct sizes are cut in three equal parts,
+    if the geometric means of neighbouring parts differ by more than the factor.
 
     Args:
         sizes: training pairs of each direction, positive.
@@ -31,7 +31,7 @@ def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     ratios = {place: distinct[place - 1] / distinct[place] for place in range(1, len(distinct))}
     gaps = sorted((place for place, ratio in ratios.items() if ratio > FACTOR), key=lambda place: -ratios[place])
     cuts = sorted(gaps[:2])
-    if len(cuts) < 2 and len(distinct) >= 3:
+    if not cuts and len(distinct) >= 3:
         thirds = [round(len(distinct) / 3), round(2 * len(distinct) / 3)]
         means = [math.exp(sum(map(math.log, part)) / len(part)) for part in _parts(distinct, thirds)]
         if all(larger / smaller > FACTOR for larger, smaller in zip(means, means[1:])):

@@ -11,7 +11,7 @@ from nspec.report import words
 from nspec.report.blocks import OTHER, grouping_of
 from nspec.report.canvas import inline_svg
 from nspec.report.load import RunData
-from nspec.report.proximity import SIDES, Tree, cluster
+from nspec.report.proximity import Tree, cluster
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks
@@ -36,11 +36,10 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
         found = proximity(data.masks, data.pivot, grouping=grouping_of(codes), permutations=PERMUTATIONS)
     except ValueError as error:
         return {"reason": f"This cannot be tested here: {error}."}
-    depth = {side: list(dict.fromkeys(row.layer for row in found.layers if row.side == side)) for side in SIDES}
     return {
         "reason": "",
         "summary": summary(found),
-        "rows": [_row(found, row, depth[row.side].index(row.layer)) for row in found.layers],
+        "rows": [_row(found, row) for row in found.layers],
         "trees": _trees(found, data.masks),
         "grouping": "EC30's own groups" if found.grouping == "ec30" else f"{found.grouping} of the language tree",
         "permutations": words.count(PERMUTATIONS),
@@ -56,10 +55,10 @@ def summary(found: Proximity) -> str:
         if not tested:
             continue
         best = max(tested, key=_r)
-        what = words.group_name(f"{direction}_{found.pivot}")
+        what, where = words.group_name(f"{direction}_{found.pivot}"), _layer(found, best)
         said.append(
             f"{what}: in {len(sure)} of {len(tested)} layers the masks of closer languages overlap more "
-            f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(_r(best))}, in {best.layer}"
+            f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(_r(best))}, in {where}"
         )
     return "; ".join(said) + "." if said else "No layer has masks whose overlap differs, so there is nothing to test."
 
@@ -68,7 +67,13 @@ def _r(row: LayerProximity) -> float:
     return row.test.r if row.test else math.nan
 
 
-def _row(found: Proximity, row: LayerProximity, depth: int) -> dict[str, Any]:
+def _layer(found: Proximity, row: LayerProximity) -> str:
+    """``encoder 0`` for the lowest layer of the encoder."""
+    layers = list(dict.fromkeys(other.layer for other in found.layers if other.side == row.side))
+    return f"{row.side} {layers.index(row.layer)}"
+
+
+def _row(found: Proximity, row: LayerProximity) -> dict[str, Any]:
     cells = ["–"] * 4
     if row.test:
         low, high = row.test.low, row.test.high
@@ -76,7 +81,7 @@ def _row(found: Proximity, row: LayerProximity, depth: int) -> dict[str, Any]:
         cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}"]
     cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
     return {
-        "layer": f"{row.side} {depth}",
+        "layer": _layer(found, row),
         "direction": words.group_name(f"{row.direction}_{found.pivot}"),
         "cells": cells,
         "sure": bool(row.test) and row.p_holm < words.LEVEL,

@@ -252,8 +252,7 @@ def test_the_state_dict_goes_into_a_model_with_the_same_adapters_and_no_other() 
     model, x = adapted(), x_of()
     twin = add_adapters(Seq2Seq(), dict(reversed(GROUPS.items())), 4, seed=9)
     twin.load_state_dict(model.state_dict())
-    for task in GROUPS:
-        assert torch.equal(under(model, task, x), under(twin, task, x))
+    assert all(torch.equal(under(model, task, x), under(twin, task, x)) for task in GROUPS)
     with pytest.raises(RuntimeError, match="groups.romance"):
         add_adapters(Seq2Seq(), {"en-de": "germanic"}, 4).load_state_dict(model.state_dict())
 

@@ -1,4 +1,4 @@
-"""LaSS: masks drop the lowest magnitudes of each attention and feed-forward matrix."""
+"""LaSS: masks drop the lowest magnitudes of each matrix that can be masked: attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nspec.baselines.lass import magnitude_masks, prunable_layers
+from nspec.baselines.lass import apply_weight_masks, magnitude_masks, prunable_layers
+from nspec.baselines.weight_masks import WeightMasks
 
 
 def m2m100() -> nn.Module:
@@ -93,3 +94,16 @@ def test_masks_that_cannot_be_made_are_refused() -> None:
         magnitude_masks(model, 0.1, [])
     with pytest.raises(ValueError, match=r"only.weight has values that are not finite"):
         magnitude_masks(one_layer(torch.tensor([[math.nan]])), 0.1, ["only"])
+
+
+def test_layers_whose_weights_are_read_past_them_are_refused() -> None:
+    torch_layer = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(ValueError, match=r"linear1 is inside nn.TransformerEncoderLayer"):
+        apply_weight_masks(torch_layer, WeightMasks({"a": {"linear1": torch.ones(16, 8).bool()}}))
+    decoder = nn.TransformerDecoderLayer(8, 2, 16)
+    with pytest.raises(ValueError, match=r"out_proj is inside nn.MultiheadAttention"):
+        apply_weight_masks(decoder, WeightMasks({"a": {"self_attn.out_proj": torch.ones(8, 8).bool()}}))
+    with pytest.raises(ValueError, match="0 is Bilinear, expected a plain nn.Linear"):
+        apply_weight_masks(
+            nn.Sequential(nn.Bilinear(2, 2, 2)), WeightMasks({"a": {"0": torch.ones(2, 2, dtype=torch.bool)}})
+        )

@@ -51,6 +51,9 @@ def test_single_tasks_are_put_together_without_copying_bits() -> None:
     whole = WeightMasks.union_of_tasks(parts)
     assert whole.tasks == list(TASKS)
     assert all(whole.packed(t, "x") is part.packed(t, "x") for t, part in zip(TASKS, parts))
+    other_order = WeightMasks({"b": {"y": torch.ones(1, 1).bool(), "x": torch.ones(2, 2).bool()}})
+    first = WeightMasks({"a": {"x": torch.ones(2, 2).bool(), "y": torch.ones(1, 1).bool()}})
+    assert [list(layers) for layers in WeightMasks.union_of_tasks([first, other_order]).values()] == [["x", "y"]] * 2
     with pytest.raises(ValueError, match="task en-de is given twice"):
         WeightMasks.union_of_tasks([parts[0], parts[0]])
     other = WeightMasks({"other": {"x": torch.rand(5, 3) < 0.5}})

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from toy_translation import Toy
 
 from nspec.mt.config import ProfileConfig
 from nspec.mt.other_text import OtherText
 from nspec.mt.profiling import profile_tasks
-
-from toy_translation import Toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

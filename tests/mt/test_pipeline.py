@@ -94,6 +94,7 @@ def test_lass_brings_the_fine_tuned_models_that_it_prunes() -> None:
     assert list(found).index("specialize:finetuned") < list(found).index("weight_masks")
     assert list(found).index("weight_masks") < list(found).index("specialize:lass")
     assert "evaluate:finetuned" not in found
+    assert "weight_masks/weight_masks.*" in found["specialize:lass"].inputs
 
 
 def test_a_variant_of_lass_prunes_models_that_were_fine_tuned_alike() -> None:

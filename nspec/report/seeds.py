@@ -1,0 +1,403 @@
+"""One comparison of several runs that differ in ``run.seed`` alone: means, spread, and tests over seeds.
+
+The tests of a single run ask whether its two *models* differ on other sentences. Whether a *method* is better than another
+also depends on initialisation and sampling, which only other seeds show; here the seeds are the observations.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nspec.analysis.mantel import holm
+from nspec.analysis.student import t_quantile, t_tail
+from nspec.files import write_text
+from nspec.mt import options
+from nspec.report.canvas import colour
+from nspec.report.load import METRICS, RunData, load_run
+from nspec.report.words import METRIC_NAMES, arrow, count, group_name, p_text, signed, system_name
+
+COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
+_LEVEL = 0.95
+# Systems are compared by name instead, so that a run with one more system can be a part.
+_MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
+_RESULT_COLUMNS = ["system", "metric", "average", "seeds", "mean", "sd", "baseline", "delta", "delta_low", "delta_high"]
+_RESULT_COLUMNS += ["t", "p", "p_holm", "tested", "above", "below"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a system is above the baseline, paired by seed.
+
+    Attributes:
+        values: points, one a seed.
+        mean: of ``values``.
+        low: lower end of the 95 % t interval of the mean.
+        high: upper end.
+        t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
+        p: two-sided, of the paired t test.
+        p_holm: adjusted over the systems of this metric and average.
+        tested: seeds whose run tested this system against the baseline.
+        above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
+        below: seeds in which it says worse.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+    t: float
+    p: float
+    p_holm: float
+    tested: int
+    above: int
+    below: int
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One system, metric and average.
+
+    Attributes:
+        system: its name in the runs.
+        metric: ``bleu`` or ``chrf``.
+        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``.
+        scores: points (0 to 100), one a seed.
+        mean: of ``scores``.
+        sd: their standard deviation (n - 1).
+        difference: from the baseline; None for the baseline itself.
+    """
+
+    system: str
+    metric: str
+    group: str
+    scores: tuple[float, ...]
+    mean: float
+    sd: float
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """What :func:`compare_seeds` found.
+
+    Attributes:
+        folders: of the runs, in the order of seeds.
+        seeds: in rising order; every tuple of values is in this order.
+        baseline: the system that the others are compared with.
+        systems: those that every run has scored.
+        tasks: the directions.
+        groups: the averages.
+        results: by group, metric and system.
+        costs: system -> mean over seeds of each of :data:`COSTS`; None where a run does not say.
+        signatures: metric -> the sacreBLEU signatures of the directions, each once.
+        notes: what a reader has to know, a sentence each.
+    """
+
+    folders: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    systems: tuple[str, ...]
+    tasks: tuple[str, ...]
+    groups: tuple[str, ...]
+    results: tuple[SeedResult, ...]
+    costs: Mapping[str, Mapping[str, float | None]]
+    signatures: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+    def find(self, system: str, metric: str = "bleu", group: str = "all") -> SeedResult:
+        """The result of one system.
+
+        Raises:
+            KeyError: there is none of that system, metric and group.
+        """
+        for result in self.results:
+            if (result.system, result.metric, result.group) == (system, metric, group):
+                return result
+        raise KeyError(f"no result of {system}, {metric}, {group}")
+
+    def markdown(self) -> str:
+        """All of it as Markdown: a table for each average, then costs, notes and signatures."""
+        base = system_name(self.baseline)
+        lines = [
+            f"# {len(self.seeds)} seeds ({', '.join(map(str, self.seeds))}), {len(self.tasks)} directions",
+            "",
+            f"Mean ± standard deviation over seeds. Δ: difference from {base}, paired by seed, with its 95 % t interval; "
+            "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
+            "run's own test on its test set is significant at 5 %.",
+        ]
+        for group in self.groups:
+            heads = [cell for metric in METRICS for cell in (METRIC_NAMES[metric], "Δ", "p (Holm)", "▲ ▼")]
+            rows = [
+                [_cell(system_name(system)), *(c for m in METRICS for c in _cells(self.find(system, m, group)))]
+                for system in self.systems
+            ]
+            title = group_name(group)
+            lines += ["", f"## {title[:1].upper()}{title[1:]}", "", *_table(["system", *heads], rows)]
+        rows = [[_cell(system_name(system)), *_cost_cells(self.costs[system])] for system in self.systems]
+        heads = ["system", "updates", "tokens", "training, s", "tokens/s", "density"]
+        lines += ["", "## Costs, mean over seeds", "", *_table(heads, rows), ""]
+        lines += [f"- {note}" for note in self.notes]
+        lines += [f"- {METRIC_NAMES[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
+        return "\n".join(lines) + "\n"
+
+    def tsv(self) -> str:
+        """A line for each result; after the statistics the score and the difference of each seed."""
+        each = [f"{what}:{seed}" for what in ("score", "delta") for seed in self.seeds]
+        lines = [_RESULT_COLUMNS + each]
+        for result in self.results:
+            d = result.difference
+            row: list[Any] = [result.system, result.metric, result.group, len(self.seeds), result.mean, result.sd]
+            row += [self.baseline, d.mean, d.low, d.high, d.t, d.p, d.p_holm] if d else [None] * 7
+            row += [d.tested, d.above, d.below] if d else [None] * 3
+            row += [*result.scores, *(d.values if d else [None] * len(self.seeds))]
+            lines.append([_text(value) for value in row])
+        return "".join("\t".join(line) + "\n" for line in lines)
+
+    def costs_tsv(self) -> str:
+        """A line for each system: the mean of each of :data:`COSTS`."""
+        lines = [["system", *COSTS]]
+        lines += [[system, *(_text(self.costs[system][key]) for key in COSTS)] for system in self.systems]
+        return "".join("\t".join(line) + "\n" for line in lines)
+
+    def figure(self, group: str = "all") -> str:
+        """Differences from the baseline as an SVG file: a dot a seed, the mean with its 95 % interval, by system.
+
+        Raises:
+            ValueError: there is no such average, or no system but the baseline.
+        """
+        if group not in self.groups:
+            raise ValueError(f"there is no average {group!r}, expected one of {', '.join(self.groups)}")
+        if len(self.systems) < 2:
+            raise ValueError(f"there is nothing to draw: {self.baseline} is the only system")
+        return _draw(self, group)
+
+    def write(self, folder: Path) -> None:
+        """Writes ``seeds.md``, ``seeds.tsv``, ``costs.tsv`` and ``seeds_<average>.svg`` (with two systems or more).
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        folder = Path(folder)
+        write_text(folder / "seeds.md", self.markdown())
+        write_text(folder / "seeds.tsv", self.tsv())
+        write_text(folder / "costs.tsv", self.costs_tsv())
+        for group in self.groups if len(self.systems) > 1 else ():
+            write_text(folder / f"seeds_{group.replace('/', '_')}.svg", self.figure(group))
+
+
+def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
+    """Compares the systems of several finished runs of one configuration with different seeds.
+
+    Args:
+        folders: run folders, two or more. Systems that not every run has scored are left out, with a note.
+
+    Raises:
+        ValueError: fewer than two runs, a seed twice, configurations that differ in more than seed, folder and systems,
+            other directions, baselines or sacreBLEU signatures, or a baseline that not every run has.
+    """
+    runs = sorted((load_run(Path(folder)) for folder in folders), key=lambda run: run.config.run.seed)
+    if len(runs) < 2:
+        raise ValueError(f"found {len(runs)} run, expected 2 or more of one configuration with different run.seed")
+    for one, other in zip(runs, runs[1:]):
+        if one.config.run.seed == other.config.run.seed:
+            raise ValueError(f"{one.folder} and {other.folder} both have run.seed {one.config.run.seed}")
+    for run in runs:
+        if not run.scored:
+            raise ValueError(f"{run.folder} has no scores yet; `nspec run` makes them")
+    first, *others = runs
+    for other in others:
+        _check_same(first, other)
+    systems, notes = _common_systems(runs)
+    for other in others:
+        _check_scores(first, other, systems)
+    notes += _machines(runs, systems)
+    averages = [[run.scored[system]["average"] for system in systems] for run in runs]
+    groups = [group for group in averages[0][0] if all(group in average for run in averages for average in run)]
+    results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
+    tasks = first.scored[first.baseline]["tasks"]
+    return SeedComparison(
+        folders=tuple(run.folder for run in runs),
+        seeds=tuple(run.config.run.seed for run in runs),
+        baseline=first.baseline,
+        systems=tuple(systems),
+        tasks=tuple(task for task in first.tasks if task in tasks),
+        groups=tuple(groups),
+        results=tuple(results),
+        costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
+        signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
+        notes=tuple(notes),
+    )
+
+
+def _check_same(first: RunData, other: RunData) -> None:
+    """ValueError where the configurations differ in what every system shares, or the baselines do."""
+    mine, theirs = options.flatten(first.config), options.flatten(other.config)
+    keys = [key for key in mine if mine[key] != theirs[key] and key not in _MAY_DIFFER]
+    if keys:
+        differ = [f"{key} ({mine[key]!r}, {theirs[key]!r})" for key in keys]
+        raise ValueError(
+            f"{first.folder} and {other.folder} are not one configuration with different seeds: they differ in "
+            f"{', '.join(differ)}"
+        )
+    if first.baseline != other.baseline:
+        raise ValueError(
+            f"the baseline is {first.baseline} in {first.folder} and {other.baseline} in {other.folder}; score them again "
+            "with the same score.baseline"
+        )
+
+
+def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:
+    """The systems that every run has scored, in the order of the first, and notes on the others."""
+    common = [name for name in runs[0].scored if all(name in run.scored for run in runs)]
+    notes = []
+    for name in dict.fromkeys(name for run in runs for name in run.scored if name not in common):
+        lacking = [str(run.folder) for run in runs if name not in run.scored]
+        notes.append(
+            f"{name} is left out: {', '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no scores of it."
+        )
+    if runs[0].baseline not in common:
+        raise ValueError(f"not every run has scores of {runs[0].baseline}, the baseline: {' '.join(notes)}")
+    for name in common:
+        for run in runs[1:]:
+            if runs[0].variants.get(name) != run.variants.get(name):
+                raise ValueError(
+                    f"{name} is not the same variant in {runs[0].folder} and {run.folder}: see run.variants"
+                )
+    return common, notes
+
+
+def _check_scores(first: RunData, other: RunData, systems: Sequence[str]) -> None:
+    """ValueError where directions or signatures differ."""
+    expected = first.scored[first.baseline]["tasks"]
+    for run in (first, other):
+        for system in systems:
+            tasks = run.scored[system]["tasks"]
+            if tasks.keys() != expected.keys():
+                different = ", ".join(sorted(tasks.keys() ^ expected.keys()))
+                raise ValueError(
+                    f"{run.folder}, {system}: other directions than {first.baseline} in {first.folder} ({different})"
+                )
+            for task, entry in tasks.items():
+                for key in (f"{metric}_signature" for metric in METRICS):
+                    if entry[key] != expected[task][key]:
+                        raise ValueError(
+                            f"{run.folder}, {system}, {task}: {key} is {entry[key]}, in {first.folder} "
+                            f"{expected[task][key]}; score them with the same sacreBLEU"
+                        )
+
+
+def _machines(runs: Sequence[RunData], systems: Sequence[str]) -> list[str]:
+    """A note where training times are of different machines or settings."""
+    summaries = [run.systems[system].summary or {} for run in runs for system in systems]
+    notes = []
+    for key in ("device", "threads", "precision"):
+        found = list(dict.fromkeys(str(summary[key]) for summary in summaries if summary.get(key) is not None))
+        if len(found) > 1:
+            notes.append(f"Times are not of like runs: {key} is {', '.join(found)}.")
+    return notes
+
+
+def _results(runs: Sequence[RunData], systems: Sequence[str], metric: str, group: str) -> list[SeedResult]:
+    baseline = runs[0].baseline
+    entries = {system: [run.scored[system]["average"][group] for run in runs] for system in systems}
+    scores = {system: np.array([float(entry[metric]) for entry in found]) for system, found in entries.items()}
+    results = []
+    for system, values in scores.items():
+        tests = [t for t in (entry.get("baseline") for entry in entries[system]) if t and t["system"] == baseline]
+        difference = None if system == baseline else _difference(values - scores[baseline], tests, metric)
+        sd = float(values.std(ddof=1))
+        results.append(SeedResult(system, metric, group, tuple(values.tolist()), float(values.mean()), sd, difference))
+    compared = [result.difference.p for result in results if result.difference]
+    adjusted = iter(holm(compared).tolist())
+    return [
+        replace(result, difference=replace(result.difference, p_holm=next(adjusted))) if result.difference else result
+        for result in results
+    ]
+
+
+def _difference(values: Any, tests: Sequence[Mapping[str, Any]], metric: str) -> Difference:
+    """The statistics of paired differences float64 [seeds]; not yet adjusted for the number of systems."""
+    freedom = len(values) - 1
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    t = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
+    p, reach = t_tail(t, freedom), t_quantile(_LEVEL, freedom) * error
+    arrows = [arrow(test, metric) for test in tests]
+    counts = len(arrows), arrows.count("▲"), arrows.count("▼")
+    return Difference(tuple(values.tolist()), mean, mean - reach, mean + reach, t, p, p, *counts)
+
+
+def _mean_cost(runs: Sequence[RunData], system: str, key: str) -> float | None:
+    values = [(run.systems[system].summary or {}).get(key) for run in runs]
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    return sum(numbers) / len(numbers) if len(numbers) == len(runs) else None
+
+
+def _cells(result: SeedResult) -> list[str]:
+    d = result.difference
+    score = f"{result.mean:.2f} ± {result.sd:.2f}"
+    if d is None:
+        return [score, "", "", ""]
+    delta = f"{signed(d.mean)} [{signed(d.low)}, {signed(d.high)}]"
+    arrows = f"{d.above} {d.below} of {d.tested}" if d.tested else "–"
+    return [score, delta, f"{p_text(d.p)} ({p_text(d.p_holm).removeprefix('p ').removeprefix('= ')})", arrows]
+
+
+def _cost_cells(costs: Mapping[str, float | None]) -> list[str]:
+    cells = ["–" if costs[key] is None else count(costs[key] or 0) for key in COSTS[:-1]]
+    density = costs["density"]
+    return [*cells, "–" if density is None else f"{density:.3f}"]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _draw(comparison: SeedComparison, group: str) -> str:
+    """A panel for each metric. The same input gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    systems = [system for system in comparison.systems if system != comparison.baseline]
+    settings: Any = {"svg.hashsalt": "nspec-seeds", "svg.fonttype": "none", "font.size": 10, "text.parse_math": False}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(9.6, 1.2 + 0.36 * len(systems)), layout="constrained")
+        panels = figure.subplots(1, len(METRICS), sharey=True)
+        for axes, metric in zip(panels, METRICS):
+            axes.axvline(0, color="#333333", linewidth=0.8)
+            for place, system in enumerate(systems):
+                d = comparison.find(system, metric, group).difference
+                assert d is not None
+                tint = colour(system, comparison.systems)
+                axes.plot([d.low, d.high], [place, place], color=tint, linewidth=2)
+                axes.plot([d.mean], [place], "|", color=tint, markersize=14, markeredgewidth=2)
+                axes.plot(
+                    d.values, [place] * len(d.values), "o", color=tint, markersize=5, alpha=0.6, markeredgewidth=0
+                )
+            axes.set_yticks(range(len(systems)), [system_name(system) for system in systems])
+            axes.set_ylim(len(systems) - 0.5, -0.5)
+            axes.set_xlabel(f"{METRIC_NAMES[metric]} above {system_name(comparison.baseline)}")
+            axes.grid(True, axis="x", color="#dddddd", linewidth=0.8)
+            axes.set_axisbelow(True)
+            for side in ("top", "left", "right"):
+                axes.spines[side].set_visible(False)
+        title = f"{group_name(group)}: {len(comparison.seeds)} seeds, mean with 95 % t interval"
+        figure.suptitle(title[:1].upper() + title[1:], fontsize=11)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

@@ -1,0 +1,90 @@
+"""What makes a system: applied, trained, resumed, saved and loaded again, for every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_translation import Toy
+
+import nspec
+from nspec.baselines import lass
+from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization, load_method
+from nspec.mt.model import load_system
+from nspec.mt.training import train_system
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ["forward", "update", "adapters", "lass"]
+
+
+def method_of(toy: Toy, name: str) -> Method:
+    tasks = toy.data.tasks
+    if name == "adapters":
+        return Adapters({task: task[:2] for task in tasks}, bottleneck=4, seed=3)
+    if name == "lass":
+        kept = {task: lass.magnitude_masks(toy.model(seed=seed), 0.5) for seed, task in enumerate(tasks)}
+        return Lass(lass.WeightMasks(kept))
+    return NeuronSpecialization(toy.masks(), "forward" if name == "forward" else "update")
+
+
+def train(toy: Toy, name: str, folder: Path, updates: int) -> dict[str, torch.Tensor]:
+    config = toy.config(updates=updates, valid_every=2)
+    method = method_of(toy, name)
+    train_system(name, config, config.train, toy.data, toy.model(config), folder, method=method, progress=False)
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_that_goes_on_ends_like_one_without_a_break(toy: Toy, name: str, tmp_path: Path) -> None:
+    whole = train(toy, name, tmp_path / "whole", 4)
+    train(toy, name, tmp_path / "parts", 2)
+    resumed = train(toy, name, tmp_path / "parts", 4)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_system_computes_what_the_trained_one_did(toy: Toy, name: str, tmp_path: Path) -> None:
+    train(toy, name, tmp_path, 2)
+    model, _ = load_system(tmp_path / "model")
+    found = load_method(tmp_path / "model")
+    assert found is not None
+    assert found.tasks == toy.data.tasks
+    assert found.digest() == method_of(toy, name).digest()
+    expected: Any = toy.model()
+    expected.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)
+    method_of(toy, name).attach(expected)
+    expected.load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)
+    expected.tie_weights()
+    expected.eval()
+    ids = torch.tensor([[5, 9, 7, 2]])
+    outputs = []
+    for task in found.tasks:
+        with nspec.task(model, task), nspec.task(expected, task), torch.no_grad():
+            logits = model(input_ids=ids, decoder_input_ids=ids).logits
+            assert torch.equal(logits, expected(input_ids=ids, decoder_input_ids=ids).logits)
+            outputs.append(logits)
+    assert name == "update" or not torch.equal(outputs[0], outputs[-1])
+
+
+def test_a_checkpoint_of_another_method_is_refused(toy: Toy, tmp_path: Path) -> None:
+    train(toy, "lass", tmp_path, 2)
+    with pytest.raises(ValueError, match="mode was 'weight_masks', is 'adapters'"):
+        train(toy, "adapters", tmp_path, 4)
+
+
+def test_directions_that_a_method_does_not_know_are_an_error(toy: Toy, tmp_path: Path) -> None:
+    config, method = toy.config(), Adapters({toy.data.tasks[0]: "a"}, 4)
+    with pytest.raises(ValueError, match=f"no adapters for .*{toy.data.tasks[-1]}"):
+        train_system("x", config, config.train, toy.data, toy.model(), tmp_path, method=method, progress=False)
+
+
+def test_a_description_that_is_none_is_an_error(tmp_path: Path) -> None:
+    assert load_method(tmp_path) is None
+    (tmp_path / "nspec.json").write_text('{"method": "magic"}')
+    with pytest.raises(ValueError, match="magic.*expected"):
+        load_method(tmp_path)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from fabricated_run import make_methods_run
+
+from nspec import analysis
+from nspec.report import figures, published
+from nspec.report.load import RunData, load_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return load_run(make_methods_run(tmp_path_factory.mktemp("runs") / "run", layers=3))
+
+
+def lines(axes) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+def test_masked_share_stands_beside_the_published_one_at_relative_depth(data: RunData) -> None:
+    encoder, decoder = figures.masked(data).axes
+    x, y = lines(decoder)["en→x, this run (k = 0.95)"]
+    tasks = [task for task in data.tasks if task.startswith("en-")]
+    assert x == [0, 1, 2]
+    assert y == pytest.approx(
+        1 - analysis.density(data.masks, analysis.side_layers(data.masks, "decoder"), tasks).mean(0)
+    )
+    x, y = lines(encoder)["x→en, published (k = 0.95)"]
+    assert y == published.MASKED["to", "encoder"]
+    assert x == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2])  # six layers over three
+
+
+def test_iou_stands_beside_the_two_published_cases(data: RunData) -> None:
+    encoder, decoder = figures.published_iou(data).axes
+    assert lines(encoder)["published (k = 0.7)"][1] == published.IOU["to", "encoder"]
+    assert lines(decoder)["published (k = 0.7)"][1] == published.IOU["from", "decoder"]
+    masks = data.variant_masks["forward-k70"]  # the nearest k
+    tasks = [task for task in data.tasks if task.endswith("-en")]
+    own = analysis.mean_pairwise(analysis.layer_iou(masks, analysis.side_layers(masks, "encoder"), tasks))
+    assert lines(encoder)["this run (k = 0.7)"][1] == pytest.approx(own)
+
+
+def test_heat_map_shows_directions_in_named_blocks(data: RunData) -> None:
+    axes = figures.heat(data, "encoder").axes[0]
+    order = [label.get_text() for label in axes.get_yticklabels()]
+    assert order[:6] == ["en-de", "en-nl", "en-es", "en-fr", "en-ru", "en-ar"]
+    assert order[6:] == ["de-en", "nl-en", "es-en", "fr-en", "ru-en", "ar-en"]
+    shown = np.asarray(axes.images[0].get_array())
+    iou = analysis.layer_iou(data.masks, analysis.side_layers(data.masks, "encoder"), order).mean(0)
+    assert shown[0, 7] == pytest.approx(iou[0, 7])
+    names = [text.get_text() for text in axes.texts if text.get_text().isalpha() or "-" in text.get_text()]
+    assert names == ["Germanic", "Romance", "Slavic", "Afro-Asiatic"] * 2
+    across = [line.get_ydata()[0] for line in axes.lines if line.get_ydata()[0] == line.get_ydata()[1]]
+    assert across == [1.5, 3.5, 4.5, 5.5, 7.5, 9.5, 10.5]
+    widths = {line.get_ydata()[0]: line.get_linewidth() for line in axes.lines if line.get_ydata()[0] in across}
+    assert widths[5.5] > 2 * widths[1.5]
+
+
+def test_systems_without_a_colour_of_their_own_get_different_ones(data: RunData) -> None:
+    names = list(data.systems)
+    assert len({figures.colour(name, names) for name in names}) == len(names)
+
+
+def test_models_for_single_directions_are_not_among_the_curves(data: RunData) -> None:
+    point = [{"step": 1, "loss": 2.0, "valid_loss": 2.0}]
+    for system in data.systems.values():
+        system.training = system.validation = point
+    shown = figures.continued_systems(data)
+    assert "forward-k70" in shown
+    assert not {"dense", "bilingual"} & set(shown)

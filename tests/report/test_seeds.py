@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from nspec.files import read_json, write_json, write_text
+from nspec.mt import options
+from nspec.mt.config import Config
+from nspec.report.seeds import SeedComparison, compare_seeds
+
+TASKS = ["en-de", "de-en"]
+SYSTEMS = ["dense", "continued", "forward", "random"]
+# BLEU of each seed. forward - continued: 0.9, 1.1, 1.0; random - continued: 0, 0, 0
+SCORES = {
+    1: {"dense": 19.0, "continued": 20.0, "forward": 20.9, "random": 20.0},
+    2: {"dense": 19.5, "continued": 21.0, "forward": 22.1, "random": 21.0},
+    3: {"dense": 21.2, "continued": 20.5, "forward": 21.5, "random": 20.5},
+}
+
+
+def entry(value: float, test: dict[str, Any] | None) -> dict[str, Any]:
+    scores = {
+        f"{m}{end}": value + (30 if m == "chrf" else 0) for m in ("bleu", "chrf") for end in ("", "_low", "_high")
+    }
+    return scores | {"baseline": test}
+
+
+def make_run(folder: Path, seed: int, systems: list[str] | None = None, **changes: Any) -> Path:
+    """A finished run with ``SCORES``; ``changes`` are options such as ``train__lr=1e-3``."""
+    config = Config()
+    config.run.folder, config.run.seed, config.run.systems = str(folder), seed, systems or SYSTEMS
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        setattr(getattr(config, section), key, value)
+    write_text(folder / "config.yaml", options.render(config))
+    for system in config.run.systems:
+        value = SCORES[seed].get(system, 20.0)
+        delta = value - SCORES[seed]["continued"]
+        # By the bootstrap all differ; by the two-sided test, which counts, only forward does, and not in seed 1.
+        p_ar = 0.01 if system == "forward" and seed > 1 else 0.2
+        test = {"system": "continued"} | {f"{m}_delta": delta for m in ("bleu", "chrf")}
+        test |= {f"{m}_p": 0.001 for m in ("bleu", "chrf")} | {f"{m}_p_ar": p_ar for m in ("bleu", "chrf")}
+        found = entry(value, None if system == "continued" else test)
+        signed = {"sentences": 9, "bleu_signature": "bleu|v1", "chrf_signature": "chrf|v1"}
+        groups = ("all", "from_en", "to_en")
+        scores = {"tasks": {t: found | signed for t in TASKS}, "average": {group: found for group in groups}}
+        write_json(folder / "scores" / system / "scores.json", scores)
+        summary: dict[str, Any] = {"updates": 100 * seed, "tokens": 5000, "train_seconds": 10.0 * seed}
+        summary |= {"tokens_per_second": 500.0 * seed, "density": 0.75 if system == "forward" else None, "threads": 2}
+        write_json(folder / "systems" / system / "summary.json", summary)
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    return [make_run(tmp_path / f"s{seed}", seed) for seed in (3, 1, 2)]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_differences_are_paired_by_seed_and_tested_over_seeds(three: list[Path]) -> None:
+    found = compare_seeds(three)
+    assert found.seeds == (1, 2, 3)
+    assert (found.baseline, found.systems, found.groups) == ("continued", tuple(SYSTEMS), ("all", "from_en", "to_en"))
+    forward = found.find("forward")
+    assert forward.scores == (20.9, 22.1, 21.5)
+    assert forward.mean == pytest.approx(21.5)
+    assert forward.sd == pytest.approx(statistics.stdev([20.9, 22.1, 21.5]))
+    d = forward.difference
+    assert d is not None
+    assert d.values == pytest.approx((0.9, 1.1, 1.0))
+    # mean 1, standard error 0.1 / sqrt(3), 2 degrees of freedom: t = 17.32, quantile 4.302653
+    assert d.t == pytest.approx(math.sqrt(300))
+    assert (d.low, d.high) == pytest.approx((1 - 4.302653 * 0.1 / math.sqrt(3), 1 + 4.302653 * 0.1 / math.sqrt(3)))
+    assert d.p == pytest.approx(1 - math.sqrt(300 / 302))
+    assert d.p_holm == pytest.approx(3 * d.p)  # the smallest of three systems
+    assert found.find("continued").difference is None
+
+
+def test_seeds_are_counted_by_the_two_sided_test_of_the_run(three: list[Path]) -> None:
+    d = compare_seeds(three).find("forward", "chrf", "to_en").difference
+    assert d is not None
+    assert (d.tested, d.above, d.below) == (3, 2, 0)
+    for run in three:  # as runs wrote them before there was that test: the bootstrap counts
+        for system in SYSTEMS:
+            path = run / "scores" / system / "scores.json"
+            path.write_text(path.read_text(encoding="utf-8").replace("_p_ar", "_unknown"), encoding="utf-8")
+    older = compare_seeds(three)
+    assert [getattr(older.find("forward").difference, key) for key in ("tested", "above", "below")] == [3, 3, 0]
+    assert [getattr(older.find("dense").difference, key) for key in ("tested", "above", "below")] == [3, 1, 2]
+
+
+def test_a_system_that_equals_the_baseline_in_every_seed_has_p_1(three: list[Path]) -> None:
+    d = compare_seeds(three).find("random").difference
+    assert d is not None
+    assert (d.mean, d.low, d.high, d.t, d.p, d.p_holm) == (0, 0, 0, 0, 1, 1)
+
+
+def test_costs_are_means_over_seeds_and_unknown_where_a_run_does_not_say(three: list[Path]) -> None:
+    costs = compare_seeds(three).costs
+    expected = {"updates": 200, "tokens": 5000, "train_seconds": 20, "tokens_per_second": 1000, "density": 0.75}
+    assert costs["forward"] == expected
+    assert costs["dense"]["density"] is None
+    (three[0] / "systems" / "forward" / "summary.json").unlink()
+    assert set(compare_seeds(three).costs["forward"].values()) == {None}
+
+
+def test_a_system_that_one_run_lacks_is_left_out_with_a_note(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 1), make_run(tmp_path / "b", 2, [*SYSTEMS[:3], "update"])]
+    found = compare_seeds(runs)
+    assert found.systems == ("dense", "continued", "forward")
+    assert [note.split(" ")[0] for note in found.notes] == ["random", "update"]
+    assert str(runs[1]) in found.notes[0]
+    assert str(runs[0]) in found.notes[1]
+    assert found.notes[0] in found.markdown()
+
+
+def test_times_of_unlike_machines_are_noted(three: list[Path]) -> None:
+    edit(three[1] / "systems" / "dense" / "summary.json", '"threads": 2', '"threads": 8')
+    assert compare_seeds(three).notes == ("Times are not of like runs: threads is 8, 2.",)
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path, three: list[Path]) -> None:
+    with pytest.raises(ValueError, match="found 1 run, expected 2 or more"):
+        compare_seeds(three[:1])
+    with pytest.raises(ValueError, match="both have run.seed 1"):
+        compare_seeds([*three, make_run(tmp_path / "again", 1)])
+    other = make_run(tmp_path / "lr", 1, train__lr=0.25, decode__beam=3)
+    with pytest.raises(ValueError, match=r"differ in train.lr \(0.25, .*\), decode.beam \(3, 5\)$"):
+        compare_seeds([other, three[0]])
+    with pytest.raises(ValueError, match=r"not every run has scores of continued.*ended"):
+        compare_seeds([three[0], make_run(tmp_path / "ended", 1, ["dense", "forward"])])
+    empty = make_run(tmp_path / "empty", 1)
+    for system in SYSTEMS:
+        (empty / "scores" / system / "scores.json").unlink()
+    with pytest.raises(ValueError, match="empty has no scores yet"):
+        compare_seeds([empty, three[0]])
+
+
+def test_scores_that_cannot_be_compared_are_refused(three: list[Path]) -> None:
+    path = three[0] / "scores" / "forward" / "scores.json"
+    whole = path.read_text(encoding="utf-8")
+    edit(path, "chrf|v1", "chrf|v2")
+    with pytest.raises(ValueError, match=r"s3, forward, en-de: chrf_signature is chrf\|v2, in .*s1 chrf\|v1"):
+        compare_seeds(three)
+    path.write_text(whole, encoding="utf-8")
+    edit(path, '"de-en"', '"fr-en"')
+    with pytest.raises(ValueError, match=r"s3, forward: other directions .*\(de-en, fr-en\)"):
+        compare_seeds(three)
+
+
+def test_a_variant_of_another_meaning_is_refused(tmp_path: Path) -> None:
+    runs = []
+    for seed, k in ((1, 0.7), (2, 0.8)):
+        run = make_run(tmp_path / f"v{seed}", seed, run__variants=[f"own = forward select.k={k}"])
+        scores = read_json(run / "scores" / "forward" / "scores.json")
+        write_json(run / "scores" / "own" / "scores.json", scores)
+        runs.append(run)
+    with pytest.raises(ValueError, match=r"own is not the same variant in .*v1 and .*v2"):
+        compare_seeds(runs)
+
+
+@pytest.fixture
+def written(three: list[Path], tmp_path: Path) -> tuple[SeedComparison, Path]:
+    found = compare_seeds(three)
+    found.write(tmp_path / "out")
+    return found, tmp_path / "out"
+
+
+def test_files_hold_what_was_found(written: tuple[SeedComparison, Path]) -> None:
+    out = written[1]
+    names = ["costs.tsv", "seeds.md", "seeds.tsv", "seeds_all.svg", "seeds_from_en.svg", "seeds_to_en.svg"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    rows = list(csv.DictReader(io.StringIO((out / "seeds.tsv").read_text(encoding="utf-8")), delimiter="\t"))
+    assert len(rows) == len(SYSTEMS) * 2 * 3
+    (row,) = [r for r in rows if (r["system"], r["metric"], r["average"]) == ("forward", "bleu", "all")]
+    assert [row[f"delta:{seed}"] for seed in (1, 2, 3)] == ["0.9", "1.1", "1"]
+    assert (row["delta"], row["above"], row["below"], row["baseline"]) == ("1", "2", "0", "continued")
+    (base,) = [r for r in rows if (r["system"], r["metric"], r["average"]) == ("continued", "bleu", "all")]
+    assert base["delta"] == base["p"] == base["delta:1"] == ""
+    costs = list(csv.DictReader(io.StringIO((out / "costs.tsv").read_text(encoding="utf-8")), delimiter="\t"))
+    assert (costs[2]["system"], costs[2]["updates"], costs[2]["density"]) == ("forward", "200", "0.75")
+
+
+def test_markdown_tables_are_whole_and_say_the_difference(written: tuple[SeedComparison, Path]) -> None:
+    text = (written[1] / "seeds.md").read_text(encoding="utf-8")
+    tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
+    assert [len(table) for table in tables] == [2 + len(SYSTEMS)] * 4
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    (line,) = [line for line in tables[0] if line.startswith("| Specialised (forward) |")]
+    assert "21.50 ± 0.60" in line
+    assert "+1.00 [+0.75, +1.25]" in line
+    assert "| 2 0 of 3 |" in line
+    assert "`bleu|v1`" in text
+
+
+def test_the_figure_shows_every_system_but_the_baseline_the_same_each_time(
+    written: tuple[SeedComparison, Path],
+) -> None:
+    found, out = written
+    svg = (out / "seeds_from_en.svg").read_text(encoding="utf-8")
+    labels = ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    for name in ("Dense", "Specialised (forward)", "Random masks", "BLEU above Dense continued"):
+        assert name in labels
+    assert "Dense continued" not in labels
+    assert svg == found.figure("from_en")
+    with pytest.raises(ValueError, match="no average 'low', expected one of all, from_en, to_en"):
+        found.figure("low")
