@@ -180,12 +180,15 @@ def analyze(
     distances: Annotated[
         str, typer.Option(metavar="FILE", help="Your own language distances, lines such as: de nl 0.2.")
     ] = "",
+    heads: Annotated[
+        int, typer.Option(metavar="N", help="Attention heads too, measured on N sentences a direction.", min=0)
+    ] = 0,
     debug: DebugOption = False,
 ) -> None:
-    """Tests whether related languages keep the same neurons."""
+    """Tests whether related languages keep the same neurons, and use the same heads."""
     from nspec.report.proximity import analyze_run, print_analysis
 
-    print_analysis(analyze_run(Path(run), pivot, permutations, distances))
+    print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads))
 
 
 @tools.command()

@@ -17,6 +17,7 @@ from nspec.mt.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
+    "seeds",
     "run",
     "prepare",
     "train",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nspec.analysis.overlap import Floats
+from nspec.analysis.proximity import Direction, task_name
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.storage import load_stacked, save_stacked
 from nspec.specialization.tensors import TaskTensors
@@ -119,6 +120,17 @@ class HeadImportance(TaskTensors):
         return cls({task: {layer: rows[i] for layer, rows in stacked.items()} for i, task in enumerate(tasks)})
 
 
+def head_similarity(
+    importance: HeadImportance, layers: Sequence[str], direction: Direction, pivot: str, codes: Sequence[str]
+) -> Floats:
+    """How alike languages use the heads of each layer (cosine): float64 [layers, codes, codes].
+
+    Takes the place of :func:`nspec.analysis.proximity.mask_iou` in :func:`nspec.analysis.proximity.proximity`.
+    """
+    places = [importance.tasks.index(task_name(direction, pivot, code)) for code in codes]
+    return np.stack([importance.similarity(layer)[np.ix_(places, places)] for layer in layers])
+
+
 def head_importance(
     model: nn.Module,
     batches: Mapping[str, Iterable[Mapping[str, Any]]],
@@ -130,8 +142,8 @@ def head_importance(
     """Measures, per task, how much each attention head matters to the loss, with teacher forcing in eval mode.
 
     The loss of each sentence is the sum over its target tokens, and the absolute value is taken per sentence, whatever
-    the batch: the same text gives the same importance however it is batched and padded. A model specialised with
-    nspec computes as it is switched; within the loop over tasks it is not switched here.
+    the batch: the same text gives the same importance however it is batched and padded. A specialised model computes as
+    it is switched: measure it within ``with nspec.task(model, name)``, a task a call, or dense.
 
     Args:
         model: any module whose attention modules have ``out_proj`` and ``num_heads`` or ``head_dim``, with sentences
@@ -148,7 +160,8 @@ def head_importance(
         float64 means over the sentences of each task, in nats per sentence.
 
     Raises:
-        ValueError: no task, a task without batches or sentences, no attention module, or one that the batches do not run.
+        ValueError: no task, a task without batches or sentences, no attention module, one that the batches do not run or
+            run twice, or a model or batch that the default loss is not for.
     """
     if not batches:
         raise ValueError("no task: batches is empty")
@@ -236,6 +249,10 @@ class _Gates(contextlib.AbstractContextManager["_Gates"]):
     def _gating(self, name: str, heads: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def pre_hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             context = args[0]  # [sentences, ..., heads * head_dim]
+            if name in self.values:
+                raise ValueError(
+                    f"{name} runs twice in a forward pass: its heads have no importance of their own there"
+                )
             gate = context.new_ones(len(context), heads).requires_grad_()
             self.values[name] = gate
             spread = gate.reshape(len(context), *[1] * (context.dim() - 2), heads, 1)
@@ -263,6 +280,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _cross_entropy(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if not isinstance(batch.get("labels"), Tensor):
         raise ValueError(f"a batch has {', '.join(batch)} and no labels: give them, or loss= for this model")
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is no encoder and decoder, whose logits stand beside labels: give loss="
+        )
     logits = model(**batch).logits
     # In float32 at least: sums of many log probabilities lose digits in half precision.
     logits = logits if logits.dtype == torch.float64 else logits.float()

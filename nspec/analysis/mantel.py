@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nspec.analysis.overlap import Floats
+from nspec.analysis.student import t_quantile
 
 Method = Literal["pearson", "spearman"]
 Alternative = Literal["greater", "less", "two-sided"]
@@ -298,29 +299,5 @@ def _interval(matrices: Sequence[Floats], method: Method, r: float, level: float
     edge = 1 - 1e-15  # atanh(1) is infinite; this end is 1 again to 15 digits
     z, others = np.arctanh(np.clip(r, -edge, edge)), np.arctanh(np.clip(without, -edge, edge))
     error = math.sqrt((n - 1) / n * float(((others - others.mean()) ** 2).sum()))
-    reach = _student_t(level, n - 1) * error
+    reach = t_quantile(level, n - 1) * error
     return math.tanh(z - reach), math.tanh(z + reach)
-
-
-def _student_t(level: float, freedom: int) -> float:
-    """The t within which a Student variable lies with this probability, either side of 0.
-
-    Found by bisection on the angle atan(t / sqrt(freedom)), in which the distribution is a finite sum for whole degrees
-    of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-    """
-
-    def inside(angle: float) -> float:
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = freedom % 2
-        term = cosine if odd else 1.0
-        total = 0.0
-        for k in range(1 + odd, freedom, 2):
-            total += term
-            term *= k / (k + 1) * cosine * cosine
-        return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,6 +98,10 @@ def mask_iou(masks: Masks, layers: Sequence[str], direction: Direction, pivot: s
     return layer_iou(masks, layers, [task_name(direction, pivot, code) for code in codes])
 
 
+Similarity = Callable[[Any, Sequence[str], Direction, str, Sequence[str]], Floats]
+"""What :func:`mask_iou` is: how alike two languages are in each layer, float64 [layers, codes, codes], 1 for the same."""
+
+
 def within_across(iou: Floats, groups: Sequence[str]) -> tuple[float, float]:
     """Mean IoU over the pairs of one group, and over those of two; NaN where there are none.
 
@@ -120,6 +124,7 @@ def proximity(
     masks: Masks,
     pivot: str,
     *,
+    similarity: Similarity = mask_iou,
     grouping: languages.Grouping = "branch",
     distances: Callable[[Sequence[str]], Floats] = languages.genetic_distances,
     control: Callable[[Sequence[str]], Floats | None] | None = None,
@@ -135,8 +140,10 @@ def proximity(
     adjusted over all layers and direction types at once.
 
     Args:
-        masks: of tasks ``source-target``.
+        masks: of tasks ``source-target``; or what ``similarity`` takes, such as
+            :class:`~nspec.analysis.heads.HeadImportance`.
         pivot: the language that all of them share; tasks without it are left out.
+        similarity: of every two languages in each layer; :func:`mask_iou` by default.
         grouping: of languages, for the means within and across, in which languages that the table lacks have no part.
         distances: distance of every two languages of a list, float [n, n]; in the tree of
             :mod:`nspec.analysis.lineages` by default.
@@ -167,7 +174,7 @@ def proximity(
         third = control(names) if control else None
         # With distances of the user's own a language may be one that the table lacks.
         groups = [languages.group_of(name, grouping) if languages.is_known(name) else "" for name in names]
-        for layer, iou in zip(layers, mask_iou(masks, layers, direction, pivot, names)):
+        for layer, iou in zip(layers, similarity(masks, layers, direction, pivot, names)):
             test, reason, partial = None, "", None
             if mantel.constant(mantel.condensed(1 - iou)):
                 reason = "every two masks overlap alike"

@@ -8,7 +8,8 @@ import math
 def t_tail(t: float, freedom: float) -> float:
     """The probability that a Student variable is at least as far from 0 as ``t``, on either side.
 
-    Small ones keep their digits. It is the regularised incomplete beta function I_x(freedom / 2, 1 / 2) at x = freedom / (freedom + t²).
+    Small ones keep their digits. It is the regularised incomplete beta function I_x(freedom / 2, 1 / 2) at
+    x = freedom / (freedom + t²).
 
     Args:
         t: may be infinite.

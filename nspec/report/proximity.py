@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 from nspec.analysis import clustering
 from nspec.analysis.languages import genetic_distances, group_of, is_known, read_distances, script_distances
 from nspec.analysis.overlap import Floats, Side, side_layers
-from nspec.analysis.proximity import Direction, LayerProximity, Proximity, mask_iou, proximity
+from nspec.analysis.proximity import Direction, LayerProximity, Proximity, Similarity, mask_iou, proximity
 from nspec.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from nspec import NeuronMasks
 
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
 COLUMNS = [
@@ -53,19 +52,23 @@ class Analysis:
     """What :func:`analyze_run` found.
 
     Attributes:
+        what: ``neurons`` or ``heads``.
         folder: what it wrote.
         distances: the file of the languages' distances; empty: they are those in the tree of languages.
         proximity: the tests.
         trees: languages clustered by their masks.
     """
 
+    what: str
     folder: Path
     distances: str
     proximity: Proximity
     trees: tuple[Tree, ...]
 
 
-def analyze_run(run: Path, pivot: str = "", permutations: int = 9999, distances: str = "") -> Analysis:
+def analyze_run(
+    run: Path, pivot: str = "", permutations: int = 9999, distances: str = "", heads: int = 0
+) -> tuple[Analysis, ...]:
     """Tests the masks of a run and writes ``analysis.json``, ``analysis.tsv`` and the dendrograms into RUN/analysis.
 
     Args:
@@ -74,6 +77,11 @@ def analyze_run(run: Path, pivot: str = "", permutations: int = 9999, distances:
         permutations: at most so many relabellings a Mantel test.
         distances: a file with the distances of languages, see :func:`nspec.analysis.languages.read_distances`; empty:
             those in the tree of languages.
+        heads: the attention heads of the dense model are tested as well, in RUN/analysis/heads: how much each matters
+            to a direction is measured on so many validation sentences of it. 0: they are not.
+
+    Returns:
+        What was found of the neurons, and of the heads where they are asked for.
 
     Raises:
         OSError: the file of distances cannot be read.
@@ -81,22 +89,39 @@ def analyze_run(run: Path, pivot: str = "", permutations: int = 9999, distances:
             known, or the file of distances is wrong or lacks a pair. Nothing is written then.
     """
     from nspec import NeuronMasks
-    from nspec.report.dendrogram import dendrogram
 
     if not (run / "masks" / "masks.safetensors").is_file():
         raise ValueError(f"{run} has no masks/masks.safetensors; `nspec select CONFIG` or `nspec run CONFIG` makes it")
+    pivot = pivot or _pivot(run)
+    options: dict[str, Any] = {"distances": distances, "permutations": permutations}
+    found = [_analyze("neurons", NeuronMasks.load(run / "masks"), mask_iou, run / "analysis", pivot, **options)]
+    if heads:
+        from nspec.analysis.heads import head_similarity
+        from nspec.report.measured_heads import measure_heads
+
+        importance = measure_heads(run, heads)
+        folder = run / "analysis" / "heads"
+        found.append(_analyze("heads", importance, head_similarity, folder, pivot, **options))
+        importance.save(folder)
+    return tuple(found)
+
+
+def _analyze(
+    what: str, of: Any, similarity: Similarity, folder: Path, pivot: str, *, distances: str, permutations: int
+) -> Analysis:
+    from nspec.report.dendrogram import dendrogram
+
     far = read_distances(distances) if distances else genetic_distances
-    masks = NeuronMasks.load(run / "masks")
-    found = proximity(masks, pivot or _pivot(run), distances=far, permutations=permutations, control=_scripts)
-    result = Analysis(run / "analysis", distances, found, cluster(masks, found))
-    write_text(result.folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
+    found = proximity(of, pivot, similarity=similarity, distances=far, permutations=permutations, control=_scripts)
+    result = Analysis(what, folder, distances, found, cluster(of, found, similarity))
+    write_text(folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
     lines = [COLUMNS, *([_text(cell) for cell in _cells(found, row)] for row in found.layers)]
-    write_text(result.folder / "analysis.tsv", "".join("\t".join(line) + "\n" for line in lines))
+    write_text(folder / "analysis.tsv", "".join("\t".join(line) + "\n" for line in lines))
     for tree in result.trees:
         groups = [group_of(code, found.grouping) if is_known(code) else "not known" for code in tree.languages]
         title = f"{tree.side.capitalize()}, {_arrow(tree.direction, found.pivot)}"
         svg = dendrogram(tree.linkage, tree.languages, groups, title)
-        write_text(result.folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)
+        write_text(folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)
     return result
 
 
@@ -119,13 +144,19 @@ def _pivot(run: Path) -> str:
     return pivot
 
 
-def cluster(masks: NeuronMasks, found: Proximity) -> tuple[Tree, ...]:
-    """A tree for each side that the masks have and each direction type."""
+def cluster(masks: Any, found: Proximity, similarity: Similarity = mask_iou) -> tuple[Tree, ...]:
+    """A tree for each side that the masks have and each direction type.
+
+    Args:
+        masks: those that were tested, or what ``similarity`` takes.
+        found: the languages.
+        similarity: as in :func:`nspec.analysis.proximity.proximity`.
+    """
     trees = []
     for side in SIDES:
         layers = side_layers(masks, side)
         for direction, codes in found.languages.items() if layers else ():
-            far = 1 - mask_iou(masks, layers, direction, found.pivot, codes).mean(0)
+            far = 1 - similarity(masks, layers, direction, found.pivot, codes).mean(0)
             trees.append(Tree(side, direction, codes, clustering.average_linkage(far)))
     return tuple(trees)
 
@@ -173,32 +204,34 @@ def _arrow(direction: Direction, pivot: str) -> str:
     return f"{pivot}→x" if direction == "from" else f"x→{pivot}"
 
 
-def proximity_table(found: Proximity, distances: str = "") -> Table:
+def proximity_table(found: Proximity, distances: str = "", what: str = "neurons") -> Table:
     """The table that ``nspec analyze`` prints: a row for each layer and direction type. It fits 80 columns.
 
     Args:
         found: what it shows.
         distances: the file of the languages' distances, for the title; empty: the tree of languages.
+        what: ``neurons`` or ``heads``.
     """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     against = escape(Path(distances).name) if distances else "the tree of languages"
+    verb, of = ("use the same heads", "importances") if what == "heads" else ("keep the same neurons", "masks")
+    overlap = "cosine" if what == "heads" else "IoU"
     table = Table(
-        title=f"Do related languages keep the same neurons? Mask distance against {against}",
+        title=f"Do related languages {verb}? Distance of {of} against {against}",
         caption="r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
-        f"IoU by {found.grouping}",
+        f"{overlap} by {found.grouping}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("layer", no_wrap=True)
-    for name in ("x", "r", "interval", "p", "Holm", "BH", "IoU\nwithin", "IoU\nacross"):
+    for name in ("x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"):
         table.add_column(name, justify="right", no_wrap=True)
-    depth = {side: list(dict.fromkeys(row.layer for row in found.layers if row.side == side)) for side in SIDES}
     for row in found.layers:
-        cells = [f"{row.side} {depth[row.side].index(row.layer)}", _arrow(row.direction, found.pivot)]
+        cells = [_layer(row), _arrow(row.direction, found.pivot)]
         if row.test:
             low, high = row.test.low, row.test.high
             cells += [f"{row.test.r:+.2f}", "–" if math.isnan(low) else f"{low:+.2f} {high:+.2f}"]
@@ -210,9 +243,18 @@ def proximity_table(found: Proximity, distances: str = "") -> Table:
     return table
 
 
-def print_analysis(result: Analysis) -> None:
-    """The table and the folder, on standard output."""
+def _layer(row: LayerProximity) -> str:
+    """``encoder 0``; of attention ``decoder 0 self`` or ``decoder 0 cross``, as transformers and PyTorch name them."""
+    *path, last = row.layer.split(".")
+    number = next((part for part in reversed(path) if part.isdigit()), "")
+    kinds = {"self_attn": "self", "encoder_attn": "cross", "multihead_attn": "cross"}
+    return " ".join(part for part in (row.side, number, kinds.get(last, "")) if part)
+
+
+def print_analysis(results: Iterable[Analysis]) -> None:
+    """The tables and the folders, on standard output."""
     from nspec.mt.display import show
 
-    show(proximity_table(result.proximity, result.distances))
-    print(f"analysis: {result.folder}", flush=True)
+    for result in results:
+        show(proximity_table(result.proximity, result.distances, result.what))
+        print(f"analysis: {result.folder}", flush=True)

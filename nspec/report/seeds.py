@@ -133,13 +133,12 @@ class SeedComparison:
             "run's own test on its test set is significant at 5 %.",
         ]
         for group in self.groups:
-            heads = [cell for metric in METRICS for cell in (METRIC_NAMES[metric], "Δ", "p (Holm)", "▲ ▼")]
+            heads = [cell for metric in METRICS for cell in (METRIC_NAMES[metric], "Δ", "p (Holm)", "seeds")]
             rows = [
                 [_cell(system_name(system)), *(c for m in METRICS for c in _cells(self.find(system, m, group)))]
                 for system in self.systems
             ]
-            title = group_name(group)
-            lines += ["", f"## {title[:1].upper()}{title[1:]}", "", *_table(["system", *heads], rows)]
+            lines += ["", f"## Average of {group_name(group)}", "", *_table(["system", *heads], rows)]
         rows = [[_cell(system_name(system)), *_cost_cells(self.costs[system])] for system in self.systems]
         heads = ["system", "updates", "tokens", "training, s", "tokens/s", "density"]
         lines += ["", "## Costs, mean over seeds", "", *_table(heads, rows), ""]
@@ -162,8 +161,7 @@ class SeedComparison:
 
     def costs_tsv(self) -> str:
         """A line for each system: the mean of each of :data:`COSTS`."""
-        lines = [["system", *COSTS]]
-        lines += [[system, *(_text(self.costs[system][key]) for key in COSTS)] for system in self.systems]
+        lines = [["system", *COSTS], *([name, *map(_text, self.costs[name].values())] for name in self.systems)]
         return "".join("\t".join(line) + "\n" for line in lines)
 
     def figure(self, group: str = "all") -> str:
@@ -219,7 +217,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         _check_scores(first, other, systems)
     notes += _machines(runs, systems)
     averages = [[run.scored[system]["average"] for system in systems] for run in runs]
-    groups = [group for group in averages[0][0] if all(group in average for run in averages for average in run)]
+    groups = [group for group in averages[0][0] if all(group in found for run in averages for found in run)]
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
     return SeedComparison(
@@ -345,14 +343,13 @@ def _cells(result: SeedResult) -> list[str]:
     if d is None:
         return [score, "", "", ""]
     delta = f"{signed(d.mean)} [{signed(d.low)}, {signed(d.high)}]"
-    arrows = f"{d.above} {d.below} of {d.tested}" if d.tested else "–"
+    arrows = f"▲{d.above} ▼{d.below} of {d.tested}" if d.tested else "–"
     return [score, delta, f"{p_text(d.p)} ({p_text(d.p_holm).removeprefix('p ').removeprefix('= ')})", arrows]
 
 
 def _cost_cells(costs: Mapping[str, float | None]) -> list[str]:
-    cells = ["–" if costs[key] is None else count(costs[key] or 0) for key in COSTS[:-1]]
-    density = costs["density"]
-    return [*cells, "–" if density is None else f"{density:.3f}"]
+    found = costs.items()
+    return ["–" if value is None else f"{value:.3f}" if key == "density" else count(value) for key, value in found]
 
 
 def _cell(text: str) -> str:
@@ -386,9 +383,7 @@ def _draw(comparison: SeedComparison, group: str) -> str:
                 tint = colour(system, comparison.systems)
                 axes.plot([d.low, d.high], [place, place], color=tint, linewidth=2)
                 axes.plot([d.mean], [place], "|", color=tint, markersize=14, markeredgewidth=2)
-                axes.plot(
-                    d.values, [place] * len(d.values), "o", color=tint, markersize=5, alpha=0.6, markeredgewidth=0
-                )
+                axes.plot(d.values, [place] * len(d.values), "o", color=tint, markersize=6, markeredgecolor="white")
             axes.set_yticks(range(len(systems)), [system_name(system) for system in systems])
             axes.set_ylim(len(systems) - 0.5, -0.5)
             axes.set_xlabel(f"{METRIC_NAMES[metric]} above {system_name(comparison.baseline)}")
@@ -396,8 +391,7 @@ def _draw(comparison: SeedComparison, group: str) -> str:
             axes.set_axisbelow(True)
             for side in ("top", "left", "right"):
                 axes.spines[side].set_visible(False)
-        title = f"{group_name(group)}: {len(comparison.seeds)} seeds, mean with 95 % t interval"
-        figure.suptitle(title[:1].upper() + title[1:], fontsize=11)
+        figure.suptitle(f"{len(comparison.seeds)} seeds, {group_name(group)}: mean with 95 % t interval", fontsize=11)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

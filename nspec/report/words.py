@@ -101,11 +101,6 @@ def arrow(test: Mapping[str, Any] | None, metric: str) -> str:
     return "▲" if test[f"{metric}_delta"] > 0 else "▼"
 
 
-def mark(test: Mapping[str, Any] | None, metric: str) -> str:
-    """▲ or ▼ for a difference from the baseline that is significant by the bootstrap, else nothing."""
-    return arrow({key: value for key, value in test.items() if not key.endswith("_p_ar")}, metric) if test else ""
-
-
 def two_sided(data: RunData) -> bool | None:
     """Whether all tests of the run are approximate randomisation; None where some are and some are not."""
     kinds = {"bleu_p_ar" in test for test in _tests(data)}

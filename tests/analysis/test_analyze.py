@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from rich.console import Console
 
 from nspec import NeuronMasks, cli
 from nspec.analysis import layer_iou
+from nspec.analysis.heads import HeadImportance
+from nspec.analysis.languages import group_of
 from nspec.files import write_text
 from nspec.mt import options
 from nspec.mt.config import Config
+from nspec.report import measured_heads
 from nspec.report.proximity import COLUMNS, analyze_run, proximity_table
 
 CODES = ["ar", "de", "es", "fa", "he", "it", "nl", "pl"]
@@ -79,12 +83,37 @@ def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_table_fits_eighty_columns(tmp_path: Path) -> None:
-    result = analyze_run(make_run(tmp_path / "run"), permutations=9)
+    (result,) = analyze_run(make_run(tmp_path / "run"), permutations=9)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(proximity_table(result.proximity))
     text = console.export_text()
     assert "…" not in text
     assert len(re.findall(r"\n *encoder \d", text)) == 4
+
+
+def test_heads_are_tested_beside_neurons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that follow the branches of the languages are found to, whatever the neurons do."""
+    run = make_run(tmp_path / "run")
+    generator = torch.Generator().manual_seed(0)
+    of_branch = {name: torch.rand(8, generator=generator) for name in map(group_of, CODES)}
+    layers = [f"model.{side}.layers.0.self_attn" for side in ("encoder", "decoder")]
+    importance = {
+        task: {layer: of_branch[group_of(code)] + 0.01 * torch.rand(8, generator=generator) for layer in layers}
+        for code in CODES
+        for task in (f"en-{code}", f"{code}-en")
+    }
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        measured_heads, "measure_heads", lambda run, sentences: asked.append(sentences) or HeadImportance(importance)
+    )
+    neurons, heads = analyze_run(run, permutations=999, heads=50)
+    assert asked == [50]
+    assert (neurons.what, heads.what) == ("neurons", "heads")
+    assert {row.layer for row in heads.proximity.layers} == set(layers)
+    assert all(row.test is not None and row.test.r > 0.3 for row in heads.proximity.layers)
+    assert all(row.within > row.across for row in heads.proximity.layers)
+    assert HeadImportance.load(run / "analysis" / "heads").tasks == list(importance)
+    assert (run / "analysis" / "heads" / "analysis.tsv").is_file()
 
 
 def test_what_cannot_be_analyzed_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -119,7 +148,7 @@ def test_distances_of_ones_own_test_languages_that_the_table_lacks(
     path = tmp_path / "far.tsv"
     path.write_text("\n".join(pairs), encoding="utf-8")
     assert cli.main(["analyze", str(run), "--distances", str(path), "--permutations", "720"]) == 0
-    assert "Mask distance against far.tsv" in " ".join(capfd.readouterr().out.split())
+    assert "Distance of masks against far.tsv" in " ".join(capfd.readouterr().out.split())
     saved = json.loads((run / "analysis" / "analysis.json").read_text(encoding="utf-8"))
     assert saved["distances"] == str(path)
     rows = {(row["layer"], row["direction"]): row for row in saved["layers"]}

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from nspec import cli
 from nspec.files import read_json, write_json, write_text
 from nspec.mt import options
 from nspec.mt.config import Config
@@ -203,7 +204,7 @@ def test_markdown_tables_are_whole_and_say_the_difference(written: tuple[SeedCom
     (line,) = [line for line in tables[0] if line.startswith("| Specialised (forward) |")]
     assert "21.50 ± 0.60" in line
     assert "+1.00 [+0.75, +1.25]" in line
-    assert "| 2 0 of 3 |" in line
+    assert "| ▲2 ▼0 of 3 |" in line
     assert "`bleu|v1`" in text
 
 
@@ -219,3 +220,13 @@ def test_the_figure_shows_every_system_but_the_baseline_the_same_each_time(
     assert svg == found.figure("from_en")
     with pytest.raises(ValueError, match="no average 'low', expected one of all, from_en, to_en"):
         found.figure("low")
+
+
+def test_the_command_prints_the_comparison_and_writes_it_where_asked(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["seeds", *map(str, three), "--out", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    assert printed == compare_seeds(three).markdown() == (tmp_path / "new" / "seeds.md").read_text(encoding="utf-8")
+    assert cli.main(["seeds", str(three[0])]) == 2
+    assert "found 1 run, expected 2 or more" in capsys.readouterr().err
