@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_translation import Toy
 
 from nspec.mt.sampling import TaskBatchSampler, evaluation_batches, probabilities_of
 
@@ -356,3 +357,16 @@ def test_evaluation_batches_begin_with_the_longest():
     longer = np.maximum(*DATA.lengths("train", "en-aa"))
     longest = [int(longer[batch].max()) for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "count"), [(0.1, 0, 4), (0.5, 0, 20), (0.001, 0, 1), (0.5, 10, 5), (0.99, 0, 40)]
+)
+def test_a_share_of_the_text_is_spread_over_all_of_it(toy: Toy, share: float, limit: int, count: int) -> None:
+    task = toy.data.tasks[0]
+    chosen = sorted(i for batch in evaluation_batches(toy.data, "valid", task, 64, limit, share) for i in batch)
+    assert len(chosen) == len(set(chosen)) == count
+    size = limit or toy.data.size("valid", task)
+    assert chosen[-1] < size
+    gaps = [after - before for before, after in zip(chosen, chosen[1:])]
+    assert not gaps or max(gaps) - min(gaps) <= 1
