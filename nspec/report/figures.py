@@ -101,7 +101,8 @@ def published_iou(data: RunData) -> Figure:
         label = f"published (k = {published.IOU_K:g})"
         _published(axes, published.IOU[group, side], len(layers), colours[group], label)
         layer_axis(axes, len(layers))
-        axes.legend(fontsize=8.5)
+        if axes.get_legend_handles_labels()[0]:  # one direction of a type and one layer: there is nothing to draw
+            axes.legend(fontsize=8.5)
     return figure
 
 

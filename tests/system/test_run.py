@@ -176,8 +176,8 @@ def test_the_arrows_one_by_one_are_the_whole_run(tiny: Tiny, fresh: Tiny) -> Non
 
 def test_arrows_that_the_run_has_not_are_refused(fresh: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--set", "run.systems=[dense, continued]"]
-    assert "no system of this run needs masks" in refused(capsys, "profile", fresh.config, *few)
-    assert "run.systems has dense, continued" in refused(capsys, "evaluate", fresh.config, "--system", "forward", *few)
+    assert "no system of this run needs neuron masks" in refused(capsys, "profile", fresh.config, *few)
+    assert "the run has dense, continued" in refused(capsys, "evaluate", fresh.config, "--system", "forward", *few)
     assert "--system dense" in refused(capsys, "specialize", fresh.config, "--system", "dense", *few)
     assert "--redo tarin: there is no such stage" in refused(capsys, "train", fresh.config, "--redo", "tarin", *few)
 
