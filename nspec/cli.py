@@ -67,16 +67,50 @@ def run(
     config: ConfigArgument,
     set_: SetOption = None,
     redo: RedoOption = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="1,2,3", help="A run for each seed, in FOLDER/seed-N, and then their comparison.")
+    ] = "",
     debug: DebugOption = False,
 ) -> None:
     """The whole chain, from text to a report.
 
     Started again, it skips what is done and goes on with what is not.
     """
+    if seeds:
+        _run_seeds(config, list(set_ or ()), redo, _seeds(seeds))
+        return
     with _pipeline(config, set_, redo) as pipeline:
         page = pipeline.all()
         if pipeline.world.rank == 0:
             _show(pipeline.folder, page)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) < 2 or len(set(parts)) < len(parts) or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--seeds {text}: expected two or more different whole numbers such as 1,2,3")
+    return [int(part) for part in parts]
+
+
+def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds: list[int]) -> None:
+    """A run for each seed in a folder of its own; then ``FOLDER/seeds`` with what they have in common."""
+    from nspec.mt.options import find_config, load
+
+    base = Path(load(find_config(config), overrides).run.folder)
+    folders = [base / f"seed-{seed}" for seed in seeds]
+    for seed, folder in zip(seeds, folders):
+        with _pipeline(config, [*overrides, f"run.seed={seed}", f"run.folder={folder}"], redo) as pipeline:
+            page = pipeline.all()
+            rank = pipeline.world.rank
+            if rank == 0:
+                _show(pipeline.folder, page)
+    if rank == 0:
+        from nspec.report.seeds import compare_seeds
+
+        compared = compare_seeds([str(folder) for folder in folders])
+        compared.write(base / "seeds")
+        print(compared.markdown(), end="")
+        print(f"comparison: {base / 'seeds' / 'seeds.md'}", flush=True)
 
 
 def _show(folder: Path, page: Path) -> None:

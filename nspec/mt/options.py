@@ -304,7 +304,10 @@ def render(config: Config, header: str = "") -> str:
             if field.metadata["choices"]:
                 facts.insert(0, f"one of: {', '.join(map(str, field.metadata['choices']))}")
             lines += _comment(["; ".join([field.metadata["meaning"], *facts])], "  ")
-            lines.append(f"  {key}: {_yaml(getattr(getattr(config, section), key))}")
+            value = getattr(getattr(config, section), key)
+            line = f"  {key}: {_yaml(value)}"
+            wide = isinstance(value, list) and len(line) > 120
+            lines += [f"  {key}:", *(f"    - {_yaml(each)}" for each in value)] if wide else [line]
     return "\n".join(lines) + "\n"
 
 

@@ -182,6 +182,26 @@ def test_arrows_that_the_run_has_not_are_refused(fresh: Tiny, capsys: pytest.Cap
     assert "--redo tarin: there is no such stage" in refused(capsys, "train", fresh.config, "--redo", "tarin", *few)
 
 
+def test_several_seeds_end_with_their_comparison(fresh: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [
+        "--set",
+        "run.systems=[dense, continued, forward]",
+        "--set",
+        "train.updates=4",
+        "--set",
+        "specialize.updates=2",
+    ]
+    assert cli.main(["run", str(fresh.config), "--seeds", "1,2", *few]) == 0
+    printed = capsys.readouterr().out
+    assert "2 seeds" in printed or "2 runs" in printed
+    assert printed.splitlines()[-1] == f"comparison: {fresh.folder / 'seeds/seeds.md'}"
+    assert (fresh.folder / "seeds" / "seeds.tsv").is_file()
+    summaries = [read_json(fresh.folder / f"seed-{n}" / "systems" / "dense" / "summary.json") for n in (1, 2)]
+    assert summaries[0]["best_value"] != summaries[1]["best_value"]
+    for wrong in ("1", "1,1", "1,x"):
+        assert f"--seeds {wrong}: expected" in refused(capsys, "run", fresh.config, "--seeds", wrong)
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_run(tiny: Tiny, fresh: Tiny) -> None:
     """Each takes half of the micro-batches, of the batches to profile and of the directions to translate."""
