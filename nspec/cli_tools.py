@@ -85,7 +85,7 @@ def translate(
     """
     from nspec.mt.options import validate
 
-    folder, settings = _model_folder(model, run, system)
+    folder, settings = _model_folder(model, run, system, task)
     given = {"beam": beam, "batch_tokens": batch_tokens, "length_penalty": length_penalty}
     given["max_length_ratio"] = max_length_ratio
     for name, value in given.items():
@@ -114,7 +114,7 @@ def translate(
         _write_lines(lines, output)
 
 
-def _model_folder(model: str, run: str, system: str) -> tuple[Path, Config]:
+def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config]:
     """The folder with the model and the settings that belong to it."""
     from nspec.mt.config import Config
     from nspec.mt.options import load
@@ -127,11 +127,14 @@ def _model_folder(model: str, run: str, system: str) -> tuple[Path, Config]:
         if not Path(model).is_dir():
             raise ValueError(f"--model {model}: there is no such folder")
         return Path(model), Config()
-    trained = sorted(path.parts[-2] for path in Path(run).glob("systems/*/model"))
-    if system not in trained:
+    systems = Path(run) / "systems"
+    folders = {path.parent.name: path for path in systems.glob("*/model")}
+    for path in systems.glob("*/*/model"):  # a model for each direction
+        folders.setdefault(path.parents[1].name, systems / path.parents[1].name / task / "model")
+    if system not in folders:
         found = f"--system {system}" if system else "no --system"
-        raise ValueError(f"{found}: {run} has the trained systems {', '.join(trained) or 'none'}")
-    return Path(run) / "systems" / system / "model", load(Path(run) / "config.yaml")
+        raise ValueError(f"{found}: {run} has the trained systems {', '.join(sorted(folders)) or 'none'}")
+    return folders[system], load(Path(run) / "config.yaml")
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import nspec
+from nspec import cli
 from nspec.baselines.lass import WeightMasks
 from nspec.mt.systems import KINDS
 
@@ -110,6 +111,19 @@ def test_models_for_each_direction_are_whole_and_differ(compared: Tiny) -> None:
         ]
         assert any(not torch.equal(models[0][name], models[1][name]) for name in models[0])
         assert summary(compared, system)["parameters"] == 2 * summary(compared, "dense")["parameters"]
+
+
+@pytest.mark.parametrize("system", ["finetuned", "adapters", "lass"])
+def test_every_kind_of_system_translates_text(
+    compared: Tiny, system: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "lines.txt"
+    source.write_text("Monday\n\n")
+    options = ["--run", str(compared.folder), "--system", system, "--input", str(source), "--threads", "1"]
+    assert cli.main(["translate", "--task", "en-de", *options]) == 0
+    assert capfd.readouterr().out.count("\n") == 2
+    assert cli.main(["translate", "--task", "en-xx", *options]) == 2
+    assert "en-xx" in capfd.readouterr().err
 
 
 def test_started_again_nothing_is_done_twice(compared: Tiny) -> None:
