@@ -271,8 +271,9 @@ def _stages(run: Path) -> list[dict[str, Any]]:
 def _missing(run: Path, systems: dict[str, System], masks: object, config: Config) -> list[str]:
     """What a whole run has and this one has not yet, in the order in which it is made."""
     missing = [] if (run / "prepared" / "meta.json").is_file() else ["the prepared text"]
-    untrained = [name for name, system in systems.items() if system.summary is None]
-    unscored = [name for name, system in systems.items() if system.scores is None]
+    wanted = system_names(config)  # what another system only needs, as LaSS does the fine-tuned models, has no scores
+    untrained = [name for name in wanted if systems[name].summary is None]
+    unscored = [name for name in wanted if systems[name].scores is None]
     if untrained:
         missing.append(f"the training of {', '.join(untrained)}")
     if masks is None and any(KINDS[name].masks for name in config.run.systems if name in KINDS):

@@ -164,3 +164,13 @@ def test_relations_of_the_page_are_those_of_the_analysis(built: Path) -> None:
         assert f"{words.signed(row.test.r)}" in text
         assert f"{row.test.p:.4f} {row.p_holm:.4f} {row.within:.3f} {row.across:.3f}" in text
     assert "Groups: EC30's own groups" in text
+
+
+def test_models_that_only_another_system_needs_do_not_make_a_run_unfinished(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_methods_run(run)
+    before = load_run(run).missing
+    write_json(run / "systems" / "needed" / "summary.json", {"system": "needed", "updates": 1})
+    data = load_run(run)
+    assert data.systems["needed"].scores is None
+    assert data.missing == before == []
