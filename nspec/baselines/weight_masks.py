@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nspec.files import replacing, write_text
+from nspec.specialization.storage import FORMAT, opened
 
-FORMAT = 1
 _KIND = "weight_masks"
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
 
@@ -212,20 +212,10 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
             ValueError: the file is broken, of another kind, or of a newer format.
         """
         path = Path(folder) / f"{_KIND}.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: expected a folder that WeightMasks.save(folder) wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("nspec", "{}"))
-                if about.get("kind") != _KIND:
-                    raise ValueError(f"{path} holds {about.get('kind', 'something else')}, expected {_KIND}")
-                if about.get("format") != FORMAT:
-                    raise ValueError(f"{path} has format {about.get('format')}, this version reads {FORMAT}")
-                tasks, by_layer = about["tasks"], {}
-                for layer, (out, wide) in about["shapes"].items():
-                    by_layer[layer] = _rows(path, layer, file.get_tensor(layer), len(tasks), (out, wide))
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path} is broken: {error}; write it again") from error
+        with opened(path, _KIND) as (file, about):
+            tasks, by_layer = about["tasks"], {}
+            for layer, (out, wide) in about["shapes"].items():
+                by_layer[layer] = _rows(path, layer, file.get_tensor(layer), len(tasks), (out, wide))
         return cls._of_packed(
             {task: {layer: rows[place] for layer, rows in by_layer.items()} for place, task in enumerate(tasks)}
         )

@@ -188,7 +188,7 @@ def _training(config: Config, system: str) -> Stage:
 def _weight_masks(config: Config, system: str) -> Stage:
     folder, finetuned = weight_masks_folder(config, system), finetuned_system(config, system)
     return Stage(
-        weight_masks_stage(config, system) or "",
+        stage_name("weight_masks", folder),
         folder,
         ("lass",),
         (f"systems/{finetuned}/*/model/*.safetensors",),

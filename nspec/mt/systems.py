@@ -6,6 +6,7 @@ Importing this module loads neither torch nor transformers.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,8 +85,13 @@ def variants_of(config: Config) -> dict[str, Variant]:
         ValueError: one that cannot be read, has the name of another system, changes what all systems share, or gives an
             option that does not exist or fit.
     """
+    return dict(_variants(tuple(config.run.variants)))
+
+
+@functools.cache  # asked for again and again, by every arrow of a run
+def _variants(texts: tuple[str, ...]) -> dict[str, Variant]:
     found: dict[str, Variant] = {}
-    for text in config.run.variants:
+    for text in texts:
         variant = _variant(text)
         if variant.name in KINDS or variant.name in found:
             raise ValueError(f"run.variants: {variant.name} is the name of another system; rename it ({text!r})")

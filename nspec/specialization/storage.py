@@ -9,8 +9,9 @@ is read; the JSON is for people and for other tools. No pickle anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,18 @@ def load_stacked(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str],
         FileNotFoundError: the file is not there.
         ValueError: it is broken, of another kind, or of a newer format.
     """
-    path = folder / f"{kind}.safetensors"
+    with opened(folder / f"{kind}.safetensors", kind) as (file, about):
+        return {layer: file.get_tensor(layer) for layer in about["d_ff"]}, about["tasks"], about["d_ff"]
+
+
+@contextlib.contextmanager
+def opened(path: Path, kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Opens a safetensors file of ours: it, and what its metadata says of it.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is broken, also where reading it within the block shows that, of another kind, or of a newer format.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a folder that {kind}.save(folder) wrote")
     try:
@@ -67,6 +79,6 @@ def load_stacked(folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str],
                 raise ValueError(f"{path} holds {about.get('kind', 'something else')}, expected {kind}")
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {about.get('format')}, this version reads {FORMAT}")
-            return {layer: file.get_tensor(layer) for layer in about["d_ff"]}, about["tasks"], about["d_ff"]
+            yield file, about
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is broken: {error}; write it again") from error
