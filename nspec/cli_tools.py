@@ -67,6 +67,9 @@ def translate(
     model: Annotated[str, typer.Option(metavar="FOLDER", help="A model, such as RUN/systems/forward/model.")] = "",
     run: Annotated[str, typer.Option(metavar="RUN", help="A run folder; goes with --system.")] = "",
     system: Annotated[str, typer.Option(metavar="NAME", help="A system of the run, such as forward.")] = "",
+    pivot: Annotated[
+        str, typer.Option(metavar="en", help="For de-fr: masks of de-en in the encoder, of en-fr in the decoder.")
+    ] = "",
     input: Annotated[str, typer.Option(metavar="FILE", help="Text, a sentence a line; -: standard input.")] = "-",
     output: Annotated[str, typer.Option(metavar="FILE", help="Appears when it is whole; -: standard output.")] = "-",
     beam: Annotated[int | None, typer.Option(help="Beam size [default: the run's, else 5].")] = None,
@@ -81,7 +84,8 @@ def translate(
 ) -> None:
     """Translates text, a line out for a line in.
 
-    Lines keep their order and are written as soon as a batch of them is done.
+    Lines keep their order and are written as soon as a batch of them is done. A direction that a system with masks or
+    adapters was not trained on takes those of two others, which meet in one language.
     """
     from nspec.mt.options import validate
 
@@ -103,7 +107,7 @@ def translate(
 
         quieten(threads)
         loaded, tokenizer = load_system(folder, resolve_device(device))
-        translator = Translator(loaded, tokenizer, settings.decode)
+        translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
             groups = _decode(_arriving(sys.stdin.fileno()), "standard input")

@@ -67,7 +67,11 @@ class TokenizerConfig:
 
 @dataclass
 class ModelConfig:
-    pretrained: str = option("", "folder or hub name of a model (M2M100, NLLB, ...) to start from; empty: a new one")
+    pretrained: str = option(
+        "",
+        "folder or hub name of a model (M2M100, NLLB, ...) to start from; with train.updates 0 it is the dense model as it "
+        "is; empty: a new one",
+    )
     d_model: int = option(512, "model width")
     d_ff: int = option(2048, "feed-forward neurons of a layer")
     heads: int = option(8, "attention heads")
@@ -129,6 +133,11 @@ class ProfileConfig:
 @dataclass
 class SelectConfig:
     k: float = option(0.95, "share of a layer's activations that the kept neurons cover, in (0, 1]")
+    layers: list[str] = option(
+        [],
+        "the feed-forward layers that are specialised, the others stay dense; empty: all. Shell patterns for the name "
+        "(model.encoder.layers.0.fc1) or a part of it between dots, such as encoder or decoder.layers.1",
+    )
 
 
 @dataclass

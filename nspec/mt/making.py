@@ -73,10 +73,10 @@ def on_side(masks: nspec.NeuronMasks, side: str) -> nspec.NeuronMasks:
     """
     if not side:
         return masks
-    kept = [layer for layer in masks.layers if side in layer.split(".")]
-    if not kept:
-        raise ValueError(f"no layer of the masks is in the {side}; there are {', '.join(masks.layers)}")
-    return nspec.NeuronMasks({task: {layer: masks[task][layer] for layer in kept} for task in masks.tasks})
+    try:
+        return masks.only([side])
+    except ValueError:
+        raise ValueError(f"no layer of the masks is in the {side}; there are {', '.join(masks.layers)}") from None
 
 
 def family_group(task: str, pivot: str) -> str:

@@ -158,10 +158,17 @@ class Pipeline:
         import nspec
 
         counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
-        masks = nspec.select(counts, k=config_of(self.config, system).select.k)
+        all_layers, own = len(counts.layers), config_of(self.config, system).select
+        if own.layers:
+            try:
+                counts = counts.only(own.layers)
+            except ValueError as error:
+                raise ValueError(f"select.layers: {error}") from None
+        masks = nspec.select(counts, k=own.k)
         masks.save(folder)
         shares = [share for layers in masks.density().values() for share in layers.values()]
-        self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons on average")
+        of = f" of {len(masks.layers)} of {all_layers} layers" if own.layers else ""
+        self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")
 
     def _randomize(self, system: str, folder: Path) -> None:
         import nspec

@@ -56,7 +56,7 @@ def train_system(
     Args:
         system: its name, for the log and the progress display.
         config: seed, device and decoding limits.
-        settings: how it is trained.
+        settings: how it is trained. With no updates the model is measured and taken as it is.
         data: the prepared text.
         model: the weights to start from; ``method`` is applied to it here, and it holds the best weights in the end.
         folder: gets ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and in the end ``model/`` and ``summary.json``.
@@ -82,11 +82,14 @@ def train_system(
     dense = sum(p.numel() for p in model.parameters())
     if method is not None:
         method.attach(model)
-    if not state.stopped:
+    if settings.updates == 0:
+        _measure(config, settings, data, model, folder, state, device, precision)
+    elif not state.stopped:
         shown = system if progress else None
         _train(config, settings, data, model, folder, state, resumed, device, precision, method, shown)
     best = folder / "checkpoints" / f"checkpoint-{state.best_step}"
-    load_weights(model, best if best.is_dir() else folder / "model")  # there when a finished training went on
+    if settings.updates:
+        load_weights(model, best if best.is_dir() else folder / "model")  # there when a finished training went on
     model.eval()
     (tokens,) = distributed.all_sum([state.tokens])
     if distributed.rank() == 0:
@@ -106,8 +109,8 @@ def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> 
     if settings.best == "bleu" and settings.valid_bleu_sentences == 0:
         raise ValueError("best is bleu, so valid_bleu_sentences must be above 0")
     for name in ("updates", "accumulate", "batch_tokens", "tasks_per_batch", "valid_every", "log_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; expected at least 1")
+        if getattr(settings, name) < (least := 0 if name == "updates" else 1):
+            raise ValueError(f"{name} is {getattr(settings, name)}; expected at least {least}")
     if settings.accumulate % distributed.world():
         raise ValueError(
             f"accumulate is {settings.accumulate}, the micro-batches of an update over all processes; "
@@ -145,6 +148,30 @@ def _state(folder: Path, settings: TrainConfig, seed: int, method: Method | None
 
 def _exhausted(state: Progress, settings: TrainConfig) -> bool:
     return 0 < settings.patience <= state.worse
+
+
+def _measure(
+    config: Config,
+    settings: TrainConfig,
+    data: PreparedData,
+    model: PreTrainedModel,
+    folder: Path,
+    state: Progress,
+    device: torch.device,
+    precision: str,
+) -> None:
+    """A model that is taken as it is: its validation is the only line of the log."""
+    if state.step:
+        raise ValueError(
+            f"{folder / 'checkpoints'} has a training of {state.step} updates; expected none for updates = 0"
+        )
+    cast(nn.Module, model).to(device)
+    measured = Validator(model, data, settings, config.decode, bf16=precision == "bf16").measure()
+    state.best_value = measured[f"valid_{settings.best}"]
+    if distributed.rank() == 0:
+        log = TrainingLog(folder, 0)
+        log.write({"step": 0, **measured})
+        log.close()
 
 
 def _train(
@@ -272,7 +299,7 @@ def _summary(
         "micro_batches": state.step * settings.accumulate,
         "train_seconds": state.seconds,
         "tokens": tokens,
-        "tokens_per_second": tokens / max(state.seconds, 1e-9),
+        "tokens_per_second": tokens / max(state.seconds, 1e-9) if state.step else None,
         "best_step": state.best_step,
         "best_value": state.best_value,
         "best_metric": settings.best,

@@ -12,10 +12,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import nspec
+from nspec.mt import zero_shot
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
 from nspec.mt.vocabulary import encode, end_id, language_id
 from nspec.nn.switched import TaskSwitched
+from nspec.specialization.tasks import specialized_layers
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,18 @@ class Translator:
 
     Args:
         model: in evaluation mode while it translates. Where its forward pass depends on the task (masks in mode
-            ``forward``, adapters), it computes as the direction that is asked for does.
+            ``forward``, adapters), it computes as the direction that is asked for does. A direction that it does not
+            know is translated with the encoder's masks of one and the decoder's of another that it knows, if they meet
+            in one language (:mod:`nspec.mt.zero_shot`); a warning says which.
         tokenizer: of the model.
         decode: beam size and limits.
         window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
             which then answers each line, else 2000.
+        pivot: the language in which the two directions meet, where there are several; they are combined then for
+            directions that the model knows as well.
+
+    Raises:
+        ValueError: a pivot for a model that computes the same for every direction.
     """
 
     def __init__(
@@ -48,10 +57,18 @@ class Translator:
         tokenizer: PreTrainedTokenizerBase,
         decode: DecodeConfig,
         window: int = 0,
+        pivot: str = "",
     ) -> None:
         self.model: Any = model  # transformers types what it adds to nn.Module too loosely
         self.tokenizer, self.decode, self.window = tokenizer, decode, window
         self._by_task = decodes_by_task(model)
+        if pivot and not self._by_task:
+            raise ValueError(
+                f"pivot {pivot}: this model computes the same for every direction, so there is nothing to combine; leave "
+                "the pivot out"
+            )
+        self.pivot = pivot
+        self._parts: dict[str, tuple[str, str]] = {}  # of directions that are combined
         embeddings: Any = model.get_input_embeddings()
         self._spare = list(range(len(tokenizer), embeddings.num_embeddings))  # they only round the vocabulary up
 
@@ -79,7 +96,17 @@ class Translator:
             return language_id(self.tokenizer, source), language_id(self.tokenizer, target)
 
     def _task(self, task: str) -> AbstractContextManager[Any]:
-        return nspec.task(self.model, task) if self._by_task else nullcontext()
+        if not self._by_task:
+            return nullcontext()
+        known = specialized_layers(self.model)[0].tasks
+        if task in known and not self.pivot:
+            return nspec.task(self.model, task)
+        if task not in self._parts:
+            parts = zero_shot.parts_of(task, known, self.pivot)
+            trained = "" if task in known else ", as it was not trained"
+            logger.warning("%s%s", zero_shot.description(self.model, task, *parts), trained)
+            self._parts[task] = parts
+        return zero_shot.combined(self.model, *self._parts[task])
 
     def _windows(self, lines: Iterator[str], window: int, task: str, source: int, target: int) -> Iterator[str]:
         first = 1

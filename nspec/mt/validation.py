@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from nspec.mt.config import Config, TrainConfig
-from nspec.mt.systems import KINDS, config_of, system_names, variants_of
+from nspec.mt.systems import KINDS, config_of, kind_of, masked_systems, system_names, variants_of
+from nspec.specialization.patterns import matching
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
 
@@ -67,8 +68,13 @@ def _languages(config: Config) -> None:
 
 def _training(config: Config, section: str) -> None:
     train: TrainConfig = getattr(config, section)
-    counts = ("updates", "batch_tokens", "tasks_per_batch", "accumulate", "warmup", "valid_every", "log_every")
+    counts = ("batch_tokens", "tasks_per_batch", "accumulate", "warmup", "valid_every", "log_every")
     _at_least(config, 1, *(f"{section}.{key}" for key in counts))
+    if section == "train" and config.model.pretrained:
+        _at_least(config, 0, "train.updates")
+    elif train.updates < 1:
+        hint = "; 0 takes model.pretrained as it is, which is empty" if section == "train" else ""
+        raise ValueError(f"{section}.updates: expected at least 1, found {train.updates}{hint}")
     _positive(config, *(f"{section}.{key}" for key in ("temperature", "lr", "eps")))
     zeros = ("weight_decay", "clip_norm", "valid_bleu_sentences", "patience")
     _at_least(config, 0, *(f"{section}.{key}" for key in zeros))
@@ -87,6 +93,22 @@ def _training(config: Config, section: str) -> None:
             f"{section}.batch_tokens: expected at least corpus.max_tokens ({config.corpus.max_tokens})"
             f"{parts if train.tasks_per_batch > 1 else ''}, so that the longest sentence fits, found {train.batch_tokens}"
         )
+
+
+def _layers(config: Config) -> None:
+    """Patterns of layers, before hours of training: those of a new model are known, of a pretrained one they are not."""
+    if config.model.pretrained:
+        return
+    counts = {"encoder": config.model.encoder_layers, "decoder": config.model.decoder_layers}
+    names = [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
+    for system in masked_systems(config):
+        patterns, side = config_of(config, system).select.layers, kind_of(config, system).side
+        try:
+            kept = matching(names, patterns) if patterns else names
+        except ValueError as error:
+            raise ValueError(f"select.layers of {system}: {error}") from None
+        if side and not any(side in name.split(".") for name in kept):
+            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {patterns}")
 
 
 def _varied(config: Config) -> None:
@@ -148,3 +170,4 @@ def validate(config: Config) -> None:
             _varied(config_of(config, variant))
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
+    _layers(config)

@@ -94,6 +94,32 @@ def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int =
             layer.restore(state)
 
 
+@contextlib.contextmanager
+def task_by_layer(model: nn.Module, task_of: Callable[[str], str | None]) -> Iterator[None]:
+    """Within the block each layer is switched to a task of its own; after it, to what it was before.
+
+    So a model can compute with the encoder's neurons of one task and the decoder's of another.
+
+    Args:
+        model: specialised.
+        task_of: gives the task of a layer, or None for the dense one, by the layer's qualified name in ``model``.
+
+    Raises:
+        ValueError: the model is not specialised, or a layer does not know its task; nothing is switched then.
+    """
+    specialized_layers(model)  # raises where there are none
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskSwitched)}
+    tasks = {name: _checked(task_of(name), 0, layer.tasks) for name, layer in layers.items()}
+    before = {name: layer.state() for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.set_task(tasks[name])
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.restore(before[name])
+
+
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
     """A ``context_fn`` for ``torch.utils.checkpoint``: what is computed again uses the task of its forward pass.
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor
+
+from .patterns import matching
+
+_Same = TypeVar("_Same", bound="TaskTensors")
 
 
 class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
@@ -39,6 +44,20 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
     def layers(self) -> list[str]:
         """The qualified names of the fc1 modules, in the order of the model."""
         return list(next(iter(self._by_task.values())))
+
+    def only(self: _Same, patterns: Iterable[str]) -> _Same:
+        """The same tasks with the layers that a pattern matches, such as ``encoder`` or ``decoder.layers.[12]``.
+
+        Args:
+            patterns: one or more, for the whole name of a layer or for a part of it between dots; see
+                :func:`nspec.specialization.patterns.matching`.
+
+        Raises:
+            ValueError: no pattern, or one that matches no layer; the message names the layers that there are.
+            TypeError: ``patterns`` is a text itself.
+        """
+        kept = matching(self.layers, patterns)
+        return type(self)({task: {layer: own[layer] for layer in kept} for task, own in self._by_task.items()})
 
 
 def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -28,6 +28,12 @@ def test_a_half_without_masks_is_an_error() -> None:
         on_side(decoder, "encoder")
 
 
+def test_a_half_of_some_layers_is_what_both_leave() -> None:
+    assert on_side(masks().only(["layers.0"]), "decoder").layers == ["model.decoder.layers.0.fc1"]
+    with pytest.raises(ValueError, match="no layer of the masks is in the encoder; there are model.decoder.layers.1"):
+        on_side(masks().only(["decoder.layers.1"]), "encoder")
+
+
 @pytest.mark.parametrize(
     ("one", "other", "shared"),
     [

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
+import nspec
 from nspec.mt import options, pipeline
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
@@ -126,6 +130,61 @@ def test_values_of_variants_are_checked_like_others() -> None:
     config.train.valid_bleu_sentences = 1
     with pytest.raises(ValueError, match="run.variants: a: select.k"):
         options.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "layers"),
+    [
+        ("[decoder.layers.2]", ["decoder.layers.2"]),
+        ("[encoder,decoder.layers.2]", ["encoder", "decoder.layers.2"]),
+        ('["decoder.layers.[12]"]', ["decoder.layers.[12]"]),
+        ("['*.1?']", ["*.1?"]),
+        ("[]", []),
+    ],
+)
+def test_a_variant_may_be_of_some_layers(value: str, layers: list[str]) -> None:
+    config = config_of("dense", run_variants=[f"top = forward select.layers={value}"])
+    assert variants_of(config)["top"].overrides == {"select.layers": layers}
+    again = options.parse(options.render(config))
+    assert variants_of(again)["top"].overrides == {"select.layers": layers}
+
+
+@pytest.mark.parametrize("value", ["decoder", "[decoder.layers.[12]]", "[*.1]", "[1]"])
+def test_layers_that_are_no_list_of_texts_are_an_error(value: str) -> None:
+    with pytest.raises(ValueError, match=r"^run\.variants: select\.layers"):
+        variants_of(config_of("dense", run_variants=[f"top = forward select.layers={value}"]))
+
+
+class Selecting(pipeline.Pipeline):
+    """A run in which counts are there, and stages are done whenever they are asked for."""
+
+    def __init__(self, folder: Path, *variants: str, **values: object) -> None:
+        super().__init__(config_of("dense", run_folder=str(folder), run_variants=list(variants), **values))
+        layers = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in range(2)]
+        counts = {layer: torch.tensor([4, 3, 2, 1]) * (i != 1) for i, layer in enumerate(layers)}  # one is dead
+        nspec.ActivationCounts({"en-de": counts}).save(folder / "profile")
+
+    def _do(self, name: str, work: Callable[[Path], None], everyone: bool = False) -> None:
+        work(self.folder / self.run.stages[name].folder)
+
+    def layers(self, place: str) -> list[str]:
+        return nspec.NeuronMasks.load(self.folder / place).layers
+
+
+def test_masks_and_random_masks_are_of_the_selected_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variants = ['top = forward select.layers=["decoder.layers.[01]"]', "some = random select.layers=[layers.0]"]
+    run = Selecting(tmp_path, *variants, select_k=0.7)
+    run.select()
+    assert run.layers("variants/top/masks") == [f"model.decoder.layers.{i}.fc1" for i in range(2)]
+    first = [f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")]
+    assert run.layers("variants/some/masks") == run.layers("variants/some/random_masks") == first
+    assert "keeps 50.0% of the neurons of 2 of 4 layers on average" in capsys.readouterr().err
+
+
+def test_a_pattern_without_a_layer_is_an_error_that_names_the_layers(tmp_path: Path) -> None:
+    run = Selecting(tmp_path, "top = forward select.layers=[decoder.layers.2]")
+    with pytest.raises(ValueError, match=r"^select.layers: no layer matches 'decoder.layers.2'; there are model\.enc"):
+        run.select()
 
 
 def test_decoding_matters_to_training_only_where_bleu_picks_the_checkpoint() -> None:

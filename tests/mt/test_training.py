@@ -78,6 +78,24 @@ def test_a_finished_training_is_not_touched_again(toy: Toy) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_without_updates_a_model_is_measured_and_kept_as_it_is(toy: Toy) -> None:
+    folder = toy.train("as_it_is", updates=0, valid_bleu_sentences=5, best="bleu")
+    built = toy.model().state_dict()
+    kept = weights(folder / "model")
+    assert all(torch.equal(built[name], value) for name, value in kept.items())
+    (measured,) = checkpoints.read_log(folder / "log.jsonl")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_value"] == measured["valid_bleu"]
+    assert (summary["updates"], summary["tokens_per_second"]) == (0, None)
+
+
+def test_a_training_that_has_begun_is_not_mistaken_for_a_model_to_be_kept(toy: Toy) -> None:
+    folder = toy.train("begun", updates=4)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"has a training of 4 updates; expected none"):
+        toy.train("begun", updates=0)
+
+
 def test_a_finished_training_goes_on_when_it_is_given_more_updates(toy: Toy) -> None:
     folder = toy.train("longer", updates=8)
     toy.train("longer", updates=12)
@@ -336,7 +354,7 @@ def test_checkpoints_of_another_training_are_refused(toy: Toy) -> None:
     [
         ({"optimizer": "row_sparse_adamw"}, "needs a specialised model"),
         ({"best": "bleu"}, "valid_bleu_sentences must be above 0"),
-        ({"updates": 0}, "updates is 0"),
+        ({"updates": -1}, "updates is -1"),
         ({"tasks_per_batch": 0}, "tasks_per_batch is 0"),
     ],
 )

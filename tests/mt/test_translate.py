@@ -146,8 +146,46 @@ def test_a_forward_system_translates_with_the_masks_of_the_direction(own_system:
     for task, plain in merged.items():
         assert list(found[task]) == list(Translator(plain, tokenizer, decode).translate(sources, task))
     assert list(found["en-de"]) != dense
-    with pytest.raises(ValueError, match="no masks of task 'de-en'.*en-de"):
+    with pytest.raises(ValueError, match="no masks of task 'de-en'.*en-de.*none from de"):
         masked.translate(sources, "de-en")
+
+
+@pytest.mark.parametrize("pivot", ["", "en"])
+def test_a_direction_that_was_not_trained_takes_the_masks_of_two(
+    own_system: Any, caplog: pytest.LogCaptureFixture, pivot: str
+) -> None:
+    model, tokenizer = own_system
+    known = masks(["de-en", "en-en", "en-de"], density=0.2)
+    whole = {layer: known["de-en" if "encoder" in layer else "en-de"][layer] for layer in known.layers}
+    by_hand = nspec.specialize(copy.deepcopy(model), nspec.NeuronMasks({"de-de": whole}))
+    nspec.specialize(model, known)
+    translator, sources = Translator(model, tokenizer, GREEDY, window=3, pivot=pivot), lines(8, "de")
+    with caplog.at_level(logging.INFO, logger="nspec"):
+        found = [list(translator.translate(sources, "de-de")) for _ in range(2)]
+    assert found[0] == found[1] == list(Translator(by_hand, tokenizer, GREEDY).translate(sources, "de-de"))
+    assert found[0] != list(Translator(model, tokenizer, GREEDY).translate(sources, "de-en"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "de-de is translated with masks of de-en in the encoder and masks of en-de in the decoder, as it was not trained"
+    ]
+    assert all(module.task is None for module in model.modules() if hasattr(module, "task"))
+
+
+def test_a_pivot_combines_two_directions_also_for_one_that_was_trained(
+    own_system: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = own_system
+    nspec.specialize(model, masks(["en-de", "en-en"]))
+    list(Translator(model, tokenizer, GREEDY).translate(lines(2), "en-de"))
+    assert caplog.records == []
+    list(Translator(model, tokenizer, GREEDY, pivot="en").translate(lines(2), "en-de"))
+    assert "masks of en-en in the encoder" in caplog.records[0].getMessage()
+    assert "not trained" not in caplog.records[0].getMessage()
+
+
+def test_a_pivot_for_a_model_without_masks_in_its_forward_pass_is_an_error(own_system: Any) -> None:
+    model, tokenizer = own_system
+    with pytest.raises(ValueError, match="pivot en: this model computes the same for every direction"):
+        Translator(model, tokenizer, GREEDY, pivot="en")
 
 
 def test_an_update_system_translates_as_the_dense_model_any_direction(own_system: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from models import batch, m2m100, masks_for
 
 import nspec
+from nspec.specialization.tasks import task_by_layer
 
 
 def test_the_task_before_comes_back_also_after_an_error() -> None:
@@ -47,3 +48,25 @@ def test_it_reaches_through_wrappers() -> None:
         inside = wrapped(**batch()).loss
     with nspec.task(model, "en-de"):
         assert torch.equal(inside, model(**batch()).loss)
+
+
+def test_each_layer_can_have_a_task_of_its_own() -> None:
+    model = m2m100()
+    nspec.specialize(model, masks_for(model))
+    tasks = {f"model.{side}.layers.{i}.fc1": t for side, t in (("encoder", "de-en"), ("decoder", None)) for i in (0, 1)}
+    with nspec.task(model, "en-de"):
+        with task_by_layer(model, tasks.__getitem__):
+            assert {name: model.get_submodule(name).task for name in tasks} == tasks
+        assert {model.get_submodule(name).task for name in tasks} == {"en-de"}
+
+
+def test_a_layer_that_does_not_know_its_task_leaves_all_as_they_were() -> None:
+    model = m2m100()
+    nspec.specialize(model, masks_for(model))
+    nspec.set_task(model, "de-en")
+    last = "model.decoder.layers.1.fc1"
+    with pytest.raises(ValueError, match="no masks of task 'xx'"), task_by_layer(model, {last: "xx"}.get):
+        pass
+    assert model.model.encoder.layers[0].fc1.task == "de-en"
+    with pytest.raises(ValueError, match="is not specialised"), task_by_layer(m2m100(), lambda name: None):
+        pass
