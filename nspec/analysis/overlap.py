@@ -72,8 +72,8 @@ def density(masks: Masks, layers: Sequence[str] | None = None, tasks: Sequence[s
 
     Args:
         masks: the masks.
-        layers: rows of the answer are in this order; all, as :func:`sort_layers` orders them, by default.
-        tasks: columns likewise; by default those of the masks.
+        layers: columns of the answer are in this order; all, as :func:`sort_layers` orders them, by default.
+        tasks: rows likewise; by default those of the masks.
     """
     layers = sort_layers(masks.layers) if layers is None else layers
     return np.stack([layer_matrix(masks, layer, tasks).mean(1) for layer in layers], axis=1)

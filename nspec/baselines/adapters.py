@@ -18,6 +18,8 @@ from nspec.nn.recompute import ForwardPasses, backward_pass
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.layers import find_pairs, nearest
 
+from .structure import layer_around
+
 _HANDLE = "_adapters_hook"  # on a layer: what takes the hook off, and keeps its number from others after unpickling
 _NESTED = "_nested_without_adapters"  # on an nn.TransformerEncoder: what its use_nested_tensor was
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are their content
@@ -138,6 +140,7 @@ class TaskAdapters(nn.Module, TaskSwitched):
         """The same, set in the backward pass that is running."""
         return state._replace(set_in=backward_pass())
 
+    @torch.compiler.disable  # a graph for each group would reach the limit of recompilation, and all become eager
     def forward(self, x: Tensor) -> Tensor:
         """The hidden state ``x [..., width]`` with what the task's group adds to it, in the dtype of ``x``.
 
@@ -146,17 +149,15 @@ class TaskAdapters(nn.Module, TaskSwitched):
         """
         # The bottleneck itself says what a pass used, so that two tasks of a group may share a backward pass.
         use: Any = (None if self._task is None else self._of(self._task), self._batch)
-        eager = not torch.compiler.is_compiling()
         running = backward_pass()
         if running >= 0 and running != self._set_in:
             use = self._passes.recomputed()
         alone, batch = use
         if alone is None and batch is None:
-            (marked,) = self._passes.note(use, x) if eager else (x,)
+            (marked,) = self._passes.note(use, x)
             return x if marked is x else marked.clone()  # a mark is a view, which the model may not write into
         added = alone(x) if batch is None else self._by_sentence(x, batch)
-        if eager:
-            (added,) = self._passes.note(use, added)
+        (added,) = self._passes.note(use, added)
         return x + added.to(x.dtype)
 
     def _by_sentence(self, x: Tensor, batch: TaskBatch) -> Tensor:
@@ -189,6 +190,9 @@ def add_adapters(
     the model, and a forward hook that applies them to the layer's output. ``nspec.task`` switches them. They are made in
     the dtype and on the device of their layer. The caller's random state is left alone.
 
+    ``torch.compile`` leaves the adapters out of its graphs, whose number then does not grow with that of the groups;
+    ``fullgraph=True`` is not possible.
+
     PyTorch's fused inference path is not taken by ``nn.TransformerEncoderLayer`` modules with adapters, whose results
     differ from it by rounding.
 
@@ -198,16 +202,16 @@ def add_adapters(
         bottleneck: size between the two projections.
         layers: qualified names of modules, each with a feed-forward layer inside, whose output (a tensor, or a tuple that
             begins with it) is the hidden state. None: each module that holds a feed-forward pair itself, such as the
-            encoder and decoder layers of M2M100, NLLB, mBART and ``torch.nn``. Name whole layers where the pair lies in a
-            module of its own, before the residual connection.
+            encoder and decoder layers of M2M100, NLLB, mBART and ``torch.nn``. Where the pair lies in a module of its own,
+            before the residual connection (T5), whole layers must be named.
         seed: of the down-projections.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: no layers, an unknown one or one named twice; no groups or an empty name; ``bottleneck`` below 1;
-            adapters are there already; the model knows other tasks; it is wrapped.
+        ValueError: no layers, ones that must be named, an unknown one or one named twice; no groups or an empty name;
+            ``bottleneck`` below 1; adapters are there already; the model knows other tasks; it is wrapped.
         TypeError: an argument of another type.
     """
     if not isinstance(model, nn.Module):
@@ -263,6 +267,12 @@ def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Modu
         except ValueError as error:
             raise ValueError(f"{error}. For adapters, name whole layers: layers=['encoder.layers.0', ...]") from error
         found = {pair.name.rpartition(".")[0]: pair.fc2 for pair in pairs}
+        for name in found:
+            if whole := layer_around(name, modules):
+                raise ValueError(
+                    f"{name} holds a feed-forward pair alone: its output is not yet the hidden state of the layer around "
+                    f"it ({whole}), where adapters belong; name whole layers with layers=[{whole!r}, ...]"
+                )
     else:
         if isinstance(names, str):
             raise TypeError(f"layers is {names!r}, expected a list of names")
@@ -322,6 +332,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def freeze_all_but_adapters(model: nn.Module) -> nn.Module:
     """Lets only the adapters be trained: all else no longer requires gradients, and those that it had are dropped.
+
+    Modes are left alone, so the dropout of the frozen model is on in training, as it was when the model was made.
 
     Returns:
         ``model`` itself.

@@ -31,6 +31,7 @@ from nspec.nn.switched import TaskSwitched
 from nspec.specialization.layers import find_pairs, nearest
 from nspec.specialization.tasks import set_task
 
+from .structure import layer_around, within
 from .weight_masks import PackedMask, WeightMasks
 
 # Modules that compute with the weights of their linear layers and do not always call them: a mask would be passed by.
@@ -55,32 +56,18 @@ def prunable_layers(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     for parent in parents:
-        if fused := [name for name in _within(parent, modules) if isinstance(modules[name], nn.MultiheadAttention)]:
+        if fused := [name for name in within(parent, modules) if isinstance(modules[name], nn.MultiheadAttention)]:
             raise ValueError(
                 f"{fused[0]} is nn.MultiheadAttention, whose fused projection cannot be masked: expected attention made of "
                 "nn.Linear layers; name the layers to prune with layers=[...]"
             )
-        whole = _item_of_list(parent, modules)
-        if len(_within(parent, linears)) == 2 < len(_within(whole, linears)):
+        if whole := layer_around(parent, modules):
             raise ValueError(
                 f"{parent or 'the model'} holds a feed-forward pair alone, and {whole} around it more linear layers: "
                 "expected both in one module; name the layers to prune with layers=[...]"
             )
-    inside = {name for parent in parents for name in _within(parent, linears)}
+    inside = {name for parent in parents for name in within(parent, linears)}
     return [name for name in modules if name in inside]
-
-
-def _within(parent: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if not parent or name == parent or name.startswith(f"{parent}.")]
-
-
-def _item_of_list(name: str, modules: dict[str, nn.Module]) -> str:
-    """The outermost item of an ``nn.ModuleList`` that holds the module: a Transformer layer; else the module itself."""
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        if isinstance(modules[".".join(parts[: end - 1])], nn.ModuleList):
-            return ".".join(parts[:end])
-    return name
 
 
 def magnitude_masks(model: nn.Module, alpha: float, layers: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -164,6 +164,12 @@ class LassConfig:
 class AdaptersConfig:
     bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder")
     lr: float = option(1e-3, "highest learning rate; the model itself is frozen")
+    families: str = option(
+        "branch",
+        "of adapters_family: branch (Germanic, Romance, ...), family (Indo-European, ...) or ec30 (the five groups of that "
+        "data set)",
+        ("branch", "family", "ec30"),
+    )
 
 
 @dataclass

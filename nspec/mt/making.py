@@ -6,10 +6,10 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nspec
-from nspec.analysis.languages import group_of
+from nspec.analysis.languages import Grouping, group_of
 from nspec.baselines import lass
 from nspec.files import read_json, write_json
 from nspec.mt import distributed, methods
@@ -58,8 +58,9 @@ def _method(
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method == "adapters":
-        group = family_group if builtin_of(config, system) == "adapters_family" else lambda task, pivot: task
-        groups = {task: group(task, own.corpus.pivot) for task in data.tasks}
+        groups = {task: task for task in data.tasks}
+        if builtin_of(config, system) == "adapters_family":
+            groups = {task: family_group(task, own.corpus.pivot, own.adapters.families) for task in data.tasks}
         adapters = methods.Adapters(groups, own.adapters.bottleneck, own.run.seed)
         return adapters, dataclasses.replace(dense, lr=own.adapters.lr)
     return None, dense
@@ -79,26 +80,32 @@ def on_side(masks: nspec.NeuronMasks, side: str) -> nspec.NeuronMasks:
         raise ValueError(f"no layer of the masks is in the {side}; there are {', '.join(masks.layers)}") from None
 
 
-def family_group(task: str, pivot: str) -> str:
+def family_group(task: str, pivot: str, families: str = "branch") -> str:
     """The adapters that a direction shares: ``en-Germanic`` for en-de, ``Germanic-en`` for de-en.
 
-    Families are branches such as Germanic or Semitic. The pivot stands for itself: else en-de and de-en would be one.
+    The pivot stands for itself: else en-de and de-en would be one.
+
+    Args:
+        task: the direction.
+        pivot: the language that directions go to and from.
+        families: what counts as a family, see :func:`nspec.analysis.languages.group_of`.
 
     Raises:
         ValueError: the family of a language is not known.
     """
-    return "-".join(code if code == pivot else group_of(code) for code in languages_of_task(task))
+    grouping = cast("Grouping", families)
+    return "-".join(code if code == pivot else group_of(code, grouping) for code in languages_of_task(task))
 
 
 def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Path, tell: Callable[..., None]) -> None:
     """The weights that LaSS keeps for each direction, from the models that were fine-tuned on it: ``weight_masks/``."""
     own, models = config_of(config, system), run / "systems" / finetuned_system(config, system)
-    found: dict[str, Any] = {}
+    found = []  # packed at once: as bool tensors the masks of all directions would be as many models
     for number, task in enumerate(data.tasks):
         tell(task, number, len(data.tasks))
         model, _ = load_system(models / task / "model", "cpu")
-        found[task] = lass.magnitude_masks(model, own.lass.alpha)
-    lass.WeightMasks(found).save(folder)
+        found.append(lass.WeightMasks({task: lass.magnitude_masks(model, own.lass.alpha)}))
+    lass.WeightMasks.union_of_tasks(found).save(folder)
     tell("", len(data.tasks), len(data.tasks))
 
 

@@ -37,7 +37,8 @@ class OtherText:
             test_split=part,
             valid_sentences=0,
         )
-        corpus = open_files(options, config.run.seed)  # not open_corpus: an evaluation set has no training text
+        # Not open_corpus, which asks for every split.
+        corpus = open_files(options, config.run.seed, evaluation=True)
         self.tasks, self.pad_id, self.end_id = data.tasks, data.pad_id, data.end_id
         self._tags = {code: data.language_id(code) for code in data.languages}
         longest = int(data.meta["max_positions"]) - 2

@@ -49,6 +49,19 @@ def test_directions_of_one_family_share_adapters(one: str, other: str, shared: b
     assert (family_group(one, "en") == family_group(other, "en")) is shared
 
 
+@pytest.mark.parametrize(
+    ("task", "families", "group"),
+    [
+        ("en-he", "branch", "en-Semitic"),
+        ("en-he", "family", "en-Afro-Asiatic"),
+        ("kn-en", "family", "Dravidian-en"),
+        ("kn-en", "ec30", "Indo-Aryan-en"),
+    ],
+)
+def test_what_a_family_is_can_be_chosen(task: str, families: str, group: str) -> None:
+    assert family_group(task, "en", families) == group
+
+
 def test_a_language_of_unknown_family_is_an_error() -> None:
     with pytest.raises(ValueError, match="xx"):
         family_group("en-xx", "en")

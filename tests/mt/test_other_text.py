@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,18 @@ def test_another_part_of_the_folder_can_be_meant(toy: Toy) -> None:
     assert source.tolist() == toy.data.pair("test", task, 0)[0].tolist()
 
 
+def test_an_evaluation_set_alone_is_enough(toy: Toy, tmp_path: Path) -> None:
+    data = toy.data
+    for language in ("de", "fr"):
+        for side in (language, "en"):
+            shutil.copy(toy.folder / "corpus" / f"valid.{language}-en.{side}", tmp_path)
+    assert other(toy, tmp_path).size("valid", "en-de") == data.size("valid", "en-de") > 0
+    with pytest.raises(ValueError, match=r"has no news text for any pair.*such as news\.en-de\.en"):
+        other(toy, tmp_path, "news")
+
+
 def test_a_folder_without_a_direction_of_the_run_is_an_error(toy: Toy, tmp_path: Path) -> None:
     for side in ("de", "en"):
-        for split in ("train", "valid"):
-            (tmp_path / f"{split}.de-en.{side}").write_text("a b\n")
-    with pytest.raises(ValueError, match="en"):
+        (tmp_path / f"valid.de-en.{side}").write_text("a b\n")
+    with pytest.raises(ValueError, match=r"the valid text in .*fr"):
         other(toy, tmp_path)

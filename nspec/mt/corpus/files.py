@@ -49,8 +49,13 @@ NOT_LANGUAGES = frozenset(("bpe", "bz", "csv", "gz", "log", "md", "py", "sgm", "
 Sources = dict[Pair, dict[str, list[Source]]]
 
 
-def open_files(config: CorpusConfig, seed: int) -> Corpus:
+def open_files(config: CorpusConfig, seed: int, *, evaluation: bool = False) -> Corpus:
     """Opens the parallel text at ``config.path`` (the rules are at the top of this module).
+
+    Args:
+        config: the options.
+        seed: of samples.
+        evaluation: the validation or the test split is enough; else every pair needs training data.
 
     Raises:
         CorpusError: the path is missing, holds none of the kinds or more than one, or lacks a language asked for.
@@ -78,7 +83,7 @@ def open_files(config: CorpusConfig, seed: int) -> Corpus:
     ((kind, files),) = kinds.items()
     if kind == "multiway":
         return multiway.MultiwayCorpus(config, seed, folder)
-    return _open_pairs(config, seed, folder, kind, files)
+    return _open_pairs(config, seed, folder, kind, files, ("valid", "test") if evaluation else ("train",))
 
 
 def split_of(name: str, config: CorpusConfig) -> str:
@@ -121,19 +126,23 @@ def _bare(path: Path, config: CorpusConfig) -> tuple[str, str] | None:
     return None
 
 
-def _open_pairs(config: CorpusConfig, seed: int, folder: Path, kind: str, files: list[Path]) -> Corpus:
+def _open_pairs(
+    config: CorpusConfig, seed: int, folder: Path, kind: str, files: list[Path], needed: tuple[str, ...]
+) -> Corpus:
     wanted = requested(config)
     sources: Sources = defaultdict(lambda: defaultdict(list))
     if kind == "moses":
         _add_moses(sources, config, files, wanted)
     else:
         _add_single(sources, config, files, wanted)
-    present = sorted({code for pair, splits in sources.items() if splits.get("train") for code in pair})
+    there = (pair for pair, splits in sources.items() if any(splits.get(split) for split in needed))
+    present = sorted({code for pair in there for code in pair})
+    what, stem = ("training data", "train") if "train" in needed else (f"{config.valid_split} text", config.valid_split)
     if not present:
-        example = {"moses": "train.en-de.en and train.en-de.de", "tsv": "train.en-de.tsv", "jsonl": "train.en-de.jsonl"}
+        example = {"moses": f"{stem}.en-de.en and {stem}.en-de.de"}.get(kind, f"{stem}.en-de.{kind}")
         pairs = names(f"{first}-{second}" for first, second in sources) if sources else "any pair"
-        raise CorpusError(f"{folder} has no training data for {pairs}; expected names such as {example[kind]}")
-    check_languages(wanted, present, f"the training data in {folder}")
+        raise CorpusError(f"{folder} has no {what} for {pairs}; expected names such as {example}")
+    check_languages(wanted, present, f"the {what} in {folder}")
 
     def looked_for(pair: Pair, split: str) -> str:
         stems = {"train": ("train",), "valid": _valid_names(config), "test": (config.test_split,)}[split]
@@ -146,7 +155,7 @@ def _open_pairs(config: CorpusConfig, seed: int, folder: Path, kind: str, files:
         return f"looked in {folder} for {names(tried)} (also with .gz){option}"
 
     return PairCorpus(
-        config, seed, wanted or present, {pair: dict(splits) for pair, splits in sources.items()}, looked_for
+        config, seed, wanted or present, {pair: dict(splits) for pair, splits in sources.items()}, looked_for, needed
     )
 
 

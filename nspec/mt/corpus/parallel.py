@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -172,6 +172,7 @@ class PairCorpus(Corpus):
         languages: the codes of the corpus.
         sources: by pair and split, where the text is; a segment's id is its line number, counted through them.
         looked_for: (pair, split) -> the names that data was looked for under, for the error about missing data.
+        needed: a pair belongs to the corpus if it has text in one of these splits.
     """
 
     def __init__(
@@ -181,9 +182,10 @@ class PairCorpus(Corpus):
         languages: list[str],
         sources: dict[Pair, dict[str, list[Source]]],
         looked_for: Callable[[Pair, str], str],
+        needed: Sequence[str] = ("train",),
     ) -> None:
-        trained = [pair for pair, splits in sources.items() if splits.get("train")]
-        super().__init__(config, seed, languages, trained)
+        there = [pair for pair, splits in sources.items() if any(splits.get(split) for split in needed)]
+        super().__init__(config, seed, languages, there)
         self.sources = sources
         self.looked_for = looked_for
 
