@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nspec.analysis.overlap import Floats
+from nspec.analysis.overlap import Floats, layer_side
 from nspec.analysis.proximity import Direction, task_name
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.storage import load_stacked, save_stacked
@@ -58,6 +58,12 @@ class HeadImportance(TaskTensors):
         return HeadImportance(
             {t: {n: v / v.norm() if v.any() else v for n, v in layers.items()} for t, layers in self.items()}
         )
+
+    def shares(self, layer: str) -> Floats:
+        """Each head's share of its layer's importance: float64 [tasks, heads], rows sum to 1; a layer of zeros is 0."""
+        rows = self.matrix(layer)
+        total = rows.sum(1, keepdims=True)
+        return np.asarray(rows / np.where(total > 0, total, 1.0), dtype=np.float64)
 
     def similarity(self, layer: str) -> Floats:
         """The cosine of every two tasks' importance in one layer: float64 [tasks, tasks], symmetric, in [0, 1].
@@ -118,6 +124,18 @@ class HeadImportance(TaskTensors):
         """
         stacked, tasks, _ = load_stacked(Path(folder), _KIND)
         return cls({task: {layer: rows[i] for layer, rows in stacked.items()} for i, task in enumerate(tasks)})
+
+
+def attention_kind(layer: str) -> str:
+    """``encoder self``, ``decoder self`` or ``cross``: where an attention module looks from and to, by its name.
+
+    Cross-attention is called ``encoder_attn`` by transformers and ``multihead_attn`` by PyTorch.
+
+    Raises:
+        ValueError: the name says neither encoder nor decoder.
+    """
+    side = layer_side(layer)
+    return "cross" if layer.rpartition(".")[2] in ("encoder_attn", "multihead_attn") else f"{side} self"
 
 
 def head_similarity(

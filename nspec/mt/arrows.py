@@ -71,6 +71,7 @@ def stages_of(config: Config) -> list[Stage]:
             )
         )
     results = ["config.yaml", "prepared/meta.json", "masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
+    results += ["analysis/heads/heads.*", "analysis/heads/measured.json"]  # what `nspec analyze --heads` left
     for system in system_names(config):
         results += [f"systems/{system}/summary.json", f"systems/{system}/log.jsonl", f"scores/{system}/scores.json"]
     stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True))

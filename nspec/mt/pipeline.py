@@ -246,7 +246,9 @@ class Pipeline:
                 write_json(_decoded(folder, task), {"sentences": len(hypotheses), "seconds": time.monotonic() - begun})
 
     def _score(self, system: str, folder: Path) -> None:
+        from nspec.mt.groups import run_groups
         from nspec.mt.scoring import score_system
+        from nspec.report.blocks import families_of
 
         data, base = self._data(), baseline_of(self.config)
         baseline = None
@@ -254,7 +256,9 @@ class Pipeline:
             baseline = (base, self._hypotheses(base, data))
         references = {task: data.text("test", task)[1] for task in data.tasks}
         pivot = self.config.corpus.pivot
-        scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline)
+        sizes = {task: data.size("train", task) for task in data.tasks}
+        groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
+        scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
         seconds = sum(read_json(_decoded(folder, task))["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})

@@ -93,7 +93,8 @@ def score_system(
         What goes into ``scores.json``: ``signatures``, ``tasks`` (scores in points, 0 to 100, with the bounds of their
         95 % bootstrap intervals, signatures, and under ``baseline`` differences and p values: ``<metric>_p`` of the
         paired bootstrap, ``<metric>_p_ar`` of approximate randomisation with ``ar_trials`` trials) and ``average``
-        (macro averages over ``all`` directions, ``from_<pivot>``, ``to_<pivot>`` and groups, tested like a direction).
+        (macro averages over ``all`` directions, ``from_<pivot>``, ``to_<pivot>`` and groups, tested like a direction),
+        and ``groups``: the directions of each group that was given.
 
     Raises:
         ValueError: a direction without hypotheses, references or a baseline, numbers of lines that differ, an empty
@@ -137,7 +138,8 @@ def score_system(
         other = _mean([compared[task] for task in members]) if baseline else None
         entry["baseline"] = _compare(baseline[0], own, other) if baseline and other else None
         average[group] = entry
-    return {"signatures": signatures, "tasks": tasks, "average": average}
+    given = {group: averaged[group] for group in groups or {}}
+    return {"signatures": signatures, "tasks": tasks, "average": average, "groups": given}
 
 
 def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = None) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nspec.analysis.languages import Grouping, group_of, language
@@ -36,6 +36,27 @@ def grouping_of(codes: Iterable[str]) -> Grouping:
     except ValueError:
         return "branch"
     return "ec30"
+
+
+def families_of(tasks: Iterable[str], pivot: str) -> Callable[[str], str]:
+    """What names the family of a language wherever a run shows families: the groups of :func:`grouping_of`.
+
+    Args:
+        tasks: the directions of the run, whose languages beside the pivot decide on the grouping.
+        pivot: see :func:`block_order`.
+
+    Returns:
+        A function from a language to the name of its group, empty where it is not known.
+    """
+    grouping = grouping_of({code for task in tasks for code in task.split("-")} - {pivot})
+
+    def family_of(code: str) -> str:
+        try:
+            return group_of(code, grouping)
+        except ValueError:
+            return ""
+
+    return family_of
 
 
 def _place(code: str, grouping: Grouping) -> tuple[int, str, str]:

@@ -36,7 +36,7 @@ def levels(data: RunData, names: Sequence[str], means: Mapping[str, Mapping[str,
         for number, (system, values) in enumerate(means.items()):
             at = places + (number - (len(means) - 1) / 2) * width
             axes.bar(
-                at, values[metric], width * 0.92, color=colour(system, list(data.systems)), label=data.name(system)
+                at, values[metric], width * 0.92, color=colour(system, list(data.systems)), label=data.short(system)
             )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xticks(places, names)

@@ -6,48 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nspec.mt.groups import resource_levels
 from nspec.report import figures, words
+from nspec.report.group_tables import HOW_TO, has_groups, level_tables
 from nspec.report.load import METRICS, RunData
-
-FACTOR = 2.0
-"""Levels differ by more than this factor in training pairs."""
-
-
-def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Directions by level of training pairs, the largest first.
-
-    Where data come in steps, as in EC30 (5M, 1M, 100k), levels are these: sizes are cut at the two widest gaps of more
-    than :data:`FACTOR`; one such gap gives ``high`` and ``low``. Without gaps distinct sizes are cut in three equal parts,
-    if the geometric means of neighbouring parts differ by more than the factor.
-
-    Args:
-        sizes: training pairs of each direction, positive.
-
-    Returns:
-        ``high``, ``medium`` and ``low``, or ``high`` and ``low``, each with its directions in the order given; empty where
-        sizes differ too little.
-    """
-    distinct = sorted(set(sizes.values()), reverse=True)
-    ratios = {place: distinct[place - 1] / distinct[place] for place in range(1, len(distinct))}
-    gaps = sorted((place for place, ratio in ratios.items() if ratio > FACTOR), key=lambda place: -ratios[place])
-    cuts = sorted(gaps[:2])
-    if not cuts and len(distinct) >= 3:
-        thirds = [round(len(distinct) / 3), round(2 * len(distinct) / 3)]
-        means = [math.exp(sum(map(math.log, part)) / len(part)) for part in _parts(distinct, thirds)]
-        if all(larger / smaller > FACTOR for larger, smaller in zip(means, means[1:])):
-            cuts = thirds
-    if not cuts:
-        return {}
-    names = ["high", "medium", "low"] if len(cuts) == 2 else ["high", "low"]
-    return {
-        name: [task for task, size in sizes.items() if size in part]
-        for name, part in zip(names, _parts(distinct, cuts))
-    }
-
-
-def _parts(distinct: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
-    ends = [0, *cuts, len(distinct)]
-    return [distinct[start:end] for start, end in zip(ends, ends[1:])]
 
 
 def changes(data: RunData, system: str, than: str, metric: str) -> dict[str, float]:
@@ -57,10 +19,11 @@ def changes(data: RunData, system: str, than: str, metric: str) -> dict[str, flo
 
 
 def level_section(data: RunData) -> dict[str, Any]:
-    """Mean change of every system against the baseline, by level of training pairs.
+    """Every system against the baseline, by level of training pairs.
 
     Returns:
-        ``reason``: why there are no levels, else empty; ``heads``, ``rows`` and ``figure`` of the table otherwise.
+        ``reason``: why there are no levels, else empty; ``heads``, ``rows`` (mean changes), ``figure`` and ``tested``
+        otherwise: the tables with tests, or None and ``how`` to get them where scores are of an older version.
     """
     sizes = {task: data.sizes[task] for task in data.tasks if task in data.sizes}
     compared = [name for name in data.scored if name != data.baseline and changes(data, name, data.baseline, "bleu")]
@@ -79,6 +42,8 @@ def level_section(data: RunData) -> dict[str, Any]:
         {"name": name, "range": _range([sizes[task] for task in tasks]), "directions": len(tasks)}
         for name, tasks in levels.items()
     ]
+    for head in heads:
+        head["title"] = f"{head['directions']} directions of {head['range']} training pairs"
     rows = []
     means: dict[str, dict[str, list[float]]] = {}
     for name in compared:
@@ -94,7 +59,11 @@ def level_section(data: RunData) -> dict[str, Any]:
                 up = f"{sum(value > 0 for value in found)} of {len(found)} up"
                 cells.append({"text": words.signed(mean) if found else "–", "up": up if found else ""})
         rows.append({"name": data.name(name), "colour": figures.css_colour(name, list(data.systems)), "cells": cells})
-    return {"reason": "", "heads": heads, "rows": rows, "figure": figures.draw("levels", data, list(levels), means)}
+    tested = level_tables(data, heads)
+    why = "." if has_groups(data) else f": {HOW_TO.format(what='levels')}."
+    how = "" if tested else f"These means carry no test{why}"
+    drawn = figures.draw("levels", data, list(levels), means)
+    return {"reason": "", "heads": heads, "rows": rows, "figure": drawn, "tested": tested, "how": how}
 
 
 def transfer_section(data: RunData) -> dict[str, Any] | None:

@@ -209,6 +209,9 @@ def _scores(path: Path) -> dict[str, Any]:
     need(average, "all", "average", table, "an object")
     for group in average:
         check(need(average, group, "average", table, "an object"), f"average.{group}")
+    for group in need(scores, "groups", "", table, "an object") if "groups" in scores else ():
+        need(scores["groups"], group, "groups", lambda v: isinstance(v, list), "a list of directions")
+        need(average, group, "average", table, "an object")
     return scores
 
 

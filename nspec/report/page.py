@@ -10,7 +10,10 @@ from nspec.files import write_text
 from nspec.report import figures, published, words
 from nspec.report.ablations import ablation_section
 from nspec.report.blocks import block_order
+from nspec.report.cells import main_groups, score_cell
 from nspec.report.costs import cost_rows
+from nspec.report.group_tables import family_section
+from nspec.report.head_section import head_section
 from nspec.report.levels import level_section, transfer_section
 from nspec.report.load import METRICS, RunData, load_run
 from nspec.report.relations import relation_section
@@ -62,7 +65,7 @@ def context(data: RunData) -> dict[str, Any]:
         "missing": data.missing,
         "baseline": words.in_sentence(data.name(data.baseline)),
         "systems": _systems(data),
-        "groups": _groups(data),
+        "groups": main_groups(data),
         "averages": _averages(data),
         "directions": [_directions(data, metric) for metric in METRICS] if data.scored else [],
         "signatures": _signatures(data),
@@ -71,9 +74,11 @@ def context(data: RunData) -> dict[str, Any]:
         "speed": _speed(data),
         "costs": cost_rows(data),
         "levels": level_section(data) if data.scored else None,
+        "families": family_section(data) if data.scored else None,
         "transfer": transfer_section(data),
         "ablations": ablation_section(data),
         "relations": relation_section(data),
+        "heads": head_section(data),
         "test_sentence": words.test_sentence(data),
         "two_sided": words.two_sided(data),
         "samples": _samples(data),
@@ -105,37 +110,10 @@ def _meaning(data: RunData, name: str) -> str:
     return words.SYSTEMS.get(name, ("", ""))[1]
 
 
-def _groups(data: RunData) -> list[str]:
-    return list(dict.fromkeys(group for scores in data.scored.values() for group in scores["average"]))
-
-
-def _cell(data: RunData, entry: dict[str, Any] | None, metric: str, best: float | None, about: str) -> dict[str, Any]:
-    """One score: its text, interval, mark and what is said on hover."""
-    if entry is None:
-        empty = dict.fromkeys(("interval", "mark", "delta", "p"), "")
-        return empty | {"score": "–", "best": False, "title": f"{about}: missing"}
-    low, high, test = entry[f"{metric}_low"], entry[f"{metric}_high"], entry.get("baseline")
-    title = f"{about}: {entry[metric]:.2f} {words.METRIC_NAMES[metric]}, 95 % interval {low:.2f} to {high:.2f}"
-    delta = p = ""
-    if test:
-        delta, p = words.signed(test[f"{metric}_delta"]), words.p_text(words.p_value(test, metric))
-        says = words.verdict(test[f"{metric}_delta"], words.p_value(test, metric))
-        title += f"; {delta} against {words.in_sentence(data.name(test['system']))}, {p}, {says}"
-    return {
-        "score": f"{entry[metric]:.2f}",
-        "interval": f"{low:.1f}–{high:.1f}",
-        "best": best is not None and entry[metric] == best,
-        "mark": words.arrow(test, metric),
-        "delta": delta,
-        "p": p,
-        "title": title,
-    }
-
-
 def _averages(data: RunData) -> list[dict[str, Any]]:
     """A row for every system: average scores over all directions, and BLEU and chrF++ by side of the pivot."""
     rows = []
-    groups = _groups(data)
+    groups = main_groups(data)
     entries = {name: scores["average"] for name, scores in data.scored.items()}
     for name in data.systems:
         cells = {}
@@ -144,7 +122,7 @@ def _averages(data: RunData) -> list[dict[str, Any]]:
                 present = [entry[group][metric] for entry in entries.values() if group in entry]
                 best = max(present) if len(present) > 1 else None
                 about = f"{data.name(name)}, average of {words.group_name(group)}"
-                cells[f"{group} {metric}"] = _cell(data, entries.get(name, {}).get(group), metric, best, about)
+                cells[f"{group} {metric}"] = score_cell(data, entries.get(name, {}).get(group), metric, best, about)
         rows.append({"id": name, "name": data.name(name), "cells": cells, "is_baseline": name == data.baseline})
     return rows
 
@@ -160,7 +138,7 @@ def _directions(data: RunData, metric: str) -> dict[str, Any]:
         if not present:
             continue
         best = max(present) if several else None
-        cells = [_cell(data, entries[name], metric, best, f"{task}, {data.name(name)}") for name in names]
+        cells = [score_cell(data, entries[name], metric, best, f"{task}, {data.name(name)}") for name in names]
         sentences = next(entry["sentences"] for entry in entries.values() if entry)
         rows.append({"task": task, "sentences": words.count(sentences), "cells": cells})
     heads = [

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from nspec.analysis import clustering
 from nspec.analysis.languages import genetic_distances, group_of, is_known, read_distances, script_distances
 from nspec.analysis.overlap import Floats, Side, side_layers
-from nspec.analysis.proximity import Direction, LayerProximity, Proximity, Similarity, mask_iou, proximity
+from nspec.analysis.proximity import (
+    FEWEST,
+    Direction,
+    LayerProximity,
+    Proximity,
+    Similarity,
+    mask_iou,
+    proximity,
+    sides_of_pivot,
+)
 from nspec.files import write_text
 
 if TYPE_CHECKING:
@@ -55,14 +64,14 @@ class Analysis:
         what: ``neurons`` or ``heads``.
         folder: what it wrote.
         distances: the file of the languages' distances; empty: they are those in the tree of languages.
-        proximity: the tests.
+        proximity: the tests; None where heads were measured but there are too few languages to test.
         trees: languages clustered by their masks.
     """
 
     what: str
     folder: Path
     distances: str
-    proximity: Proximity
+    proximity: Proximity | None
     trees: tuple[Tree, ...]
 
 
@@ -78,15 +87,17 @@ def analyze_run(
         distances: a file with the distances of languages, see :func:`nspec.analysis.languages.read_distances`; empty:
             those in the tree of languages.
         heads: the attention heads of the dense model are tested as well, in RUN/analysis/heads: how much each matters
-            to a direction is measured on so many validation sentences of it. 0: they are not.
+            to a direction is measured on so many validation sentences of it. 0: they are not. They are measured and
+            saved, for the page of the run, also where there are too few languages to test.
 
     Returns:
-        What was found of the neurons, and of the heads where they are asked for.
+        What was found of the neurons, and of the heads where they are asked for; where there are too few languages, the
+        heads alone.
 
     Raises:
         OSError: the file of distances cannot be read.
-        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages, a language is not
-            known, or the file of distances is wrong or lacks a pair. Nothing is written then.
+        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads``), a
+            language is not known, or the file of distances is wrong or lacks a pair. Nothing is written then.
     """
     from nspec import NeuronMasks
 
@@ -94,16 +105,22 @@ def analyze_run(
         raise ValueError(f"{run} has no masks/masks.safetensors; `nspec select CONFIG` or `nspec run CONFIG` makes it")
     pivot = pivot or _pivot(run)
     options: dict[str, Any] = {"distances": distances, "permutations": permutations}
-    found = [_analyze("neurons", NeuronMasks.load(run / "masks"), mask_iou, run / "analysis", pivot, **options)]
-    if heads:
-        from nspec.analysis.heads import head_similarity
-        from nspec.report.measured_heads import measure_heads
+    masks = NeuronMasks.load(run / "masks")
+    found = []
+    few = min(len(codes) for codes in sides_of_pivot(masks, pivot).values()) < FEWEST
+    if not (heads and few):  # without heads there is nothing but the test, which says what it lacks
+        found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, **options)]
+    if not heads:
+        return tuple(found)
+    from nspec.analysis.heads import head_similarity
+    from nspec.report import measured_heads
 
-        importance = measure_heads(run, heads)
-        folder = run / "analysis" / "heads"
-        found.append(_analyze("heads", importance, head_similarity, folder, pivot, **options))
-        importance.save(folder)
-    return tuple(found)
+    folder = run / measured_heads.FOLDER
+    importance = measured_heads.measure_heads(run, heads)
+    measured_heads.save(importance, run, heads)
+    if few:
+        return (Analysis("heads", folder, distances, None, ()),)
+    return (*found, _analyze("heads", importance, head_similarity, folder, pivot, **options))
 
 
 def _analyze(
@@ -172,6 +189,7 @@ def as_json(result: Analysis) -> dict[str, Any]:
         }
         for tree in result.trees
     ]
+    assert result.proximity is not None
     return {**asdict(result.proximity), "distances": result.distances or "tree", "control": "script", "trees": trees}
 
 
@@ -231,7 +249,7 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     for name in ("x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found.layers:
-        cells = [_layer(row), _arrow(row.direction, found.pivot)]
+        cells = [layer_name(row), _arrow(row.direction, found.pivot)]
         if row.test:
             low, high = row.test.low, row.test.high
             cells += [f"{row.test.r:+.2f}", "–" if math.isnan(low) else f"{low:+.2f} {high:+.2f}"]
@@ -243,7 +261,7 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     return table
 
 
-def _layer(row: LayerProximity) -> str:
+def layer_name(row: LayerProximity) -> str:
     """``encoder 0``; of attention ``decoder 0 self`` or ``decoder 0 cross``, as transformers and PyTorch name them."""
     *path, last = row.layer.split(".")
     number = next((part for part in reversed(path) if part.isdigit()), "")
@@ -256,5 +274,8 @@ def print_analysis(results: Iterable[Analysis]) -> None:
     from nspec.mt.display import show
 
     for result in results:
-        show(proximity_table(result.proximity, result.distances, result.what))
+        if result.proximity is None:
+            print(f"{result.what}: measured, not tested: that needs {FEWEST} languages or more beside the pivot")
+        else:
+            show(proximity_table(result.proximity, result.distances, result.what))
         print(f"analysis: {result.folder}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nspec.analysis.languages import group_of
@@ -46,8 +47,20 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
     }
 
 
-def summary(found: Proximity) -> str:
-    """In how many layers related languages keep more neurons in common, after Holm's correction; and where most."""
+def summary(
+    found: Proximity,
+    what: str = "the masks of closer languages overlap more",
+    layers: str = "layers",
+    name: Callable[[LayerProximity], str] | None = None,
+) -> str:
+    """In how many layers related languages keep more neurons in common, after Holm's correction; and where most.
+
+    Args:
+        found: the tests.
+        what: is so in these layers.
+        layers: what they are called, all together.
+        name: and one of them; by default its side and its number in that.
+    """
     said = []
     for direction in found.languages:
         tested = [row for row in found.layers if row.direction == direction and row.test]
@@ -55,12 +68,13 @@ def summary(found: Proximity) -> str:
         if not tested:
             continue
         best = max(tested, key=_r)
-        what, where = words.group_name(f"{direction}_{found.pivot}"), _layer(found, best)
+        side = words.group_name(f"{direction}_{found.pivot}")
+        where = name(best) if name else _layer(found, best)
         said.append(
-            f"{what}: in {len(sure)} of {len(tested)} layers the masks of closer languages overlap more "
+            f"{side}: in {len(sure)} of {len(tested)} {layers} {what} "
             f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(_r(best))}, in {where}"
         )
-    return "; ".join(said) + "." if said else "No layer has masks whose overlap differs, so there is nothing to test."
+    return "; ".join(said) + "." if said else "All languages are alike in every layer, so there is nothing to test."
 
 
 def _r(row: LayerProximity) -> float:

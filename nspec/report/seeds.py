@@ -6,7 +6,6 @@ also depends on initialisation and sampling, which only other seeds show; here t
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +18,11 @@ from nspec.analysis.mantel import holm
 from nspec.analysis.student import t_quantile, t_tail
 from nspec.files import write_text
 from nspec.mt import options
-from nspec.report.canvas import colour
+from nspec.mt.groups import kind_of_group
 from nspec.report.load import METRICS, RunData, load_run
-from nspec.report.words import METRIC_NAMES, arrow, count, group_name, p_text, signed, system_name
+from nspec.report.seeds_figure import draw
+from nspec.report.seeds_tables import average_lines, cost_lines, tested_together
+from nspec.report.words import METRIC_NAMES, arrow, group_name, system_name
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
 _LEVEL = 0.95
@@ -42,7 +43,8 @@ class Difference:
         high: upper end.
         t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
         p: two-sided, of the paired t test.
-        p_holm: adjusted over the systems of this metric and average.
+        p_holm: adjusted over the systems of this metric and average; of levels and families over all of their kind too,
+            see :func:`nspec.report.seeds_tables.tested_together`.
         tested: seeds whose run tested this system against the baseline.
         above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
         below: seeds in which it says worse.
@@ -67,7 +69,7 @@ class SeedResult:
     Attributes:
         system: its name in the runs.
         metric: ``bleu`` or ``chrf``.
-        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``.
+        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``, or as :func:`nspec.mt.groups.run_groups` calls it.
         scores: points (0 to 100), one a seed.
         mean: of ``scores``.
         sd: their standard deviation (n - 1).
@@ -123,7 +125,7 @@ class SeedComparison:
         raise KeyError(f"no result of {system}, {metric}, {group}")
 
     def markdown(self) -> str:
-        """All of it as Markdown: a table for each average, then costs, notes and signatures."""
+        """All of it as Markdown: tables of the averages, then costs, notes and signatures."""
         base = system_name(self.baseline)
         lines = [
             f"# {len(self.seeds)} seeds ({', '.join(map(str, self.seeds))}), {len(self.tasks)} directions",
@@ -132,16 +134,7 @@ class SeedComparison:
             "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
             "run's own test on its test set is significant at 5 %.",
         ]
-        for group in self.groups:
-            heads = [cell for metric in METRICS for cell in (METRIC_NAMES[metric], "Δ", "p (Holm)", "seeds")]
-            rows = [
-                [_cell(system_name(system)), *(c for m in METRICS for c in _cells(self.find(system, m, group)))]
-                for system in self.systems
-            ]
-            lines += ["", f"## Average of {group_name(group)}", "", *_table(["system", *heads], rows)]
-        rows = [[_cell(system_name(system)), *_cost_cells(self.costs[system])] for system in self.systems]
-        heads = ["system", "updates", "tokens", "training, s", "tokens/s", "density"]
-        lines += ["", "## Costs, mean over seeds", "", *_table(heads, rows), ""]
+        lines += [*average_lines(self), *cost_lines(self), ""]
         lines += [f"- {note}" for note in self.notes]
         lines += [f"- {METRIC_NAMES[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
         return "\n".join(lines) + "\n"
@@ -174,10 +167,12 @@ class SeedComparison:
             raise ValueError(f"there is no average {group!r}, expected one of {', '.join(self.groups)}")
         if len(self.systems) < 2:
             raise ValueError(f"there is nothing to draw: {self.baseline} is the only system")
-        return _draw(self, group)
+        return draw(self, group)
 
     def write(self, folder: Path) -> None:
         """Writes ``seeds.md``, ``seeds.tsv``, ``costs.tsv`` and ``seeds_<average>.svg`` (with two systems or more).
+
+        There is no figure of levels and families.
 
         Raises:
             OSError: a file cannot be written.
@@ -186,7 +181,8 @@ class SeedComparison:
         write_text(folder / "seeds.md", self.markdown())
         write_text(folder / "seeds.tsv", self.tsv())
         write_text(folder / "costs.tsv", self.costs_tsv())
-        for group in self.groups if len(self.systems) > 1 else ():
+        main = [group for group in self.groups if not kind_of_group(group)[0]]
+        for group in main if len(self.systems) > 1 else ():
             write_text(folder / f"seeds_{group.replace('/', '_')}.svg", self.figure(group))
 
 
@@ -216,8 +212,8 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     for other in others:
         _check_scores(first, other, systems)
     notes += _machines(runs, systems)
-    averages = [[run.scored[system]["average"] for system in systems] for run in runs]
-    groups = [group for group in averages[0][0] if all(group in found for run in averages for found in run)]
+    groups, left_out = _common_groups(runs, systems)
+    notes += left_out
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
     return SeedComparison(
@@ -227,7 +223,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         systems=tuple(systems),
         tasks=tuple(task for task in first.tasks if task in tasks),
         groups=tuple(groups),
-        results=tuple(results),
+        results=tuple(_adjusted(results)),
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
         notes=tuple(notes),
@@ -291,6 +287,26 @@ def _check_scores(first: RunData, other: RunData, systems: Sequence[str]) -> Non
                         )
 
 
+def _common_groups(runs: Sequence[RunData], systems: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The averages that every run and system has, over the same directions, and a note where levels or families lack."""
+    scored = [run.scored[system] for run in runs for system in systems]
+    named = dict.fromkeys(group for scores in scored for group in scores["average"])
+    members = [scores.get("groups", {}) for scores in scored]
+    common = [
+        group
+        for group in named
+        if all(group in scores["average"] for scores in scored)
+        and len({tuple(found.get(group.partition("/")[0], ())) for found in members}) == 1
+    ]
+    missing = [group for group in named if group not in common and "/" not in group]
+    if not missing:
+        return common, []
+    return common, [
+        f"{', '.join(map(group_name, missing))} left out: not every run averages over them, or over the same directions; "
+        "`nspec evaluate CONFIG --redo score` scores a run anew."
+    ]
+
+
 def _machines(runs: Sequence[RunData], systems: Sequence[str]) -> list[str]:
     """A note where training times are of different machines or settings."""
     summaries = [run.systems[system].summary or {} for run in runs for system in systems]
@@ -312,11 +328,21 @@ def _results(runs: Sequence[RunData], systems: Sequence[str], metric: str, group
         difference = None if system == baseline else _difference(values - scores[baseline], tests, metric)
         sd = float(values.std(ddof=1))
         results.append(SeedResult(system, metric, group, tuple(values.tolist()), float(values.mean()), sd, difference))
-    compared = [result.difference.p for result in results if result.difference]
-    adjusted = iter(holm(compared).tolist())
+    return results
+
+
+def _adjusted(results: Sequence[SeedResult]) -> list[SeedResult]:
+    """The same results with p values adjusted over those that are tested together."""
+    together: dict[tuple[str, str], list[float]] = {}
+    for r in results:
+        if r.difference:
+            together.setdefault((r.metric, tested_together(r.group)), []).append(r.difference.p)
+    adjusted = {key: iter(holm(p).tolist()) for key, p in together.items()}
     return [
-        replace(result, difference=replace(result.difference, p_holm=next(adjusted))) if result.difference else result
-        for result in results
+        replace(r, difference=replace(r.difference, p_holm=next(adjusted[r.metric, tested_together(r.group)])))
+        if r.difference
+        else r
+        for r in results
     ]
 
 
@@ -337,61 +363,5 @@ def _mean_cost(runs: Sequence[RunData], system: str, key: str) -> float | None:
     return sum(numbers) / len(numbers) if len(numbers) == len(runs) else None
 
 
-def _cells(result: SeedResult) -> list[str]:
-    d = result.difference
-    score = f"{result.mean:.2f} ± {result.sd:.2f}"
-    if d is None:
-        return [score, "", "", ""]
-    delta = f"{signed(d.mean)} [{signed(d.low)}, {signed(d.high)}]"
-    arrows = f"▲{d.above} ▼{d.below} of {d.tested}" if d.tested else "–"
-    return [score, delta, f"{p_text(d.p)} ({p_text(d.p_holm).removeprefix('p ').removeprefix('= ')})", arrows]
-
-
-def _cost_cells(costs: Mapping[str, float | None]) -> list[str]:
-    found = costs.items()
-    return ["–" if value is None else f"{value:.3f}" if key == "density" else count(value) for key, value in found]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
-
-
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _draw(comparison: SeedComparison, group: str) -> str:
-    """A panel for each metric. The same input gives the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    systems = [system for system in comparison.systems if system != comparison.baseline]
-    settings: Any = {"svg.hashsalt": "nspec-seeds", "svg.fonttype": "none", "font.size": 10, "text.parse_math": False}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9.6, 1.2 + 0.36 * len(systems)), layout="constrained")
-        panels = figure.subplots(1, len(METRICS), sharey=True)
-        for axes, metric in zip(panels, METRICS):
-            axes.axvline(0, color="#333333", linewidth=0.8)
-            for place, system in enumerate(systems):
-                d = comparison.find(system, metric, group).difference
-                assert d is not None
-                tint = colour(system, comparison.systems)
-                axes.plot([d.low, d.high], [place, place], color=tint, linewidth=2)
-                axes.plot([d.mean], [place], "|", color=tint, markersize=14, markeredgewidth=2)
-                axes.plot(d.values, [place] * len(d.values), "o", color=tint, markersize=6, markeredgecolor="white")
-            axes.set_yticks(range(len(systems)), [system_name(system) for system in systems])
-            axes.set_ylim(len(systems) - 0.5, -0.5)
-            axes.set_xlabel(f"{METRIC_NAMES[metric]} above {system_name(comparison.baseline)}")
-            axes.grid(True, axis="x", color="#dddddd", linewidth=0.8)
-            axes.set_axisbelow(True)
-            for side in ("top", "left", "right"):
-                axes.spines[side].set_visible(False)
-        figure.suptitle(f"{len(comparison.seeds)} seeds, {group_name(group)}: mean with 95 % t interval", fontsize=11)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

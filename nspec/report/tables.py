@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec import analysis
 from nspec.files import write_text
+from nspec.report.cells import main_groups
 from nspec.report.load import METRICS, RunData, load_run
 from nspec.report.words import METRIC_NAMES, arrow, group_name, p_text, p_value, signed, two_sided
 
@@ -70,7 +71,7 @@ def write_overlap(data: RunData, folder: Path) -> None:
 def score_table(run: Path) -> Table:
     """The table that a run ends with on the terminal: average scores of every system, and what the tests say.
 
-    It fits 80 columns for one pivot language.
+    It fits 80 columns for one pivot language. Levels and families are on the page.
 
     Raises:
         ValueError: ``run`` is no run folder, or a file in it is broken.
@@ -94,7 +95,7 @@ def score_table(run: Path) -> Table:
     for metric in METRICS:
         table.add_column(METRIC_NAMES[metric], justify="right", no_wrap=True)
         table.add_column("Δ", justify="right", no_wrap=True)
-    groups = list(dict.fromkeys(g for scores in data.scored.values() for g in scores["average"] if g != "all"))
+    groups = [group for group in main_groups(data) if group != "all"]
     for group in groups:
         table.add_column(f"BLEU\n{group_name(group)}", justify="right", no_wrap=True)
     table.add_column("tokens/s\ntime", justify="right", no_wrap=True)

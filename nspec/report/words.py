@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nspec.mt.groups import LEVEL as LEVEL_GROUP
+from nspec.mt.groups import kind_of_group
 from nspec.mt.systems import Variant
 from nspec.report.load import RunData
 
@@ -96,9 +98,12 @@ def p_value(test: Mapping[str, Any], metric: str) -> float:
 
 def arrow(test: Mapping[str, Any] | None, metric: str) -> str:
     """▲ or ▼ for a difference from the baseline that is significant by :func:`p_value`, else nothing."""
-    if not test or p_value(test, metric) >= LEVEL or test[f"{metric}_delta"] == 0:
-        return ""
-    return "▲" if test[f"{metric}_delta"] > 0 else "▼"
+    return sign(test[f"{metric}_delta"], p_value(test, metric)) if test else ""
+
+
+def sign(delta: float, p: float) -> str:
+    """▲ or ▼ for a difference that is significant at the 5 % level, else nothing."""
+    return "" if p >= LEVEL or delta == 0 else "▲" if delta > 0 else "▼"
 
 
 def two_sided(data: RunData) -> bool | None:
@@ -135,10 +140,16 @@ def test_sentence(data: RunData) -> str:
 
 
 def group_name(group: str) -> str:
-    """``from_en`` as ``en→x``, ``to_en`` as ``x→en``, ``low/from_en`` as ``low, en→x``."""
+    """``from_en`` as ``en→x``, ``to_en`` as ``x→en``, ``low/from_en`` as ``low, en→x``.
+
+    Of the groups that a run makes itself, ``level:high`` is ``high-resource`` and ``family:Germanic`` ``Germanic``.
+    """
     name, slash, side = group.rpartition("/")
     if slash:
         return f"{name}, {group_name(side)}"
+    kind, name, _ = kind_of_group(group)
+    if kind:
+        return f"{name}-resource" if kind == LEVEL_GROUP else name
     if group.startswith("from_"):
         return f"{group[5:]}→x"
     if group.startswith("to_"):

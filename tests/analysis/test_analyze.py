@@ -117,6 +117,29 @@ def test_heads_are_tested_beside_neurons(tmp_path: Path, monkeypatch: pytest.Mon
     assert (run / "analysis" / "heads" / "analysis.tsv").is_file()
 
 
+def test_heads_of_few_languages_are_measured_and_not_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", ["de", "fr", "ru"])
+    importance = HeadImportance({"en-de": {"model.encoder.layers.0.self_attn": torch.tensor([0.25, 0.5])}})
+    monkeypatch.setattr(measured_heads, "measure_heads", lambda run, sentences: importance)
+    assert cli.main(["analyze", str(run), "--heads", "30"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.splitlines() == [
+        "heads: measured, not tested: that needs 4 languages or more beside the pivot",
+        f"analysis: {run / 'analysis' / 'heads'}",
+    ]
+    loaded = measured_heads.load(run)
+    assert loaded is not None
+    assert loaded[0].matrix(importance.layers[0]).tolist() == [[0.25, 0.5]]
+    assert loaded[1:] == (30, False)
+    assert sorted(path.name for path in run.glob("analysis/**/*") if path.is_file()) == [
+        "heads.json",
+        "heads.safetensors",
+        "measured.json",
+    ]
+
+
 def test_what_cannot_be_analyzed_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     def fails(*arguments: str) -> str:
         assert cli.main(["analyze", *arguments]) == 2

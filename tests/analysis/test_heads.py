@@ -214,3 +214,15 @@ def test_what_cannot_be_measured_is_said() -> None:
     for value, error in ((torch.tensor([-1.0]), ValueError), (torch.tensor([1]), TypeError)):
         with pytest.raises(error, match="importance of a, x"):
             HeadImportance({"a": {"x": value}})
+
+
+def test_the_kind_of_attention_is_told_by_its_name() -> None:
+    kinds = {
+        "model.encoder.layers.0.self_attn": "encoder self",
+        "model.decoder.layers.0.self_attn": "decoder self",
+        "model.decoder.layers.0.encoder_attn": "cross",
+        "transformer.decoder.layers.1.multihead_attn": "cross",
+    }
+    assert {name: heads.attention_kind(name) for name in kinds} == kinds
+    with pytest.raises(ValueError, match="names neither encoder nor decoder"):
+        heads.attention_kind("layers.0.self_attn")

@@ -140,6 +140,7 @@ def test_groups_are_averaged_over_their_directions() -> None:
         "low/to_en": ["is-en"],
     }
     assert list(scores["average"]) == ["all", "from_en", "to_en", *members]
+    assert scores["groups"] == {group: members[group] for group in groups}
     for group, tasks in members.items():
         entry = scores["average"][group]
         assert entry["directions"] == len(tasks)

@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 
 from nspec import NeuronMasks
+from nspec.analysis.heads import HeadImportance
 from nspec.files import write_json, write_text
 from nspec.mt import options
 from nspec.mt.config import Config, ScoreConfig
-from nspec.mt.scoring import score_system
+from nspec.mt.groups import kind_of_group, run_groups
+from nspec.mt.scoring import average_groups, score_system
+from nspec.report import measured_heads
+from nspec.report.blocks import families_of
 
 LANGUAGES = ["de", "fa", "zh"]
 TASKS = [f"en-{x}" for x in LANGUAGES] + [f"{x}-en" for x in LANGUAGES]
@@ -178,3 +182,44 @@ def make_methods_run(
             chosen = {task: {name: mask & first for name, mask in of.items()} for task, of in full.items()}
             NeuronMasks(chosen).save(run / "variants" / text.partition(" ")[0] / "masks")
     return run
+
+
+def add_groups(run: Path, p_ar: dict[str, float] | None = None) -> None:
+    """Gives the scores of a run of methods the levels and families that scoring gives them now.
+
+    Args:
+        run: made by :func:`make_methods_run`.
+        p_ar: p values of averages; 0.01 for others.
+    """
+    for path in run.glob("scores/*/scores.json"):
+        scores = json.loads(path.read_text())
+        deltas = {task: entry["bleu"] - 20 for task, entry in scores["tasks"].items()}
+        sizes = json.loads((run / "prepared/meta.json").read_text())["counts"]["train"]
+        groups = run_groups(deltas, sizes, "en", families_of(deltas, "en"))
+        for average, members in average_groups(deltas, "en", groups).items():
+            if kind_of_group(average)[0]:
+                p = (p_ar or {}).get(average, 0.01)
+                found = invented_scores({task: deltas[task] for task in members}, scores["system"], "continued", p)
+                scores["average"][average] = found["average"]["all"]
+        write_json(path, scores | {"groups": groups})
+
+
+def add_heads(run: Path, codes: Sequence[str] = tuple(SIZES), heads: int = 4) -> HeadImportance:
+    """Head importance of a run of methods, as measured: related languages use much the same heads.
+
+    en-de puts all of decoder cross-attention 1 into its head 2.
+    """
+    generator = torch.Generator().manual_seed(7)
+    names = [f"model.encoder.layers.{i}.self_attn" for i in range(2)]
+    names += [f"model.decoder.layers.{i}.{kind}" for i in range(2) for kind in ("self_attn", "encoder_attn")]
+    family_of = families_of([f"en-{code}" for code in codes], "en")
+    usual = {(n, f): torch.rand(heads, generator=generator) for n in names for f in sorted(map(family_of, codes))}
+    importance = {
+        task: {n: usual[n, family_of(code)] + 0.05 * torch.rand(heads, generator=generator) for n in names}
+        for code in codes
+        for task in (f"en-{code}", f"{code}-en")
+    }
+    importance["en-de"][names[-1]] = torch.eye(heads)[2]
+    found = HeadImportance(importance)
+    measured_heads.save(found, run, 40)
+    return found

@@ -8,32 +8,8 @@ pytest.importorskip("matplotlib")
 
 from fabricated_run import SIZES, make_methods_run
 
-from nspec.report.levels import level_section, resource_levels, transfer_section
+from nspec.report.levels import level_section, transfer_section
 from nspec.report.load import load_run
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ([5000, 5000, 1000, 100], {"high": [0, 1], "medium": [2], "low": [3]}),
-        # the two widest of three gaps
-        ([100000, 40000, 1000, 10], {"high": [0, 1], "medium": [2], "low": [3]}),
-        ([100, 5000, 120, 4000], {"high": [1, 3], "low": [0, 2]}),
-        # no gap of more than 2, but thirds that differ by more: 8/6, 4/3, 2/1.5
-        ([8000, 6000, 3100, 2900, 1500, 1000], {"high": [0, 1], "medium": [2, 3], "low": [4, 5]}),
-        ([2000, 1500, 1000], {}),
-        ([2000, 1000], {}),  # a factor of 2, not more
-        ([2000, 999], {"high": [0], "low": [1]}),
-        ([700, 700, 700], {}),
-        ([], {}),
-    ],
-)
-def test_levels_are_cut_where_training_pairs_differ_by_more_than_a_factor_of_two(
-    sizes: list[int], expected: dict[str, list[int]]
-) -> None:
-    found = resource_levels({f"en-{number}": size for number, size in enumerate(sizes)})
-    assert found == {name: [f"en-{number}" for number in members] for name, members in expected.items()}
-    assert list(found) == list(expected)
 
 
 def test_each_level_has_the_mean_change_of_its_directions(tmp_path: Path) -> None:

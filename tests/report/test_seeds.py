@@ -174,6 +174,77 @@ def test_a_variant_of_another_meaning_is_refused(tmp_path: Path) -> None:
         compare_seeds(runs)
 
 
+LEVELS = {"level:high": ["en-de"], "level:low": ["de-en"]}
+# BLEU above the baseline of each seed, by level
+ABOVE = {
+    "forward": {"level:high": [0.0, 0.1, -0.1], "level:low": [0.9, 1.1, 1.0]},
+    "random": {"level:high": [-0.1, 0.1, 0.3], "level:low": [-1.0, -1.2, -1.4]},
+}
+
+
+def add_levels(runs: list[Path]) -> None:
+    """Gives the scores of runs with seeds 1, 2 and 3 two levels, with halves; dense is at the baseline in both."""
+    for run in runs:
+        seed = int(run.name[1:])
+        for system in SYSTEMS:
+            path = run / "scores" / system / "scores.json"
+            scores = read_json(path)
+            for group in LEVELS:
+                value = 20.0 + (ABOVE[system][group][seed - 1] if system in ABOVE else 0.0)
+                scores["average"] |= {group: entry(value, None), f"{group}/to_en": entry(value, None)}
+            write_json(path, scores | {"groups": LEVELS})
+
+
+def test_levels_are_adjusted_over_all_systems_and_levels_of_a_side(three: list[Path]) -> None:
+    add_levels(three)
+    found = compare_seeds(three)
+    assert found.groups[3:] == ("level:high", "level:high/to_en", "level:low", "level:low/to_en")
+
+    def difference(system: str, group: str) -> Any:
+        return found.find(system, "bleu", group).difference
+
+    # mean 1, standard error 0.1 / sqrt(3): as of the average of all, but the smallest of six tests instead of three
+    low = difference("forward", "level:low")
+    assert low.values == pytest.approx((0.9, 1.1, 1.0))
+    assert low.p == pytest.approx(1 - math.sqrt(300 / 302))
+    assert low.p_holm == pytest.approx(6 * low.p)
+    assert difference("random", "level:low").p_holm == pytest.approx(5 * difference("random", "level:low").p)
+    assert difference("forward", "level:low/to_en").p_holm == low.p_holm
+    assert difference("forward", "all").p_holm == pytest.approx(3 * difference("forward", "all").p)
+
+
+def test_levels_have_one_table_a_metric_and_no_figures(three: list[Path], tmp_path: Path) -> None:
+    add_levels(three)
+    found = compare_seeds(three)
+    text = found.markdown().partition("## By level of training data")[2].partition("## Costs")[0]
+    tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
+    assert [table[0] for table in tables] == [f"| {m} | high-resource | low-resource |" for m in ("BLEU", "chrF++")]
+    for table in tables:
+        assert [row.split(" |")[0] for row in table[2:]] == ["| Dense", "| Specialised (forward)", "| Random masks"]
+        (row,) = [row for row in table if row.startswith("| Specialised")]
+        cells = row.split(" | ")
+        assert cells[1].startswith("±0.00 [−0.25, +0.25] p = 1.00 (1.00)")
+        assert cells[2].startswith("+1.00 [+0.75, +1.25]▲ p = 0.003 (0.020)")
+    assert "level" not in found.markdown().partition("## By level")[0]
+    found.write(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*level*"))
+    assert "level:low/to_en" in (tmp_path / "out" / "seeds.tsv").read_text(encoding="utf-8")
+
+
+def test_levels_that_are_not_the_same_in_every_run_are_left_out_with_a_note(three: list[Path]) -> None:
+    add_levels(three[:2])
+    found = compare_seeds(three)
+    assert found.groups == ("all", "from_en", "to_en")
+    assert found.notes[0].startswith("high-resource, low-resource left out")
+    add_levels(three)
+    for system in SYSTEMS:
+        path = three[0] / "scores" / system / "scores.json"
+        write_json(path, read_json(path) | {"groups": LEVELS | {"level:low": ["de-en", "en-de"]}})
+    found = compare_seeds(three)
+    assert found.groups[3:] == ("level:high", "level:high/to_en")
+    assert found.notes[0].startswith("low-resource left out")
+
+
 @pytest.fixture
 def written(three: list[Path], tmp_path: Path) -> tuple[SeedComparison, Path]:
     found = compare_seeds(three)

@@ -1,0 +1,170 @@
+"""The section of the page on attention heads: which matter to which direction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nspec.analysis.overlap import Floats, mean_pairwise, sort_layers
+from nspec.analysis.proximity import FEWEST, LayerProximity, proximity, sides_of_pivot
+from nspec.report import words
+from nspec.report.blocks import block_order, grouping_of
+from nspec.report.canvas import new_figure, render
+from nspec.report.load import RunData
+from nspec.report.proximity import layer_name
+from nspec.report.relations import PERMUTATIONS, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from nspec.analysis.heads import HeadImportance
+
+KINDS = {"encoder self": "Encoder self-attention", "decoder self": "Decoder self-attention", "cross": "Cross-attention"}
+
+
+def head_section(data: RunData) -> dict[str, Any]:
+    """Heat maps of the heads' importance, the strongest result in a sentence, and the test against language distance.
+
+    Returns:
+        ``reason``: how to get it, where nothing has been measured, else empty; ``warning`` (empty or not), ``sentences``,
+        ``strongest``, ``relation``, ``tested``, ``permutations``, ``maps``, ``blocks`` and ``wide`` otherwise.
+
+    Raises:
+        ValueError: what was measured is broken.
+    """
+    from nspec.report import measured_heads
+
+    found = measured_heads.load(data.folder)
+    if found is None:
+        return {
+            "reason": f"Not measured. `nspec analyze {data.folder} --heads 100` measures on validation sentences how "
+            "much each attention head matters to each direction; the next `nspec report` shows it here."
+        }
+    importance, sentences, outdated = found
+    tasks, blocks = block_order(importance.tasks, data.pivot)
+    maps = []
+    for kind, layers in layers_of_kind(importance).items():
+        rows = np.concatenate([_shares(importance, layer, tasks) for layer in layers], axis=1)
+        alike = float(np.mean([mean_pairwise(importance.similarity(layer)) for layer in layers]))
+        key = f"heads_{kind.replace(' ', '_')}"
+        label = f"Importance of heads, {words.in_sentence(KINDS[kind])}"
+        svg = render(heat, label, key, rows, [len(importance.matrix(layer)[0]) for layer in layers], tasks, data.pivot)
+        maps.append({"kind": KINDS[kind], "svg": svg, "alike": f"{alike:.3f}" if len(tasks) > 1 else ""})
+    relation, tested = _relation(importance, data.pivot)
+    return {
+        "reason": "",
+        "warning": "The dense model was trained anew after this was measured: measure it again." if outdated else "",
+        "sentences": "" if sentences is None else words.count(sentences),
+        "strongest": strongest(importance, tasks),
+        "relation": relation,
+        "tested": tested,
+        "permutations": words.count(PERMUTATIONS),
+        "maps": maps,
+        "blocks": len({block.name for block in blocks}) > 1,
+        "wide": len(tasks) > 20,
+    }
+
+
+def layers_of_kind(importance: HeadImportance) -> dict[str, list[str]]:
+    """The attention modules of each of :data:`KINDS` that there are, from bottom to top."""
+    from nspec.analysis.heads import attention_kind
+
+    layers = sort_layers(importance.layers)
+    found = {kind: [layer for layer in layers if attention_kind(layer) == kind] for kind in KINDS}
+    return {kind: members for kind, members in found.items() if members}
+
+
+def _shares(importance: HeadImportance, layer: str, tasks: list[str]) -> Floats:
+    return importance.shares(layer)[[importance.tasks.index(task) for task in tasks]]
+
+
+def strongest(importance: HeadImportance, tasks: list[str]) -> str:
+    """The head that stands out most in one direction: its share there is farthest from its mean over directions.
+
+    Args:
+        importance: of all heads.
+        tasks: the directions.
+
+    Returns:
+        A sentence; empty for a single direction.
+    """
+    if len(tasks) < 2:
+        return ""
+    best: tuple[float, str] = (-1.0, "")
+    for kind, layers in layers_of_kind(importance).items():
+        for depth, layer in enumerate(layers):
+            shares = _shares(importance, layer, tasks)
+            mean = shares.mean(0)
+            row, head = np.unravel_index(np.argmax(np.abs(shares - mean)), shares.shape)
+            apart = float(abs(shares[row, head] - mean[head]))
+            if apart > best[0] + 1e-12:
+                share, usual = f"{100 * shares[row, head]:.0f} %", f"{100 * mean[head]:.0f} %"
+                even = f"{100 / shares.shape[1]:.0f} %"
+                where = f"{words.in_sentence(KINDS[kind])}, layer {depth}"
+                said = (
+                    f"Directions differ most in head {head} of {where}: it has {share} of its layer's importance in "
+                    f"{tasks[row]} and {usual} on average over directions (it would be {even} if all heads mattered "
+                    "alike)."
+                )
+                best = (apart, said)
+    return best[1]
+
+
+def _relation(importance: HeadImportance, pivot: str) -> tuple[str, bool]:
+    """Whether closer languages use heads more alike, and whether that was tested: where it was not, why not."""
+    from nspec.analysis.heads import head_similarity
+
+    what = "related languages use the same heads"
+    try:
+        sides = sides_of_pivot(importance, pivot)
+        if min(len(codes) for codes in sides.values()) < FEWEST:
+            return f"Whether {what} is tested where there are {FEWEST} languages or more beside the pivot.", False
+        grouping = grouping_of({code for each in sides.values() for code in each})
+        found = proximity(importance, pivot, similarity=head_similarity, grouping=grouping, permutations=PERMUTATIONS)
+    except ValueError as error:
+        return f"Whether {what} cannot be tested here: {error}.", False
+    said = summary(found, "closer languages use heads more alike", "attention layers", _name)
+    return f"Do related languages use the same heads? {said}", True
+
+
+def _name(row: LayerProximity) -> str:
+    return f"{layer_name(row)}-attention" if layer_name(row).endswith(("self", "cross")) else layer_name(row)
+
+
+def heat(rows: Floats, heads: list[int], tasks: list[str], pivot: str) -> Figure:
+    """Heads of each layer against directions, with lines between layers and between groups of languages.
+
+    Args:
+        rows: float64 [tasks, sum of heads], a head's share of its layer's importance.
+        heads: of each layer, from bottom to top.
+        tasks: in the order of :func:`nspec.report.blocks.block_order`.
+        pivot: see there.
+    """
+    _, blocks = block_order(tasks, pivot)
+    wide = len(tasks) > 20
+    columns = rows.shape[1]
+    width = min(11.0, max(4.6, 2.4 + 0.24 * columns))
+    figure, panels = new_figure(width, max(1.8, 0.9 + (0.155 if wide else 0.24) * len(tasks)))
+    axes = panels[0]
+    image = axes.imshow(rows, cmap="viridis", vmin=0.0, vmax=max(float(rows.max()), 1e-6), aspect="auto")
+    font = 6.4 if wide else 8.0
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
+    ends = np.cumsum([0, *heads])
+    axes.set_xticks((ends[:-1] + ends[1:] - 1) / 2, [f"layer {depth}" for depth in range(len(heads))], fontsize=8.0)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for end in ends[1:-1]:
+        axes.axvline(end - 0.5, color="#ffffff", linewidth=2.4)
+    for number, block in enumerate(blocks):
+        if block.first:
+            strong = block.part != blocks[number - 1].part
+            axes.axhline(block.first - 0.5, color="#ffffff", linewidth=2.4 if strong else 0.9)
+        if len(blocks) > 1:
+            middle = block.first + (block.size - 1) / 2
+            axes.text(columns - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=20, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7.5)
+    return figure
