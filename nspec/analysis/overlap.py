@@ -53,6 +53,18 @@ def sort_layers(layers: Iterable[str]) -> list[str]:
     return sorted(layers, key=key)
 
 
+def layer_numbers(layers: Sequence[str]) -> list[int]:
+    """The number of each layer in its half of the model, from 0: that in its name, so that it holds for a part of them.
+
+    Args:
+        layers: of one half, such as ``model.encoder.layers.3.fc1``, whose number is 3: the first after the half.
+            Where names have no numbers or share them, the places in this list are taken.
+    """
+    found = [re.search(r"(?:^|\.)(?:encoder|decoder)\.(?:.*?\.)?(\d+)(?:\.|$)", layer) for layer in layers]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if len(set(numbers)) == len(layers) else list(range(len(layers)))
+
+
 def side_layers(masks: Masks, side: Side) -> list[str]:
     """The layers of one half of the model, from bottom to top; empty where there are none.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,7 +152,8 @@ def label_of(data: RunData, group: str) -> str:
     return group_name("all" if group == "all" else f"{group}_{data.pivot}")
 
 
-def layer_axis(axes: Axes, layers: int) -> None:
-    """A tick for each layer."""
-    axes.set_xticks(range(layers))
-    axes.set_xlim(-0.4, layers - 0.6)
+def layer_axis(axes: Axes, numbers: Iterable[int]) -> None:
+    """A tick for each layer that is drawn, by its number."""
+    shown = sorted(set(numbers))
+    axes.set_xticks(shown)
+    axes.set_xlim(shown[0] - 0.4, shown[-1] + 0.4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,17 +68,22 @@ def stability(data: RunData, compared: Sequence[Stability]) -> Figure:
     figure, panels = new_figure(9.6, 3.6, 2, sharey=True)
     for axes, side in zip(panels, SIDES):
         style(axes, f"{side} layer", "IoU with the run's own masks" if side == "encoder" else "", side.capitalize())
-        most = 0
+        drawn: set[int] = set()
         for entry in compared:
             chosen = [i for i, layer in enumerate(entry.layers) if analysis.layer_side(layer) == side]
+            numbers = analysis.layer_numbers([entry.layers[i] for i in chosen])
             tint, marker = colour(entry.system, list(data.systems)), MARKERS.get(entry.system, "o")
-            axes.plot(
-                range(len(chosen)), entry.iou[chosen], color=tint, marker=marker, markersize=4, label=entry.system
-            )
+            axes.plot(numbers, entry.iou[chosen], color=tint, marker=marker, markersize=4, label=entry.system)
             label = f"{entry.system}, by chance"
-            axes.plot(range(len(chosen)), entry.chance[chosen], color=tint, linestyle=":", linewidth=1.2, label=label)
-            most = max(most, len(chosen))
-        if most:
-            layer_axis(axes, most)
+            dotted: dict[str, Any] = {
+                "color": tint,
+                "linestyle": ":",
+                "linewidth": 1.2,
+                "marker": "_" if len(chosen) == 1 else None,
+            }
+            axes.plot(numbers, entry.chance[chosen], label=label, **dotted)
+            drawn.update(numbers)
+        if drawn:
+            layer_axis(axes, drawn)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
     return figure

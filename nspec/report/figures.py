@@ -58,24 +58,26 @@ def masked(data: RunData) -> Figure:
         style(axes, f"{side} layer", "share of fc1 rows masked" if side == "encoder" else "", side.capitalize())
         if not layers:
             continue
+        numbers = analysis.layer_numbers(layers)
         for group, members in groups(data, tasks).items():
             shares = 1 - analysis.density(data.masks, layers, members)
             line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
             label = f"{label_of(data, group)}, this run (k = {data.config.select.k:g})"
-            axes.plot(range(len(layers)), shares.mean(0), label=label, **line)
-            axes.fill_between(range(len(layers)), shares.min(0), shares.max(0), color=colours[group], alpha=0.15, lw=0)
+            axes.plot(numbers, shares.mean(0), label=label, **line)
+            axes.fill_between(numbers, shares.min(0), shares.max(0), color=colours[group], alpha=0.15, lw=0)
             label = f"{label_of(data, group)}, published (k = {published.MASKED_K:g})"
-            _published(axes, published.MASKED.get((group, side)), len(layers), colours[group], label)
-        layer_axis(axes, len(layers))
+            _published(axes, published.MASKED.get((group, side)), numbers, colours[group], label)
+        layer_axis(axes, numbers)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
-def _published(axes: Axes, values: Sequence[float] | None, layers: int, tint: str, label: str) -> None:
+def _published(axes: Axes, values: Sequence[float] | None, numbers: Sequence[int], tint: str, label: str) -> None:
     """A dashed line from the first layer to the last, whatever number of layers the published model had."""
-    if values and layers > 1:
+    whole = list(numbers) == list(range(len(numbers)))  # of a part of the layers it is not known how deep the model is
+    if values and len(numbers) > 1 and whole:
         dashed: dict[str, Any] = {"color": tint, "linestyle": (0, (4, 3)), "linewidth": 1.1}
-        axes.plot(np.linspace(0, layers - 1, len(values)), values, label=label, **dashed)
+        axes.plot(np.linspace(0, numbers[-1], len(values)), values, label=label, **dashed)
 
 
 def published_iou(data: RunData) -> Figure:
@@ -91,16 +93,17 @@ def published_iou(data: RunData) -> Figure:
         members = groups(data, tasks).get(group, [])
         if not layers:
             continue
+        numbers = analysis.layer_numbers(layers)
         if len(members) > 1:
             values = analysis.mean_pairwise(analysis.layer_iou(masks, layers, members))
             line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
-            axes.plot(range(len(layers)), values, label=f"this run (k = {own:g})", **line)
+            axes.plot(numbers, values, label=f"this run (k = {own:g})", **line)
             shares = analysis.density(masks, layers, members)
             chance = [analysis.mean_pairwise(analysis.chance_iou(column)) for column in shares.T]
-            axes.plot(range(len(layers)), chance, color=INK, linestyle=":", linewidth=1.2, label="this run, by chance")
+            axes.plot(numbers, chance, color=INK, linestyle=":", linewidth=1.2, label="this run, by chance")
         label = f"published (k = {published.IOU_K:g})"
-        _published(axes, published.IOU[group, side], len(layers), colours[group], label)
-        layer_axis(axes, len(layers))
+        _published(axes, published.IOU[group, side], numbers, colours[group], label)
+        layer_axis(axes, numbers)
         if axes.get_legend_handles_labels()[0]:  # one direction of a type and one layer: there is nothing to draw
             axes.legend(fontsize=8.5)
     return figure
@@ -129,15 +132,15 @@ def mean_iou(data: RunData) -> Figure:
         style(axes, f"{side} layer", "mean IoU of two directions" if side == "encoder" else "", side.capitalize())
         if not layers:
             continue
+        numbers = analysis.layer_numbers(layers)
         for group, members in chosen.items():
             values = analysis.mean_pairwise(analysis.layer_iou(data.masks, layers, members))
-            axes.plot(
-                range(len(layers)), values, color=colours[group], marker="o", markersize=4, label=label_of(data, group)
-            )
+            line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
+            axes.plot(numbers, values, label=label_of(data, group), **line)
         shares = analysis.density(data.masks, layers, tasks)
         chance = [analysis.mean_pairwise(analysis.chance_iou(shares[:, i])) for i in range(len(layers))]
-        axes.plot(range(len(layers)), chance, color=INK, linestyle=":", linewidth=1.2, label="by chance")
-        layer_axis(axes, len(layers))
+        axes.plot(numbers, chance, color=INK, linestyle=":", linewidth=1.2, label="by chance")
+        layer_axis(axes, numbers)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 

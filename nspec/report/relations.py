@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nspec.analysis.languages import group_of
+from nspec.analysis.overlap import layer_numbers
 from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, proximity, sides_of_pivot
 from nspec.report import words
 from nspec.report.blocks import OTHER, grouping_of
@@ -84,7 +85,7 @@ def _r(row: LayerProximity) -> float:
 def _layer(found: Proximity, row: LayerProximity) -> str:
     """``encoder 0`` for the lowest layer of the encoder."""
     layers = list(dict.fromkeys(other.layer for other in found.layers if other.side == row.side))
-    return f"{row.side} {layers.index(row.layer)}"
+    return f"{row.side} {layer_numbers(layers)[layers.index(row.layer)]}"
 
 
 def _row(found: Proximity, row: LayerProximity) -> dict[str, Any]:

@@ -61,8 +61,13 @@ def system_name(system: str, variants: Mapping[str, Variant] | None = None) -> s
 def changes(variant: Variant) -> str:
     """The options that a variant changes, ``select.k = 0.7, profile.split = train``."""
     options = variant.overrides.items()
-    texts = (f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}" for name, value in options)
-    return ", ".join(texts) or "no option changed"
+    return ", ".join(f"{name} = {_value(value)}" for name, value in options) or "no option changed"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def in_sentence(name: str) -> str:

@@ -94,6 +94,14 @@ def test_layers_sort_by_number_with_the_encoder_first() -> None:
     assert overlap.side_layers(random_masks(1, 4), "decoder") == [f"model.decoder.layers.{i}.fc1" for i in (0, 2, 10)]
 
 
+def test_layers_keep_their_number_where_only_some_are_specialised() -> None:
+    assert overlap.layer_numbers(["model.decoder.layers.2.fc1", "model.decoder.layers.10.fc1"]) == [2, 10]
+    assert overlap.layer_numbers(["decoder.block.3.layer.2.DenseReluDense.wi"]) == [3]
+    assert overlap.layer_numbers(["encoder.first.fc1", "encoder.second.fc1"]) == [0, 1]
+    assert overlap.layer_numbers(["encoder.a.0.fc1", "encoder.b.0.fc1"]) == [0, 1]
+    assert overlap.layer_numbers([]) == []
+
+
 def test_layer_side_comes_from_a_part_of_the_name() -> None:
     assert overlap.layer_side("model.encoder.layers.3.fc1") == "encoder"
     assert overlap.layer_side("decoder.block.3.layer.2.DenseReluDense.wi") == "decoder"

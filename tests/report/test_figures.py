@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,8 @@ pytest.importorskip("matplotlib")
 from fabricated_run import make_methods_run
 
 from nspec import analysis
-from nspec.report import figures, published
+from nspec.report import charts, figures, published
+from nspec.report.ablations import stability
 from nspec.report.load import RunData, load_run
 
 
@@ -32,6 +35,20 @@ def test_masked_share_stands_beside_the_published_one_at_relative_depth(data: Ru
     x, y = lines(encoder)["x→en, published (k = 0.95)"]
     assert y == published.MASKED["to", "encoder"]
     assert x == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2])  # six layers over three
+
+
+def test_layers_keep_their_numbers_where_only_some_are_specialised(data: RunData) -> None:
+    assert data.masks is not None
+    part = dataclasses.replace(data, masks=data.masks.only(["layers.2"]))
+    own, base = data.masks.only(["decoder.layers.2"]), data.masks
+    compared = stability("top", own, base)
+    assert compared is not None
+    decoder = charts.stability(data, [compared]).axes[1]
+    assert lines(decoder)["top"][0] == [2]
+    assert decoder.lines[1].get_marker() == "_"  # one point has no line to be seen by
+    drawn = lines(figures.masked(part).axes[1])
+    assert drawn["en→x, this run (k = 0.95)"][0] == [2]
+    assert not any("published" in label for label in drawn)  # of two layers left out
 
 
 def test_iou_stands_beside_the_two_published_cases(data: RunData) -> None:
