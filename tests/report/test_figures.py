@@ -41,10 +41,10 @@ def test_layers_keep_their_numbers_where_only_some_are_specialised(data: RunData
     assert data.masks is not None
     part = dataclasses.replace(data, masks=data.masks.only(["layers.2"]))
     own, base = data.masks.only(["decoder.layers.2"]), data.masks
-    compared = stability("top", own, base)
+    compared = stability("forward", own, base)
     assert compared is not None
     decoder = charts.stability(data, [compared]).axes[1]
-    assert lines(decoder)["top"][0] == [2]
+    assert lines(decoder)["forward"][0] == [2]
     assert decoder.lines[1].get_marker() == "_"  # one point has no line to be seen by
     drawn = lines(figures.masked(part).axes[1])
     assert drawn["en→x, this run (k = 0.95)"][0] == [2]
