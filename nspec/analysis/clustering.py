@@ -79,7 +79,7 @@ def newick(linkage: Floats, names: Sequence[str]) -> str:
 
     Args:
         linkage: float [n - 1, 4] of :func:`average_linkage`.
-        names: of the n leaves. One with other characters than letters, digits and ``_.-`` is quoted.
+        names: of the n leaves. One with other characters than letters, digits, dots and hyphens is quoted: readers take ``_`` for a blank.
 
     Raises:
         ValueError: the number of names is not the number of leaves.
@@ -98,4 +98,4 @@ def newick(linkage: Floats, names: Sequence[str]) -> str:
 
 
 def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[\w.-]+", name) else "'" + name.replace("'", "''") + "'"
+    return name if re.fullmatch(r"[^\W_.-][^\W_]*(?:[.-][^\W_]+)*", name) else "'" + name.replace("'", "''") + "'"

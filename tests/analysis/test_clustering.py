@@ -63,7 +63,7 @@ def test_a_single_leaf_is_a_tree() -> None:
 
 
 def test_names_with_other_characters_are_quoted() -> None:
-    assert newick(average_linkage(1 - np.eye(2)), ["it's (a)", "pt_BR"]) == "('it''s (a)':0.5,pt_BR:0.5);"
+    assert newick(average_linkage(1 - np.eye(2)), ["it's (a)", "pt_BR"]) == "('it''s (a)':0.5,'pt_BR':0.5);"
 
 
 def test_a_long_chain_needs_no_deep_recursion() -> None:
