@@ -250,7 +250,7 @@ def test_find_config_takes_a_file_first_and_then_a_name(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_that_come_along_are_complete_and_valid(path: Path) -> None:
-    overrides = ["corpus.path=folder"] if path.stem.startswith("multi30k") else []
+    overrides = ["corpus.path=folder"] if path.stem.startswith(("multi30k", "tatoeba")) else []
     config = options.load(path, overrides)
     text = path.read_text(encoding="utf-8")
     header = text.partition("\nrun:\n")[0].split("\n\n")[0]
