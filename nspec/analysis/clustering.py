@@ -79,7 +79,8 @@ def newick(linkage: Floats, names: Sequence[str]) -> str:
 
     Args:
         linkage: float [n - 1, 4] of :func:`average_linkage`.
-        names: of the n leaves. One with other characters than letters, digits, dots and hyphens is quoted: readers take ``_`` for a blank.
+        names: of the n leaves. One with other characters than letters, digits, dots and hyphens is quoted: readers take
+            ``_`` for a blank.
 
     Raises:
         ValueError: the number of names is not the number of leaves.

@@ -37,6 +37,7 @@ class LayerProximity:
         partial: the same with a control; None without one, or where it is not defined.
         p_holm: p of ``test`` adjusted over all tests of the answer by Holm's method; NaN without a test.
         p_bh: by Benjamini and Hochberg's.
+        partial_p_holm: p of ``partial`` adjusted by Holm's method over all partial tests of the answer; NaN without one.
         within: mean IoU of two languages of one group; NaN where there are none.
         across: mean IoU of two languages of different groups; NaN likewise.
     """
@@ -49,6 +50,7 @@ class LayerProximity:
     partial: mantel.MantelResult | None
     p_holm: float
     p_bh: float
+    partial_p_holm: float
     within: float
     across: float
 
@@ -184,7 +186,7 @@ def proximity(
                     partial = mantel.mantel(1 - iou, genetic, control=third, **options)  # type: ignore[arg-type]
             means = within_across(iou, groups)
             found_by[layer, direction] = LayerProximity(
-                layer, layer_side(layer), direction, test, reason, partial, math.nan, math.nan, *means
+                layer, layer_side(layer), direction, test, reason, partial, math.nan, math.nan, math.nan, *means
             )
     rows = [found_by[layer, direction] for layer in layers for direction in codes]
     return Proximity(pivot, grouping, codes, tuple(_adjusted(rows)))
@@ -193,8 +195,10 @@ def proximity(
 def _adjusted(rows: Sequence[LayerProximity]) -> list[LayerProximity]:
     p = [row.test.p for row in rows if row.test]
     adjusted = iter(zip(mantel.holm(p), mantel.benjamini_hochberg(p)))
+    partial = iter(mantel.holm([row.partial.p for row in rows if row.partial]))
     done = []
     for row in rows:
         strict, mild = next(adjusted) if row.test else (math.nan, math.nan)
-        done.append(replace(row, p_holm=float(strict), p_bh=float(mild)))
+        own = next(partial) if row.partial else math.nan
+        done.append(replace(row, p_holm=float(strict), p_bh=float(mild), partial_p_holm=float(own)))
     return done

@@ -38,7 +38,11 @@ class OtherText:
             valid_sentences=0,
         )
         # Not open_corpus, which asks for every split.
-        corpus = open_files(options, config.run.seed, evaluation=True)
+        try:
+            corpus = open_files(options, config.run.seed, evaluation=True)
+        except CorpusError as error:  # which names the options of the run's own text
+            text = str(error).replace("corpus.valid_split", "profile.path_split").replace("corpus.path", "profile.path")
+            raise CorpusError(text) from None
         self.tasks, self.pad_id, self.end_id = data.tasks, data.pad_id, data.end_id
         self._tags = {code: data.language_id(code) for code in data.languages}
         longest = int(data.meta["max_positions"]) - 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from nspec.analysis.proximity import (
     sides_of_pivot,
 )
 from nspec.files import write_text
+from nspec.report.words import LEVEL
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
 COLUMNS = [
     *("layer", "side", "direction", "languages", "r", "low", "high", "p", "p_holm", "p_bh", "exact", "permutations"),
-    *("partial_r", "partial_p", "iou_within", "iou_across", "reason"),
+    *("partial_r", "partial_p", "partial_p_holm", "iou_within", "iou_across", "reason"),
 ]
 
 
@@ -129,7 +130,9 @@ def _analyze(
     from nspec.report.dendrogram import dendrogram
 
     far = read_distances(distances) if distances else genetic_distances
-    found = proximity(of, pivot, similarity=similarity, distances=far, permutations=permutations, control=_scripts)
+    found = proximity(
+        of, pivot, similarity=similarity, distances=far, permutations=permutations, control=script_control
+    )
     result = Analysis(what, folder, distances, found, cluster(of, found, similarity))
     write_text(folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
     lines = [COLUMNS, *([_text(cell) for cell in _cells(found, row)] for row in found.layers)]
@@ -142,8 +145,12 @@ def _analyze(
     return result
 
 
-def _scripts(codes: Any) -> Floats | None:
-    """The distance by script, the control of the partial tests; None where it cannot tell languages apart."""
+def script_control(codes: Sequence[str]) -> Floats | None:
+    """The distance by script (0: the same, 1: another), the control of the partial tests.
+
+    Returns:
+        float64 [n, n]; None where a language is not known, or script cannot tell them apart.
+    """
     if not all(is_known(code) for code in codes):
         return None
     far = script_distances(codes)
@@ -208,7 +215,7 @@ def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
     cells: list[Any] = [row.layer, row.side, row.direction, len(found.languages[row.direction])]
     cells += [test.r, test.low, test.high, test.p, row.p_holm, row.p_bh] if test else [None] * 6
     cells += [str(test.exact).lower(), test.permutations] if test else [None, None]
-    cells += [partial.r, partial.p] if partial else [None, None]
+    cells += [partial.r, partial.p, row.partial_p_holm] if partial else [None] * 3
     return [*cells, row.within, row.across, row.reason]
 
 
@@ -240,7 +247,7 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     table = Table(
         title=f"Do related languages {verb}? Distance of {of} against {against}",
         caption="r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
-        f"{overlap} by {found.grouping}",
+        f"{overlap} by {found.grouping}{_with_script_held(found)}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -259,6 +266,19 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
         cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
         table.add_row(*cells)
     return table
+
+
+def _with_script_held(found: Proximity) -> str:
+    """What is left where languages are compared as if all had one script: how many rows, and between which r."""
+    partial = [row for row in found.layers if row.partial]
+    if not partial:
+        return ""
+    sure = sum(row.partial_p_holm < LEVEL for row in partial)
+    r = [row.partial.r for row in partial if row.partial]
+    between = f"r {min(r):+.2f} to {max(r):+.2f}"
+    return (
+        f". With script held constant (partial Mantel): {between}, Holm p < {LEVEL:g} in {sure} of {len(partial)} rows"
+    )
 
 
 def layer_name(row: LayerProximity) -> str:

@@ -13,7 +13,7 @@ from nspec.report import words
 from nspec.report.blocks import OTHER, grouping_of
 from nspec.report.canvas import inline_svg
 from nspec.report.load import RunData
-from nspec.report.proximity import Tree, cluster
+from nspec.report.proximity import Tree, cluster, script_control
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks
@@ -25,8 +25,8 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
     """The Mantel test of every layer and the trees of languages; None where there are no masks.
 
     Returns:
-        ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping`` and
-        ``permutations`` otherwise.
+        ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping``,
+        ``permutations`` and ``controlled`` (script tells languages apart) otherwise.
     """
     if data.masks is None:
         return None
@@ -35,7 +35,13 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
         if min(len(codes) for codes in sides.values()) < FEWEST:
             return {"reason": f"This is tested where masks cover {FEWEST} languages or more beside the pivot."}
         codes = {code for each in sides.values() for code in each}
-        found = proximity(data.masks, data.pivot, grouping=grouping_of(codes), permutations=PERMUTATIONS)
+        found = proximity(
+            data.masks,
+            data.pivot,
+            grouping=grouping_of(codes),
+            permutations=PERMUTATIONS,
+            control=script_control,
+        )
     except ValueError as error:
         return {"reason": f"This cannot be tested here: {error}."}
     return {
@@ -45,6 +51,7 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
         "trees": _trees(found, data.masks),
         "grouping": "EC30's own groups" if found.grouping == "ec30" else f"{found.grouping} of the language tree",
         "permutations": words.count(PERMUTATIONS),
+        "controlled": any(row.partial for row in found.layers),
     }
 
 
@@ -89,17 +96,20 @@ def _layer(found: Proximity, row: LayerProximity) -> str:
 
 
 def _row(found: Proximity, row: LayerProximity) -> dict[str, Any]:
-    cells = ["–"] * 4
+    cells = ["–"] * 6
     if row.test:
         low, high = row.test.low, row.test.high
         interval = "–" if math.isnan(low) else f"{words.signed(low)} to {words.signed(high)}"
-        cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}"]
+        cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}", "–", "–"]
+    if row.partial:
+        cells[4:] = [words.signed(row.partial.r), f"{row.partial_p_holm:.4f}"]
     cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
     return {
         "layer": _layer(found, row),
         "direction": words.group_name(f"{row.direction}_{found.pivot}"),
         "cells": cells,
         "sure": bool(row.test) and row.p_holm < words.LEVEL,
+        "sure_partial": bool(row.partial) and row.partial_p_holm < words.LEVEL,
         "title": row.reason or row.layer,
     }
 

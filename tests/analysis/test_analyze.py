@@ -44,6 +44,10 @@ def test_the_verb_prints_a_row_per_layer_and_writes_its_files(tmp_path: Path, ca
     printed = capfd.readouterr().out
     assert len(re.findall(r"coder \d +(en→x|x→en)", printed)) == 8
     assert f"analysis: {run / 'analysis'}" in printed
+    assert re.search(
+        r"script held constant .*: r [+-]0\.\d\d to [+-]0\.\d\d, Holm p < 0\.05 in \d of 6 rows",
+        " ".join(printed.split()),
+    )
     with open(run / "analysis" / "analysis.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert list(rows[0]) == COLUMNS

@@ -108,7 +108,11 @@ def test_a_layer_in_which_all_masks_are_equal_has_no_test_and_does_not_count() -
 def test_a_control_adds_a_partial_test() -> None:
     found = proximity.proximity(planted_masks(), "en", permutations=99, control=languages.script_distances)
     assert all(row.partial is not None and row.test is not None and row.partial.r != row.test.r for row in found.layers)
-    assert all(row.partial is None for row in proximity.proximity(planted_masks(), "en", permutations=9).layers)
+    p = [row.partial.p for row in found.layers if row.partial]
+    assert [row.partial_p_holm for row in found.layers] == pytest.approx(mantel.holm(p).tolist())
+    for row in proximity.proximity(planted_masks(), "en", permutations=9).layers:
+        assert row.partial is None
+        assert math.isnan(row.partial_p_holm)
 
 
 def test_tasks_without_the_pivot_are_left_out_and_one_direction_will_do() -> None:

@@ -50,6 +50,16 @@ def test_an_evaluation_set_alone_is_enough(toy: Toy, tmp_path: Path) -> None:
         other(toy, tmp_path, "news")
 
 
+def test_what_is_wrong_there_is_said_of_the_options_that_name_it(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^profile\.path: .* does not exist"):
+        other(toy, tmp_path / "nowhere")
+    for code in toy.data.languages:
+        (tmp_path / f"{code}.tsv").write_text("1\ta b\n")
+    (tmp_path / "splits.json").write_text('{"devtest": ["1"]}')
+    with pytest.raises(ValueError, match=r"no list 'dev' \(profile\.path_split\); it has devtest"):
+        other(toy, tmp_path, "dev")
+
+
 def test_a_folder_without_a_direction_of_the_run_is_an_error(toy: Toy, tmp_path: Path) -> None:
     for side in ("de", "en"):
         (tmp_path / f"valid.de-en.{side}").write_text("a b\n")

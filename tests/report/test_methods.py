@@ -156,13 +156,15 @@ def test_masks_of_few_languages_are_not_tested_for_relation(tmp_path: Path) -> N
 def test_relations_of_the_page_are_those_of_the_analysis(built: Path) -> None:
     from nspec import NeuronMasks
     from nspec.analysis.proximity import proximity
+    from nspec.report.proximity import script_control
 
-    found = proximity(NeuronMasks.load(built / "masks"), "en", grouping="ec30")
+    found = proximity(NeuronMasks.load(built / "masks"), "en", grouping="ec30", control=script_control)
     text = Page(built / "report" / "index.html").words
     for row in found.layers:
         assert row.test is not None
         assert f"{words.signed(row.test.r)}" in text
-        assert f"{row.test.p:.4f} {row.p_holm:.4f} {row.within:.3f} {row.across:.3f}" in text
+        held = f"{words.signed(row.partial.r)} {row.partial_p_holm:.4f}" if row.partial else "– –"
+        assert f"{row.test.p:.4f} {row.p_holm:.4f} {held} {row.within:.3f} {row.across:.3f}" in text
     assert "Groups: EC30's own groups" in text
 
 
