@@ -37,6 +37,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "sacrebleu>=2.4",
         "Babel>=2.14",
+        "qwanqwa>=1.2",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "typer>=0.12",

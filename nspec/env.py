@@ -26,6 +26,7 @@ PACKAGES = (
     "sentencepiece",
     "sacrebleu",
     "Babel",
+    "qwanqwa",
     "matplotlib",
     "tensorboard",
     "typer",

@@ -1,115 +1,41 @@
-"""Families of languages, and how far apart they are in the tree of languages.
+"""Families of languages, and how far apart they are: in Glottolog's tree, in their scripts, or as a file says.
 
-The tree is a short table written by hand, :mod:`nspec.analysis.lineages`; where it does not do, :func:`read_distances`
-takes distances from a file.
+The tree is in :mod:`nspec.analysis.lineages`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from nspec.analysis.lineages import ALIASES, EC30_GROUPS, TREE
+from nspec.analysis.lineages import EC30_GROUPS, NoTreeError, language, short_code
 from nspec.analysis.overlap import Floats
 
 Grouping = Literal["branch", "family", "ec30"]
 
 
-@dataclass(frozen=True)
-class Group:
-    """A node of the tree above languages; ``is_branch`` where it is one that textbooks name, such as Germanic."""
-
-    name: str
-    is_branch: bool
-
-
-@dataclass(frozen=True)
-class Language:
-    """A language of the table.
-
-    Attributes:
-        code: ISO 639-1, such as ``de``.
-        iso3: ISO 639-3, such as ``deu``.
-        script: ISO 15924, the script that it is mostly written in, such as ``Latn``.
-        name: in English.
-        groups: the groups that it is in, from the family down.
-    """
-
-    code: str
-    iso3: str
-    script: str
-    name: str
-    groups: tuple[Group, ...]
-
-    @property
-    def family(self) -> str:
-        """The name of the top of its tree, such as Indo-European."""
-        return self.groups[0].name
-
-    @property
-    def branch(self) -> str:
-        """The name of the branch that it is in (Germanic, Semitic); of the family where no branch is marked."""
-        return next((group.name for group in self.groups if group.is_branch), self.family)
-
-
-@functools.cache
-def known() -> dict[str, Language]:
-    """Every language of the table by its ISO 639-1 code, in order of codes."""
-    found: dict[str, Language] = {}
-    path: list[Group] = []
-    for line in TREE.strip("\n").splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        del path[depth:]
-        if line.lstrip()[0].isupper():
-            path.append(Group(line.removesuffix(" *").strip(), line.endswith(" *")))
-        else:
-            code, iso3, script, *name = line.split()
-            found[code] = Language(code, iso3, script, " ".join(name), tuple(path))
-    return dict(sorted(found.items()))
-
-
-def normalize(code: str) -> str:
-    """The ISO 639-1 code of a language: ``pt_BR``, ``por`` and ``por_Latn`` are ``pt``.
-
-    What follows the language (script, country, variant) is dropped. Individual languages that stand for a macrolanguage
-    in common data sets (``arb``, ``cmn``, ``pes``, ``swh``) are known as well.
-
-    Raises:
-        ValueError: the table does not have the language; the message lists those that it has.
-    """
-    table = known()
-    first = re.split(r"[-_@.]", code.strip())[0].lower()
-    names = {language.iso3: language.code for language in table.values()} | ALIASES
-    short = names.get(first, first)
-    if short in table:
-        return short
-    other = "for others `nspec analyze --distances FILE` takes distances of your own"
-    raise ValueError(f"the family of language {code!r} is not known; known are {' '.join(table)}; {other}")
-
-
 def is_known(code: str) -> bool:
-    """Whether the table has a language."""
+    """Whether the family of a language can be told: the tree is there and has it."""
     try:
-        return normalize(code) in known()
+        language(code)
     except ValueError:
         return False
+    return True
 
 
-def language(code: str) -> Language:
-    """The entry of a language, whose code may be written in any way that :func:`normalize` reads.
-
-    Raises:
-        ValueError: the table does not have it; the message lists those that it has.
-    """
-    return known()[normalize(code)]
+def why_no_families() -> str:
+    """Why families cannot be told here, where the tree is not installed; else empty."""
+    try:
+        language("en")
+    except NoTreeError as error:
+        return str(error)
+    return ""
 
 
 def group_of(code: str, grouping: Grouping = "branch") -> str:
@@ -125,13 +51,15 @@ def group_of(code: str, grouping: Grouping = "branch") -> str:
     """
     if grouping not in get_args(Grouping):
         raise ValueError(f"grouping is {grouping!r}, expected one of {', '.join(get_args(Grouping))}")
-    entry = language(code)
     if grouping == "branch":
-        return entry.branch
+        return language(code).branch
     if grouping == "family":
-        return entry.family
+        return language(code).family
+    short = short_code(code)
+    if len(short) > 2 and is_known(code):  # ISO 639-1 codes need no tree here
+        short = language(code).code
     for name, codes in EC30_GROUPS.items():
-        if entry.code in codes.split():
+        if short in codes.split():
             return name
     raise ValueError(f"EC30 has no group for language {code!r}; it has {' '.join(EC30_GROUPS.values())}")
 
@@ -143,8 +71,8 @@ def genetic_distance(a: str, b: str) -> float:
     one group more, and so on. It depends on where the two meet and on nothing below, so that a language inside a group
     is never farther than one outside (the distances are ultrametric). The genetic distance of URIEL (Littell et al.,
     EACL 2017) and others that divide what is shared by the depth of lineages lack that: English would be closer to
-    German than Dutch is, if Dutch is divided more finely. It counts splits, not years, and linguists have divided some
-    branches more finely than others: compare it by order rather than by size (rank correlation).
+    German than Dutch is, if Dutch is divided more finely. It counts places where languages part, not years: compare it
+    by order rather than by size (rank correlation).
 
     Raises:
         ValueError: a language is not known.
@@ -215,14 +143,27 @@ def read_distances(path: str | os.PathLike[str]) -> Callable[[Sequence[str]], Fl
 
 
 def script_of(code: str) -> str:
-    """The script of a language (ISO 15924): that which the code names (``sr_Latn``), else the usual one.
+    """The script of a language (ISO 15924): that which the code names (``sr_Latn``), else CLDR's likely one.
 
     Raises:
-        ValueError: the language is not known.
+        ValueError: CLDR knows no likely script, or Babel, which has CLDR's data, is not installed.
     """
-    usual = language(code).script
     named = re.search(r"[-_]([A-Za-z]{4})(?=[-_]|$)", code.strip())
-    return named[1].title() if named else usual
+    if named:
+        return named[1].title()
+    try:
+        from babel.core import get_global
+    except ImportError:
+        raise ValueError(
+            "scripts of languages need CLDR's data, which the package Babel has: pip install Babel"
+        ) from None
+    likely = get_global("likely_subtags")
+    found = likely.get(short_code(code)) or (likely.get(language(code).code) if is_known(code) else None)
+    if not found:
+        raise ValueError(
+            f"the script of language {code!r} is not known to CLDR; name it, such as {short_code(code)}_Latn"
+        )
+    return str(found).split("_")[1]
 
 
 def script_distances(codes: Sequence[str]) -> Floats:

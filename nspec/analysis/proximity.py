@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class LayerProximity:
         partial_p_holm: p of ``partial`` adjusted by Holm's method over all partial tests of the answer; NaN without one.
         within: mean IoU of two languages of one group; NaN where there are none.
         across: mean IoU of two languages of different groups; NaN likewise.
+        beside: the two means by each other grouping that knows these languages and divides them differently.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class LayerProximity:
     partial_p_holm: float
     within: float
     across: float
+    beside: dict[languages.Grouping, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,37 @@ def within_across(iou: Floats, groups: Sequence[str]) -> tuple[float, float]:
     return within, across
 
 
+def groups_of(codes: Sequence[str], grouping: languages.Grouping) -> list[str]:
+    """The name of the group of each language; empty where it has none or is not known.
+
+    With distances of the user's own a language may be one that no tree has.
+    """
+
+    def group(code: str) -> str:
+        try:
+            return languages.group_of(code, grouping)
+        except ValueError:
+            return ""
+
+    return [group(code) for code in codes]
+
+
+def _other_groupings(codes: Sequence[str], grouping: languages.Grouping) -> dict[languages.Grouping, list[str]]:
+    """Groupings that know all these languages, and divide them as neither the chosen one does nor one before it."""
+    seen, found = {_partition(groups_of(codes, grouping))}, {}
+    for other in get_args(languages.Grouping):
+        groups = groups_of(codes, other)
+        if all(groups) and len(set(groups)) > 1 and _partition(groups) not in seen:
+            seen.add(_partition(groups))
+            found[other] = groups
+    return found
+
+
+def _partition(groups: Sequence[str]) -> tuple[int, ...]:
+    """Where each one's group is seen first: the same for two groupings that differ in names alone."""
+    return tuple(groups.index(name) for name in groups)
+
+
 def proximity(
     masks: Masks,
     pivot: str,
@@ -146,7 +179,7 @@ def proximity(
             :class:`~nspec.analysis.heads.HeadImportance`.
         pivot: the language that all of them share; tasks without it are left out.
         similarity: of every two languages in each layer; :func:`mask_iou` by default.
-        grouping: of languages, for the means within and across, in which languages that the table lacks have no part.
+        grouping: of languages, for the means within and across, in which languages that the tree lacks have no part.
         distances: distance of every two languages of a list, float [n, n]; in the tree of
             :mod:`nspec.analysis.lineages` by default.
         control: a third distance for partial tests, such as :func:`nspec.analysis.languages.script_distances`; it may
@@ -174,8 +207,8 @@ def proximity(
         if mantel.constant(mantel.condensed(genetic)):
             raise ValueError(f"{', '.join(names)} are all equally far apart, so overlap cannot follow their proximity")
         third = control(names) if control else None
-        # With distances of the user's own a language may be one that the table lacks.
-        groups = [languages.group_of(name, grouping) if languages.is_known(name) else "" for name in names]
+        groups = groups_of(names, grouping)
+        others = _other_groupings(names, grouping)
         for layer, iou in zip(layers, similarity(masks, layers, direction, pivot, names)):
             test, reason, partial = None, "", None
             if mantel.constant(mantel.condensed(1 - iou)):
@@ -184,9 +217,11 @@ def proximity(
                 test = mantel.mantel(1 - iou, genetic, **options)  # type: ignore[arg-type]
                 if third is not None and math.isfinite(mantel.correlation([1 - iou, genetic, third], method)):
                     partial = mantel.mantel(1 - iou, genetic, control=third, **options)  # type: ignore[arg-type]
-            means = within_across(iou, groups)
+            nan = math.nan
             found_by[layer, direction] = LayerProximity(
-                layer, layer_side(layer), direction, test, reason, partial, math.nan, math.nan, math.nan, *means
+                *(layer, layer_side(layer), direction, test, reason, partial, nan, nan, nan),
+                *within_across(iou, groups),
+                {name: within_across(iou, other) for name, other in others.items()},
             )
     rows = [found_by[layer, direction] for layer in layers for direction in codes]
     return Proximity(pivot, grouping, codes, tuple(_adjusted(rows)))

@@ -246,9 +246,11 @@ class Pipeline:
                 write_json(_decoded(folder, task), {"sentences": len(hypotheses), "seconds": time.monotonic() - begun})
 
     def _score(self, system: str, folder: Path) -> None:
+        from nspec.analysis.languages import why_no_families
+        from nspec.mt.data import languages_of_task
         from nspec.mt.groups import run_groups
         from nspec.mt.scoring import score_system
-        from nspec.report.blocks import families_of
+        from nspec.report.blocks import families_of, grouping_of
 
         data, base = self._data(), baseline_of(self.config)
         baseline = None
@@ -256,6 +258,9 @@ class Pipeline:
             baseline = (base, self._hypotheses(base, data))
         references = {task: data.text("test", task)[1] for task in data.tasks}
         pivot = self.config.corpus.pivot
+        others = {code for task in data.tasks for code in languages_of_task(task)} - {pivot}
+        if grouping_of(others) != "ec30" and (why := why_no_families()):
+            self.display.line(f"  no averages by family: {why}; then `nspec evaluate CONFIG --redo score`")
         sizes = {task: data.size("train", task) for task in data.tasks}
         groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)

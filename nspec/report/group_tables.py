@@ -11,6 +11,7 @@ from nspec.report import words
 from nspec.report.blocks import families_of, grouping_of
 from nspec.report.cells import score_cell
 from nspec.report.load import METRICS, RunData
+from nspec.report.relations import GROUPINGS
 
 HOW_TO = (
     "the scores are of an older version, which did not test {what}; `nspec evaluate CONFIG --redo score` makes them anew "
@@ -121,8 +122,7 @@ def family_section(data: RunData) -> dict[str, Any] | None:
         codes = [code for code in sorted(_languages(data)) if family_of(code) == name]
         heads.append({"name": name, "title": f"{number}: {', '.join(tasks)}"})
         about.append(f"{name} {', '.join(codes)} ({number})")
-    grouping = grouping_of(_languages(data))
-    named = "EC30's own groups" if grouping == "ec30" else f"{grouping} of the language tree"
+    named = GROUPINGS[grouping_of(_languages(data))]
     return {"reason": "", "about": "; ".join(about), "grouping": named, **group_tables(data, FAMILY, heads)}
 
 

@@ -149,11 +149,12 @@ def script_control(codes: Sequence[str]) -> Floats | None:
     """The distance by script (0: the same, 1: another), the control of the partial tests.
 
     Returns:
-        float64 [n, n]; None where a language is not known, or script cannot tell them apart.
+        float64 [n, n]; None where the script of a language is not known, or script cannot tell them apart.
     """
-    if not all(is_known(code) for code in codes):
+    try:
+        far = script_distances(codes)
+    except ValueError:
         return None
-    far = script_distances(codes)
     return far if 0 < far.sum() < len(codes) * (len(codes) - 1) else None
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nspec.analysis.languages import group_of
+from nspec.analysis.languages import Grouping, group_of
 from nspec.analysis.overlap import layer_numbers
 from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, proximity, sides_of_pivot
 from nspec.report import words
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
     from nspec import NeuronMasks
 
 PERMUTATIONS = 9999  # as many as `nspec analyze` makes
+GROUPINGS: dict[Grouping, str] = {
+    "ec30": "EC30's own groups",
+    "branch": "branches of Glottolog's tree",
+    "family": "families of Glottolog's tree",
+}
+"""What readers are told of each grouping."""
 
 
 def relation_section(data: RunData) -> dict[str, Any] | None:
     """The Mantel test of every layer and the trees of languages; None where there are no masks.
 
     Returns:
-        ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping``,
-        ``permutations`` and ``controlled`` (script tells languages apart) otherwise.
+        ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping``, ``beside``
+        (other groupings), ``permutations`` and ``controlled`` (script tells languages apart) otherwise.
     """
     if data.masks is None:
         return None
@@ -44,12 +50,14 @@ def relation_section(data: RunData) -> dict[str, Any] | None:
         )
     except ValueError as error:
         return {"reason": f"This cannot be tested here: {error}."}
+    beside = list(dict.fromkeys(name for row in found.layers for name in row.beside))
     return {
         "reason": "",
         "summary": summary(found),
-        "rows": [_row(found, row) for row in found.layers],
+        "rows": [_row(found, row, beside) for row in found.layers],
+        "beside": [GROUPINGS[name] for name in beside],
         "trees": _trees(found, data.masks),
-        "grouping": "EC30's own groups" if found.grouping == "ec30" else f"{found.grouping} of the language tree",
+        "grouping": GROUPINGS[found.grouping],
         "permutations": words.count(PERMUTATIONS),
         "controlled": any(row.partial for row in found.layers),
     }
@@ -95,7 +103,7 @@ def _layer(found: Proximity, row: LayerProximity) -> str:
     return f"{row.side} {layer_numbers(layers)[layers.index(row.layer)]}"
 
 
-def _row(found: Proximity, row: LayerProximity) -> dict[str, Any]:
+def _row(found: Proximity, row: LayerProximity, beside: Sequence[Grouping]) -> dict[str, Any]:
     cells = ["–"] * 6
     if row.test:
         low, high = row.test.low, row.test.high
@@ -103,7 +111,8 @@ def _row(found: Proximity, row: LayerProximity) -> dict[str, Any]:
         cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}", "–", "–"]
     if row.partial:
         cells[4:] = [words.signed(row.partial.r), f"{row.partial_p_holm:.4f}"]
-    cells += ["–" if math.isnan(share) else f"{share:.3f}" for share in (row.within, row.across)]
+    means = [(row.within, row.across), *(row.beside.get(name, (math.nan, math.nan)) for name in beside)]
+    cells += ["–" if math.isnan(share) else f"{share:.3f}" for pair in means for share in pair]
     return {
         "layer": _layer(found, row),
         "direction": words.group_name(f"{row.direction}_{found.pivot}"),

@@ -156,7 +156,7 @@ def test_what_cannot_be_analyzed_is_one_line(tmp_path: Path, capfd: pytest.Captu
     assert "are of 3 languages (de, fr, ru) from en, expected 4 or more" in fails(str(three))
     assert not (three / "analysis").exists()
     unknown = make_run(tmp_path / "unknown", [*CODES, "qq"])
-    assert "the family of language 'qq' is not known; known are aa" in fails(str(unknown))
+    assert "the family of language 'qq' is not known: Glottolog has no such language" in fails(str(unknown))
     without = make_run(tmp_path / "without", pivot="")
     assert "names no pivot: give the language that directions come from and go to, such as --pivot en" in fails(
         str(without)
