@@ -59,7 +59,7 @@ $(STAMP): $(INPUTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,test,bench]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,typology,test,bench]'
 	@$(BIN)/python -c 'from nspec.kernels.common import native; print("native operators:", native.why_not() or "built")'
 	@touch $@
 

@@ -46,6 +46,7 @@ EXTRAS = {
         "jinja2>=3.1",
         "tqdm>=4.64",
     ],
+    "typology": ["lang2vec>=1.1.2"],
     "test": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",

@@ -185,7 +185,12 @@ def analyze(
     pivot: Annotated[str, typer.Option(metavar="en", help="The language of all directions [the run's].")] = "",
     permutations: Annotated[int, typer.Option(help="Relabellings a test, at most.", min=1)] = 9999,
     distances: Annotated[
-        str, typer.Option(metavar="FILE", help="Your own language distances, lines such as: de nl 0.2.")
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Your own language distances, lines such as: de nl 0.2; or uriel-syntax, "
+            "uriel-phonology, uriel-inventory: in structure, from lang2vec.",
+        ),
     ] = "",
     heads: Annotated[
         int, typer.Option(metavar="N", help="Attention heads too, measured on N sentences a direction.", min=0)

@@ -61,10 +61,12 @@ class Language:
 
     Attributes:
         code: ISO 639-1, such as ``de``; ISO 639-3 where it has none.
+        iso3: ISO 639-3, such as ``deu``; of its member for one of :data:`STANDS_FOR`.
         groups: the groups that it is in, from the family down. A language that is related to no other is its family.
     """
 
     code: str
+    iso3: str
     groups: tuple[Group, ...]
 
     @property
@@ -112,7 +114,7 @@ def language(code: str) -> Language:
         groups.append(Group(entry.name or entry.id, entry.name in BRANCHES))
     member_of = {member: macro for macro, member in STANDS_FOR.items()}
     own = entry.iso_639_1 or entry.iso_639_3 or short_code(code)
-    return Language(member_of.get(own, own), tuple(groups))
+    return Language(member_of.get(own, own), STANDS_FOR.get(own, entry.iso_639_3 or own), tuple(groups))
 
 
 @functools.cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nspec.analysis import clustering
 from nspec.analysis.languages import genetic_distances, group_of, is_known, read_distances, script_distances
@@ -22,6 +22,7 @@ from nspec.analysis.proximity import (
     proximity,
     sides_of_pivot,
 )
+from nspec.analysis.typology import Aspect, typological_distances
 from nspec.files import write_text
 from nspec.report.words import LEVEL
 
@@ -64,7 +65,7 @@ class Analysis:
     Attributes:
         what: ``neurons`` or ``heads``.
         folder: what it wrote.
-        distances: the file of the languages' distances; empty: they are those in the tree of languages.
+        distances: what the languages' distances are, as given to :func:`analyze_run`.
         proximity: the tests; None where heads were measured but there are too few languages to test.
         trees: languages clustered by their masks.
     """
@@ -85,8 +86,9 @@ def analyze_run(
         run: a run folder with ``masks``.
         pivot: the language that directions come from and go to; empty: that of the run's configuration.
         permutations: at most so many relabellings a Mantel test.
-        distances: a file with the distances of languages, see :func:`nspec.analysis.languages.read_distances`; empty:
-            those in the tree of languages.
+        distances: a file with the distances of languages, see :func:`nspec.analysis.languages.read_distances`, or
+            ``uriel-syntax``, ``uriel-phonology``, ``uriel-inventory`` for those of
+            :func:`nspec.analysis.typology.typological_distances`; empty: those in the tree of languages.
         heads: the attention heads of the dense model are tested as well, in RUN/analysis/heads: how much each matters
             to a direction is measured on so many validation sentences of it. 0: they are not. They are measured and
             saved, for the page of the run, also where there are too few languages to test.
@@ -129,7 +131,7 @@ def _analyze(
 ) -> Analysis:
     from nspec.report.dendrogram import dendrogram
 
-    far = read_distances(distances) if distances else genetic_distances
+    far = _distances(distances)
     found = proximity(
         of, pivot, similarity=similarity, distances=far, permutations=permutations, control=script_control
     )
@@ -143,6 +145,14 @@ def _analyze(
         svg = dendrogram(tree.linkage, tree.languages, groups, title)
         write_text(folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)
     return result
+
+
+def _distances(named: str) -> Callable[[Sequence[str]], Floats]:
+    """The distances of languages that an option names; see :func:`analyze_run`."""
+    if not named:
+        return genetic_distances
+    kind, _, aspect = named.partition("-")
+    return typological_distances(cast("Aspect", aspect)) if kind == "uriel" else read_distances(named)
 
 
 def script_control(codes: Sequence[str]) -> Floats | None:

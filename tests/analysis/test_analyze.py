@@ -14,6 +14,8 @@ from nspec import NeuronMasks, cli
 from nspec.analysis import layer_iou
 from nspec.analysis.heads import HeadImportance
 from nspec.analysis.languages import group_of
+from nspec.analysis.mantel import mantel
+from nspec.analysis.typology import typological_distances
 from nspec.files import write_text
 from nspec.mt import options
 from nspec.mt.config import Config
@@ -75,6 +77,21 @@ def test_the_verb_prints_a_row_per_layer_and_writes_its_files(tmp_path: Path, ca
         drawn = re.findall(r">([a-z]{2})</text>", svg)
         assert drawn == tree["order"]
         assert "Germanic" in svg
+
+
+def test_distances_in_structure_are_taken_by_name(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    run = make_run(tmp_path / "run")
+    assert cli.main(["analyze", str(run), "--permutations", "99", "--distances", "uriel-syntax"]) == 0
+    assert "Distance of masks against uriel-syntax" in " ".join(capfd.readouterr().out.split())
+    saved = json.loads((run / "analysis" / "analysis.json").read_text(encoding="utf-8"))
+    assert saved["distances"] == "uriel-syntax"
+    far = typological_distances("syntax")(CODES)
+    masks = NeuronMasks.load(run / "masks")
+    iou = layer_iou(masks, [LAYERS[0]], [f"en-{code}" for code in CODES])[0]
+    expected = mantel(1 - iou, far, method="spearman", alternative="greater", permutations=99, seed=0)
+    assert saved["layers"][0]["test"]["r"] == pytest.approx(expected.r)
+    assert cli.main(["analyze", str(run), "--distances", "uriel-colour"]) == 2
+    assert "URIEL has no 'colour' here, expected one of syntax" in capfd.readouterr().err
 
 
 def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
