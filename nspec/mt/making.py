@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,10 +58,7 @@ def _method(
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method == "adapters":
-        groups = {task: task for task in data.tasks}
-        if builtin_of(config, system) == "adapters_family":
-            groups = {task: family_group(task, own.corpus.pivot, own.adapters.families) for task in data.tasks}
-        adapters = methods.Adapters(groups, own.adapters.bottleneck, own.run.seed)
+        adapters = methods.Adapters(adapter_groups(system, config, data.tasks), own.adapters.bottleneck, own.run.seed)
         return adapters, dataclasses.replace(dense, lr=own.adapters.lr)
     return None, dense
 
@@ -78,6 +75,18 @@ def on_side(masks: nspec.NeuronMasks, side: str) -> nspec.NeuronMasks:
         return masks.only([side])
     except ValueError:
         raise ValueError(f"no layer of the masks is in the {side}; there are {', '.join(masks.layers)}") from None
+
+
+def adapter_groups(system: str, config: Config, tasks: Sequence[str]) -> dict[str, str]:
+    """The adapters that each direction has in a system with adapters: its own, or those of its language family.
+
+    Raises:
+        ValueError: the family of a language is not known.
+    """
+    own = config_of(config, system)
+    if builtin_of(config, system) != "adapters_family":
+        return {task: task for task in tasks}
+    return {task: family_group(task, own.corpus.pivot, own.adapters.families) for task in tasks}
 
 
 def family_group(task: str, pivot: str, families: str = "branch") -> str:

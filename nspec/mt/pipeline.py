@@ -115,6 +115,16 @@ class Pipeline:
                 self.display.line(f"  {line}")
 
         self._do("prepare", work)
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """A language without a family would be an error after hours of training; here it is one before."""
+        systems = [name for name in trained_systems(self.config) if kind_of(self.config, name).method == "adapters"]
+        if systems:
+            from nspec.mt.making import adapter_groups
+
+            for system in systems:
+                adapter_groups(system, self.config, self._data().tasks)
 
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""

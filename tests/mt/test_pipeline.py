@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +187,21 @@ def test_a_pattern_without_a_layer_is_an_error_that_names_the_layers(tmp_path: P
     run = Selecting(tmp_path, "top = forward select.layers=[decoder.layers.2]")
     with pytest.raises(ValueError, match=r"^select.layers: no layer matches 'decoder.layers.2'; there are model\.enc"):
         run.select()
+
+
+def test_a_language_without_a_family_is_told_before_the_dense_model_is_trained(tmp_path: Path) -> None:
+    class Prepared(pipeline.Pipeline):
+        def __init__(self, *systems: str) -> None:
+            self.config = config_of(*systems)
+
+        def _do(self, *_: object, **__: object) -> None: ...
+
+        def _data(self) -> Any:
+            return SimpleNamespace(tasks=["en-de", "xx-en"])
+
+    Prepared("dense", "adapters").prepare()
+    with pytest.raises(ValueError, match="the family of language 'xx' is not known"):
+        Prepared("dense", "adapters_family").prepare()
 
 
 def test_decoding_matters_to_training_only_where_bleu_picks_the_checkpoint() -> None:
