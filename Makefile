@@ -10,6 +10,7 @@ CONFIG ?= configs/cldr8.yaml
 SET ?=
 TESTS ?= tests
 PYTEST_OPTIONS ?=
+JOBS ?= 2
 BENCH ?= quick
 
 BIN := .venv/bin
@@ -23,7 +24,7 @@ help:
 	@echo 'make run    train, compare and report: nspec run $$(CONFIG)'
 	@echo '            CONFIG=configs/NAME.yaml          another experiment'
 	@echo '            SET="train.updates=100 run.seed=2"  other options'
-	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name"'
+	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name", JOBS=0 for one process'
 	@echo 'make bench  operators, training steps, profiling and their report: ten minutes on two cores, into runs/bench/'
 	@echo '            BENCH=full|quick|smoke            how much; smoke measures nothing, it shows that all runs'
 	@echo 'make lint   ruff (check and format) and mypy'
@@ -33,8 +34,9 @@ help:
 run: $(STAMP)
 	PYTHONUNBUFFERED=1 $(BIN)/nspec run $(CONFIG) $(foreach option,$(SET),--set '$(option)')
 
+# Passive: threads that spin while they wait would take the other process's core.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_OPTIONS) $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_OPTIONS) $(TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench --set $(BENCH)

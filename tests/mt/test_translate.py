@@ -160,10 +160,14 @@ def test_a_direction_that_was_not_trained_takes_the_masks_of_two(
     by_hand = nspec.specialize(copy.deepcopy(model), nspec.NeuronMasks({"de-de": whole}))
     nspec.specialize(model, known)
     translator, sources = Translator(model, tokenizer, GREEDY, window=3, pivot=pivot), lines(8, "de")
+    used = set()
+    for name, module in model.named_modules():
+        if hasattr(module, "task"):
+            module.register_forward_pre_hook(lambda module, _, side=name.split(".")[1]: used.add((side, module.task)))
     with caplog.at_level(logging.INFO, logger="nspec"):
         found = [list(translator.translate(sources, "de-de")) for _ in range(2)]
     assert found[0] == found[1] == list(Translator(by_hand, tokenizer, GREEDY).translate(sources, "de-de"))
-    assert found[0] != list(Translator(model, tokenizer, GREEDY).translate(sources, "de-en"))
+    assert used == {("encoder", "de-en"), ("decoder", "en-de")}
     assert [record.getMessage() for record in caplog.records] == [
         "de-de is translated with masks of de-en in the encoder and masks of en-de in the decoder, as it was not trained"
     ]
