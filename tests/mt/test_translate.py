@@ -163,7 +163,8 @@ def test_a_direction_that_was_not_trained_takes_the_masks_of_two(
     used = set()
     for name, module in model.named_modules():
         if hasattr(module, "task"):
-            module.register_forward_pre_hook(lambda module, _, side=name.split(".")[1]: used.add((side, module.task)))
+            half = name.split(".")[1]
+            module.register_forward_pre_hook(lambda module, _, half=half: used.add((half, module.task)))
     with caplog.at_level(logging.INFO, logger="nspec"):
         found = [list(translator.translate(sources, "de-de")) for _ in range(2)]
     assert found[0] == found[1] == list(Translator(by_hand, tokenizer, GREEDY).translate(sources, "de-de"))
