@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nspec.analysis import clustering
-from nspec.analysis.languages import genetic_distances, group_of, is_known, read_distances, script_distances
+from nspec.analysis.languages import genetic_distances, read_distances, script_distances
 from nspec.analysis.overlap import Floats, Side, side_layers
 from nspec.analysis.proximity import (
     FEWEST,
@@ -18,6 +18,7 @@ from nspec.analysis.proximity import (
     LayerProximity,
     Proximity,
     Similarity,
+    groups_of,
     mask_iou,
     proximity,
     sides_of_pivot,
@@ -140,7 +141,7 @@ def _analyze(
     lines = [COLUMNS, *([_text(cell) for cell in _cells(found, row)] for row in found.layers)]
     write_text(folder / "analysis.tsv", "".join("\t".join(line) + "\n" for line in lines))
     for tree in result.trees:
-        groups = [group_of(code, found.grouping) if is_known(code) else "not known" for code in tree.languages]
+        groups = [name or "not known" for name in groups_of(tree.languages, found.grouping)]
         title = f"{tree.side.capitalize()}, {_arrow(tree.direction, found.pivot)}"
         svg = dendrogram(tree.linkage, tree.languages, groups, title)
         write_text(folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)

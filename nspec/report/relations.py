@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nspec.analysis.languages import Grouping, group_of
+from nspec.analysis.languages import Grouping
 from nspec.analysis.overlap import layer_numbers
-from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, proximity, sides_of_pivot
+from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of, proximity, sides_of_pivot
 from nspec.report import words
 from nspec.report.blocks import OTHER, grouping_of
 from nspec.report.canvas import inline_svg
@@ -123,13 +123,6 @@ def _row(found: Proximity, row: LayerProximity, beside: Sequence[Grouping]) -> d
     }
 
 
-def _group(code: str, found: Proximity) -> str:
-    try:
-        return group_of(code, found.grouping)
-    except ValueError:
-        return OTHER
-
-
 def _trees(found: Proximity, masks: NeuronMasks) -> list[dict[str, str]]:
     from nspec.report.dendrogram import dendrogram
 
@@ -138,7 +131,8 @@ def _trees(found: Proximity, masks: NeuronMasks) -> list[dict[str, str]]:
 
 def _drawn(tree: Tree, found: Proximity, dendrogram: Any) -> dict[str, str]:
     title = f"{tree.side.capitalize()}, {words.group_name(f'{tree.direction}_{found.pivot}')}"
-    svg = dendrogram(tree.linkage, tree.languages, [_group(code, found) for code in tree.languages], title)
+    groups = [name or OTHER for name in groups_of(tree.languages, found.grouping)]
+    svg = dendrogram(tree.linkage, tree.languages, groups, title)
     # its own page is white with grey lines; here both are those of the page
     svg = svg.replace("#ffffff", "none").replace("#333333", "var(--ink)")
     return {"svg": inline_svg(svg, f"tree_{tree.side}_{tree.direction}", f"Tree of languages, {title}")}
