@@ -41,21 +41,25 @@ class ActiveSet:
     def __init__(self, active: Tensor) -> None:
         if active.dtype != torch.bool or active.dim() != 1:
             raise TypeError(f"a mask must be bool [neurons], found {active.dtype} {list(active.shape)}")
-        self.active = active.detach().clone()
-        self.union = self.active
-        self.rows = self.active.nonzero().squeeze(1)
-        self.index = active_index(self.active)
+        with torch.inference_mode(
+            False
+        ):  # validation may be the first to need it, and training saves it for its backward
+            self.active = active.detach().clone()
+            self.union = self.active
+            self.rows = self.active.nonzero().squeeze(1)
+            self.index = active_index(self.active)
         self._copies: dict[torch.device, ActiveSet] = {}
 
     @classmethod
     def stack(cls, sets: Sequence[ActiveSet]) -> ActiveSet:
         """The sets of several tasks of one layer as one, for tokens sorted by task. Costs no sync on a device."""
         stacked = cls.__new__(cls)
-        stacked.active = torch.stack([one.active for one in sets])
-        stacked.union = stacked.active.any(0)
-        stacked.rows = torch.empty(0, dtype=torch.int64, device=stacked.active.device)  # read for one task only
-        width = max(one.index.shape[1] for one in sets)
-        stacked.index = torch.stack([one._index_row(width) for one in sets])
+        with torch.inference_mode(False):
+            stacked.active = torch.stack([one.active for one in sets])
+            stacked.union = stacked.active.any(0)
+            stacked.rows = torch.empty(0, dtype=torch.int64, device=stacked.active.device)  # read for one task only
+            width = max(one.index.shape[1] for one in sets)
+            stacked.index = torch.stack([one._index_row(width) for one in sets])
         stacked._copies = {}
         return stacked
 
@@ -75,15 +79,20 @@ class ActiveSet:
         for copy in list(self._copies.values()):
             copy.let_sizes_vary()
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether :meth:`on` has nothing to copy."""
+        return self.active.device == device or device in self._copies
+
     def on(self, device: torch.device) -> ActiveSet:
         """This set if it is on ``device``, else its copy there, made once."""
         if self.active.device == device:
             return self
         if device not in self._copies:
             copy = ActiveSet.__new__(ActiveSet)
-            copy.active, copy.rows, copy.index, copy.union = (
-                t.to(device) for t in (self.active, self.rows, self.index, self.union)
-            )
+            with torch.inference_mode(False):
+                copy.active, copy.rows, copy.index, copy.union = (
+                    t.to(device) for t in (self.active, self.rows, self.index, self.union)
+                )
             copy._copies = {}
             copy.let_sizes_vary()
             self._copies.setdefault(device, copy)  # of two threads that made one, the first wins

@@ -51,13 +51,17 @@ class TaskBatch:
         self.names = tuple(dict.fromkeys(self.tasks))
         self.single = len(self.names) == 1
         numbers = {name: number for number, name in enumerate(self.names)}
-        of_sentence = torch.tensor([numbers[task] for task in self.tasks])
-        self._sorted = bool((of_sentence.diff() >= 0).all())
-        self._order = torch.sort(of_sentence, stable=True).indices
-        counts = torch.bincount(of_sentence, minlength=len(self.names))
-        self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        with torch.inference_mode(False):  # validation may be the first to need it, and training saves it
+            of_sentence = torch.tensor([numbers[task] for task in self.tasks])
+            self._sorted = bool((of_sentence.diff() >= 0).all())
+            self._order = torch.sort(of_sentence, stable=True).indices
+            counts = torch.bincount(of_sentence, minlength=len(self.names))
+            self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         let_sizes_vary((self._order, (0,)), (self._starts, (0,)))
         self._layouts: dict[Any, tuple[Layout, Tensor | None]] = {}
+        self._shapes: set[tuple[int, ...]] = (
+            set()
+        )  # leading shapes of the layers' inputs, where they are more than rows
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TaskBatch) and (self.tasks, self.batch_dim) == (other.tasks, other.batch_dim)
@@ -88,6 +92,32 @@ class TaskBatch:
                 tokens = tokens * size
         return tokens
 
+    def check_against_others(self, x: Tensor, layer: str) -> None:
+        """Compares the input of a layer with those of the others that have had this batch.
+
+        Raises:
+            ValueError: ``x`` is a matrix whose rows are not the tokens of any of them (they were routed), or the sizes say
+                that the model keeps time first.
+        """
+        lead, sentences = tuple(x.shape[:-1]), len(self.tasks)
+        if len(lead) == 1:
+            if self._shapes and lead[0] != sentences and lead[0] not in {math.prod(shape) for shape in self._shapes}:
+                raise ValueError(
+                    f"{layer} gets {lead[0]} tokens, and no layer before it had as many of this batch of {sentences} "
+                    "sentences: tokens that a router chose do not say which sentence they are of. Run one task at a time, "
+                    "or leave the layer out of the masks"
+                )
+        elif lead not in self._shapes:
+            self._shapes.add(lead)
+            seconds = {shape[1] for shape in self._shapes}
+            varies = len({shape[0] for shape in self._shapes}) > 1
+            if self.batch_dim == 0 and varies and len(seconds) == 1 and 1 not in seconds and lead[1] % sentences == 0:
+                self._shapes.clear()
+                raise ValueError(
+                    f"{layer}: along dimension 0 the layers' inputs differ in size, along dimension 1 they all have "
+                    f"{lead[1]} rows, for {sentences} sentences: the model keeps time first, expected batch_dim=1"
+                )
+
     def layout(self, x: Tensor) -> Layout:
         """The order of the tokens of ``x [..., d_in]`` by task, on its device. Computed once per shape.
 
@@ -99,7 +129,8 @@ class TaskBatch:
         if torch.compiler.is_compiling():
             return self._sort(x, tokens)
         key = (x.shape[:-1], x.device)
-        if key not in self._layouts:
+        known = self._layouts.get(key)
+        if known is None:
             if capturing(x.device):
                 raise RuntimeError(
                     "a CUDA graph is being captured with a list of tasks that the model has not run with: run it once "
@@ -107,10 +138,11 @@ class TaskBatch:
                 )
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.clear()
-            layout = self._sort(x, tokens)
-            on_device = layout.offsets.to(x.device, non_blocking=True) if x.is_cuda else None
-            self._layouts[key] = layout, on_device
-        layout, on_device = self._layouts[key]
+            with torch.inference_mode(False):
+                layout = self._sort(x, tokens)
+                on_device = layout.offsets.to(x.device, non_blocking=True) if x.is_cuda else None
+            self._layouts[key] = known = layout, on_device
+        layout, on_device = known
         if capturing(x.device):
             assert on_device is not None
             keep(x.device, layout, on_device)

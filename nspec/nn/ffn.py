@@ -1,14 +1,15 @@
 """The specialised feed-forward pair: fc1 and fc2 of a layer whose code is not touched, computed as one block.
 
-A Transformer layer computes ``fc2(relu(fc1(x)))`` in its own code, with nothing between that changes a value (dropout
-of 0). Under a task, fc1 computes the whole compact block at once, hands the result to fc2, and returns a small probe in
-place of the activations; the layer's ReLU runs over the probe; fc2 gives the result. The first pass in training and the
-first in evaluation check through the probe that what the layer does between the two is ReLU, exactly, and nothing else.
+A Transformer layer computes ``fc2(relu(fc1(x)))`` in its own code. Under a task fc1 returns :class:`Activations`, a value
+that stands for its output; the layer's own ReLU marks it; fc2, which stays the plain linear layer that it is, takes it,
+and with that the whole compact block is computed at once.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import warnings
+import weakref
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,15 @@ from nspec.kernels.common.autocast import cast_inputs
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
+from .activations import Activations
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
-from .masked_linear import MaskedLinear
-from .recompute import backward_pass
+from .masked_linear import MaskedLinear, Mode
+from .recompute import Use, backward_pass
 from .switched import TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
-_PROBE = 64  # wide enough that dropout of 0.1 goes unseen once in a thousand for a single token
 
 
 class TaskState(NamedTuple):
@@ -44,11 +45,34 @@ class TaskLinear(MaskedLinear, TaskSwitched):
     _sets: dict[str, ActiveSet]
     _stacks: dict[tuple[str, ...], ActiveSet]
     _task: str | tuple[str, ...] | None
+    _told: list[bool]
+    qualified_name: str
 
-    def add_tasks(self, masks: dict[str, Tensor]) -> None:
-        """Sets the active neurons of each task, bool ``[out_features]``."""
+    _routed: bool
+    _batch_dim: int | None
+
+    def add_tasks(
+        self,
+        masks: dict[str, Tensor],
+        name: str = "fc1",
+        *,
+        told: list[bool] | None = None,
+        routed: bool = False,
+        batch_dim: int | None = None,
+    ) -> None:
+        """Sets the active neurons of each task, bool ``[out_features]``.
+
+        Args:
+            masks: of each task.
+            name: of the layer in its model, for messages.
+            told: shared by the layers of a model, which warn once that a training pass has no task: whether they have.
+            routed: whether a router chooses the tokens of the layer, so that their sentences are not known.
+            batch_dim: the dimension of sentences in the layer's input, where the model says it.
+        """
         self._sets = {task: ActiveSet(mask) for task, mask in masks.items()}
         self._stacks, self._task = {}, None
+        self.qualified_name, self._told = name, [False] if told is None else told
+        self._routed, self._batch_dim = routed, batch_dim
 
     @property
     def tasks(self) -> list[str]:
@@ -78,11 +102,48 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         """The sets of several tasks as one; the set itself of a single one."""
         if len(names) == 1:
             return self._sets[names[0]]
-        if names not in self._stacks:
+        stack = self._stacks.get(names)
+        if stack is None:
             if len(self._stacks) >= _STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            self._stacks[names] = ActiveSet.stack([self._sets[name].on(self.weight.device) for name in names])
-        return self._stacks[names]
+            self._stacks[names] = stack = ActiveSet.stack([self._sets[name].on(self.weight.device) for name in names])
+        return stack
+
+    def _begin(self, x: Tensor) -> Use:
+        self.check_thread()
+        if self._batch is not None:
+            self._check_rows(x, self._batch)
+        use = super()._begin(x)
+        if use[0] is None and not torch.compiler.is_compiling() and not self._told[0] and self._trains_untold():
+            self._told[0] = True
+            warnings.warn(
+                f"{self.qualified_name} is specialised, and a training pass runs without a task: it is dense, and every "
+                "row is trained. Set the task of each batch (with nspec.task(model, name)), or say that the base is meant "
+                "(with nspec.task(model, None)). This is said once",
+                stacklevel=2,
+            )
+        return use
+
+    def _check_rows(self, x: Tensor, batch: TaskBatch) -> None:
+        """Raises ValueError where the rows of ``x`` do not say which sentence they are of."""
+        if self._routed:
+            raise ValueError(
+                f"{self.qualified_name} is an expert: the tokens that a router sends it do not say which sentence they are "
+                "of. Run one task at a time (nspec.task(model, name)), or leave the experts out of the masks"
+            )
+        if self._batch_dim is not None and x.dim() > 2 and batch.batch_dim != self._batch_dim:
+            raise ValueError(
+                f"batch_dim is {batch.batch_dim}, and {self.qualified_name} says batch_first={self._batch_dim == 0}: "
+                f"expected batch_dim={self._batch_dim}"
+            )
+        if not torch.compiler.is_compiling():
+            batch.check_against_others(x, self.qualified_name)
+
+    def _trains_untold(self) -> bool:
+        """Whether this is a training pass of which nobody has said that it has no task."""
+        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        held = self._block is not None and self._block.open
+        return trains and not held and backward_pass() < 0
 
     def state(self) -> TaskState:
         """What the layer is switched to, for :meth:`restore`."""
@@ -99,158 +160,122 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         return state._replace(set_in=backward_pass())
 
 
+class _Kept(NamedTuple):
+    """Packed weights, and what they were made of."""
+
+    of: tuple[Any, ...]
+    weights: list[weakref.ref[Tensor]]
+    packed: list[Packed]
+
+
 class CompactFc1(TaskLinear):
     """fc1 of a specialised pair in mode ``forward``. Without a task it is an ordinary linear layer."""
 
-    fc2: CompactFc2
-    _packed: list[Packed] | None
-    _packed_of: tuple[Any, ...]
-    _checked: set[bool]
+    _packed: _Kept | None
 
-    def pair_with(self, fc2: CompactFc2) -> None:
-        """Makes the two a pair. A plain attribute, not a submodule: the state dict must not change."""
-        self.__dict__["fc2"] = fc2
-        fc2._result, fc2._checking = None, False
-        self._packed, self._packed_of, self._checked = None, (), set()
+    def _attach(self, mode: Mode) -> None:
+        super()._attach(mode)
+        self._packed = None
 
     def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
         super()._use(active, batch)
-        self._forget_packed()
+        self.__dict__["_packed"] = None
 
-    def _forget_packed(self) -> None:
-        self.__dict__["_packed"], self.__dict__["_packed_of"] = None, ()
+    def forward(self, x: Tensor) -> Any:
+        """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for ReLU and fc2."""
+        use = self._begin(x)
+        if use[0] is None:
+            return F.linear(*self._noted(use, x, self.weight, self.bias))
+        return Activations(self, use, (x, self.weight, self.bias), rectified=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Under a task: runs the block, leaves the result with fc2 and returns a probe ``[..., small]``.
+    def block(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
+        """What fc2 gives for the activations ``h``: ``[..., d_out]``.
 
         A CUDA graph of a pass without gradients keeps the weights packed before its capture: replays do not see later
         updates of them.
 
+        Args:
+            h: what :meth:`forward` returned, after ReLU.
+            w2: fc2.weight, ``[d_out, d_ff]``.
+            b2: fc2.bias, ``[d_out]`` or None.
+
         Raises:
-            RuntimeError: a CUDA graph is being captured, and the layer has not run in this way before.
+            RuntimeError: the two layers are on different devices or sharded apart; or a CUDA graph is being captured, and
+                the layer has not run in this way before.
         """
-        fc2 = self.__dict__["fc2"]
-        (active, batch), x, w1, b1, w2, b2 = self._begin(x, self.weight, self.bias, fc2.weight, fc2.bias)
-        if active is None:
-            fc2._result = None
-            return F.linear(x, w1, b1)
-        if hasattr(w2, "placements") and not hasattr(w1, "placements"):
+        (active, batch), (x, w1, b1) = h.use, h.inputs
+        if not hasattr(self.weight, "placements") == hasattr(w1, "placements") == hasattr(w2, "placements"):
             raise RuntimeError(
-                "fc1 computes with the weights of fc2, which are sharded apart from its own: apply fully_shard to the "
-                "layer that holds both, not to fc1 or fc2 alone"
+                f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
+                "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
             )
         if w1.device != w2.device:
             raise RuntimeError(
-                f"fc1 is on {w1.device} and fc2 on {w2.device}, and mode 'forward' computes both in one: put them on one "
-                "device, and use DistributedDataParallel instead of nn.DataParallel, whose replicas lose the pair"
+                f"{self.qualified_name} is on {w1.device} and its fc2 on {w2.device}, and mode 'forward' computes both in "
+                "one: put them on one device"
             )
+        x, w1, b1, w2, b2 = self._noted(h.use, x, w1, b1, w2, b2)
+        if capturing(x.device) and not active.is_on(w1.device):
+            _refuse_capture()  # the set is copied from the host
         active = active.on(w1.device)
         keep(x.device, active)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            y = self._with_grad(x, (w1, b1, w2, b2), active, batch)
-        else:
-            y = self._without_grad(x, active, batch)
-        fc2._result = y
-        if torch.compiler.is_compiling() or self.training in self._checked:
-            fc2._checking = False
-            return y.new_zeros((*x.shape[:-1], 1))
-        _refuse_capture(x.device)  # the check reads the probe on the host
-        fc2._checking = True
-        self._checked.add(self.training)
-        return probe(x, y.dtype)
-
-    def _with_grad(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-        active: ActiveSet,
-        batch: TaskBatch | None,
-    ) -> Tensor:
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._without_grad(x, (w1, b1, w2, b2), active, batch)
         if not torch.compiler.is_compiling():
-            self._forget_packed()  # what follows a training pass is an update, and wrappers write weights unseen
+            self.__dict__["_packed"] = (
+                None  # what follows a training pass is an update, and wrappers write weights unseen
+            )
         if batch is None:
-            return compact_ffn(x, *weights, active.active, index=active.index)
+            return compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
         order, inverse, offsets = batch.layout(x)
         tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
-        y = compact_ffn(tokens, *weights, active.active, task_offsets=offsets, index=active.index)
+        y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
         return reorder(y, inverse, order).view(*x.shape[:-1], -1)
 
-    def _without_grad(self, x: Tensor, active: ActiveSet, batch: TaskBatch | None) -> Tensor:
+    def _without_grad(
+        self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, batch: TaskBatch | None
+    ) -> Tensor:
         """The block with packed weights that are kept between calls: a decoding step is mostly packing otherwise.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and the weights as they are now have not been packed.
         """
-        fc2 = self.__dict__["fc2"]
-        weights = (self.weight, self.bias, fc2.weight, fc2.bias)
-        x, w1, b1, w2, b2 = cast_inputs(x, *weights)
-        # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
-        of = (active, *((w.data_ptr(), w._version) for w in weights if w is not None), x.dtype)
-        if self._packed is None or self._packed_of != of:
-            _refuse_capture(x.device)  # packing reads the sizes of the active sets on the host
-            self._packed = [pack(w1, b1, w2, b2, row) for row in active.index]
-            self._packed_of = of
-        keep(x.device, self._packed)
-        tokens = x.reshape(-1, self.in_features)
+        packed = self._packed_weights(x, weights, active)
+        keep(x.device, packed)
+        tokens = x.reshape(-1, self.in_features).to(packed[0].w1.dtype)
         if batch is None:
-            y, _ = forward_packed(tokens, self._packed[0])
+            y, _ = forward_packed(tokens, packed[0])
         else:
             order, inverse, _ = batch.layout(x)
             tokens, bounds = reorder(tokens, order, inverse), batch.bounds(x)
             parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
-            y = torch.cat([forward_packed(part, packed)[0] for part, packed in zip(parts, self._packed)])
+            y = torch.cat([forward_packed(part, one)[0] for part, one in zip(parts, packed)])
             y = reorder(y, inverse, order)
-        return y.view(*x.shape[:-1], fc2.out_features)
+        return y.view(*x.shape[:-1], -1)
+
+    def _packed_weights(self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet) -> list[Packed]:
+        device, given = x.device.type, [w for w in weights if w is not None]
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
+        of = (active, x.dtype, autocast, *((w.data_ptr(), w._version) for w in given))
+        known = self._packed
+        if known is not None and known.of == of and all(ref() is w for ref, w in zip(known.weights, given)):
+            return known.packed
+        if capturing(x.device):
+            _refuse_capture()  # packing reads the sizes of the active sets on the host
+        _, w1, b1, w2, b2 = cast_inputs(x, *weights)
+        packed = [pack(w1, b1, w2, b2, row) for row in active.index]
+        # Only parameters last from pass to pass: what a hook makes anew may come to lie where the last one lay.
+        if all(isinstance(w, nn.Parameter) for w in given) and "forward" not in self.__dict__:
+            self.__dict__["_packed"] = _Kept(of, [weakref.ref(w) for w in given], packed)
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_packed": None, "_packed_of": ()}
+        return super().__getstate__() | {"_packed": None}
 
 
-class CompactFc2(nn.Linear):
-    """fc2 of a specialised pair in mode ``forward``. Without a task it is an ordinary linear layer."""
-
-    _result: Tensor | None
-    _checking: bool
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Under a task: the result that fc1 left; else ``h [..., d_ff]`` -> ``[..., out_features]``."""
-        if self._result is None:
-            return F.linear(h, self.weight, self.bias)
-        y, self._result = self._result, None
-        if h.shape[:-1] != y.shape[:-1] or h.shape[-1] not in (1, _PROBE):
-            raise RuntimeError(
-                f"fc2 got an input of shape {list(h.shape)} where fc1 had handed over {list(y.shape[:-1])} tokens: the "
-                "layer reshapes or replaces the activations between fc1 and fc2; use mode='update'"
-            )
-        if self._checking:
-            check_probe(h)
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__) | {"_result": None}
-
-
-def _refuse_capture(device: torch.device) -> None:
-    """Raises RuntimeError if a CUDA graph is being captured."""
-    if capturing(device):
-        raise RuntimeError(
-            "a CUDA graph is being captured with a layer that has not run with this task and these weights: run it once "
-            "before the capture, within the same nspec.task block"
-        )
-
-
-def probe(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., small]``: -1 and 2 in turn, which ReLU turns into 0 and 2."""
-    row = torch.tensor([-1.0, 2.0], dtype=dtype, device=x.device).repeat(_PROBE // 2)
-    return row.expand(*x.shape[:-1], _PROBE)
-
-
-def check_probe(h: Tensor) -> None:
-    """Raises ValueError unless the probe came through ReLU and nothing else."""
-    pairs = h.detach().reshape(-1, 2)
-    if not bool((pairs == pairs.new_tensor([0.0, 2.0])).all()):
-        bad = pairs[(pairs != pairs.new_tensor([0.0, 2.0])).any(1)][0].tolist()
-        raise ValueError(
-            f"what the layer does between fc1 and fc2 is not ReLU alone: it turned (-1, 2) into ({bad[0]:g}, {bad[1]:g}). "
-            "Mode 'forward' needs ReLU and an activation dropout of 0; set that dropout to 0, or use mode='update'"
-        )
+def _refuse_capture() -> NoReturn:
+    raise RuntimeError(
+        "a CUDA graph is being captured with a layer that has not run with this task and these weights: run it once "
+        "before the capture, within the same nspec.task block"
+    )

@@ -68,6 +68,10 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
 
 
+def _is_called(module: nn.Module, inputs: Any) -> None:
+    """Does nothing: ``nn.TransformerEncoderLayer`` calls layers with hooks, instead of reading their weights."""
+
+
 class MaskedLinear(nn.Linear):
     """``nn.Linear`` with a mask over its output neurons, which rows of the weight it uses and trains.
 
@@ -77,7 +81,10 @@ class MaskedLinear(nn.Linear):
     * mode ``update``: ``y = x Wᵀ + b``, dense; only the gradient is sparse.
 
     In both, the gradient of a masked row of ``weight`` is exactly zero and is not computed; the bias stays dense. Without
-    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else.
+    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else (no mask).
+
+    The mask acts where the layer is called. As fc1 of ``nn.TransformerEncoderLayer`` it is; code that reads ``weight``
+    from outside gets the whole of it (``nn.MultiheadAttention`` does so with ``out_proj``, and so do fused kernels).
 
     Args:
         in_features: size of each input.
@@ -117,6 +124,7 @@ class MaskedLinear(nn.Linear):
         check_mode(mode)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._attach(mode)
+        self.register_forward_pre_hook(_is_called)
 
     @classmethod
     def from_linear(cls, module: nn.Linear, mode: Mode = "forward") -> MaskedLinear:
@@ -141,7 +149,8 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
-        (active, batch), x, weight, bias = self._begin(x, self.weight, self.bias)
+        active, batch = use = self._begin(x)
+        x, weight, bias = self._noted(use, x, self.weight, self.bias)
         if active is None:
             return F.linear(x, weight, bias)
         active = active.on(weight.device)
@@ -167,21 +176,32 @@ class MaskedLinear(nn.Linear):
             active.let_sizes_vary()
         self._set_in = backward_pass()
 
-    def _begin(self, x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
-        """Begins a forward pass: what it uses, then ``x`` and the parameters, with which the layer goes on."""
+    def _begin(self, x: Tensor) -> Use:
+        """Begins a forward pass: what it uses. Its rows are noted for the optimiser.
+
+        Raises:
+            ValueError: a nested tensor.
+        """
+        if x.is_nested:
+            raise ValueError(
+                "a masked layer got a nested tensor, expected a padded one: nn.TransformerEncoder makes them with "
+                "enable_nested_tensor=True (set its use_nested_tensor to False)"
+            )
         use: Use = (self._active, self._batch)
-        tensors: tuple[Any, ...] = (x, *parameters)
         if not torch.compiler.is_compiling():
             running = backward_pass()
             if running >= 0 and running != self._set_in:
                 use = self._passes.recomputed()
-            tensors = self._passes.note(use, *tensors)
         active, batch = use
         self.note_use(active)
-        if batch is not None and batch.single:
+        if batch is not None:
             batch.check(x)
-            use = active, None
-        return use, *tensors
+            use = active, None if batch.single else batch
+        return use
+
+    def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
+        return tensors if torch.compiler.is_compiling() else self._passes.note(use, *tensors)
 
     # What the optimiser needs to know: the rows that were trained since its last step.
 
@@ -205,7 +225,8 @@ class MaskedLinear(nn.Linear):
         return touched
 
     def _no_rows(self) -> Tensor:
-        return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+        with torch.inference_mode(False):  # training passes write into it
+            return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
 
     def _attach(self, mode: Mode) -> None:
         self.mode, self._active, self._batch, self._touched = mode, None, None, self._no_rows()

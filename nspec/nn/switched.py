@@ -2,9 +2,60 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from .batch import TaskBatch
+from .recompute import backward_pass
+
+
+class Block:
+    """Who switched the layers of a model: a ``nspec.task`` block, or a call of ``nspec.set_task`` until the next.
+
+    A model is switched by one thread at a time, since a pass goes through layer after layer: another thread that switched
+    it, or ran it meanwhile, would compute half of one task and half of another.
+
+    Attributes:
+        thread: the thread that entered the block.
+        lasting: made by ``set_task``: other threads may run the model, as nothing switches it back.
+        before: of each layer, by its id: the layer, its state and its block from before.
+    """
+
+    def __init__(self, lasting: bool) -> None:
+        self.thread, self.lasting = threading.current_thread(), lasting
+        self.before: dict[int, tuple[TaskSwitched, Any, Block | None]] = {}
+        self.open = True
+
+    def enter(self, layers: Iterable[TaskSwitched]) -> None:
+        """Remembers what the layers are switched to, and holds them."""
+        for layer in layers:
+            self.before[id(layer)] = layer, layer.state(), layer._block
+            layer.hold(self)
+
+    def leave(self) -> None:
+        """Switches the layers back; those that a block holds which was entered later wait for it."""
+        self.open = False
+        for key, (layer, _, _) in self.before.items():
+            while (block := layer._block) is not None and not block.open:
+                _, state, outer = block.before[key]
+                layer.hold(outer)
+                layer.restore(state)
+
+    def elsewhere(self) -> bool:
+        """Whether it belongs to another thread, which is still running."""
+        return self.thread is not threading.current_thread() and self.thread.is_alive()
+
+    def __reduce__(self) -> Any:
+        return _left, ()  # a copy of a model is in no block
+
+
+def _left() -> Block:
+    block = Block(lasting=True)
+    block.open = False
+    return block
 
 
 class TaskSwitched:
@@ -13,6 +64,8 @@ class TaskSwitched:
     Masked feed-forward layers, adapters and layers with masked weights are of this kind. A model may hold several, which
     then know the same tasks.
     """
+
+    _block: Block | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -39,3 +92,28 @@ class TaskSwitched:
     def again(self, state: Any) -> Any:
         """A state under which a backward pass may compute the forward pass again (activation checkpointing)."""
         return state
+
+    def hold(self, block: Block | None) -> None:
+        """Notes the block that switches the layer now; None: nobody does."""
+        self.__dict__.pop("_block", None)
+        if block is not None:
+            self.__dict__["_block"] = block
+
+    def check_thread(self) -> None:
+        """For the beginning of a forward pass: raises RuntimeError inside a ``nspec.task`` block of another thread.
+
+        Replicas of ``nn.DataParallel`` and what a backward pass computes again run in threads of PyTorch.
+        """
+        if torch.compiler.is_compiling():
+            return
+        block = self._block
+        if block is None or block.lasting or not block.open or not block.elsewhere():
+            return
+        if backward_pass() < 0 and not getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                f"thread {threading.current_thread().name} runs a model that thread {block.thread.name} has switched with "
+                "nspec.task: a model is switched by one thread at a time. Enter nspec.task in the thread that runs the "
+                "model, and hold a lock around it; or set one task for all threads (nspec.set_task), run sentences of "
+                "several tasks in one batch (nspec.task(model, [names])), or give each task a model of its own "
+                "(nspec.merge(model, name))"
+            )

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from nspec.nn.ffn import CompactFc1, CompactFc2, TaskLinear
+from nspec.nn.ffn import CompactFc1, TaskLinear
 from nspec.nn.masked_linear import Mode, check_mode
+from nspec.nn.switched import TaskSwitched
 
-from .layers import Pair, check_relu, disable_fast_path, find_pairs, nearest, restore_fast_path
+from .layers import (
+    Pair,
+    activation_dropouts,
+    batch_dim_of,
+    check_relu,
+    fast_paths,
+    find_pairs,
+    is_routed,
+    nearest,
+)
 from .masks import NeuronMasks
-from .tasks import set_task
+from .tasks import PLACES, check_task, refuse_other_threads, specialized_layers
 
 # What specialisation leaves on the modules, and despecialisation takes away.
 _STATE = (
@@ -26,13 +38,14 @@ _STATE = (
     "_sets",
     "_stacks",
     "_task",
-    "fc2",
     "_packed",
-    "_packed_of",
-    "_checked",
-    "_result",
-    "_checking",
+    "_told",
+    "_routed",
+    "_batch_dim",
+    "_block",
+    "qualified_name",
 )
+_BEFORE = "_nspec_before"  # on a module of which an attribute was changed: what it was
 
 
 def specialize(
@@ -41,11 +54,18 @@ def specialize(
     mode: Mode = "forward",
     *,
     layers: Iterable[str | tuple[str, str]] | None = None,
+    activation_dropout: float | None = None,
 ) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
 
     Modules keep their identity, parameters, hooks and state-dict keys; optimisers and references stay valid. Until a task
     is set (``nspec.task``, ``nspec.set_task``) the model computes what it did before.
+
+    ``nn.TransformerEncoder`` leaves its fused inference path, which calls no layers: with a padding mask that path gives 0
+    at padded positions, and the ordinary one does not.
+
+    In mode ``forward`` what runs between fc1 and fc2 (the activation, hooks on it or on the two layers) gets a value that
+    stands for the activations and takes ReLU alone: anything else there is an error in every pass, not a number.
 
     Args:
         model: any module with the layers that ``masks`` names; not yet wrapped for distributed training or compiled.
@@ -55,39 +75,74 @@ def specialize(
             gradient of fc1.weight is masked.
         layers: as in ``find_pairs`` and ``profile``, for layers that are not found by structure and name. Masks may name
             fewer layers than are given or found; those without masks stay dense.
+        activation_dropout: 0 sets the dropouts between fc1 and fc2 that are known by structure and name to 0 in mode
+            ``forward``, until ``despecialize``; None: one above 0 is an error.
 
     Returns:
         ``model`` itself.
 
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
-            names); a model that is specialised already; in mode ``forward`` an activation that is not ReLU or an
-            activation dropout above 0.
+            names); a model that is specialised already; a layer that is not a plain ``nn.Linear`` or whose ``forward`` was
+            replaced; in mode ``forward`` an activation that is not ReLU or an activation dropout above 0.
         TypeError: ``masks`` is not a ``NeuronMasks``.
     """
     check_mode(mode)
     if not isinstance(masks, NeuronMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
+    if activation_dropout not in (None, 0):
+        raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
     if any(isinstance(module, TaskLinear) for module in model.modules()):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
     pairs = _matching_pairs(model, masks, layers)
     for pair in pairs:
-        if type(pair.fc1) is not nn.Linear or (mode == "forward" and type(pair.fc2) is not nn.Linear):
-            raise ValueError(
-                f"{pair.name} is {type(pair.fc1).__name__} with {type(pair.fc2).__name__}, expected plain nn.Linear layers"
-            )
+        _check_plain(pair)
         if mode == "forward":
-            check_relu(pair)
+            check_relu(pair, dropout=activation_dropout is None)
     if mode == "forward":
-        fast_path = {id(module): value for module, value in disable_fast_path(pairs)}
+        dropouts = [(module, name, 0.0) for pair in pairs for module, name, _ in activation_dropouts(pair)]
+        for module, name, value in (*fast_paths(model, pairs), *dropouts):
+            module.__dict__.setdefault(_BEFORE, {}).setdefault(name, getattr(module, name))
+            setattr(module, name, value)
+    told = [False]
     for pair in pairs:
+        pair.fc1.__class__ = TaskLinear if mode == "update" else CompactFc1
+        fc1 = pair.fc1
+        assert isinstance(fc1, TaskLinear)
+        fc1._attach(mode)
+        routed, batch_dim = is_routed(model, pair.name), batch_dim_of(pair)
         sets = {task: masks[task][pair.name] for task in masks.tasks}
-        _become(pair, mode)
-        assert isinstance(pair.fc1, TaskLinear)
-        pair.fc1.add_tasks(sets)
-        if mode == "forward" and id(pair.parent) in fast_path:
-            pair.fc1.__dict__["_fast_path"] = (pair.parent, fast_path[id(pair.parent)])
+        fc1.add_tasks(sets, pair.name, told=told, routed=routed, batch_dim=batch_dim)
+        _rebind(fc1)
+        holder, _, attribute = pair.name.rpartition(".")
+        model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = pair.name
     return model
+
+
+def _check_plain(pair: Pair) -> None:
+    """Raises ValueError unless fc1 is an ``nn.Linear`` that computes what its class says."""
+    fc1: Any = pair.fc1
+    if type(fc1) is not nn.Linear:
+        way = (
+            ": make its weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+            if hasattr(fc1, "parametrizations")
+            else ""
+        )
+        raise ValueError(f"{pair.name} is {type(fc1).__name__}, expected a plain nn.Linear layer{way}")
+    if (
+        "forward" in fc1.__dict__
+        and getattr(fc1.__dict__.get("_old_forward"), "__func__", None) is not nn.Linear.forward
+    ):
+        raise ValueError(
+            f"{pair.name} has a forward of its own, put on the module by something else, which would compute the dense "
+            "layer: take it off first (del layer.forward), specialise, and put it on again"
+        )
+
+
+def _rebind(module: nn.Linear) -> None:
+    """Has a ``forward`` that accelerate put on a module (device maps, offloading) call the one of its class now."""
+    if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _matching_pairs(model: nn.Module, masks: NeuronMasks, layers: Iterable[str | tuple[str, str]] | None) -> list[Pair]:
@@ -110,18 +165,6 @@ def _matching_pairs(model: nn.Module, masks: NeuronMasks, layers: Iterable[str |
     return [known[layer] for layer in masks.layers]
 
 
-def _become(pair: Pair, mode: Mode) -> None:
-    """Turns the plain layers into specialised ones. The class changes, so that identity, hooks and keys stay."""
-    fc1, fc2 = pair.fc1, pair.fc2
-    fc1.__class__ = TaskLinear if mode == "update" else CompactFc1
-    assert isinstance(fc1, TaskLinear)
-    if isinstance(fc1, CompactFc1):
-        fc2.__class__ = CompactFc2
-        assert isinstance(fc2, CompactFc2)
-        fc1.pair_with(fc2)
-    fc1._attach(mode)
-
-
 def despecialize(model: nn.Module) -> nn.Module:
     """Makes the model plain again, in place: the same parameters, bitwise as they are now, and the same state dict.
 
@@ -129,17 +172,42 @@ def despecialize(model: nn.Module) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: the model is not specialised.
+        ValueError: the model is not specialised, or a layer was changed since in a way that cannot be undone here.
+        RuntimeError: another thread has switched the model.
     """
-    set_task(model, None)  # raises where there is nothing to undo
-    for module in model.modules():
-        if isinstance(module, (TaskLinear, CompactFc2)):
-            if "_fast_path" in module.__dict__:
-                restore_fast_path([module.__dict__.pop("_fast_path")])
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-            for name in _STATE:
-                module.__dict__.pop(name, None)
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, TaskLinear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
+    for layer in layers:
+        _check_undoable(layer)
+    refuse_other_threads(layers)
+    for switched in (module for module in modules if isinstance(module, TaskSwitched)):
+        switched.set_task(None)
+    for layer in layers:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+        for name in _STATE:
+            layer.__dict__.pop(name, None)
+        _rebind(layer)
+    for module in modules:
+        module.__dict__.pop(PLACES, None)
+        for name, value in module.__dict__.pop(_BEFORE, {}).items():
+            setattr(module, name, value)
     return model
+
+
+def _check_undoable(layer: TaskLinear) -> None:
+    if type(layer) not in (TaskLinear, CompactFc1):
+        raise ValueError(
+            f"{layer.qualified_name} is a {type(layer).__name__} now: take off what was put on it since "
+            "(torch.nn.utils.parametrize.remove_parametrizations), then despecialise"
+        )
+    forward = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
+        raise ValueError(
+            f"{layer.qualified_name} has a forward of its own, put on the module since it was specialised, which would go "
+            "on calling the specialised one: take it off first (del layer.forward)"
+        )
 
 
 def merge(model: nn.Module, task: str) -> nn.Module:
@@ -149,13 +217,23 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     anyway, and the copy is the dense model.
 
     Raises:
-        ValueError: the model is not specialised, or has no masks of that task.
+        ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew
+            by a hook in each pass.
+        TypeError: ``task`` is not the name of one.
     """
+    if not isinstance(task, str):
+        raise TypeError(f"task is {task!r}, expected the name of a task")
+    check_task(task, specialized_layers(model)[0].tasks)
+    for module in model.modules():
+        if isinstance(module, CompactFc1) and "weight" not in module._parameters:
+            raise ValueError(
+                f"the weight of {module.qualified_name} is made anew in each pass (prune, weight_norm, spectral_norm): "
+                "make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+            )
     merged = copy.deepcopy(model)
-    set_task(merged, task)
     with torch.no_grad():
         for module in merged.modules():
-            if isinstance(module, CompactFc1) and module._active is not None:
-                active = module._active.on(module.weight.device).active
+            if isinstance(module, CompactFc1):
+                active = module._sets[task].on(module.weight.device).active
                 module.weight.masked_fill_(~active[:, None], 0)
     return despecialize(merged)

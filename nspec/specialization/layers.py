@@ -23,6 +23,8 @@ PAIR_NAMES = (
 )
 _ACTIVATIONS = ("activation_fn", "activation", "act_fn", "act", "activation_function", "activation_func")
 _GATES = ("gate_proj", "wi_1", "w3", "gate")
+_ROUTERS = ("router", "gate", "gating", "gate_network", "wg", "switch")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,39 @@ def check_relu(pair: Pair, dropout: bool = True) -> None:
                 f"{pair.name}: the activation is {shown}, expected ReLU: the method counts neurons with an output above "
                 "0. Choose a ReLU model, or name the layers that have one with layers=[...]"
             )
-    rate = getattr(pair.parent, "activation_dropout", 0.0)
-    rate = rate.p if isinstance(rate, nn.Dropout) else rate
-    if dropout and isinstance(rate, (int, float)) and rate > 0:
-        raise ValueError(
-            f"{pair.name}: activation_dropout is {rate}, expected 0 in mode 'forward' (the method trains without it); "
-            "set it to 0 on the layer, or use mode='update'"
-        )
+    for module, attribute, shown in activation_dropouts(pair) if dropout else ():
+        if (rate := getattr(module, attribute)) > 0:
+            raise ValueError(
+                f"{pair.name}: {shown} is {rate}, expected 0 in mode 'forward' (the output of a masked neuron is a "
+                "constant, and the method trains without it). Set it to 0, which nspec.specialize(..., "
+                "activation_dropout=0) does, or use mode='update'"
+            )
+
+
+def activation_dropouts(pair: Pair) -> list[tuple[Any, str, str]]:
+    """The dropouts that are known to lie between fc1 and fc2: the module and attribute with the rate, and a name to show.
+
+    A layer may have others, which its first training pass finds.
+    """
+    names = ["activation_dropout", "activation_dropout_module", "relu_dropout", "relu_dropout_module"]
+    attribute = pair.name.rpartition(".")[2]
+    if isinstance(pair.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or attribute == "wi":
+        names.append("dropout")
+    if attribute == "w_1":
+        names.append("dropout_1" if hasattr(pair.parent, "dropout_1") else "dropout")
+    found: list[tuple[Any, str, str]] = []
+    for name in names:
+        value = getattr(pair.parent, name, None)
+        if isinstance(value, nn.Module) and isinstance(getattr(value, "p", None), (int, float)):
+            found.append((value, "p", f"the rate of {name}"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((pair.parent, name, name))
+    if isinstance(pair.parent, nn.Sequential):
+        children = list(pair.parent.children())
+        if pair.fc1 in children and pair.fc2 in children:
+            between = children[children.index(pair.fc1) : children.index(pair.fc2)]
+            found += [(m, "p", f"the rate of {type(m).__name__}") for m in between if isinstance(m, _DROPOUTS)]
+    return found
 
 
 def _is_relu(activation: Any) -> bool:
@@ -151,27 +179,50 @@ def _is_relu(activation: Any) -> bool:
     return activation in (nn.functional.relu, torch.relu, torch.relu_, nn.functional.relu_)
 
 
+def fast_paths(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[nn.Module, str, Any]]:
+    """What keeps ``nn.TransformerEncoder`` from its fused inference path, which would not call fc1 and fc2.
+
+    Modules, each with an attribute and the value that does it; nested tensors are of that path too.
+    """
+    parents = {id(pair.parent) for pair in pairs if isinstance(pair.parent, nn.TransformerEncoderLayer)}
+    found: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if id(module) in parents:
+            found.append((module, "activation_relu_or_gelu", 0))
+        if isinstance(module, nn.TransformerEncoder) and any(id(layer) in parents for layer in module.layers):
+            found.append((module, "use_nested_tensor", False))
+    return found
+
+
 @contextlib.contextmanager
-def without_fast_path(pairs: Sequence[Pair]) -> Iterator[None]:
-    """Keeps ``nn.TransformerEncoderLayer`` from its fused inference path, which would not call fc1 and fc2."""
-    changed = disable_fast_path(pairs)
+def without_fast_path(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[None]:
+    """Within the block ``nn.TransformerEncoder`` calls fc1 and fc2 in every pass."""
+    changed = [(module, name, getattr(module, name), value) for module, name, value in fast_paths(model, pairs)]
+    for module, name, _, value in changed:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        restore_fast_path(changed)
+        for module, name, before, _ in changed:
+            setattr(module, name, before)
 
 
-def disable_fast_path(pairs: Sequence[Pair]) -> list[tuple[nn.Module, Any]]:
-    """Switches it off for good; returns what :func:`restore_fast_path` needs."""
-    changed: list[tuple[nn.Module, Any]] = []
-    for pair in pairs:
-        if isinstance(pair.parent, nn.TransformerEncoderLayer):
-            changed.append((pair.parent, pair.parent.activation_relu_or_gelu))
-            pair.parent.activation_relu_or_gelu = 0
-    return changed
+def batch_dim_of(pair: Pair) -> int | None:
+    """The dimension of sentences in the layer's input, where the module around it says so (``batch_first``)."""
+    attention = getattr(pair.parent, "self_attn", None)
+    batch_first = getattr(attention, "batch_first", None) if isinstance(attention, nn.MultiheadAttention) else None
+    return None if batch_first is None else 0 if batch_first else 1
 
 
-def restore_fast_path(changed: Sequence[tuple[nn.Module, Any]]) -> None:
-    """Undoes :func:`disable_fast_path`."""
-    for module, value in changed:
-        module.activation_relu_or_gelu = value
+def is_routed(model: nn.Module, name: str) -> bool:
+    """Whether a router chooses the tokens of the layer of that name: it is an expert, or one of several beside a router."""
+    parts = name.split(".")
+    if any("expert" in part.lower() for part in parts):
+        return True
+    for end in range(1, len(parts)):
+        holder, items = model.get_submodule(".".join(parts[: end - 1])), model.get_submodule(".".join(parts[:end]))
+        if isinstance(items, (nn.ModuleList, nn.ModuleDict)) and len(items) > 1:
+            routers = (getattr(holder, router, None) for router in _ROUTERS)
+            if any(isinstance(router, nn.Linear) and router.out_features == len(items) for router in routers):
+                return True
+    return False

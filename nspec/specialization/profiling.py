@@ -69,7 +69,7 @@ def profile(
         masks_of = valid or RealTokens(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     counts = {}
-    with _evaluating(model), without_fast_path(pairs), _Counters(pairs) as counters:
+    with _evaluating(model), without_fast_path(model, pairs), _Counters(pairs) as counters:
         for task, task_batches in batches.items():
             counters.start()
             done = 0

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from nspec.nn.batch import TaskBatch
-from nspec.nn.switched import TaskSwitched
+from nspec.nn.recompute import backward_pass
+from nspec.nn.switched import Block, TaskSwitched
 
 from .layers import nearest
+
+PLACES = "_nspec_places"
+"""On the module that holds specialised layers: their attributes there, each with the layer's qualified name."""
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile and activation checkpointing of one layer
 
 
 def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
     """The modules of ``model`` that know tasks, also through wrappers (DistributedDataParallel, torch.compile).
 
     Raises:
-        ValueError: the model is not specialised.
+        ValueError: the model is not specialised, or something else stands where a specialised layer was.
     """
-    layers: list[TaskSwitched] = [module for module in model.modules() if isinstance(module, TaskSwitched)]
+    layers: list[TaskSwitched] = []
+    for module in model.modules():
+        if isinstance(module, TaskSwitched):
+            layers.append(module)
+        if (places := module.__dict__.get(PLACES)) is not None:
+            _check_places(module, places)
     if not layers:
         raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
     return layers
+
+
+def _check_places(parent: nn.Module, places: dict[str, str]) -> None:
+    for attribute, name in places.items():
+        found: Any = getattr(parent, attribute, None)
+        while not isinstance(found, TaskSwitched):
+            inside: Any = getattr(found, "_modules", {})
+            wrapped = next((inside[wrapper] for wrapper in _WRAPPERS if wrapper in inside), None)
+            if wrapped is None:
+                kind = f"{type(found).__module__}.{type(found).__name__}"
+                raise ValueError(
+                    f"{name} was specialised, and {kind} stands in its place now (an adapter, a quantised or another "
+                    "layer), to which no mask applies: take it out, or merge it into the weights and specialise then. "
+                    "Adapters on other layers, such as those of attention, are fine"
+                )
+            found = wrapped
 
 
 def set_task(model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: int = 0) -> None:
@@ -33,22 +60,55 @@ def set_task(model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: i
         model: specialised.
         task: a name; or for batches of several tasks a sequence with the name of each sentence, in any order. A layer's
             input may then have ``n * k`` rows for n sentences, those of a sentence together: beams, or a model that
-            flattens a batch to tokens.
+            flattens a batch to tokens. Layers whose tokens a router chooses (experts) take one task at a time.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
             time first.
 
+    A model is switched by one thread at a time: after this call any thread may run the model, and only this one may
+    switch it, until it sets None or ends.
+
     Raises:
-        ValueError: the model is not specialised, has no masks of that task, the sequence is empty, or ``batch_dim`` is
-            negative.
+        ValueError: the model is not specialised or was changed since, has no masks of that task, the sequence is empty,
+            or ``batch_dim`` is negative.
         TypeError: the task is neither a string nor a sequence of strings.
+        RuntimeError: another thread has switched the model.
     """
     layers = specialized_layers(model)
-    switch = _checked(task, batch_dim, layers[0].tasks)
+    switch = check_task(task, layers[0].tasks, batch_dim)
+    refuse_other_threads(layers)
     for layer in layers:
         layer.set_task(switch)
+    lasting = Block(lasting=True)
+    for layer in layers:
+        if layer._block is None or layer._block.lasting:
+            layer.hold(None if switch is None else lasting)
 
 
-def _checked(task: Any, batch_dim: int, known: list[str]) -> str | TaskBatch | None:
+def refuse_other_threads(layers: Iterable[TaskSwitched]) -> None:
+    """Raises RuntimeError where another thread has switched a layer. What a backward pass computes again may."""
+    for layer in layers:
+        block = layer._block
+        if block is not None and block.open and block.elsewhere() and backward_pass() < 0:
+            way = (
+                "let it set None first (nspec.set_task(model, None))"
+                if block.lasting
+                else "hold a lock around nspec.task"
+            )
+            raise RuntimeError(
+                f"thread {block.thread.name} has switched this model to {_shown(layer)}, and thread "
+                f"{threading.current_thread().name} switches it now: a model is switched by one thread at a time; {way}. "
+                "To serve several tasks at once, run their sentences in one batch (nspec.task(model, [names])), or give "
+                "each task a model of its own (nspec.merge(model, name))"
+            )
+
+
+def _shown(layer: TaskSwitched) -> str:
+    task = getattr(layer, "task", None)
+    return "no task" if task is None else repr(task) if isinstance(task, str) else f"the tasks of {len(task)} sentences"
+
+
+def check_task(task: Any, known: list[str], batch_dim: int = 0) -> str | TaskBatch | None:
+    """What layers are switched to: the task as given, or the batch of a sequence. Raises as :func:`set_task` does."""
     if task is None or isinstance(task, str):
         names = [] if task is None else [task]
     elif isinstance(task, Sequence):
@@ -74,7 +134,12 @@ def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int =
 
     A sequence gives the task of each sentence of a batch; see :func:`set_task`. The backward pass may run after the
     block: activation checkpointing computes the forward pass again with the neurons that it used
-    (``nspec.checkpoint_contexts`` where one backward pass holds several tasks).
+    (``nspec.checkpoint_contexts`` where one backward pass holds several tasks). Blocks may end in another order than they
+    began: the one that began last holds.
+
+    The block belongs to its thread: another thread that runs or switches the model meanwhile gets a RuntimeError. A server
+    holds a lock around the block, runs the requests of several tasks as one batch, or gives each task a model
+    (``nspec.merge``).
 
     Example:
         with nspec.task(model, "en-de"):
@@ -83,15 +148,14 @@ def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int =
     Raises:
         ValueError: as in :func:`set_task`.
         TypeError: as in :func:`set_task`.
+        RuntimeError: another thread has switched the model.
     """
     layers = specialized_layers(model)
-    before = [layer.state() for layer in layers]
-    set_task(model, name, batch_dim=batch_dim)
-    try:
+    switch = check_task(name, layers[0].tasks, batch_dim)
+    with _block(layers):
+        for layer in layers:
+            layer.set_task(switch)
         yield
-    finally:
-        for layer, state in zip(layers, before):
-            layer.restore(state)
 
 
 @contextlib.contextmanager
@@ -106,18 +170,26 @@ def task_by_layer(model: nn.Module, task_of: Callable[[str], str | None]) -> Ite
 
     Raises:
         ValueError: the model is not specialised, or a layer does not know its task; nothing is switched then.
+        RuntimeError: another thread has switched the model.
     """
     specialized_layers(model)  # raises where there are none
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskSwitched)}
-    tasks = {name: _checked(task_of(name), 0, layer.tasks) for name, layer in layers.items()}
-    before = {name: layer.state() for name, layer in layers.items()}
-    try:
+    tasks = {name: check_task(task_of(name), layer.tasks) for name, layer in layers.items()}
+    with _block(layers.values()):
         for name, layer in layers.items():
             layer.set_task(tasks[name])
         yield
+
+
+@contextlib.contextmanager
+def _block(layers: Iterable[TaskSwitched]) -> Iterator[None]:
+    refuse_other_threads(layers)
+    block = Block(lasting=False)
+    block.enter(layers)
+    try:
+        yield
     finally:
-        for name, layer in layers.items():
-            layer.restore(before[name])
+        block.leave()
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[Any, Any]]:

@@ -1,0 +1,145 @@
+"""The value that stands for the activations: ReLU and what does nothing pass, all else is an error in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nspec
+
+
+class Block(nn.Module):
+    """``between`` runs between fc1 and fc2."""
+
+    def __init__(self, between: Callable[[Any], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self._between = nn.Linear(8, 64), nn.Linear(64, 8), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self._between(self.fc1(x)))
+
+
+def specialised(between: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
+    """The model, and what it should give for ones."""
+    model, active = Block(between).double(), torch.arange(64) % 3 == 0
+    x = torch.ones(5, 8, dtype=torch.float64)
+    want = model.fc2(F.linear(x, model.fc1.weight * active[:, None], model.fc1.bias).relu())
+    return nspec.specialize(model, nspec.NeuronMasks({"a": {"fc1": active}})), want
+
+
+def test_relu_by_any_name_and_what_does_nothing_pass() -> None:
+    passing: dict[str, Callable[[Any], Any]] = {
+        "module": nn.ReLU(),
+        "in place": nn.ReLU(inplace=True),
+        "in place, the value used on": lambda h: (F.relu_(h), h)[1],
+        "method": lambda h: h.relu(),
+        "twice": lambda h: torch.relu(torch.relu_(h)),
+        "dropout of 0": lambda h: F.dropout(h.relu(), 0.0),
+        "dropout in evaluation": lambda h: nn.Dropout(0.5).eval()(h.relu()),
+        "a move to where it is": lambda h: (
+            h.relu().to("cpu").to(torch.float64).contiguous().type_as(torch.ones(1).double())
+        ),
+    }
+    for name, between in passing.items():
+        model, want = specialised(between)
+        for grad in (True, False, True):
+            with nspec.task(model, "a"), torch.set_grad_enabled(grad):
+                torch.testing.assert_close(model(torch.ones(5, 8).double()), want, rtol=0, atol=1e-12, msg=name)
+
+
+def test_it_says_what_the_activations_would_be() -> None:
+    seen: list[Any] = []
+    model, _ = specialised(lambda h: (seen.append(h), h.relu())[1])
+    with nspec.task(model, "a"):
+        model(torch.ones(2, 3, 8).double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.float()(torch.ones(2, 3, 8))
+    assert [(h.shape, h.dim(), h.size(-1), h.numel(), h.dtype, h.device.type) for h in seen] == [
+        (torch.Size([2, 3, 64]), 3, 64, 384, dtype, "cpu") for dtype in (torch.float64, torch.bfloat16)
+    ]
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another activation": (F.gelu, "calls gelu"),
+    "none": (lambda h: h, "without one"),
+    "one that is ReLU for small values": (nn.ReLU6(), "hardtanh"),
+    "clamp": (lambda h: h.relu().clamp(max=3), r"Tensor\.clamp"),
+    "a threshold": (lambda h: h * (h > 0.5), "__gt__"),
+    "a product": (lambda h: h.relu() * 1.0, "__mul__"),
+    "a reflected operator": (lambda h: 1 - h.relu(), "__rsub__"),
+    "dropout": (lambda h: F.dropout(h.relu(), 0.1), "p=0.1"),
+    "another dropout": (lambda h: F.alpha_dropout(h.relu(), 0.2, True), "p=0.2"),
+    "another dtype": (lambda h: h.relu().to(torch.float32), "torch.float32"),
+    "a part": (lambda h: h.relu()[..., :8], "__getitem__"),
+    "a list": (lambda h: torch.cat([h.relu()]), "calls cat"),
+    "a look at the values": (lambda h: h.relu() if h.sum() > 0 else h, r"Tensor\.sum"),
+    "no gradient": (lambda h: h.relu().detach(), r"Tensor\.detach"),
+    "a norm": (lambda h: F.layer_norm(h.relu(), (64,)), "layer_norm"),
+    "a weight": (lambda h: F.linear(torch.ones(1, 64), h.relu()), "as weights"),
+    "a layer before fc2": (lambda h: nn.Linear(32, 64)(h.relu()), r"shape \[64, 32\]"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_everything_else_is_an_error_that_names_layer_and_operation_in_every_pass(what: str) -> None:
+    between, names = REFUSED[what]
+    model, _ = specialised(between)
+    for training in (True, True, False, False):
+        with (
+            nspec.task(model.train(training), "a"),
+            pytest.raises(ValueError, match=f"^fc1: .*is not ReLU alone.*{names}"),
+        ):
+            model(torch.ones(5, 8).double())
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_layer_is_checked_too(fullgraph: bool) -> None:
+    for between in (F.gelu, lambda h: F.dropout(h.relu(), 0.5)):
+        torch._dynamo.reset()
+        model, _ = specialised(between)
+        compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        with nspec.task(model, "a"), pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="ReLU"):
+            compiled(torch.ones(5, 8).double())
+
+
+def test_an_empty_batch_proves_nothing_and_an_error_leaves_nothing_behind() -> None:
+    between = nn.ReLU()
+    model, want = specialised(lambda h: between(h))
+    with nspec.task(model, "a"):
+        assert model(torch.ones(0, 8).double()).shape == (0, 8)
+        between = nn.GELU()
+        with pytest.raises(ValueError, match="calls gelu"):
+            model(torch.ones(5, 8).double())
+        between = nn.ReLU()
+        torch.testing.assert_close(model(torch.ones(5, 8).double()), want)
+
+
+def test_hooks_may_look_at_it_and_may_not_change_it() -> None:
+    model, want = specialised(torch.relu)
+    shapes: list[torch.Size] = []
+    model.fc1.register_forward_hook(lambda module, inputs, h: shapes.append(h.shape))
+    with nspec.task(model, "a"):
+        torch.testing.assert_close(model(torch.ones(5, 8).double()), want)
+        assert shapes == [torch.Size([5, 64])]
+        for hook, name in (
+            (model.fc1.register_forward_hook(lambda module, inputs, h: h * 2), "__mul__"),
+            (model.fc2.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)), "__add__"),
+        ):
+            with pytest.raises(ValueError, match=name):
+                model(torch.ones(5, 8).double())
+            hook.remove()
+
+
+def test_activations_that_a_hook_puts_in_their_place_go_through_fc2_as_they_are() -> None:
+    """Only the rows of fc1 are masked: fc2 of anything else is fc2."""
+    model, _ = specialised(torch.relu)
+    patch = torch.rand(5, 64, dtype=torch.float64)
+    model.fc1.register_forward_hook(lambda module, inputs, h: patch)
+    with nspec.task(model, "a"):
+        torch.testing.assert_close(model(torch.ones(5, 8).double()), F.linear(patch, model.fc2.weight, model.fc2.bias))
