@@ -128,6 +128,7 @@ if how == "apart":
     mesh = init_device_mesh("cpu", (world,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model[2], mesh=mesh)
+    fully_shard(model, mesh=mesh)
 else:
     model = FullyShardedDataParallel(model, use_orig_params=how == "with", device_id=torch.device("cpu"))
 with nspec.task(model, "a"):
@@ -139,7 +140,7 @@ nspec.RowSparseAdamW(model.parameters())
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("apart", "sharded apart from its own: apply fully_shard to the layer that holds both"),
+        ("apart", "one of their weights is sharded now: apply fully_shard to the layer that holds both"),
         ("with", "a wrapper flattens it; shard the model with torch.distributed.fsdp.fully_shard"),
         ("without", "no parameter belongs to a specialised layer"),
     ],

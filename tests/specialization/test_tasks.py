@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models import batch, m2m100, masks_for
@@ -70,3 +72,24 @@ def test_a_layer_that_does_not_know_its_task_leaves_all_as_they_were() -> None:
     assert model.model.encoder.layers[0].fc1.task == "de-en"
     with pytest.raises(ValueError, match="is not specialised"), task_by_layer(m2m100(), lambda name: None):
         pass
+
+
+@pytest.mark.parametrize("mode", ["forward", "update"])
+def test_training_without_a_task_is_warned_of_once_for_a_model(mode: str, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")  # Python itself would show it once for both models
+    model, other = m2m100(torch.float32), m2m100(torch.float32)
+    for each in (model, other):
+        nspec.specialize(each, masks_for(each), mode=mode)
+    with nspec.task(model, "en-de"):
+        model(**batch()).loss.backward()
+    with nspec.task(model, None):  # said so
+        model(**batch()).loss.backward()
+    with torch.no_grad():
+        model(**batch())
+    model.eval()(**batch())
+    assert not [w for w in recwarn if "specialised" in str(w.message)]
+    for each in (model, model, other):
+        each.train()(**batch()).loss.backward()
+    told = [str(w.message) for w in recwarn if "without a task" in str(w.message)]
+    assert len(told) == 2
+    assert all("model.encoder.layers.0.fc1" in text and "nspec.task(model, name)" in text for text in told)
