@@ -152,26 +152,38 @@ def _is_relu(activation: Any) -> bool:
 
 
 @contextlib.contextmanager
-def without_fast_path(pairs: Sequence[Pair]) -> Iterator[None]:
+def without_fast_path(pairs: Sequence[Pair], model: nn.Module | None = None) -> Iterator[None]:
     """Keeps ``nn.TransformerEncoderLayer`` from its fused inference path, which would not call fc1 and fc2."""
-    changed = disable_fast_path(pairs)
+    changed = disable_fast_path(pairs, model)
     try:
         yield
     finally:
         restore_fast_path(changed)
 
 
-def disable_fast_path(pairs: Sequence[Pair]) -> list[tuple[nn.Module, Any]]:
-    """Switches it off for good; returns what :func:`restore_fast_path` needs."""
+def disable_fast_path(pairs: Sequence[Pair], model: nn.Module | None = None) -> list[tuple[nn.Module, Any]]:
+    """Switches it off for good; returns what :func:`restore_fast_path` needs.
+
+    With ``model``, every ``nn.TransformerEncoder`` in it that holds one of the layers no longer makes nested tensors of
+    padded batches either, which the layers take on the fused path alone.
+    """
     changed: list[tuple[nn.Module, Any]] = []
+    layers = {id(pair.parent) for pair in pairs if isinstance(pair.parent, nn.TransformerEncoderLayer)}
     for pair in pairs:
         if isinstance(pair.parent, nn.TransformerEncoderLayer):
             changed.append((pair.parent, pair.parent.activation_relu_or_gelu))
             pair.parent.activation_relu_or_gelu = 0
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.TransformerEncoder) and any(id(layer) in layers for layer in module.layers):
+            changed.append((module, module.use_nested_tensor))
+            module.use_nested_tensor = False
     return changed
 
 
 def restore_fast_path(changed: Sequence[tuple[nn.Module, Any]]) -> None:
     """Undoes :func:`disable_fast_path`."""
     for module, value in changed:
-        module.activation_relu_or_gelu = value
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = value
+        else:
+            module.activation_relu_or_gelu = value
