@@ -120,16 +120,21 @@ class Counters:
                 if pair.name in layers:
                     take = functools.partial(_take, self._alignment.alone, pair.name)
                     hooks.callback(pair.fc1.register_forward_pre_hook(take, with_kwargs=True).remove)
-            alone(self._alignment.sentence, len(mask.real))
+            try:
+                alone(self._alignment.sentence, len(mask.real))
+            except Exception as error:  # of the model: its batches cannot be cut into sentences
+                raise self._cannot_tell(layers, masks) from error
 
     def _cannot_tell(self, layers: set[str], masks: Masks) -> ValueError:
         layer = min(layers)
         mask = masks[layer]
         assert isinstance(mask, TokenMask)
+        leading, way_out = list(self.leading.get(layer, ())), ""
+        if len(leading) > 1:
+            way_out = ", or batches with another number of sentences than tokens in each, one such batch first"
         return ValueError(
-            f"{layer}: {mask.name} gives a mask of shape {list(mask.real.shape)}, and whether the layer has its tokens in "
-            f"that order or with the dimensions swapped cannot be told in {self._where()}: give valid=, or batches with "
-            "another number of sentences than tokens in each, one such batch first"
+            f"{layer}: {mask.name} gives a mask of shape {list(mask.real.shape)}, the activations have {leading}, and in "
+            f"which order those are cannot be told in {self._where()}: give valid={way_out}"
         )
 
 
@@ -155,7 +160,7 @@ class _Pass:
                 if pair.name not in self._wanted:
                     continue
                 if _is_plain(pair.fc1, (nn.Linear, TaskLinear)) and not pair.fc1._forward_hooks:
-                    pair.fc1.forward = functools.partial(self._fused, pair)  # type: ignore[method-assign,assignment]
+                    pair.fc1.forward = functools.partial(self._fused, pair)  # type: ignore[method-assign]
                     hooks.callback(delattr, pair.fc1, "forward")
                 else:
                     hook = functools.partial(self._returned, pair)

@@ -250,6 +250,17 @@ def test_a_square_batch_is_placed_by_an_earlier_one_and_else_refused() -> None:
     same(nspec.profile(model, {"t": [square]}, valid=lambda layer, batch: real), one_by_one(model, square_apart))
 
 
+class Flat(TimeFirst):
+    def forward(self, x: Tensor, encoder_padding_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x.flatten(0, 1))
+
+
+def test_flattened_rows_of_an_unknown_order_are_refused() -> None:
+    whole, _ = fairseq_batches(SOURCE)
+    with pytest.raises(ValueError, match=r"fc1: .*shape \[4, 8\], the activations have \[32\].* give valid=$"):
+        nspec.profile(Flat().double(), {"t": [whole]})
+
+
 class OwnIds(nn.Module):
     """An encoder and a decoder of one's own, fed with token ids; no configuration, no mask."""
 
