@@ -29,7 +29,7 @@ from bench import machine, rows, timing
 from bench.stepping import model as step_model
 from bench.stepping.model import BASE, BIG, RESERVED, Batch, Shape, scaled_down, tiny
 from nspec.specialization.layers import Pair, find_pairs
-from nspec.specialization.profiling import RealTokens
+from nspec.specialization.padding import RealTokens
 
 Corpus = dict[str, list[Batch]]
 """The batches of each task, on the CPU, as :func:`nspec.mt.collate.collate` makes them."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.nn.ffn import TaskLinear
 
+from .counting import Counters, Masks
 from .counts import ActivationCounts
-from .layers import Pair, check_relu, find_pairs, without_fast_path
+from .layers import check_relu, find_pairs, without_fast_path
+from .padding import RealTokens, rows_are_samples
 from .tasks import task as switched_to
 
 
-@torch.no_grad()
 def profile(
     model: nn.Module,
     batches: Mapping[str, Iterable[Any]],
@@ -29,19 +32,24 @@ def profile(
 ) -> ActivationCounts:
     """Counts, per task, layer and neuron, the tokens with an activation above 0, with teacher forcing in eval mode.
 
-    A specialised model is profiled dense. Modes (training or not) and the current task are as before afterwards.
+    A specialised model is profiled dense. The model is changed only while a batch runs: what the batches' generator does
+    with it (back-translation, say) is as it would be elsewhere, and does not count.
 
     Args:
-        model: any module with feed-forward layers (two linear layers with ReLU between them).
+        model: any module with feed-forward layers (two linear layers with ReLU between them). DataParallel and
+            DistributedDataParallel are passed by, and compiled code runs uncompiled.
         batches: for each task the batches to run: what ``model(**batch)`` takes (a mapping), or ``model(*batch)`` (a
-            tuple or list), or one tensor. Tensors are moved to the model's device. Iterated once.
+            tuple, named or not, or list), or one tensor. Tensors are moved to the model's device. Iterated once.
         layers: as in ``find_pairs``; None takes all.
         padding: ``exclude``: only real tokens count. ``include``: padded positions count too, as in the release of Tan
             et al. 2024.
-        valid: ``valid(layer, batch)`` gives the bool mask of real tokens of a layer, shaped as the leading dimensions of
-            its activations, or None for all. By default: ``attention_mask`` for encoders (else ``input_ids`` that are not
-            padding), ``decoder_attention_mask`` for decoders (else ``labels`` that are neither -100 nor padding, else
-            ``decoder_input_ids`` that are not padding).
+        valid: ``valid(layer, batch)`` gives the bool mask of real tokens of a layer, in the shape of the leading
+            dimensions of its activations, or None for all. By default the batch's own, under the names that
+            ``model.forward`` gives its arguments. For encoders, and models that are one stack: a mask of padding
+            (``src_key_padding_mask``, ``encoder_padding_mask`` and the like: True or -inf is padding), else
+            ``attention_mask``, else token ids that are not padding. For decoders: ``tgt_key_padding_mask`` and the like,
+            else ``decoder_attention_mask``, else ``labels`` that are neither -100 nor padding, else the decoder's token
+            ids that are not padding. Layers may keep time first, or flatten a batch to tokens.
         progress: called as ``progress(task, batches done)`` after each batch.
 
     Returns:
@@ -49,7 +57,13 @@ def profile(
         activations are.
 
     Raises:
-        ValueError: no task or a task without batches, layers that are not ReLU, a mask that does not fit the activations.
+        ValueError: no task or a task without batches, layers that are not ReLU, a mask that does not fit the activations
+            or may fit in two ways, an activation of a real token that is NaN or infinite (one of minus infinity before
+            ReLU has not fired).
+        TypeError: batches that are no mapping of tasks to several batches, or a batch that no model takes.
+
+    Warns:
+        UserWarning: once, where padding is to be excluded and a batch says nothing about it: all positions count then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -58,143 +72,74 @@ def profile(
     """
     if padding not in ("exclude", "include"):
         raise ValueError(f"padding is {padding!r}, expected 'exclude' or 'include'")
+    if not isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, expected the batches of each task: {{'en-de': [batch, ...], ...}}"
+        )
     if not batches:
         raise ValueError("no task: batches is empty")
     pairs = find_pairs(model, layers)
     for pair in pairs:
         check_relu(pair, dropout=False)  # dropout is off in eval mode
-    if padding == "include":
-        masks_of: Callable[[str, Any], Tensor | None] = lambda layer, batch: None
-    else:
-        masks_of = valid or RealTokens(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    names = [pair.name for pair in pairs]
+    real = RealTokens(model)
+    counters = Counters(pairs)
+    warned = padding == "include" or valid is not None
     counts = {}
-    with _evaluating(model), without_fast_path(model, pairs), _Counters(pairs) as counters:
-        for task, task_batches in batches.items():
-            counters.start()
-            done = 0
-            for batch in task_batches:
-                batch = _to_device(batch, device)
-                counters.masks = {pair.name: masks_of(pair.name, batch) for pair in pairs}
-                _run(model, batch)
-                done += 1
-                if progress is not None:
-                    progress(task, done)
-            if not done:
-                raise ValueError(f"task {task} has no batches: there is nothing to profile it on")
-            counts[task] = counters.totals(task)
+    for task, task_batches in batches.items():
+        counters.start(task)
+        done = 0
+        for batch in _several(task, task_batches):
+            batch = _to_device(task, batch, _device(model))
+            masks: Masks = dict.fromkeys(names)
+            if padding == "exclude":
+                masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
+            with torch.no_grad(), _evaluating(model), without_fast_path(model, pairs), _uncompiled(model):
+                alone = functools.partial(_run_alone, model, batch) if real.follows_transformers else None
+                counters.count(functools.partial(_run, model, batch), masks, alone)
+            if not warned:
+                silent = [n for n in names if masks[n] is None and not rows_are_samples(batch, counters.leading.get(n))]
+                if silent:
+                    warned = True
+                    warnings.warn(_nothing_to_exclude(task, silent, real.named(batch)), UserWarning, stacklevel=2)
+            done += 1
+            if progress is not None:
+                progress(task, done)
+        if not done:
+            raise ValueError(f"task {task} has no batches: there is nothing to profile it on")
+        counts[task] = counters.totals()
     return ActivationCounts(counts)
 
 
-class RealTokens:
-    """The default ``valid``: reads the padding of encoder and decoder from a batch of a Hugging Face model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        config = getattr(model, "config", None)
-        self._pad = getattr(config, "pad_token_id", None)
-        self._seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-        get_decoder = getattr(model, "get_decoder", None)
-        decoder = get_decoder() if self._seq2seq and callable(get_decoder) else None
-        self._decoder = next((name for name, m in model.named_modules() if m is decoder), None) if decoder else None
-
-    def __call__(self, layer: str, batch: Any) -> Tensor | None:
-        """Bool ``[batch, length]``, or None where the batch says nothing about padding."""
-        if not isinstance(batch, Mapping):
-            return None
-        if self._decodes(layer):
-            return self._decoder_mask(batch)
-        if batch.get("attention_mask") is not None:
-            return self._two_dimensional("attention_mask", batch["attention_mask"])
-        return self._not_padding(batch.get("input_ids"))
-
-    def _decodes(self, layer: str) -> bool:
-        if self._decoder is not None:
-            return layer.startswith(self._decoder + ".")
-        return self._seq2seq and "decoder" in layer.split(".")
-
-    def _decoder_mask(self, batch: Mapping[str, Any]) -> Tensor | None:
-        if batch.get("decoder_attention_mask") is not None:
-            return self._two_dimensional("decoder_attention_mask", batch["decoder_attention_mask"])
-        labels = batch.get("labels")
-        if labels is not None:
-            # Position j of the decoder reads label j - 1 and predicts label j: the two are padded alike.
-            real = labels != -100
-            return real if self._pad is None else real & (labels != self._pad)
-        return self._not_padding(batch.get("decoder_input_ids"))
-
-    def _not_padding(self, ids: Tensor | None) -> Tensor | None:
-        return None if ids is None or self._pad is None else ids != self._pad
-
-    @staticmethod
-    def _two_dimensional(name: str, mask: Tensor) -> Tensor:
-        if mask.dim() != 2:
-            raise ValueError(
-                f"{name} has shape {list(mask.shape)}, expected [batch, length]; give valid= for other masks"
-            )
-        return mask.bool()
+def _several(task: str, batches: Any) -> Iterable[Any]:
+    """The batches of a task; TypeError where they are one batch, or none at all."""
+    one = isinstance(batches, (Mapping, Tensor, str, bytes)) or hasattr(batches, "_fields")
+    with contextlib.suppress(TypeError):
+        if not one:
+            return iter(batches)
+    raise TypeError(
+        f"the batches of task {task} are {'one' if one else 'of type'} {type(batches).__name__}, expected a list of "
+        f"batches, or something else to iterate over: {{{task!r}: [batch, ...]}}"
+    )
 
 
-class _Counters(contextlib.AbstractContextManager["_Counters"]):
-    """While it is entered, fc1 of each pair computes through ``linear_relu_count`` and adds up what that counts."""
+def _given(valid: Callable[[str, Any], Tensor | None], names: Sequence[str], batch: Any) -> Masks:
+    masks = {name: valid(name, batch) for name in names}
+    for name, mask in masks.items():
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name}: valid gave {found}, expected a bool tensor or None")
+    return masks
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
-        self._totals: dict[str, Tensor] = {}
-        self._checked: dict[str, bool] = {}
-        self.masks: dict[str, Tensor | None] = {}
 
-    def __enter__(self) -> _Counters:
-        self._hooks = []
-        for pair in self._pairs:
-            pair.fc1.forward = self._counting(pair)  # type: ignore[method-assign,assignment]
-            self._hooks.append(pair.fc2.register_forward_pre_hook(self._checking(pair)))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for pair, hook in zip(self._pairs, self._hooks):
-            del pair.fc1.forward
-            hook.remove()
-
-    def start(self) -> None:
-        """Begins a task."""
-        self._totals = {}
-
-    def totals(self, task: str) -> dict[str, Tensor]:
-        """The counts since :meth:`start`, in the order of the layers."""
-        if missing := [pair.name for pair in self._pairs if pair.name not in self._totals]:
-            raise ValueError(
-                f"the batches of task {task} did not run layer {missing[0]}; choose layers with layers=[...]"
-            )
-        return {pair.name: self._totals[pair.name].cpu() for pair in self._pairs}
-
-    def _counting(self, pair: Pair) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            mask = self.masks.get(pair.name)
-            if mask is not None:
-                if mask.numel() != x[..., 0].numel():
-                    raise ValueError(
-                        f"{pair.name}: the mask of real tokens has shape {list(mask.shape)}, the activations have "
-                        f"{list(x.shape[:-1])}; give valid= for this model, or padding='include'"
-                    )
-                mask = mask.to(x.device).reshape(x.shape[:-1])
-            h, count = linear_relu_count(x, pair.fc1.weight, pair.fc1.bias, valid=mask)
-            total = self._totals.get(pair.name)
-            self._totals[pair.name] = count if total is None else total + count
-            self._last = h
-            return h  # the layer's own ReLU changes nothing of it
-
-        return forward
-
-    def _checking(self, pair: Pair) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def pre_hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self._checked.get(pair.name):
-                self._checked[pair.name] = True
-                if args[0].shape != self._last.shape or not torch.equal(args[0], self._last.to(args[0].dtype)):
-                    raise ValueError(
-                        f"{pair.name}: what the layer does between fc1 and fc2 is not ReLU alone in eval mode"
-                    )
-
-        return pre_hook
+def _nothing_to_exclude(task: str, layers: Sequence[str], inputs: Mapping[str, Any]) -> str:
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return (
+        f"task {task}: nothing in a batch says which positions of {shown} are padding, so all of them count. Looked for "
+        "masks (attention_mask, decoder_attention_mask, src_key_padding_mask, tgt_key_padding_mask and the like), labels "
+        f"and token ids with a known padding id; the batch has {', '.join(inputs) or 'unnamed inputs'}. Give "
+        "valid=, or padding='include' where there is no padding"
+    )
 
 
 @contextlib.contextmanager
@@ -211,20 +156,56 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compiled code would have to be compiled again with the counting in it, and once more without."""
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """Where the model takes its inputs; None where it moves them itself (accelerate), as its weights are elsewhere."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return None
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _to_device(task: str, batch: Any, device: torch.device | None) -> Any:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) and device is not None else value
+
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return moved(batch)
     if isinstance(batch, Mapping):
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return {key: moved(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(moved, batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(value.to(device) if isinstance(value, Tensor) else value for value in batch)
-    raise TypeError(f"a batch is a {type(batch).__name__}, expected a mapping, a tuple, a list or a tensor")
+        return type(batch)(map(moved, batch))
+    raise TypeError(
+        f"a batch of task {task} is a {type(batch).__name__}, expected a mapping, a tuple, a list or a tensor"
+    )
 
 
 def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        model = model.module  # copies on other devices have no counters, and processes have other numbers of batches
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, Tensor):
         model(batch)
     else:
         model(*batch)
+
+
+def _run_alone(model: nn.Module, batch: Any, sentence: int, sentences: int) -> None:
+    """Runs one sentence of a batch of Transformers, whose tensors all have the batch first."""
+
+    def cut(value: Any) -> Any:
+        mine = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == sentences
+        return value[sentence : sentence + 1] if mine else value
+
+    if isinstance(batch, Mapping):
+        _run(model, {key: cut(value) for key, value in batch.items()})
+    else:
+        _run(model, [cut(value) for value in ((batch,) if isinstance(batch, Tensor) else batch)])
