@@ -16,6 +16,7 @@ from .active import ActiveSet
 from .batch import TaskBatch
 from .captured import keep
 from .recompute import ForwardPasses, Use, backward_pass
+from .touched import Arrivals, TouchedRows
 
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
@@ -102,7 +103,8 @@ class MaskedLinear(nn.Linear):
     _batch: TaskBatch | None
     _set_in: int  # the backward pass in which the active set was set; -1 outside of one
     _passes: ForwardPasses
-    _touched: Tensor
+    _touched: TouchedRows | None
+    _arrivals: Arrivals
 
     def __init__(
         self,
@@ -177,47 +179,58 @@ class MaskedLinear(nn.Linear):
                 use = self._passes.recomputed()
             tensors = self._passes.note(use, *tensors)
         active, batch = use
-        self.note_use(active)
+        tensors = (tensors[0], self.note_use(active, tensors[1]), *tensors[2:])
         if batch is not None and batch.single:
             batch.check(x)
             use = active, None
         return use, *tensors
 
-    # What the optimiser needs to know: the rows that were trained since its last step.
+    # What the optimiser needs to know: the rows that the gradient of the weight is made of.
 
-    def note_use(self, active: ActiveSet | None) -> None:
-        """Adds the rows of a forward pass to those that the next optimiser step may touch."""
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return
-        if self._touched.device != self.weight.device:
-            self._touched = self._no_rows()
-        if active is None:
-            self._touched.fill_(True)
-        else:
-            self._touched.logical_or_(active.on(self.weight.device).union)
+    def note_use(self, active: ActiveSet | None, weight: Tensor) -> Tensor:
+        """The weight with which a forward pass goes on, so that its backward pass notes the rows that it uses."""
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        return self._rows().note(weight, None if active is None else active.on(self.weight.device).union)
 
-    def take_touched(self) -> Tensor:
-        """The rows used with gradients since the last call, bool ``[out_features]``; starts over."""
-        if self._touched.device != self.weight.device:
-            self._touched = self._no_rows()
-        touched = self._touched.clone()
-        self._touched.zero_()
-        return touched
+    def gradient_arrives(self, parameter: Tensor) -> None:
+        """A backward pass is about to add to the gradient of the weight, ``parameter`` to the optimiser."""
+        self._rows().arrive(parameter)
 
-    def _no_rows(self) -> Tensor:
-        return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+    def gradient_is_dropped(self) -> None:
+        """The optimiser zeroes its gradients: what was noted for them goes with them."""
+        self._rows().drop()
+
+    def take_touched(self) -> tuple[Tensor, Tensor, bool]:
+        """The rows of backward passes since the last call, but for those whose gradient was dropped; starts over.
+
+        Returns:
+            These rows, bool ``[out_features]``; those that were dropped, and whether there may be any.
+        """
+        return self._rows().take()
+
+    def follow(self, parameter: Tensor) -> None:
+        """Has :meth:`gradient_arrives` called for the parameter that an optimiser steps in place of the weight."""
+        self._arrivals.follow(parameter, self)
+
+    def _rows(self) -> TouchedRows:
+        if self._touched is None or self._touched.device != self.weight.device:
+            self._touched = TouchedRows(self.out_features, self.weight.device)
+        return self._touched
 
     def _attach(self, mode: Mode) -> None:
-        self.mode, self._active, self._batch, self._touched = mode, None, None, self._no_rows()
+        self.mode, self._active, self._batch = mode, None, None
         self._set_in, self._passes = -1, ForwardPasses()
+        self._touched, self._arrivals = None, Arrivals()
         _LAYERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_touched"}
+        return self.__dict__ | {"_touched": None, "_arrivals": Arrivals()}  # a copy is a layer that nobody has used
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._touched = self._no_rows()  # a copy is a layer of its own, and nobody has used it
+        self.__dict__.setdefault("_touched", None)  # older pickles have neither
+        self.__dict__.setdefault("_arrivals", Arrivals())
         _LAYERS.add(self)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
@@ -152,8 +153,7 @@ def test_a_step_in_a_capture_is_an_error_and_forgets_nothing(monkeypatch: pytest
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="capture forward and backward pass, and step outside"):
             step(model, optimizer, "even")
-    optimizer.zero_grad()
-    assert torch.equal(step(model, optimizer, "low"), EVEN | LOW)  # those of the step that failed are still due
+    assert torch.equal(step(model, optimizer, "low"), EVEN | LOW)  # the gradients of the step that failed are there yet
 
 
 def test_a_model_that_is_not_specialised_is_an_error() -> None:
@@ -165,6 +165,21 @@ def test_a_model_that_is_not_specialised_is_an_error() -> None:
         RowSparseAdamW(model.parameters())
 
 
-def test_options_out_of_range_are_errors() -> None:
-    with pytest.raises(ValueError, match="lr=-1"):
-        RowSparseAdamW(specialised().parameters(), lr=-1)
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = [{name: value} for name in ("lr", "eps", "weight_decay") for value in (-1, NAN, INF, -INF)]
+OUT_OF_RANGE += [{"betas": betas} for betas in ((0.9,), (0.9, 0.99, 0.999), (), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (2, INF))]
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
+def test_options_out_of_range_are_errors(options: dict) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}") + ".*expected finite numbers >= 0"):
+        RowSparseAdamW(specialised().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": "0.1"}, {"lr": True}, {"eps": None}, {"betas": 0.9}, {"betas": ("a", 0.9)}, {"betas": None}], ids=str
+)
+def test_options_that_are_no_numbers_are_errors(options: dict) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        RowSparseAdamW(specialised().parameters(), **options)
