@@ -17,6 +17,7 @@ from .batch import TaskBatch
 from .captured import keep
 from .recompute import ForwardPasses, Use, backward_pass
 from .touched import Arrivals, TouchedRows
+from .transforms import in_transform, outside_transforms
 
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
@@ -69,6 +70,23 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
 
 
+def _composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, batch: TaskBatch | None, mode: Mode
+) -> Tensor:
+    """The same from operations of PyTorch, dense, for ``torch.func``: it knows their derivatives of any kind."""
+    x, weight, bias = cast_inputs(x, weight, bias)
+    # In mode update the masked rows are constants to every derivative.
+    rest = torch.zeros_like(weight) if mode == "forward" else weight.detach()
+    if batch is None:
+        return F.linear(x, torch.where(active.active[:, None], weight, rest), bias)
+    with outside_transforms():
+        _, inverse, offsets = batch.layout(x)
+        own = active.active.repeat_interleave(offsets.diff().to(active.active.device), 0)
+        own = own if inverse is None else own.index_select(0, inverse)
+    y = torch.where(own.view(*x.shape[:-1], -1), F.linear(x, weight), F.linear(x, rest))
+    return y if bias is None else y + bias
+
+
 class MaskedLinear(nn.Linear):
     """``nn.Linear`` with a mask over its output neurons, which rows of the weight it uses and trains.
 
@@ -78,7 +96,8 @@ class MaskedLinear(nn.Linear):
     * mode ``update``: ``y = x Wᵀ + b``, dense; only the gradient is sparse.
 
     In both, the gradient of a masked row of ``weight`` is exactly zero and is not computed; the bias stays dense. Without
-    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else.
+    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else. Under ``torch.func``
+    (``grad``, ``jvp``, ``vmap``) it computes the same without saving work.
 
     Args:
         in_features: size of each input.
@@ -103,7 +122,7 @@ class MaskedLinear(nn.Linear):
     _batch: TaskBatch | None
     _set_in: int  # the backward pass in which the active set was set; -1 outside of one
     _passes: ForwardPasses
-    _touched: TouchedRows | None
+    _touched: TouchedRows
     _arrivals: Arrivals
 
     def __init__(
@@ -122,11 +141,37 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, module: nn.Linear, mode: Mode = "forward") -> MaskedLinear:
-        """A masked layer that shares the parameters of ``module`` (the same tensors, so optimisers stay valid)."""
+        """A masked layer that shares parameters and hooks of ``module`` (the same tensors, so optimisers stay valid).
+
+        Args:
+            module: a layer that computes what ``nn.Linear`` does.
+            mode: ``forward`` or ``update``.
+
+        Raises:
+            TypeError: it is no ``nn.Linear``, or has a ``forward`` of its own.
+            ValueError: an unknown mode, or a weight or bias that is no parameter of the layer but computed from others.
+        """
         check_mode(mode)
+        kind = type(module)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module is {kind.__name__}, expected nn.Linear")
+        if torch.nn.utils.parametrize.is_parametrized(module) or not {"weight", "bias"} <= set(module._parameters):
+            raise ValueError(
+                "the weight or the bias of the layer is parametrised, computed from other parameters, and rows of it cannot "
+                "be masked: make it an ordinary parameter first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or torch.nn.utils.remove_weight_norm"
+            )
+        if kind.forward not in (nn.Linear.forward, MaskedLinear.forward) or "forward" in vars(module):
+            raise TypeError(
+                f"module is {kind.__name__} with a forward of its own, which the masked layer would not run; expected one "
+                "that computes what nn.Linear does"
+            )
         masked = cls(module.in_features, module.out_features, bias=False, mode=mode, device="meta")
         masked.weight, masked.bias = module.weight, module.bias
         masked.train(module.training)
+        # The dictionaries themselves, so that the handles that were given out still remove their hooks.
+        masked.__dict__.update({name: value for name, value in vars(module).items() if "_hooks" in name})
+        masked._is_full_backward_hook = module._is_full_backward_hook
         masked._attach(mode)
         return masked
 
@@ -134,9 +179,12 @@ class MaskedLinear(nn.Linear):
         """Sets the active neurons, bool ``[out_features]``; None makes the layer dense.
 
         Raises:
-            TypeError: the mask is not bool.
+            TypeError: the mask is no bool tensor.
             ValueError: its length is not ``out_features``.
         """
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+            found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"a mask must be bool [neurons], found {found}; expected a bool tensor [{self.out_features}]")
         if mask is not None and tuple(mask.shape) != (self.out_features,):
             raise ValueError(f"mask has shape {list(mask.shape)}, expected [{self.out_features}]")
         self._use(None if mask is None else ActiveSet(mask))
@@ -148,6 +196,8 @@ class MaskedLinear(nn.Linear):
             return F.linear(x, weight, bias)
         active = active.on(weight.device)
         keep(x.device, active)
+        if in_transform():
+            return _composed(x, weight, bias, active, batch, self.mode)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
         x, weight, bias = cast_inputs(x, weight, bias)
         flat = x.reshape(-1, self.in_features)
@@ -214,24 +264,26 @@ class MaskedLinear(nn.Linear):
         self._arrivals.follow(parameter, self)
 
     def _rows(self) -> TouchedRows:
-        if self._touched is None or self._touched.device != self.weight.device:
+        if self._touched.device != self.weight.device:
             self._touched = TouchedRows(self.out_features, self.weight.device)
         return self._touched
 
     def _attach(self, mode: Mode) -> None:
         self.mode, self._active, self._batch = mode, None, None
         self._set_in, self._passes = -1, ForwardPasses()
-        self._touched, self._arrivals = None, Arrivals()
+        self._begin_notes()
+
+    def _begin_notes(self) -> None:
+        # Now and not when they are needed: a graph of torch.compile would be made again.
+        self._touched, self._arrivals = TouchedRows(self.out_features, self.weight.device), Arrivals()
         _LAYERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_touched": None, "_arrivals": Arrivals()}  # a copy is a layer that nobody has used
+        return {key: value for key, value in self.__dict__.items() if key not in ("_touched", "_arrivals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_touched", None)  # older pickles have neither
-        self.__dict__.setdefault("_arrivals", Arrivals())
-        _LAYERS.add(self)
+        self._begin_notes()  # a copy is a layer of its own, and nobody has used it
 
 
 def owners() -> dict[int, MaskedLinear]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .captured import capturing
+from .transforms import in_transform, outside_transforms
 
 
 class TouchedRows:
@@ -33,17 +34,12 @@ class TouchedRows:
 
     def note(self, weight: Tensor, used: Tensor | None) -> Tensor:
         """The weight with which a forward pass goes on, so that its backward pass notes the rows ``used`` (None: all)."""
-        if used is None:
-            used = torch.ones_like(self.noted)
-        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-            # torch.func gives gradients to its caller, who may set them, and lets nothing be written within.
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-            with temporarily_clear_interpreter_stack():
-                self._dropped.logical_or_(used)
+        if in_transform():
+            with outside_transforms():  # which gives gradients to its caller, who may set them
+                self._dropped.logical_or_(torch.ones_like(self.noted) if used is None else used)
             self._apart = True
             return weight
-        noting: Tensor = _Note.apply(weight, self.noted, used)
+        noting: Tensor = _Note.apply(weight, self.noted, torch.ones_like(self.noted) if used is None else used)
         return noting
 
     def arrive(self, parameter: Tensor) -> None:
@@ -100,9 +96,6 @@ class Arrivals:
     def __init__(self) -> None:
         self._parameter: weakref.ref[Tensor] | None = None
         self._handle: Any = None
-
-    def __reduce__(self) -> Any:
-        return Arrivals, ()
 
     def follow(self, parameter: Tensor, layer: Any) -> None:
         """From now on ``layer.gradient_arrives(parameter)`` is called before each addition to ``parameter.grad``."""
