@@ -68,6 +68,21 @@ def block(
     return F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
 
 
+def composed(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, active: Tensor, task_offsets: Tensor | None
+) -> Tensor:
+    """As :func:`block`, from operations of PyTorch alone, which ``torch.func`` can take derivatives of any kind of."""
+    if task_offsets is None:
+        h = F.linear(x, torch.where(active[:, None], w1, torch.zeros_like(w1)), b1)
+    else:
+        lengths = [stop - start for start, stop in checks.segments(task_offsets, x.shape[0])]
+        own = torch.cat([row.expand(length, -1) for row, length in zip(active, lengths)])
+        h = F.linear(x, w1)
+        h = torch.where(own, h, torch.zeros_like(h))
+        h = h if b1 is None else h + b1
+    return F.linear(F.relu(h), w2, b2)
+
+
 class _Several(torch.autograd.Function):
     """The block of several tasks: ``h = relu(m x W1ᵀ + b1)`` with m the set of the token's task, ``y = h W2ᵀ + b2``."""
 

@@ -158,6 +158,9 @@ def compact_ffn(
     x, w1, b1, w2, b2 = cast_inputs(x, w1, b1, w2, b2)
     flat = x.reshape(-1, d_in)
     choosing = requested("compact_ffn") == "auto" and not torch.compiler.is_compiling()
+    if choosing and torch._C._functorch.maybe_current_level() is not None:
+        answer("compact_ffn", "dense", "torch.func knows the derivatives of PyTorch's operations only")
+        return dense.composed(flat, w1, b1, w2, b2, active, task_offsets).view(*x.shape[:-1], w2.shape[0])
     if choosing and (why := dense.reason(flat, w1, index)) is not None:
         answer("compact_ffn", "dense", why)
         return dense.block(flat, w1, b1, w2, b2, active, task_offsets).view(*x.shape[:-1], w2.shape[0])

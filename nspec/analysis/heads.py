@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from nspec.analysis.overlap import Floats, layer_side
 from nspec.analysis.proximity import Direction, task_name
 from nspec.specialization.masks import NeuronMasks
-from nspec.specialization.storage import load_stacked, save_stacked
-from nspec.specialization.tensors import TaskTensors
+from nspec.specialization.storage import Kind, Stacked, reading, save_stacked
+from nspec.specialization.tensors import TaskTensors, each
 
 Loss = Callable[[nn.Module, Any], Tensor]
-_KIND = "heads"
+_KIND = Kind("heads", ("F64",))
 
 
 class HeadImportance(TaskTensors):
@@ -41,7 +41,7 @@ class HeadImportance(TaskTensors):
     """
 
     def __init__(self, importance: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__({t: {n: _checked(t, n, v) for n, v in layers.items()} for t, layers in importance.items()})
+        super().__init__(each(importance, _checked))
 
     def __repr__(self) -> str:
         return f"HeadImportance({len(self.tasks)} tasks, {len(self.layers)} layers)"
@@ -106,13 +106,14 @@ class HeadImportance(TaskTensors):
         """
         stacked = {layer: torch.stack([self[task][layer] for task in self.tasks]) for layer in self.layers}
         # The format has one name for the width of a layer, whatever it counts.
-        layers = {layer: {"d_ff": rows.shape[1]} for layer, rows in stacked.items()}
+        widths = {layer: rows.shape[1] for layer, rows in stacked.items()}
+        layers = {layer: {"d_ff": width} for layer, width in widths.items()}
         rounded = {
             task: {layer: [float(f"{x:.6g}") for x in v.tolist()] for layer, v in self[task].items()}
             for task in self.tasks
         }
         readable = {"tasks": self.tasks, "layers": layers, "importance": rounded}
-        save_stacked(Path(folder), _KIND, stacked, self.tasks, readable)
+        save_stacked(Path(folder), _KIND, Stacked(stacked, self.tasks, widths), readable)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> HeadImportance:
@@ -122,8 +123,8 @@ class HeadImportance(TaskTensors):
             FileNotFoundError: there is no ``heads.safetensors`` in the folder.
             ValueError: the file is broken, or is not one of head importance.
         """
-        stacked, tasks, _ = load_stacked(Path(folder), _KIND)
-        return cls({task: {layer: rows[i] for layer, rows in stacked.items()} for i, task in enumerate(tasks)})
+        with reading(Path(folder), _KIND) as (stacked, tasks, _):
+            return cls({task: {layer: rows[i] for layer, rows in stacked.items()} for i, task in enumerate(tasks)})
 
 
 def attention_kind(layer: str) -> str:

@@ -3,7 +3,8 @@
 ``weight_masks.safetensors`` holds one tensor per layer, named by the qualified name of the linear module, with a row per
 task: uint8 ``[tasks, ceil(out * in / 8)]``, where bit j % 8 of byte j // 8 is weight j in row-major order and the bits
 after the last weight are 0. Its metadata has one entry, ``nspec``, a JSON object with ``format`` (1), ``kind``,
-``tasks`` and ``shapes`` by layer. Only this file is read; ``weight_masks.json`` is for people and for other tools.
+``tasks``, ``shapes`` by layer and ``sha256``. Only this file is read; ``weight_masks.json`` is for people and for other
+tools. See :mod:`nspec.specialization.storage`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nspec.files import replacing, write_text
-from nspec.specialization.storage import FORMAT, opened
+from nspec.specialization.storage import Kind, Stacked, reading, save_stacked
+from nspec.specialization.tensors import each
 
-_KIND = "weight_masks"
+_KIND = Kind("weight_masks", ("U8",), entry="shapes", bits=True)
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
 
 
@@ -93,17 +92,12 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
             that makes its values on demand needs memory for one of them.
 
     Raises:
-        ValueError: no task, or tasks with different layers or shapes.
-        TypeError: a value that is not a bool tensor ``[out, in]``.
+        ValueError: no task, tasks with different layers or shapes, or a name that is empty.
+        TypeError: a value that is not a bool tensor ``[out, in]``, or a name that is no text, or no mapping of mappings.
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._set(
-            {
-                task: {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
-                for task, layers in masks.items()
-            }
-        )
+        self._set(each(masks, _checked))
 
     def _set(self, by_task: dict[str, dict[str, PackedMask]]) -> None:
         _check_same_layers(by_task)
@@ -191,17 +185,10 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             OSError: the files cannot be written; what was there is unchanged.
         """
-        about = {"format": FORMAT, "kind": _KIND, "tasks": self.tasks, "shapes": self.shapes}
         rows = {layer: torch.stack([self._by_task[task][layer].packed for task in self.tasks]) for layer in self.shapes}
-        with replacing(Path(folder) / f"{_KIND}.safetensors") as part:
-            try:
-                save_file(rows, part, metadata={"nspec": json.dumps(about, ensure_ascii=False)})
-            except SafetensorError as error:  # what the library makes of a full disk
-                raise OSError(5, str(error)) from error
         density = {task: [round(share, 4) for share in layers.values()] for task, layers in self.density().items()}
-        about = {"nspec_format": FORMAT, "tasks": self.tasks, "layers": self.shapes, "density": density}
-        lines = (f" {json.dumps(key)}: {_readable(value)}" for key, value in about.items())
-        write_text(Path(folder) / f"{_KIND}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        readable = {"tasks": self.tasks, "layers": self.shapes, "density": density}
+        save_stacked(Path(folder), _KIND, Stacked(rows, self.tasks, self.shapes), readable)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> WeightMasks:
@@ -209,28 +196,17 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
 
         Raises:
             FileNotFoundError: there is no ``weight_masks.safetensors`` in the folder.
-            ValueError: the file is broken, of another kind, or of a newer format.
+            ValueError: the file is broken, of another kind, of a newer format, or holds something else than it says; the
+                message names the file, what was found and what was expected.
         """
-        path = Path(folder) / f"{_KIND}.safetensors"
-        with opened(path, _KIND) as (file, about):
-            tasks, by_layer = about["tasks"], {}
-            for layer, (out, wide) in about["shapes"].items():
-                by_layer[layer] = _rows(path, layer, file.get_tensor(layer), len(tasks), (out, wide))
-        return cls._of_packed(
-            {task: {layer: rows[place] for layer, rows in by_layer.items()} for place, task in enumerate(tasks)}
-        )
-
-
-def _rows(path: Path, layer: str, rows: Tensor, tasks: int, shape: tuple[int, int]) -> list[PackedMask]:
-    """The mask of each task of one layer, checked; copies, so that none keeps the others' bits alive."""
-    weights = shape[0] * shape[1]
-    expected, spare = (tasks, -(-weights // 8)), -weights % 8
-    if rows.dtype != torch.uint8 or tuple(rows.shape) != expected:
-        found = f"{rows.dtype} {list(rows.shape)}"
-        raise ValueError(f"{path} is broken: {layer} is {found}, expected torch.uint8 {list(expected)}")
-    if spare and bool((rows[:, -1] >= 1 << (8 - spare)).any()):
-        raise ValueError(f"{path} is broken: {layer} has bits after its last weight; write it again")
-    return [PackedMask(row.clone(), shape) for row in rows]
+        with reading(Path(folder), _KIND) as (stacked, tasks, shapes):
+            # Copies, so that no task keeps the others' bits alive.
+            return cls._of_packed(
+                {
+                    task: {layer: PackedMask(rows[i].clone(), tuple(shapes[layer])) for layer, rows in stacked.items()}
+                    for i, task in enumerate(tasks)
+                }
+            )
 
 
 def _checked(task: str, layer: str, mask: Tensor) -> PackedMask:
@@ -255,11 +231,3 @@ def _check_same_layers(by_task: Mapping[str, Mapping[str, PackedMask]]) -> None:
                 raise ValueError(f"layer {layer} has weights of shape {shapes}")
         if missing := [layer for layer in by_task[first] if layer not in by_task[task]]:
             raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")
-
-
-def _readable(value: Any) -> str:
-    """One line per task or layer."""
-    if not isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    inner = (f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(item)}" for key, item in value.items())
-    return "{\n" + ",\n".join(inner) + "\n }"

@@ -22,6 +22,7 @@ from nspec.mt.systems import (
 )
 
 _PREPARED = ("prepared/meta.json", "prepared/tokenizer/*")
+_TRAINED = ("summary.json", "log.jsonl", "model/**/*")  # not its checkpoints, which are in nobody's way when deleted
 
 
 def baseline_of(config: Config) -> str:
@@ -39,7 +40,7 @@ def stages_of(config: Config) -> list[Stage]:
     """The arrows of a run with this configuration, in an order in which they can be done."""
     text = ("corpus", "tokenizer", "model.pretrained", "model.max_positions", "run.seed")
     stages = [
-        Stage("prepare", "prepared", options=text),
+        Stage("prepare", "prepared", options=text, outputs=("**/*",)),
         Stage(
             "train",
             "systems/dense",
@@ -47,6 +48,7 @@ def stages_of(config: Config) -> list[Stage]:
             inputs=_PREPARED,
             after=("prepare",),
             resumable=True,
+            outputs=_TRAINED,
         ),
         *_masks(config),
     ]
@@ -56,7 +58,18 @@ def stages_of(config: Config) -> list[Stage]:
     stages += [*first, *weights, *(stage for stage in trained if stage not in first)]
     for system in system_names(config):
         inputs, own = (*_PREPARED, *_weights(config, system)), training_stage(system)
-        stages.append(Stage(f"evaluate:{system}", f"scores/{system}", ("decode",), inputs, (own,), resumable=True))
+        translated = ("*.hyp.txt", "*.decode.json")
+        stages.append(
+            Stage(
+                f"evaluate:{system}",
+                f"scores/{system}",
+                ("decode",),
+                inputs,
+                (own,),
+                resumable=True,
+                outputs=translated,
+            )
+        )
     for system in system_names(config):
         folders = dict.fromkeys([system, baseline_of(config)])
         stages.append(
@@ -68,13 +81,14 @@ def stages_of(config: Config) -> list[Stage]:
                 after=(f"evaluate:{system}",),
                 derived=True,
                 record="stage-score.json",
+                outputs=("scores.json",),
             )
         )
     results = ["config.yaml", "prepared/meta.json", "masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
     results += ["analysis/heads/heads.*", "analysis/heads/measured.json"]  # what `nspec analyze --heads` left
     for system in system_names(config):
         results += [f"systems/{system}/summary.json", f"systems/{system}/log.jsonl", f"scores/{system}/scores.json"]
-    stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True))
+    stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True, outputs=("*",)))
     return stages
 
 
@@ -133,7 +147,15 @@ def _masks(config: Config) -> list[Stage]:
         profiled = (*_PREPARED, *_weights(config, "dense"))
         stages.setdefault(
             profile,
-            Stage(profile, counts, ("profile",), profiled, ("train",), overrides=changed if "/" in counts else {}),
+            Stage(
+                profile,
+                counts,
+                ("profile",),
+                profiled,
+                ("train",),
+                overrides=changed if "/" in counts else {},
+                outputs=("counts.*",),
+            ),
         )
         stages.setdefault(
             select,
@@ -144,12 +166,16 @@ def _masks(config: Config) -> list[Stage]:
                 (f"{counts}/counts.*",),
                 (profile,),
                 overrides=changed if "/" in masks else {},
+                outputs=("masks.*",),
             ),
         )
         own = masks_folder(config, system)
         if own is not None and own != masks:
             random = stage_name("random_masks", own)
-            stages.setdefault(random, Stage(random, own, ("run.seed",), (f"{masks}/masks.*",), (select,)))
+            stages.setdefault(
+                random,
+                Stage(random, own, ("run.seed",), (f"{masks}/masks.*",), (select,), outputs=("masks.*",)),
+            )
     return list(stages.values())
 
 
@@ -183,6 +209,7 @@ def _training(config: Config, system: str) -> Stage:
         tuple(after),
         resumable=True,
         overrides=_overrides(config, system),
+        outputs=(*_TRAINED, *(f"*/{part}" for part in _TRAINED)) if kind.method == "each" else _TRAINED,
     )
 
 
@@ -195,6 +222,7 @@ def _weight_masks(config: Config, system: str) -> Stage:
         (f"systems/{finetuned}/*/model/*.safetensors",),
         (f"specialize:{finetuned}",),
         overrides=_overrides(config, system),
+        outputs=("weight_masks.*",),
     )
 
 

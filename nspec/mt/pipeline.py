@@ -233,7 +233,7 @@ class Pipeline:
         from nspec.mt.translate import Translator
 
         data = self._data()
-        left = [task for task in data.tasks if not _decoded(folder, task).is_file()]
+        left = [task for task in data.tasks if not self._is_translated(folder, task, data)]
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
         each = kind_of(self.config, system).method == "each"
@@ -274,13 +274,28 @@ class Pipeline:
         sizes = {task: data.size("train", task) for task in data.tasks}
         groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
-        seconds = sum(read_json(_decoded(folder, task))["seconds"] for task in data.tasks)
+        seconds = sum(_decoding(folder, task)["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})
 
+    def _is_translated(self, folder: Path, task: str, data: PreparedData) -> bool:
+        """Whether an earlier attempt has translated a direction; what it left broken is translated again."""
+        if not _decoded(folder, task).is_file():
+            return False
+        try:
+            _decoding(folder, task)
+            _lines(folder, task, len(data.text("test", task)[0]))
+        except (ValueError, OSError) as error:
+            self.display.line(f"  {task} is translated again: {error}")
+            return False
+        return True
+
     def _hypotheses(self, system: str, data: PreparedData) -> dict[str, list[str]]:
         folder = self.folder / "scores" / system
-        return {task: (folder / f"{task}.hyp.txt").read_text("utf-8").split("\n")[:-1] for task in data.tasks}
+        try:
+            return {task: _lines(folder, task, len(data.text("test", task)[0])) for task in data.tasks}
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; --redo evaluate:{system} translates it again") from error
 
     def report(self) -> Path:
         """The page with scores, masks, curves and settings: ``report/index.html``.
@@ -294,6 +309,10 @@ class Pipeline:
 
             build_report(self.folder)
 
+        for system in system_names(self.config):  # scores that are not as they were written would change the page
+            score = f"score:{system}"
+            if self.run.finished(score) and self.run.finished(f"evaluate:{system}") and self.run.damage(score):
+                self._do(score, functools.partial(self._score, system))
         self._do("report", work)
         return self.folder / "report" / "index.html"
 
@@ -336,6 +355,34 @@ class Pipeline:
 
 def _decoded(folder: Path, task: str) -> Path:
     return folder / f"{task}.decode.json"
+
+
+def _decoding(folder: Path, task: str) -> dict[str, Any]:
+    """What translating a direction left about itself.
+
+    Raises:
+        ValueError: it is broken; the message names the file, what was found and what was expected.
+    """
+    found = read_json(_decoded(folder, task))
+    for key in ("sentences", "seconds"):
+        value = found.get(key) if isinstance(found, dict) else None
+        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            expected = '{"sentences": number, "seconds": number}'
+            raise ValueError(f"{_decoded(folder, task)} holds {repr(found)[:60]}, expected {expected}")
+    return dict(found)
+
+
+def _lines(folder: Path, task: str, sentences: int) -> list[str]:
+    """The translations of a direction.
+
+    Raises:
+        ValueError: there are not as many as sentences.
+    """
+    path = folder / f"{task}.hyp.txt"
+    lines = path.read_text("utf-8").split("\n")[:-1]
+    if len(lines) != sentences:
+        raise ValueError(f"{path} has {len(lines)} lines, expected the {sentences} sentences of the test set")
+    return lines
 
 
 def quieten(threads: int = 0) -> None:

@@ -1,10 +1,12 @@
 """The arrows of a run: what each depends on, whether it is done, and going on after a kill.
 
 A stage owns a folder. While it works, ``started.json`` stands there with its options and the SHA-256 of its inputs;
-when it is through, ``stage.json`` takes its place. Started again, a stage
+when it is through, ``stage.json`` takes its place, with what it wrote: of small files the SHA-256, of large ones the
+size. Started again, a stage
 
-- that is finished, with the same options and inputs, is skipped;
+- that is finished, with the same options and inputs, and with all that it wrote as it was, is skipped;
 - that is finished with others is an error that names them, because mixing two settings in one run would be worse;
+- that is finished, but whose files are gone or changed, is an error that names them;
 - that is not finished goes on where it was if it can (training, translating the test sets), else starts over.
 
 Stages that only derive files from others in seconds (scores, the report) are made anew instead of an error.
@@ -45,6 +47,8 @@ NEUTRAL = {
     "decode.batch_tokens",
 }
 
+_HASHED = 1 << 24  # bytes; what is larger are weights, which later stages hash as their inputs
+
 _PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
 
 
@@ -62,6 +66,7 @@ class Stage:
         derived: cheap and wholly made from its inputs, so that it is made anew where they or the options changed.
         overrides: options that have another value here than in the configuration: those of a variant.
         record: file in the folder that says that it is finished; another where two stages share a folder.
+        outputs: glob patterns inside its folder: what others read of what it writes.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Stage:
     derived: bool = False
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: str = "stage.json"
+    outputs: tuple[str, ...] = ()
 
 
 class Run:
@@ -141,6 +147,34 @@ class Run:
             self._hashes[key] = sha256(path)
         return self._hashes[key]
 
+    def _outputs(self, stage: Stage) -> dict[str, str | int]:
+        """What the stage wrote, by path inside its folder: the SHA-256, or the bytes of a large file."""
+        folder = self.folder / stage.folder
+        found = {path for pattern in stage.outputs for path in folder.glob(pattern) if path.is_file()}
+        own = {folder / stage.record, folder / _started(stage)}
+        return {path.relative_to(folder).as_posix(): self._fingerprint(path) for path in sorted(found - own)}
+
+    def _fingerprint(self, path: Path) -> str | int:
+        size = path.stat().st_size
+        return size if size > _HASHED else self._hash(path)
+
+    def damage(self, name: str) -> list[str]:
+        """What a finished stage wrote and is not there as it was, in words; nothing for a stage of an older version."""
+        stage = self.stages[name]
+        folder, found = self.folder / stage.folder, []
+        try:
+            outputs = _record(folder / stage.record)["outputs"]
+        except ValueError as error:
+            return [str(error)]
+        for part, before in outputs.items():
+            path = folder / part
+            if not path.is_file():
+                found.append(f"{path} is gone")
+            elif self._fingerprint(path) != before:
+                state = "has changed" if path.stat().st_size else "is empty, and was not"
+                found.append(f"{path} {state} since it was written")
+        return found
+
     def finished(self, name: str) -> bool:
         """Whether the stage has its record (of whatever options)."""
         stage = self.stages[name]
@@ -148,13 +182,13 @@ class Run:
 
     def _differences(self, stage: Stage, record: dict[str, Any], to_come: Collection[str]) -> list[str]:
         """What ``record`` says other than the present options and inputs, in words."""
-        options = record.get("options", {})
+        options = record["options"]
         found = [
             f"{name} was {options.get(name, self._defaults[name])!r}, is {value!r}"
             for name, value in self._options(stage).items()
             if options.get(name, self._defaults[name]) != value
         ]
-        before, now = record.get("inputs", {}), self._inputs(stage)
+        before, now = record["inputs"], self._inputs(stage)
         if all(self.finished(name) and name not in to_come for name in stage.after):  # else inputs are looked at later
             found += [f"its input {name} has changed" for name in now if before.get(name) != now[name]]
             found += [f"its input {name} is gone" for name in before if name not in now]
@@ -164,8 +198,7 @@ class Run:
         listed = "; ".join(differences)
         raise ValueError(
             f"{self.folder / stage.folder} was {verb} with other settings: {listed}. Give another folder "
-            f"(--set run.folder=...), or --redo {stage.name} to make it and all that follows from it anew "
-            f"(the old folders are kept as *.old-N)"
+            f"(--set run.folder=...), or {_redo(stage)}"
         )
 
     # Before work
@@ -177,7 +210,8 @@ class Run:
             but: names of stages that are to be made anew, whatever they were made with.
 
         Raises:
-            ValueError: a finished or resumable stage has other options or inputs; all differences are named.
+            ValueError: a finished or resumable stage has other options or inputs, or its record or what it wrote is not
+                there as it was; all differences are named.
         """
         for stage in self.stages.values():
             if stage.name not in but:
@@ -191,11 +225,20 @@ class Run:
                 continue
             if verb == "begun" and not stage.resumable:
                 return "partial"
-            differences = self._differences(stage, read_json(folder / record), to_come)
-            if differences and stage.derived:
+            try:
+                content = _record(folder / record)
+            except ValueError as error:
+                if stage.derived:
+                    return "stale"
+                raise ValueError(f"{error}. Put it back as it was, or {_redo(stage)}") from error
+            differences = self._differences(stage, content, to_come)
+            damage = self.damage(stage.name) if verb == "made" else []
+            if (differences or damage) and stage.derived:
                 return "stale"
             if differences:
                 self._refuse(stage, verb, differences)
+            if damage:
+                raise ValueError(f"{'; '.join(damage)}. Put it back as it was, or {_redo(stage)}")
             return "done" if verb == "made" else "begun"
         return "new"
 
@@ -279,6 +322,8 @@ class Run:
                 )
         folder = self.folder / stage.folder
         state = self._state(stage)
+        if state == "stale" and (damage := self.damage(stage.name)):
+            tell(f"{stage.name}: {'; '.join(damage)}; it is made anew")
         if state == "done":
             (folder / _started(stage)).unlink(missing_ok=True)
             tell(f"{stage.name}: done, skipped")
@@ -297,10 +342,32 @@ class Run:
 
     def _finish(self, stage: Stage, seconds: float) -> None:
         folder = self.folder / stage.folder
-        record = read_json(folder / _started(stage))
+        record = _record(folder / _started(stage))
         record["seconds"] = round(record["seconds"] + seconds, 3)
-        write_json(folder / stage.record, record | {"versions": versions()})
+        write_json(folder / stage.record, record | {"outputs": self._outputs(stage), "versions": versions()})
         (folder / _started(stage)).unlink()
+
+
+def _redo(stage: Stage) -> str:
+    return f"--redo {stage.name} to make it and all that follows from it anew (the old folders are kept as *.old-N)"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a stage wrote of itself.
+
+    Raises:
+        ValueError: it is no record; the message names the file, what was found and what was expected.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds {repr(record)[:40]}, expected an object with stage, options and inputs")
+    record.setdefault("outputs", {})  # older versions wrote none
+    for key in ("options", "inputs", "outputs"):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"{path}: {key} is {repr(record.get(key))[:40]}, expected an object")
+    if type(record.get("seconds")) not in (int, float):
+        raise ValueError(f"{path}: seconds is {repr(record.get('seconds'))[:40]}, expected a number")
+    return record
 
 
 def _started(stage: Stage) -> str:

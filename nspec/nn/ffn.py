@@ -184,9 +184,10 @@ class CompactFc1(TaskLinear):
     def forward(self, x: Tensor) -> Any:
         """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for ReLU and fc2."""
         use = self._begin(x)
+        weight = self.note_use(use[0], self.weight)
         if use[0] is None:
-            return F.linear(*self._noted(use, x, self.weight, self.bias))
-        return Activations(self, use, (x, self.weight, self.bias), rectified=False)
+            return F.linear(*self._noted(use, x, weight, self.bias))
+        return Activations(self, use, (x, weight, self.bias), rectified=False)
 
     def block(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
         """What fc2 gives for the activations ``h``: ``[..., d_out]``.

@@ -16,6 +16,8 @@ from .active import ActiveSet
 from .batch import TaskBatch
 from .captured import keep
 from .recompute import ForwardPasses, Use, backward_pass
+from .touched import Arrivals, TouchedRows
+from .transforms import in_transform, outside_transforms
 
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
@@ -68,6 +70,23 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
 
 
+def _composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, batch: TaskBatch | None, mode: Mode
+) -> Tensor:
+    """The same from operations of PyTorch, dense, for ``torch.func``: it knows their derivatives of any kind."""
+    x, weight, bias = cast_inputs(x, weight, bias)
+    # In mode update the masked rows are constants to every derivative.
+    rest = torch.zeros_like(weight) if mode == "forward" else weight.detach()
+    if batch is None:
+        return F.linear(x, torch.where(active.active[:, None], weight, rest), bias)
+    with outside_transforms():
+        _, inverse, offsets = batch.layout(x)
+        own = active.active.repeat_interleave(offsets.diff().to(active.active.device), 0)
+        own = own if inverse is None else own.index_select(0, inverse)
+    y = torch.where(own.view(*x.shape[:-1], -1), F.linear(x, weight), F.linear(x, rest))
+    return y if bias is None else y + bias
+
+
 def _is_called(module: nn.Module, inputs: Any) -> None:
     """Does nothing: ``nn.TransformerEncoderLayer`` calls layers with hooks, instead of reading their weights."""
 
@@ -81,7 +100,8 @@ class MaskedLinear(nn.Linear):
     * mode ``update``: ``y = x Wᵀ + b``, dense; only the gradient is sparse.
 
     In both, the gradient of a masked row of ``weight`` is exactly zero and is not computed; the bias stays dense. Without
-    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else (no mask).
+    a mask it is an ordinary linear layer. The state dict has ``weight`` and ``bias`` and nothing else (no mask). Under
+    ``torch.func`` (``grad``, ``jvp``, ``vmap``) it computes the same without saving work.
 
     The mask acts where the layer is called. As fc1 of ``nn.TransformerEncoderLayer`` it is; code that reads ``weight``
     from outside gets the whole of it (``nn.MultiheadAttention`` does so with ``out_proj``, and so do fused kernels).
@@ -109,7 +129,8 @@ class MaskedLinear(nn.Linear):
     _batch: TaskBatch | None
     _set_in: int  # the backward pass in which the active set was set; -1 outside of one
     _passes: ForwardPasses
-    _touched: Tensor
+    _touched: TouchedRows
+    _arrivals: Arrivals
 
     def __init__(
         self,
@@ -128,21 +149,53 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, module: nn.Linear, mode: Mode = "forward") -> MaskedLinear:
-        """A masked layer that shares the parameters of ``module`` (the same tensors, so optimisers stay valid)."""
+        """A masked layer that shares parameters and hooks of ``module`` (the same tensors, so optimisers stay valid).
+
+        Args:
+            module: a layer that computes what ``nn.Linear`` does.
+            mode: ``forward`` or ``update``.
+
+        Raises:
+            TypeError: it is no ``nn.Linear``, or has a ``forward`` of its own.
+            ValueError: an unknown mode, or a weight or bias that is no parameter of the layer but computed from others.
+        """
         check_mode(mode)
+        kind = type(module)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module is {kind.__name__}, expected nn.Linear")
+        if torch.nn.utils.parametrize.is_parametrized(module) or not {"weight", "bias"} <= set(module._parameters):
+            raise ValueError(
+                "the weight or the bias of the layer is parametrised, computed from other parameters, and rows of it "
+                "cannot be masked: make it an ordinary parameter first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or torch.nn.utils.remove_weight_norm"
+            )
+        if kind.forward not in (nn.Linear.forward, MaskedLinear.forward) or "forward" in vars(module):
+            raise TypeError(
+                f"module is {kind.__name__} with a forward of its own, which the masked layer would not run; expected one "
+                "that computes what nn.Linear does"
+            )
         masked = cls(module.in_features, module.out_features, bias=False, mode=mode, device="meta")
         masked.weight, masked.bias = module.weight, module.bias
         masked.train(module.training)
+        # The dictionaries themselves, so that the handles that were given out still remove their hooks.
+        masked.__dict__.update({name: value for name, value in vars(module).items() if "_hooks" in name})
+        masked._is_full_backward_hook = module._is_full_backward_hook
         masked._attach(mode)
+        masked.register_forward_pre_hook(_is_called)
         return masked
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Sets the active neurons, bool ``[out_features]``; None makes the layer dense.
 
         Raises:
-            TypeError: the mask is not bool.
+            TypeError: the mask is no bool tensor.
             ValueError: its length is not ``out_features``.
         """
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+            found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"a mask must be bool [neurons], found {found}; expected a bool tensor [{self.out_features}]"
+            )
         if mask is not None and tuple(mask.shape) != (self.out_features,):
             raise ValueError(f"mask has shape {list(mask.shape)}, expected [{self.out_features}]")
         self._use(None if mask is None else ActiveSet(mask))
@@ -150,11 +203,13 @@ class MaskedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
         active, batch = use = self._begin(x)
-        x, weight, bias = self._noted(use, x, self.weight, self.bias)
+        x, weight, bias = self._noted(use, x, self.note_use(active, self.weight), self.bias)
         if active is None:
             return F.linear(x, weight, bias)
         active = active.on(weight.device)
         keep(x.device, active)
+        if in_transform():
+            return _composed(x, weight, bias, active, batch, self.mode)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
         x, weight, bias = cast_inputs(x, weight, bias)
         flat = x.reshape(-1, self.in_features)
@@ -177,7 +232,7 @@ class MaskedLinear(nn.Linear):
         self._set_in = backward_pass()
 
     def _begin(self, x: Tensor) -> Use:
-        """Begins a forward pass: what it uses. Its rows are noted for the optimiser.
+        """Begins a forward pass: what it uses.
 
         Raises:
             ValueError: a nested tensor.
@@ -193,7 +248,6 @@ class MaskedLinear(nn.Linear):
             if running >= 0 and running != self._set_in:
                 use = self._passes.recomputed()
         active, batch = use
-        self.note_use(active)
         if batch is not None:
             batch.check(x)
             use = active, None if batch.single else batch
@@ -203,45 +257,63 @@ class MaskedLinear(nn.Linear):
         """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
         return tensors if torch.compiler.is_compiling() else self._passes.note(use, *tensors)
 
-    # What the optimiser needs to know: the rows that were trained since its last step.
+    # What the optimiser needs to know: the rows that the gradient of the weight is made of.
 
-    def note_use(self, active: ActiveSet | None) -> None:
-        """Adds the rows of a forward pass to those that the next optimiser step may touch."""
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return
+    def note_use(self, active: ActiveSet | None, weight: Tensor) -> Tensor:
+        """The weight with which a forward pass goes on, so that its backward pass notes the rows that it uses."""
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        return self._rows().note(weight, None if active is None else active.on(self.weight.device).union)
+
+    def gradient_arrives(self, parameter: Tensor) -> None:
+        """A backward pass is about to add to the gradient of the weight, ``parameter`` to the optimiser."""
+        self._rows().arrive(parameter)
+
+    def gradient_is_dropped(self) -> None:
+        """The optimiser zeroes its gradients: what was noted for them goes with them."""
+        self._rows().drop()
+
+    def take_touched(self) -> tuple[Tensor, Tensor, bool]:
+        """The rows of backward passes since the last call, but for those whose gradient was dropped; starts over.
+
+        Returns:
+            These rows, bool ``[out_features]``; those that were dropped, and whether there may be any.
+        """
+        return self._rows().take()
+
+    def follow(self, parameter: Tensor) -> None:
+        """Has :meth:`gradient_arrives` called for the parameter that an optimiser steps in place of the weight."""
+        self._arrivals.follow(parameter, self)
+
+    def _rows(self) -> TouchedRows:
         if self._touched.device != self.weight.device:
-            self._touched = self._no_rows()
-        if active is None:
-            self._touched.fill_(True)
-        else:
-            self._touched.logical_or_(active.on(self.weight.device).union)
-
-    def take_touched(self) -> Tensor:
-        """The rows used with gradients since the last call, bool ``[out_features]``; starts over."""
-        if self._touched.device != self.weight.device:
-            self._touched = self._no_rows()
-        touched = self._touched.clone()
-        self._touched.zero_()
-        return touched
-
-    def _no_rows(self) -> Tensor:
-        with torch.inference_mode(False):  # training passes write into it
-            return torch.zeros(self.out_features, dtype=torch.bool, device=self.weight.device)
+            self._touched = TouchedRows(self.out_features, self.weight.device)
+        return self._touched
 
     def _attach(self, mode: Mode) -> None:
-        self.mode, self._active, self._batch, self._touched = mode, None, None, self._no_rows()
+        self.mode, self._active, self._batch = mode, None, None
         self._set_in, self._passes = -1, ForwardPasses()
+        self._begin_notes()
+
+    def _begin_notes(self) -> None:
+        # Now and not when they are needed: a graph of torch.compile would be made again.
+        self._touched, self._arrivals = TouchedRows(self.out_features, self.weight.device), Arrivals()
         _LAYERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_touched"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_touched", "_arrivals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._touched = self._no_rows()  # a copy is a layer of its own, and nobody has used it
-        _LAYERS.add(self)
+        self._begin_notes()  # a copy is a layer of its own, and nobody has used it
 
 
 def owners() -> dict[int, MaskedLinear]:
     """The specialised layers that there are, by the ``id`` of the weight that each has now."""
     return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, MaskedLinear)}
+
+
+def makers() -> dict[int, MaskedLinear]:
+    """The specialised layers whose weight is made anew in each pass, by the ``id`` of each parameter that it is made of."""
+    remade = [one for one in list(_LAYERS) if isinstance(one, MaskedLinear) and "weight" not in one._parameters]
+    return {id(p): layer for layer in remade for name, p in layer.named_parameters() if name != "bias"}

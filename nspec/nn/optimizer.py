@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,17 +13,24 @@ from torch.optim.adamw import adamw
 
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
-from .masked_linear import MaskedLinear, owners
+from .masked_linear import MaskedLinear, makers, owners
 
 
 class RowSparseAdamW(torch.optim.Optimizer):
     """``torch.optim.AdamW``, except that rows outside the task's active set stay bitwise as they were.
 
     AdamW moves a row by its momentum even in a step whose gradient for it is zero, and weight decay shrinks it. Here, of
-    the weight of each specialised layer (``nspec.specialize``, ``MaskedLinear``) only the rows that a forward pass with
-    gradients has used since the last step are touched: parameter, both moments and decay. Over several micro-batches of
-    different tasks that is the union of their sets; over the processes of ``torch.distributed`` too. All other
-    parameters get ordinary AdamW, fused where PyTorch has that. The bias correction uses one global step count.
+    the weight of each specialised layer (``nspec.specialize``, ``MaskedLinear``) only the rows are touched that the passes
+    used whose gradient is stepped: parameter, both moments and decay. Over several micro-batches of different tasks that
+    is the union of their sets; over the processes of ``torch.distributed`` too. All other parameters get ordinary AdamW,
+    fused where PyTorch has that. The bias correction uses one global step count.
+
+    A pass counts once its backward pass has run, until a step or until its gradient is dropped: by :meth:`zero_grad`, or
+    where ``.grad`` is None when the next gradient arrives (``model.zero_grad()``). So a step that a
+    ``torch.amp.GradScaler`` skips leaves nothing behind. A gradient that is set by hand, after a ``zero_grad`` or from
+    ``torch.func``, is stepped in the rows of the passes since the last step where it is not zero. What is not seen:
+    ``model.zero_grad(set_to_none=False)`` without a step before it; call that of the optimiser. Of weights that
+    ``fully_shard`` shards, that of the optimiser only is.
 
     Parameters may be replicated (``DistributedDataParallel``) or sharded (``torch.distributed.fsdp.fully_shard``, for
     which the optimiser is made after sharding, as always): each process steps its shard.
@@ -38,8 +46,10 @@ class RowSparseAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: options out of range, no parameter belongs to a specialised layer, or the weight of one is not a
-            matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
+        ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
+            made anew in each pass (prune, weight_norm, parametrisations), or is not a matrix any more
+            (``FullyShardedDataParallel``, the older FSDP, flattens it).
+        TypeError: an option that is no number, betas that are not two.
     """
 
     _layers: dict[int, weakref.ref[MaskedLinear]]
@@ -52,10 +62,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected numbers >= 0 and betas below 1"
-            )
+        _check(lr, betas, eps, weight_decay)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         if not self._owners():
             raise ValueError(
@@ -84,13 +91,25 @@ class RowSparseAdamW(torch.optim.Optimizer):
             self._step_group(group, touched)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every PyTorch optimiser; the rows that were noted for these gradients are forgotten with them."""
+        super().zero_grad(set_to_none)
+        for owner in self._owners().values():
+            owner.gradient_is_dropped()
+
     def _owners(self) -> dict[Tensor, MaskedLinear]:
         """The specialised layers whose weights are among the parameters."""
-        now, found = owners(), {}
+        now, found, made_of = owners(), {}, makers()
         # A wrapper that shards may have put another tensor in the place of a parameter for a while (FSDP between a
         # forward pass and the next backward pass): a layer that was found once is remembered.
         known = self.__dict__.setdefault("_layers", {})
         for p in (p for group in self.param_groups for p in group["params"]):
+            if id(p) in made_of:
+                raise ValueError(
+                    "the weight of a specialised layer is made anew in each pass (prune, weight_norm, spectral_norm, "
+                    "parametrisations), and rows of what it is made of are not its rows: make it permanent first "
+                    "(prune.remove, remove_weight_norm, remove_parametrizations), or use torch.optim.AdamW"
+                )
             owner = now.get(id(p))
             if owner is not None:
                 known[id(p)] = weakref.ref(owner)
@@ -104,20 +123,28 @@ class RowSparseAdamW(torch.optim.Optimizer):
                     f"[{owner.out_features}, {owner.in_features}]: a wrapper flattens it; shard the model with "
                     "torch.distributed.fsdp.fully_shard, which keeps matrices"
                 )
+            owner.follow(p)
             found[p] = owner
         return found
 
-    def _touched(self) -> dict[Tensor, Tensor]:
-        """For each parameter of a specialised layer, the rows to update, the same on every process."""
-        touched = {p: owner.take_touched() for p, owner in self._owners().items()}
-        if touched and torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat(list(touched.values())).to(torch.uint8)
+    def _touched(self) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
+        """For each parameter of a specialised layer, the same on every process: the rows to update, bool
+        ``[out_features]``, and those to update where their gradient is not zero.
+        """
+        taken = {p: owner.take_touched() for p, owner in self._owners().items()}
+        rows = [each for touched, dropped, _ in taken.values() for each in (touched, dropped)]
+        if rows and torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat(rows).to(torch.uint8)
             torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
-            parts = flat.bool().split([len(rows) for rows in touched.values()])
-            touched = dict(zip(touched, parts))
-        return touched
+            rows = list(flat.bool().split([len(each) for each in rows]))
+        # Reading a gradient to find its zeros is a pass over memory, which an ordinary loop is spared.
+        pairs = zip(rows[::2], rows[1::2])
+        return {
+            p: (touched, dropped if apart else None)
+            for (p, (*_, apart)), (touched, dropped) in zip(taken.items(), pairs)
+        }
 
-    def _step_group(self, group: dict[str, Any], touched: dict[Tensor, Tensor]) -> None:
+    def _step_group(self, group: dict[str, Any], touched: dict[Tensor, tuple[Tensor, Tensor | None]]) -> None:
         sparse: dict[int, list[list[Any]]] = {}  # by step: a parameter that had no gradient for a while is behind
         dense: list[list[Tensor]] = [[], [], [], [], []]
         for p in group["params"]:
@@ -132,7 +159,11 @@ class RowSparseAdamW(torch.optim.Optimizer):
             if p in touched:
                 state["step"] += 1
                 lists = sparse.setdefault(int(state["step"]), [[], [], [], [], []])
-                for column, value in zip(lists, [*columns, _local_rows(touched[p], p)]):
+                rows, dropped = touched[p]
+                rows = _local_rows(rows, p)
+                if dropped is not None:
+                    rows = rows | (_local_rows(dropped, p) & (columns[1] != 0).any(1))
+                for column, value in zip(lists, [*columns, rows]):
                     column.append(value)
             else:
                 if _fused(columns[0]) and state["step"].device != columns[0].device:
@@ -149,6 +180,19 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 params, grads, exp_avgs, exp_avg_sqs, [], counts, fused=all(map(_fused, params)),
                 amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
             )  # fmt: skip
+
+
+def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Raises unless the options are those of an AdamW: finite numbers from 0, of betas two below 1."""
+    betas = tuple(betas) if isinstance(betas, (tuple, list)) else betas
+    found = f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
+    if not isinstance(betas, tuple):
+        raise TypeError(f"{found}: expected betas to be a tuple of two numbers")
+    numbers = [lr, eps, weight_decay, *betas]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+        raise TypeError(f"{found}: expected numbers")
+    if not all(math.isfinite(value) and value >= 0 for value in numbers) or len(betas) != 2 or max(betas) >= 1:
+        raise ValueError(f"{found}: expected finite numbers >= 0 and two betas below 1")
 
 
 def _fused(parameter: Tensor) -> bool:

@@ -49,13 +49,7 @@ class Block:
         return self.thread is not threading.current_thread() and self.thread.is_alive()
 
     def __reduce__(self) -> Any:
-        return _left, ()  # a copy of a model is in no block
-
-
-def _left() -> Block:
-    block = Block(lasting=True)
-    block.open = False
-    return block
+        return type(None), ()  # a copy of a model is in no block
 
 
 class TaskSwitched:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.analysis import order_tasks
-from nspec.files import read_json
+from nspec.files import read_json, sha256
 from nspec.mt import options
 from nspec.mt.config import Config
 from nspec.mt.systems import KINDS, Variant, masks_folder, system_names, variants_of
@@ -127,14 +127,15 @@ def _system_names(run: Path, config: Config) -> list[str]:
 
 def _system(run: Path, name: str) -> System:
     folder = run / "systems" / name
-    system = System(name)
+    system, scores = System(name), run / "scores" / name / "scores.json"
+    _as_written(folder / "summary.json", folder / "stage.json", f"put it back, or `nspec run --redo {_training(name)}`")
+    _as_written(scores, scores.with_name("stage-score.json"), "`nspec evaluate` makes it anew")
     if (folder / "summary.json").is_file():
-        system.summary = _dictionary(folder / "summary.json")
+        system.summary = _summary(folder / "summary.json")
     if (folder / "log.jsonl").is_file():
         lines = _log(folder / "log.jsonl")
         system.training = _by_update(lines, "loss")
         system.validation = _by_update(lines, "valid_loss")
-    scores = run / "scores" / name / "scores.json"
     if scores.is_file():
         system.scores = _scores(scores)
     return system
@@ -145,6 +146,30 @@ def _dictionary(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, expected a JSON object; remove it and run again")
     return value
+
+
+def _training(system: str) -> str:
+    return "train" if system == "dense" else f"specialize:{system}"
+
+
+def _as_written(path: Path, record: Path, remedy: str) -> None:
+    """Raises ValueError where a finished step wrote a file that is not there as it was."""
+    outputs = _dictionary(record).get("outputs") if record.is_file() else None
+    before = outputs.get(path.name) if isinstance(outputs, dict) else None
+    if before is None:
+        return  # of an older version, or not finished
+    if not path.is_file():
+        raise ValueError(f"{path} is gone: {remedy}")
+    if sha256(path) != before:
+        raise ValueError(f"{path} has changed since it was written: {remedy}")
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """``summary.json``, checked for what every version wrote."""
+    summary = _dictionary(path)
+    if type(summary.get("updates")) is not int:
+        raise ValueError(f"{path}: found {repr(summary)[:60]}, expected an object with updates, as training leaves it")
+    return summary
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ _STATE = (
     "_set_in",
     "_passes",
     "_touched",
+    "_arrivals",
     "_sets",
     "_stacks",
     "_task",

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .storage import load_stacked, save_stacked
-from .tensors import TaskTensors, check_same_layers
+from .storage import Kind, Stacked, reading, save_stacked
+from .tensors import TaskTensors, check_same_layers, each
+
+_KIND = Kind("counts", ("I32", "I64"))
 
 
 class ActivationCounts(TaskTensors):
@@ -22,17 +24,13 @@ class ActivationCounts(TaskTensors):
         counts: task -> {qualified name of fc1: integer tensor ``[d_ff]``, none negative}. Copied.
 
     Raises:
-        ValueError: no task, tasks with different layers or widths, negative counts.
-        TypeError: a value that is not an integer tensor.
+        ValueError: no task, tasks with different layers or widths, a layer without neurons, a name that is empty,
+            negative counts.
+        TypeError: a value that is not an integer tensor, or a name that is no text, or no mapping of mappings.
     """
 
     def __init__(self, counts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(
-            {
-                task: {layer: _checked(task, layer, count) for layer, count in layers.items()}
-                for task, layers in counts.items()
-            }
-        )
+        super().__init__(each(counts, _checked))
 
     def __repr__(self) -> str:
         return f"ActivationCounts({len(self.tasks)} tasks, {len(self.layers)} layers)"
@@ -47,7 +45,7 @@ class ActivationCounts(TaskTensors):
                 joined[task] = dict(layers)
             else:
                 check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers})
-                joined[task] = {layer: mine[layer] + count for layer, count in layers.items()}
+                joined[task] = {layer: _sum(task, layer, mine[layer], count) for layer, count in layers.items()}
         return ActivationCounts(joined)
 
     def all_reduce(self) -> ActivationCounts:
@@ -75,14 +73,13 @@ class ActivationCounts(TaskTensors):
             layer: count.to(torch.int32) if int(count.max() if count.numel() else 0) < 2**31 else count
             for layer, count in stacked.items()
         }
+        widths = {layer: count.shape[1] for layer, count in stacked.items()}
         readable = {
             "tasks": self.tasks,
-            "layers": {layer: {"d_ff": count.shape[1]} for layer, count in stacked.items()},
-            "activations": {
-                t: {layer: int(self._by_task[t][layer].sum()) for layer in self.layers} for t in self.tasks
-            },
+            "layers": {layer: {"d_ff": width} for layer, width in widths.items()},
+            "activations": {t: {layer: total(self._by_task[t][layer]) for layer in self.layers} for t in self.tasks},
         }
-        save_stacked(Path(folder), "counts", narrow, self.tasks, readable)
+        save_stacked(Path(folder), _KIND, Stacked(narrow, self.tasks, widths), readable)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ActivationCounts:
@@ -90,12 +87,23 @@ class ActivationCounts(TaskTensors):
 
         Raises:
             FileNotFoundError: there is no ``counts.safetensors`` in the folder.
-            ValueError: the file is broken, or is not one of counts.
+            ValueError: the file is broken, is not one of counts, or holds something else than it says; the message names
+                the file, what was found and what was expected.
         """
-        stacked, tasks, _ = load_stacked(Path(folder), "counts")
-        return cls(
-            {t: {layer: rows[i].to(torch.int64) for layer, rows in stacked.items()} for i, t in enumerate(tasks)}
-        )
+        with reading(Path(folder), _KIND) as (stacked, tasks, _):
+            return cls({t: {layer: rows[i] for layer, rows in stacked.items()} for i, t in enumerate(tasks)})
+
+
+def total(count: Tensor) -> int:
+    """The sum of one layer's counts, int64 ``[d_ff]``, exactly: it may be larger than an int64."""
+    return (int((count >> 32).sum()) << 32) + int((count & 0xFFFFFFFF).sum())
+
+
+def _sum(task: str, layer: str, one: Tensor, other: Tensor) -> Tensor:
+    both = one + other
+    if int(both.min()) < 0:  # of two that are not negative, every sum beyond an int64 is
+        raise ValueError(f"the counts of {task}, {layer} add up to more than {2**63 - 1}")
+    return both
 
 
 def _checked(task: str, layer: str, count: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .storage import load_stacked, save_stacked
-from .tensors import TaskTensors
+from .storage import Kind, Stacked, reading, save_stacked
+from .tensors import TaskTensors, each
+
+_KIND = Kind("masks", ("U8",), bits=True)
 
 
 class NeuronMasks(TaskTensors):
@@ -21,17 +23,12 @@ class NeuronMasks(TaskTensors):
         masks: task -> {qualified name of fc1: bool tensor ``[d_ff]``}. Copied.
 
     Raises:
-        ValueError: no task, or tasks with different layers or widths.
-        TypeError: a value that is not a bool tensor ``[d_ff]``.
+        ValueError: no task, tasks with different layers or widths, a layer without neurons, or a name that is empty.
+        TypeError: a value that is not a bool tensor ``[d_ff]``, or a name that is no text, or no mapping of mappings.
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(
-            {
-                task: {layer: _checked(task, layer, mask) for layer, mask in layers.items()}
-                for task, layers in masks.items()
-            }
-        )
+        super().__init__(each(masks, _checked))
 
     def __repr__(self) -> str:
         mean = sum(sum(layers.values()) for layers in self.density().values()) / (len(self.tasks) * len(self.layers))
@@ -54,14 +51,15 @@ class NeuronMasks(TaskTensors):
         for layer in self.layers:
             bits = torch.stack([self._by_task[task][layer] for task in self.tasks]).numpy()
             stacked[layer] = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+        widths = {layer: len(mask) for layer, mask in self._by_task[self.tasks[0]].items()}
         readable = {
             "tasks": self.tasks,
-            "layers": {layer: {"d_ff": len(mask)} for layer, mask in self._by_task[self.tasks[0]].items()},
+            "layers": {layer: {"d_ff": width} for layer, width in widths.items()},
             "density": {
                 task: [round(value, 4) for value in layers.values()] for task, layers in self.density().items()
             },
         }
-        save_stacked(Path(folder), "masks", stacked, self.tasks, readable)
+        save_stacked(Path(folder), _KIND, Stacked(stacked, self.tasks, widths), readable)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> NeuronMasks:
@@ -69,14 +67,15 @@ class NeuronMasks(TaskTensors):
 
         Raises:
             FileNotFoundError: there is no ``masks.safetensors`` in the folder.
-            ValueError: the file is broken, or is not one of masks.
+            ValueError: the file is broken, is not one of masks, or holds something else than it says; the message names
+                the file, what was found and what was expected.
         """
-        stacked, tasks, widths = load_stacked(Path(folder), "masks")
-        bits = {
-            layer: torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=widths[layer], bitorder="little")).bool()
-            for layer, rows in stacked.items()
-        }
-        return cls({task: {layer: rows[i] for layer, rows in bits.items()} for i, task in enumerate(tasks)})
+        with reading(Path(folder), _KIND) as (packed, tasks, widths):
+            bits = {
+                layer: torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=widths[layer], bitorder="little"))
+                for layer, rows in packed.items()
+            }
+            return cls({task: {layer: rows[i].bool() for layer, rows in bits.items()} for i, task in enumerate(tasks)})
 
 
 def _checked(task: str, layer: str, mask: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .counts import ActivationCounts
+from .counts import ActivationCounts, total
 from .masks import NeuronMasks
 
 
@@ -26,6 +27,7 @@ def select(counts: ActivationCounts, k: float = 0.95) -> NeuronMasks:
 
     Raises:
         ValueError: k outside (0, 1], or a layer in which nothing fired for a task; the message names both.
+        TypeError: k is no number.
 
     Example:
         >>> counts = ActivationCounts({"en-de": {"fc1": torch.tensor([1, 6, 3])}})
@@ -43,16 +45,18 @@ def select(counts: ActivationCounts, k: float = 0.95) -> NeuronMasks:
 
 
 def _keep(count: Tensor, share: Fraction, task: str, layer: str) -> Tensor:
-    total = int(count.sum())
-    if total == 0:
+    fired = total(count)
+    if fired == 0:
         raise ValueError(
             f"nothing fired in layer {layer} for task {task}: every count is 0. Profile it on text that is not empty, or "
             "check the model (a dead layer, weights that are not trained or not finite)"
         )
-    line = -(-share.numerator * total // share.denominator)  # the smallest integer >= share * total
+    line = -(-share.numerator * fired // share.denominator)  # the smallest integer >= share * fired
     order = torch.sort(count, descending=True, stable=True).indices
-    reached = count[order].cumsum(0)
-    kept = int((reached < line).sum()) + 1
+    if fired < 2**63:
+        kept = int((count[order].cumsum(0) < line).sum()) + 1
+    else:
+        kept = sum(reached < line for reached in accumulate(count[order].tolist())) + 1
     return torch.zeros_like(count, dtype=torch.bool).index_fill_(0, order[:kept], True)
 
 

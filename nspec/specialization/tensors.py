@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .patterns import matching
 
 _Same = TypeVar("_Same", bound="TaskTensors")
+_Value = TypeVar("_Value")
 
 
 class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
@@ -19,11 +20,13 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
         tasks: task -> {qualified name of fc1: tensor}, in the order of the model.
 
     Raises:
-        ValueError: no task, or tasks with different layers or widths.
+        ValueError: no task, tasks with different layers or widths, or a layer of width 0.
     """
 
     def __init__(self, tasks: dict[str, dict[str, Tensor]]) -> None:
         check_same_layers(tasks)
+        if empty := [layer for layer, value in next(iter(tasks.values())).items() if not len(value)]:
+            raise ValueError(f"layer {empty[0]} has a width of 0, expected 1 or more")
         self._by_task = tasks
 
     def __getitem__(self, task: str) -> Mapping[str, Tensor]:
@@ -58,6 +61,45 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
         """
         kept = matching(self.layers, patterns)
         return type(self)({task: {layer: own[layer] for layer in kept} for task, own in self._by_task.items()})
+
+
+def is_name(value: object) -> bool:
+    """Whether it is a text that a file can hold: not empty, and no half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return len(value.encode()) > 0
+    except UnicodeEncodeError:
+        return False
+
+
+def each(
+    values: Mapping[str, Mapping[str, Any]], check: Callable[[str, str, Any], _Value]
+) -> dict[str, dict[str, _Value]]:
+    """What ``check(task, layer, value)`` gives for each value of a mapping of tasks to mappings of layers.
+
+    Raises:
+        TypeError: no mapping of mappings, or a task or layer that is no text.
+        ValueError: a name that is empty, or that no file can hold.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"found {type(values).__name__}, expected a mapping {{task: {{layer: tensor}}}}")
+    for task, layers in values.items():
+        _check_name("task", task)
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"task {task} has {type(layers).__name__}, expected a mapping {{layer: tensor}}")
+        for layer in layers:
+            _check_name("layer", layer)
+    return {
+        task: {layer: check(task, layer, value) for layer, value in layers.items()} for task, layers in values.items()
+    }
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{what} {name!r} is {type(name).__name__}, expected the name of a {what}")
+    if not is_name(name):
+        raise ValueError(f"{what} {name!r} is no name: expected text that is not empty, in UTF-8")
 
 
 def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

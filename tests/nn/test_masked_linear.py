@@ -89,7 +89,8 @@ def test_copies_and_pickles_keep_mask_and_rows() -> None:
     x = torch.randn(3, 6, dtype=torch.float64)
     for other in (copy.deepcopy(masked), pickle.loads(pickle.dumps(masked))):
         assert torch.equal(other(x), masked(x))
-        assert torch.equal(other.take_touched(), MASK)
+        other(x).sum().backward()
+        assert torch.equal(other.take_touched()[0], MASK)
 
 
 def test_it_compiles_to_one_graph() -> None:
@@ -112,6 +113,52 @@ def test_autocast() -> None:
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert masked.weight.grad.dtype == torch.float32
+
+
+def test_from_linear_keeps_hooks_and_their_handles() -> None:
+    plain, called = nn.Linear(6, 10), []
+    handles = [
+        plain.register_forward_hook(lambda *_: called.append("forward")),
+        plain.register_forward_pre_hook(lambda *_, **__: called.append("pre"), with_kwargs=True),
+        plain.register_full_backward_hook(lambda *_: called.append("backward")),
+        plain.register_state_dict_pre_hook(lambda *_: called.append("state")),
+    ]
+    masked = _with_mask(MaskedLinear.from_linear(plain))
+    masked(torch.randn(3, 6, requires_grad=True)).sum().backward()
+    masked.state_dict()
+    assert called == ["pre", "forward", "backward", "state"]
+    for handle in handles:
+        handle.remove()
+    masked(torch.randn(3, 6, requires_grad=True)).sum().backward()
+    assert len(called) == 4
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_from_linear_refuses_what_it_would_not_compute() -> None:
+    for wrap in (
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.weight_norm,
+    ):
+        with pytest.raises(ValueError, match="parametrised.*remove_parametrizations"):
+            MaskedLinear.from_linear(wrap(nn.Linear(6, 10)))
+    patched = nn.Linear(6, 10)
+    patched.forward = patched.forward
+    for module in (_Scaled(6, 10), patched):
+        with pytest.raises(TypeError, match="with a forward of its own"):
+            MaskedLinear.from_linear(module)
+    with pytest.raises(TypeError, match="module is Conv1d, expected nn.Linear"):
+        MaskedLinear.from_linear(nn.Conv1d(2, 2, 1))
+
+
+@pytest.mark.parametrize("mask", [MASK.tolist(), MASK.numpy(), MASK.long(), MASK.float()[:3], "a", True, {0}], ids=str)
+def test_a_mask_that_is_no_bool_tensor_is_a_type_error(mask: object) -> None:
+    with pytest.raises(TypeError, match=r"a mask must be bool \[neurons\], found .*expected a bool tensor \[10\]"):
+        layer().set_mask(mask)
 
 
 def test_errors_name_what_was_found() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
@@ -152,8 +153,7 @@ def test_a_step_in_a_capture_is_an_error_and_forgets_nothing(monkeypatch: pytest
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="capture forward and backward pass, and step outside"):
             step(model, optimizer, "even")
-    optimizer.zero_grad()
-    assert torch.equal(step(model, optimizer, "low"), EVEN | LOW)  # those of the step that failed are still due
+    assert torch.equal(step(model, optimizer, "low"), EVEN | LOW)  # the gradients of the step that failed are there yet
 
 
 def test_a_model_that_is_not_specialised_is_an_error() -> None:
@@ -165,6 +165,56 @@ def test_a_model_that_is_not_specialised_is_an_error() -> None:
         RowSparseAdamW(model.parameters())
 
 
-def test_options_out_of_range_are_errors() -> None:
-    with pytest.raises(ValueError, match="lr=-1"):
-        RowSparseAdamW(specialised().parameters(), lr=-1)
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = [{name: value} for name in ("lr", "eps", "weight_decay") for value in (-1, NAN, INF, -INF)]
+OUT_OF_RANGE += [
+    {"betas": betas} for betas in ((0.9,), (0.9, 0.99, 0.999), (), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (2, INF))
+]
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
+def test_options_out_of_range_are_errors(options: dict) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}") + ".*expected finite numbers >= 0"):
+        RowSparseAdamW(specialised().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": "0.1"}, {"lr": True}, {"eps": None}, {"betas": 0.9}, {"betas": ("a", 0.9)}, {"betas": None}],
+    ids=str,
+)
+def test_options_that_are_no_numbers_are_errors(options: dict) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        RowSparseAdamW(specialised().parameters(), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrisation"])
+@pytest.mark.parametrize("when", ["before the optimiser", "after a step"])
+def test_a_weight_that_is_made_anew_in_each_pass_is_refused_as_its_rows_are_not_parameters(how: str, when: str) -> None:
+    from torch.nn.utils import parametrizations, prune, weight_norm
+
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3), nn.Linear(3, 72), nn.ReLU(), nn.Linear(72, 3))
+    active = torch.arange(72) < 30
+    nspec.specialize(model, nspec.NeuronMasks({"a": {"0": active, "3": active}}))
+    make = {
+        "prune": lambda: prune.l1_unstructured(model[0], "weight", amount=0.3),
+        "weight_norm": lambda: weight_norm(model[0]),
+        "parametrisation": lambda: parametrizations.weight_norm(model[0]),
+    }[how]
+    if when == "before the optimiser":
+        make()
+        with pytest.raises(ValueError, match="made anew in each pass.*make it permanent first"):
+            nspec.RowSparseAdamW(model.parameters())
+        return
+    optimizer = nspec.RowSparseAdamW(model.parameters())
+    with nspec.task(model, "a"):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        make()
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if new := [p for p in model[0].parameters() if id(p) not in known]:
+            optimizer.add_param_group({"params": new})
+        with pytest.raises(ValueError, match="made anew in each pass"):
+            optimizer.step()

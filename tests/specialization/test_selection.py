@@ -59,9 +59,21 @@ def test_large_counts_are_exact() -> None:
     assert kept([big + 1, big - 1], 0.5) == [0]
 
 
+@given(st.lists(st.integers(2**62 - 9, 2**63 - 1), min_size=2, max_size=9), st.integers(1, 1000))
+def test_totals_beyond_64_bits_are_exact(counts: list[int], thousandths: int) -> None:
+    k = f"{thousandths / 1000}"
+    assert kept(counts, float(k)) == by_definition(counts, k)
+
+
 @pytest.mark.parametrize("k", [0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_k_outside_its_range_is_an_error(k: float) -> None:
     with pytest.raises(ValueError, match=r"expected a number in \(0, 1\]"):
+        kept([1, 2], k)
+
+
+@pytest.mark.parametrize("k", [True, "0.5", None, torch.tensor(0.5)])
+def test_what_is_no_number_is_no_k(k: object) -> None:
+    with pytest.raises(TypeError, match=r"expected a number in \(0, 1\]"):
         kept([1, 2], k)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nspec import ActivationCounts, NeuronMasks
+from nspec.baselines.weight_masks import WeightMasks
 
 
 def some_masks(tasks: int = 3, layers: int = 2, d_ff: int = 37) -> NeuronMasks:
@@ -112,6 +113,31 @@ def test_counts_add_up_and_join_tasks() -> None:
     assert both.tasks == ["a", "b"]
     with pytest.raises(ValueError, match="neurons"):
         one + ActivationCounts({"a": {"x": torch.tensor([1])}})
+    large = ActivationCounts({"a": {"x": torch.tensor([2**62, 2**62])}})
+    with pytest.raises(ValueError, match=r"counts of a, x add up to more than 9223372036854775807"):
+        large + large
+
+
+def test_the_readable_sums_are_exact_beyond_64_bits(tmp_path) -> None:
+    ActivationCounts({"a": {"x": torch.tensor([2**63 - 1, 2**63 - 1, 7])}}).save(tmp_path)
+    assert json.loads((tmp_path / "counts.json").read_text())["activations"]["a"]["x"] == 2**64 + 5
+
+
+@pytest.mark.parametrize("kind", [NeuronMasks, ActivationCounts, WeightMasks])
+def test_what_is_no_mapping_of_names_to_tensors_is_an_error(kind) -> None:
+    good = torch.ones(2, 3).bool() if kind is WeightMasks else torch.ones(3).bool()
+    good = good.long() if kind is ActivationCounts else good
+    for wrong in (good.numpy(), good.tolist(), None, good.float()):
+        with pytest.raises(TypeError, match="expected an? (bool|int64) tensor"):
+            kind({"a": {"x": wrong}})
+    for wrong in ([good], good, {"a": good}, {"a": [good]}, {1: {"x": good}}, {"a": {None: good}}):
+        with pytest.raises(TypeError, match="expected a mapping|expected the name of a"):
+            kind(wrong)
+    for name in ("", "\ud800"):
+        with pytest.raises(ValueError, match="is no name"):
+            kind({name: {"x": good}})
+        with pytest.raises(ValueError, match="is no name"):
+            kind({"a": {name: good}})
 
 
 def test_wrong_contents_are_errors() -> None:
@@ -125,3 +151,5 @@ def test_wrong_contents_are_errors() -> None:
         NeuronMasks({})
     with pytest.raises(TypeError, match="expected a bool tensor"):
         NeuronMasks({"a": {"x": torch.tensor([1])}})
+    with pytest.raises(ValueError, match="layer x has a width of 0"):
+        NeuronMasks({"a": {"x": torch.ones(0, dtype=torch.bool)}})

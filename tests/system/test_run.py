@@ -15,6 +15,7 @@ import pytest
 from nspec import NeuronMasks, cli
 from nspec.files import read_json
 from nspec.mt import options
+from nspec.report.load import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ["dense", "continued", "forward", "update", "random"]
@@ -59,9 +60,11 @@ def test_every_arrow_leaves_its_results_and_a_record(tiny: Tiny) -> None:
     folders += [f"{part}/{system}" for part in ("systems", "scores") for system in SYSTEMS]
     for folder in folders:
         record = read_json(tiny.folder / folder / "stage.json")
-        assert set(record) == {"stage", "options", "inputs", "seconds", "versions"}, folder
+        assert set(record) == {"stage", "options", "inputs", "outputs", "seconds", "versions"}, folder
         assert record["inputs"] or folder == "prepared", folder
         assert all(len(digest) == 64 for digest in record["inputs"].values()), folder
+        assert record["outputs"], folder
+        assert all((tiny.folder / folder / name).is_file() for name in record["outputs"]), folder
     config = options.load(tiny.config)
     assert options.parse((tiny.folder / "config.yaml").read_text()) == config
     assert not list(tiny.folder.glob("**/started*")) + list(tiny.folder.glob("**/*.part"))
@@ -160,6 +163,89 @@ def test_other_bootstrap_samples_need_no_new_translation(copy: Tiny) -> None:
     scores = read_json(copy.folder / "scores/forward/scores.json")
     assert "bs:50" in scores["signatures"]["chrf"]
     assert scores["tasks"]["de-en"]["baseline"]["system"] == "dense"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "null", "changed"])
+def test_scores_that_are_not_as_they_were_are_made_anew(
+    content: str | None, copy: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command that reads them, and refused where nothing can make them."""
+    path = copy.folder / "scores/forward/scores.json"
+    right = path.read_bytes()
+    for command in ("evaluate", "report"):
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(right.replace(b"1", b"2", 1) if content == "changed" else content.encode())
+        with pytest.raises(ValueError, match=r"forward/scores.json .*`nspec evaluate` makes it anew"):
+            load_run(copy.folder)
+        assert cli.main([command, str(copy.config)]) == 0
+        said = capsys.readouterr().err
+        assert f"score:forward: {path} " in said
+        assert "it is made anew" in said
+        assert read_json(path) | {"seconds": 0} == json.loads(right) | {"seconds": 0}
+    (path.parent / "stage-score.json").write_text("[]")
+    assert cli.main(["evaluate", str(copy.config)]) == 0
+    assert "stage-score.json holds [], expected an object" in capsys.readouterr().err
+
+
+def test_what_a_training_or_a_translation_wrote_is_missed(copy: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, redo in [
+        ("systems/forward/summary.json", "specialize:forward"),
+        ("systems/dense/log.jsonl", "train"),
+        ("systems/dense/model/tokenizer.json", "train"),
+        ("systems/dense/model/model.safetensors", "train"),
+        ("scores/update/de-en.decode.json", "evaluate:update"),
+        ("scores/update/de-en.hyp.txt", "evaluate:update"),
+        ("masks/masks.json", "select"),
+        ("profile/counts.safetensors", "profile"),
+        ("prepared/meta.json", "prepare"),
+    ]:
+        path = copy.folder / name
+        whole = path.read_bytes()
+        for content in (None, b"", b"{}", whole[:-1]):
+            path.unlink() if content is None else path.write_bytes(content)
+            message = refused(capsys, "run", copy.config)
+            assert f"{path} " in message
+            assert f"--redo {redo} to make it" in message
+            path.write_bytes(whole)
+    assert cli.main(["report", str(copy.config)]) == 0, "nothing was changed by the refusals"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '"text"', "{", "", '{"options": [], "inputs": {}}', "[" * 10**5]
+)
+def test_records_that_are_none_are_refused(content: str, copy: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy.folder / "systems/forward/stage.json"
+    whole = path.read_bytes()
+    for name in ("stage.json", "started.json"):
+        path.unlink(missing_ok=True)
+        path.with_name(name).write_text(content)
+        message = refused(capsys, "report", copy.config)
+        assert str(path.with_name(name)) in message
+        assert "--redo specialize:forward to make it" in message
+    path.with_name("started.json").unlink()
+    path.write_bytes(whole)
+    assert cli.main(["report", str(copy.config)]) == 0
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"seconds": "3"}', '{"sentences": true, "seconds": 1}', "{", ""])
+def test_a_direction_whose_translation_is_broken_is_translated_again(
+    content: str, copy: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy.folder / "scores/forward"
+    right = (folder / "de-en.hyp.txt").read_bytes()
+    (folder / "de-en.decode.json").write_text(content)
+    record = read_json(folder / "stage.json")
+    del record["outputs"]  # as an older version wrote it
+    (folder / "stage.json").write_text(json.dumps(record))
+    (folder / "stage-score.json").unlink()
+    message = refused(capsys, "evaluate", copy.config)
+    assert str(folder / "de-en.decode.json") in message
+    (folder / "stage.json").rename(folder / "started.json")  # as a kill leaves it
+    assert cli.main(["evaluate", str(copy.config)]) == 0
+    assert "de-en is translated again: " in capsys.readouterr().err
+    assert (folder / "de-en.hyp.txt").read_bytes() == right
 
 
 def test_the_arrows_one_by_one_are_the_whole_run(tiny: Tiny, fresh: Tiny) -> None:
