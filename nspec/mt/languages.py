@@ -12,8 +12,8 @@ import re
 CODE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
 """A code as a run has it."""
 
-# The stricter form of what stands in names of files and in keys of JSON objects: de, pt_BR, eng_Latn.
-_PLAIN = re.compile(r"[a-z]{2,3}(_[A-Za-z0-9]+)*")
+FILE_CODE = r"[a-z]{2,3}(?:_[A-Za-z0-9]+)*"
+"""The stricter form of what stands in names of files and in keys of JSON objects, as a pattern: de, pt_BR, eng_Latn."""
 
 _ISO_639_1 = """
     aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en
@@ -67,7 +67,7 @@ def language_code(text: str) -> str | None:
 def plain_code(text: str) -> str | None:
     """:func:`language_code` of what may be no code, as in names of files: the language is two or three small letters."""
     code = language_code(text)
-    return code if code and _PLAIN.fullmatch(code) else None
+    return code if code and re.fullmatch(FILE_CODE, code) else None
 
 
 def _kind(language: str, subtag: str) -> int:

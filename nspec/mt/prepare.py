@@ -233,7 +233,8 @@ class _Preparation:
         tasks = " and ".join(task for task in self.tasks if pair_of_task(task) == pair)
         left_out = ", ".join(f"{number} {reason}" for reason, number in self.dropped[pair].items() if number)
         why = f" (left out: {left_out})" if split == "train" and left_out else ""
-        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out")
+        hint = "" if IN_OTHER_EVALUATION not in why else ", or set corpus.filter_across_pairs=false"
+        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out{hint}")
 
     # Vocabulary
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nspec.mt.config import CorpusConfig
 from nspec.mt.languages import CODE, language_code, languages_of_task, task_of
+from nspec.mt.languages import FILE_CODE as FILE_CODE
 
 logger = logging.getLogger(__name__)
 

@@ -71,7 +71,8 @@ def read_mixed(paths: Sequence[Path], wanted: Collection[str]) -> tuple[list[Mix
 
 
 def _source(path: Path, rows: list[Row], taken: Collection[str], named: bool) -> MixedJsonlSource:
-    texts, pairs = [], set()
+    texts: list[tuple[int, dict[str, str]]] = []
+    pairs: set[Pair] = set()
     for number, row in rows:
         where = f"{path}, line {number}"
         # Rows may be of two languages that the options do not name; those are passed by.

@@ -67,6 +67,11 @@ class MultiwayCorpus(AlignedCorpus):
                 "test": self.lists[config.test_split],
             },
         )
+        if alike := _alike(ids):
+            self.note(
+                f"{folder}: {len(alike)} ids differ from others only in spaces or Unicode form (NFC, NFD), such as "
+                f"{alike[0]!a}; they are taken for different ones"
+            )
         for code, number in empty.items():
             self.skip(code, EMPTY_SIDE, number)
 
@@ -84,12 +89,16 @@ class MultiwayCorpus(AlignedCorpus):
                 f"none of the {len(ids)} ids in list {self.names[split]!r} of {SPLITS_FILE} is in both {both} "
                 f"({found[0]} are in the first, {found[1]} in the second)"
             )
-        if first.keys() & second.keys():
+        held_out = {name for part in self.lists.values() for name in part}
+        ours, theirs = ([name for name in texts if name not in held_out] for texts in (first, second))
+        if not ours or not theirs:
             return f"every id that is in both {both} is in a list of {SPLITS_FILE}"
-        alike = {clean(name) for name in first} & {clean(name) for name in second}
-        why = f"; {len(alike)} would be if spaces and Unicode forms (NFC) were the same" if alike else ""
-        examples = " and ".join(repr(next(iter(texts), "")) for texts in (first, second))
-        return f"0 of {len(first)} and {len(second)} ids are in both {both}, which begin with {examples}{why}"
+        alike = len({clean(name) for name in ours} & {clean(name) for name in theirs})
+        return (
+            f"none of {len(ours)} and {len(theirs)} ids that are in no list of {SPLITS_FILE} is in both {both}, such as "
+            f"{ours[0]!a} and {theirs[0]!a}"
+            + (f"; {alike} would be with the same spaces and Unicode form (NFC)" if alike else "")
+        )
 
 
 def _language_files(folder: Path) -> dict[str, Path]:
@@ -165,6 +174,14 @@ def _check_spelling(path: Path, listed: Iterable[str], ids: Iterable[str]) -> No
             f"{path}: {len(alike)} listed ids differ from ids of the files only in spaces or Unicode form (NFC, NFD), "
             f"such as {one!a} from {other!a}; write them the same way"
         )
+
+
+def _alike(ids: Iterable[str]) -> list[str]:
+    """Ids that are another one but for spaces and Unicode form."""
+    known = set(ids)
+    strange = {name: form for name in ids if (form := clean(name)) != name}
+    forms = Counter(strange.values())
+    return [name for name, form in strange.items() if form in known or forms[form] > 1]
 
 
 def _read_texts(path: Path) -> tuple[dict[str, str], int]:

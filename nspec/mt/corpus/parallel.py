@@ -148,6 +148,8 @@ def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], A
         raise CorpusError(f"{where} not valid JSON (nested too deeply)") from None
     except json.JSONDecodeError as error:
         raise CorpusError(f"{where} not valid JSON ({error})") from error
+    except CorpusError:  # of ``pairs``
+        raise
     except ValueError as error:  # Python reads no whole number of more than 4300 digits
         raise CorpusError(f"{where} not valid JSON (a number has too many digits)") from error
 
