@@ -8,6 +8,7 @@ inside them are taken as well and become underscores, so that ``en-zh-Hans`` is 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 CODE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
 """A code as a run has it."""
@@ -48,6 +49,7 @@ _COUNTRIES = frozenset(["pt-br", "fr-ca", "en-ca", "zh-tw"])
 _VARIANTS = frozenset(["ca-valencia", "be-tarask"])
 
 
+@lru_cache(maxsize=4096)  # keys of JSON objects, row after row
 def language_code(text: str) -> str | None:
     """A code as a run has it: ``zh-Hans`` gives ``zh_Hans``; None where ``text`` is no code.
 
@@ -64,6 +66,7 @@ def language_code(text: str) -> str | None:
     return "_".join([first, *subtags]) if rising else None
 
 
+@lru_cache(maxsize=4096)
 def plain_code(text: str) -> str | None:
     """:func:`language_code` of what may be no code, as in names of files: the language is two or three small letters."""
     code = language_code(text)

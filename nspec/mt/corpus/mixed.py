@@ -85,7 +85,7 @@ def _source(path: Path, rows: list[Row], taken: Collection[str], named: bool) ->
             )
         kept = {code: text_of(row[code], code, where) for code in codes if code in taken}
         texts.append((number, kept))
-        pairs.update(combinations(sorted(code for code, text in kept.items() if text), 2))
+        pairs.update(combinations(sorted(code for code in kept if row[code] is not None), 2))
     return MixedJsonlSource(path, texts, frozenset(pairs))
 
 
