@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -23,6 +22,7 @@ from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.data import FORMAT, SPLITS
+from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.languages import languages_of_task, pair_of_task
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-IN_EVALUATION = "in valid or test"
-IN_OTHER_EVALUATION = "in valid or test of another pair"
-DUPLICATE = "duplicate"
 EMPTY = "no tokens"
 TOO_LONG = "too long"
 RATIO = "length ratio"
@@ -141,9 +138,7 @@ class _Preparation:
         self.dropped: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
         self.truncated: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
         self.sizes: dict[str, dict[str, int]] = {pair: {} for pair in self.pairs}
-        # Digests of the sentences of valid and test, by pair and language, and by language in all pairs.
-        self.held_out: dict[tuple[str, str], set[int]] = {}
-        self.held_out_anywhere: dict[str, set[int]] = defaultdict(set)
+        self.filter = TrainingFilter(config.corpus.filter_across_pairs, config.corpus.deduplicate)
         self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
         self.most = config.model.max_positions
         if config.corpus.max_tokens < 1 or self.most <= _FRAME:
@@ -177,51 +172,29 @@ class _Preparation:
     def _read_evaluation(self, pair: str) -> None:
         """Text of valid and test to ``text/``."""
         languages = self.pairs[pair]
-        seen: tuple[set[int], set[int]] = set(), set()
         for split in ("valid", "test"):
             sides: tuple[list[str], list[str]] = [], []
             for texts in self.corpus.read(languages, split):
-                for side, texts_seen, text in zip(sides, seen, texts):
+                self.filter.hold_out(languages, texts)
+                for side, text in zip(sides, texts):
                     side.append(_line(text, pair, split))
-                    texts_seen.add(_digest(text))
             self._must_have(pair, split, len(sides[0]))
             for language, side in zip(languages, sides):
                 write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in side))
-        for language, digests in zip(languages, seen):
-            self.held_out[pair, language] = digests
-            self.held_out_anywhere[language] |= digests
 
     def _read_training(self, pair: str) -> None:
         """Text of train, without what is in valid and test and what stands there once more, to the spool folder."""
         kept = 0
         first, second = (self._spool(pair, language) for language in self.pairs[pair])
         first.parent.mkdir(exist_ok=True)
-        seen: set[int] = set()
+        languages = self.pairs[pair]
         with _writer(first) as first_file, _writer(second) as second_file:
-            for texts in self.corpus.read(self.pairs[pair], "train"):
-                reason = self._held_out(pair, texts)
-                if not reason and self.config.corpus.deduplicate:
-                    digest = _digest("\n".join(texts))
-                    reason = DUPLICATE if digest in seen else ""
-                    seen.add(digest)
-                if reason:
-                    self.dropped[pair][reason] += 1
-                    continue
+            for texts in self.filter.kept(languages, self.corpus.read(languages, "train"), self.dropped[pair]):
                 first_file.write(_line(texts[0], pair, "train") + "\n")
                 second_file.write(_line(texts[1], pair, "train") + "\n")
                 kept += 1
         self.sizes[pair]["train"] = kept
         self._must_have(pair, "train", kept)
-
-    def _held_out(self, pair: str, texts: tuple[str, str]) -> str:
-        """Why a training pair may not be seen in training, or nothing: a sentence of it is measured on."""
-        digests = [(language, _digest(text)) for language, text in zip(self.pairs[pair], texts)]
-        if any(digest in self.held_out[pair, language] for language, digest in digests):
-            return IN_EVALUATION
-        across = self.config.corpus.filter_across_pairs
-        if across and any(digest in self.held_out_anywhere[language] for language, digest in digests):
-            return IN_OTHER_EVALUATION
-        return ""
 
     def _spool(self, pair: str, language: str) -> Path:
         return self.folder / _SPOOL / f"{pair}.{language}.txt"
@@ -405,11 +378,6 @@ def _positions(pretrained: str) -> int:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model.pretrained {pretrained}: there is no model configuration: {reason}") from error
     return sys.maxsize if found is None else int(found)
-
-
-def _digest(text: str) -> int:
-    """64 bits that stand for a text: sets of them take a fraction of the memory of the texts."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _shown(character: str) -> str:

@@ -180,22 +180,6 @@ def test_training_pairs_with_a_side_from_valid_or_test_are_left_out_and_counted(
         assert data.meta["dropped"]["aa-cc"] == ({"in valid or test of another pair": 1} if across else {})
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_sentences_of_the_shared_language_that_another_pair_is_measured_on_are_not_trained_on(tmp_path, split):
-    held_out = [segment[1] for segment in Invented().segments(("aa", "dd"), split)]
-    other = next(Invented().segments(("aa", "dd"), split))[2]
-    extra = {
-        (("aa", "bb"), "train"): [(text, "köln") for text in held_out],
-        # Text of dd is not compared with text of cc, though it be the same.
-        (("aa", "cc"), "train"): [("kilo", other)],
-    }
-    prepare_corpus(Invented(extra), TASKS, config_with(), tmp_path / "prepared")
-    meta = PreparedData(tmp_path / "prepared").meta
-    assert meta["dropped"] == {"aa-bb": {"in valid or test of another pair": SIZES[split]}, "aa-cc": {}, "aa-dd": {}}
-    assert meta["counts"]["train"]["bb-aa"] == SIZES["train"]
-    assert f"aa-bb: training pairs left out: {SIZES[split]} in valid or test of another pair" in summary(meta)
-
-
 def test_a_pair_that_another_one_leaves_nothing_of_names_the_option(tmp_path):
     held_out = [segment[1] for segment in Invented().segments(("aa", "cc"), "test")]
     corpus = Invented({(("aa", "bb"), "train"): [(text, "köln") for text in held_out]})
@@ -210,14 +194,12 @@ def test_a_pair_that_another_one_leaves_nothing_of_names_the_option(tmp_path):
 
 def test_duplicates_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
     first = next(Invented().segments(("aa", "bb"), "train"))[1:]
-    extra = {(("aa", "bb"), "train"): [first, (first[0], "köln"), first, ("kilo", "köln"), (first[0], "köln")]}
-    for asked, count in ((False, 0), (True, 3)):
-        config = config_with(corpus__deduplicate=asked)
-        prepare_corpus(Invented(extra), TASKS, config, tmp_path / "prepared")
-        data = PreparedData(tmp_path / "prepared")
-        assert data.size("train", "aa-bb") == SIZES["train"] + 5 - count
-        assert data.meta["dropped"]["aa-bb"] == ({"duplicate": count} if asked else {})
-        assert asked == ("aa-bb: training pairs left out: 3 duplicate" in summary(data.meta))
+    extra = {(("aa", "bb"), "train"): [first, (first[0], "köln"), first]}
+    prepare_corpus(Invented(extra), TASKS, config_with(corpus__deduplicate=True), tmp_path / "prepared")
+    data = PreparedData(tmp_path / "prepared")
+    assert data.size("train", "aa-bb") == SIZES["train"] + 1
+    assert data.meta["dropped"] == {"aa-bb": {"duplicate": 2}, "aa-cc": {}, "aa-dd": {}}
+    assert "aa-bb: training pairs left out: 2 duplicate" in summary(data.meta)
 
 
 def test_characters_that_the_vocabulary_lacks_are_counted_by_language_and_said(tmp_path, prepared):

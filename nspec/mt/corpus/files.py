@@ -85,12 +85,13 @@ def pair_name(path: Path, config: CorpusConfig) -> PairName | None:
     read = [codes for codes in cuts(match["pair"]) if all(map(plain_code, codes)) and (one_file or end in codes)]
     if end and len(read) == 1:
         return PairName(match["name"], read[0], end)
-    parts = match["pair"].split("-")
+    parts, last = match["pair"].split("-"), match["end"]
+    side = one_file or match["pair"].startswith(f"{last}-") or match["pair"].endswith(f"-{last}")
     of_a_split = split_of(match["name"], config) in ("valid", "test") or match["name"] == "train"
-    if len(parts) > 2 and (one_file or end) and (of_a_split or sum(map(is_known, parts)) > 1):
+    if len(parts) > 2 and side and (of_a_split or sum(map(is_known, parts)) > 1):
         raise CorpusError(
             f"{path}: the two languages of {match['pair']} cannot be told; write '_' inside a code, as in "
-            f"{match['name']}.en-pt_BR.{'en' if end and not one_file else match['end']}"
+            f"{match['name']}.en-pt_BR.{last if one_file else 'en'}"
         )
     return None
 

@@ -21,7 +21,7 @@ from nspec.mt.corpus.base import (
     requested_languages,
 )
 from nspec.mt.corpus.lines import read_columns
-from nspec.mt.corpus.parallel import parse_json
+from nspec.mt.corpus.parallel import parse_json, shown
 from nspec.mt.languages import plain_code
 
 FILE = re.compile(r"(?P<lang>[\w-]+)\.tsv(\.gz)?", re.ASCII)
@@ -141,7 +141,7 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
     for name, part in lists.items():
         for item in part:
             if not isinstance(item, str):
-                raise CorpusError(f"{path}: list {name!r} holds {item!r}; ids are strings")
+                raise CorpusError(f"{path}: list {name!r} holds {shown(item)}; ids are strings")
     return lists
 
 

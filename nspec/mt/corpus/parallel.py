@@ -174,7 +174,7 @@ def text_of(value: Any, code: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: the text for {code} is {_shown(value)}, expected a string")
+        raise CorpusError(f"{where}: the text for {code} is {shown(value)}, expected a string")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:
@@ -185,8 +185,12 @@ def text_of(value: Any, code: str, where: str) -> str:
     return value
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value of JSON for an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 

@@ -189,6 +189,18 @@ def test_a_malformed_jsonl_line_is_named(tmp_path, line, message):
         list(open_corpus(config, 1).read(("de", "en"), "train"))
 
 
+@pytest.mark.parametrize("depth", [*range(930, 1010, 4), 5000])
+def test_a_text_that_is_nested_is_one_line_at_any_depth(tmp_path, depth):
+    for split in ("train", "valid", "test"):
+        config = jsonl(tmp_path, f"{split}.de-en.jsonl", {"de": "a", "en": "b"})
+    write_file(tmp_path / "test.de-en.jsonl", '{"de": "a", "en": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(
+        CorpusError, match=r"test\.de-en\.jsonl, line 1: (not valid JSON|the text for en is )"
+    ) as caught:
+        open_corpus(config, 1)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_mixed_row_with_one_language_is_named(tmp_path):
     for split in ("valid", "test", "train"):
         config = jsonl(tmp_path, f"{split}.jsonl", {"de": "a", "en": "b"}, {"de": "c", "text": "d"})
@@ -255,7 +267,16 @@ def test_a_name_whose_languages_cannot_be_told_is_an_error(tmp_path, name):
 
 def test_names_of_other_files_are_not_taken_for_pairs(tmp_path):
     config = moses(tmp_path, "train", "valid", "test")
-    for name in ("notes.to-do-list.txt", "run-all.sh", "README.md", "vocab.en-de", "train.en-de.log", "a.b-c.d-e.tsv"):
+    for name in (
+        "notes.to-do-list.txt",
+        "corpus.en-de-fr.txt",
+        "all.de-en-fr.log",
+        "run-all.sh",
+        "README.md",
+        "vocab.en-de",
+        "train.en-de.log",
+        "a.b-c.d-e.tsv",
+    ):
         write_file(tmp_path / name, "x\n")
     assert list(open_corpus(config, 1).read(("de", "en"), "train")) == PAIRS
 
