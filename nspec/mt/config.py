@@ -5,13 +5,18 @@ Reading and writing them (YAML, ``--set key=value``, the commented template) is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nspec.mt.languages import normalized_code, normalized_task
 
-def option(default: Any, meaning: str, choices: tuple[Any, ...] | None = None) -> Any:
-    """A dataclass field with its meaning and, where there are few, its possible values."""
-    meta = {"meaning": meaning, "choices": choices}
+
+def option(
+    default: Any, meaning: str, choices: tuple[Any, ...] | None = None, spelled: Callable[[str], str] | None = None
+) -> Any:
+    """A dataclass field with its meaning, its possible values where there are few, and how a text is spelled at last."""
+    meta = {"meaning": meaning, "choices": choices, "spelled": spelled}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -41,9 +46,19 @@ class RunConfig:
 @dataclass
 class CorpusConfig:
     type: str = option("cldr", "where the text comes from", ("cldr", "files", "gettext", "hub"))
-    languages: list[str] = option([], "language codes; empty: all that the corpus has")
-    pivot: str = option("en", "directions go to and from this language; empty: every pair of languages both ways")
-    directions: list[str] = option([], "such as en-de; empty: all that languages and pivot give")
+    languages: list[str] = option(
+        [],
+        "language codes, such as de or zh_Hans (zh-Hans is read as that); empty: all that the corpus has",
+        spelled=normalized_code,
+    )
+    pivot: str = option(
+        "en",
+        "directions go to and from this language; empty: every pair of languages both ways",
+        spelled=normalized_code,
+    )
+    directions: list[str] = option(
+        [], "such as en-de or en-zh_Hans; empty: all that languages and pivot give", spelled=normalized_task
+    )
     path: str = option("", "files: a folder with parallel text; gettext: a folder of catalogues, empty: the system's")
     name: str = option("", "hub: the name of a dataset")
     subset: str = option("{pair}", "hub: the configuration of a pair; {pair}, {source} and {target} are replaced")
@@ -52,6 +67,12 @@ class CorpusConfig:
     test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr, gettext: 200)")
     valid_split: str = option("valid", "the name of the validation split in the corpus")
     test_split: str = option("test", "the name of the test split in the corpus")
+    filter_across_pairs: bool = option(
+        True,
+        "training pairs with a sentence that is in the validation or test text of another pair are left out, as those "
+        "with one of their own pair's always are",
+    )
+    deduplicate: bool = option(False, "training pairs that stand there once more are left out")
     max_tokens: int = option(128, "longer training pairs (tokens, either side) are left out")
     max_ratio: float = option(0.0, "training pairs with a larger ratio of lengths in tokens are left out; 0: keep all")
 

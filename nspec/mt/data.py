@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nspec.files import read_json
+from nspec.mt.languages import languages_of_task as languages_of_task
+from nspec.mt.languages import pair_of_task as pair_of_task
 from nspec.mt.vocabulary import folder_sha256, load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,23 +28,6 @@ FORMAT = 1
 SPLITS = ("train", "valid", "test")
 
 Ids = npt.NDArray[np.int64]
-
-
-def languages_of_task(task: str) -> tuple[str, str]:
-    """Source and target language of a direction: ``en-de`` gives ``("en", "de")``.
-
-    Raises:
-        ValueError: it is not two codes joined by one "-".
-    """
-    source, dash, target = task.partition("-")
-    if not (source and dash and target) or "-" in target:
-        raise ValueError(f"direction {task!r}: expected two language codes joined by '-', such as en-de")
-    return source, target
-
-
-def pair_of_task(task: str) -> str:
-    """The name of the files that both directions between two languages share: ``en-de`` gives ``de-en``."""
-    return "-".join(sorted(languages_of_task(task)))
 
 
 @dataclass(frozen=True)

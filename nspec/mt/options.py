@@ -92,7 +92,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
     A wrong type in a file is a wrong *value* of a text file, so it is not a TypeError.
     """
     section, key = name.split(".")
-    kind, choices = _types()[section][key], _fields(section)[key].metadata["choices"]
+    kind, meta = _types()[section][key], _fields(section)[key].metadata
+    choices, spelled = meta["choices"], meta["spelled"]
     if typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         kinds = "texts" if item is str else "numbers"
@@ -111,6 +112,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
     for each in result if isinstance(result, list) else [result]:
         if isinstance(each, float) and not math.isfinite(each):
             raise ValueError(f"{name}: expected a finite number, found {each}{where}")
+    if spelled:
+        result = [spelled(each) for each in result] if isinstance(result, list) else spelled(result)
     if choices and result not in choices:
         nearest = difflib.get_close_matches(str(result), map(str, choices), n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""

@@ -10,7 +10,8 @@ from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import CorpusError
 from nspec.mt.corpus.files import open_files
-from nspec.mt.data import Ids, PreparedData, languages_of_task, pair_of_task
+from nspec.mt.data import Ids, PreparedData
+from nspec.mt.languages import languages_of_task, pair_of_task
 
 
 class OtherText:

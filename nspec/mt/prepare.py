@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import sys
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,9 @@ from nspec.files import replacing, write_json, write_text
 from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
-from nspec.mt.data import FORMAT, SPLITS, languages_of_task, pair_of_task
+from nspec.mt.data import FORMAT, SPLITS
+from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
+from nspec.mt.languages import languages_of_task, pair_of_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-IN_EVALUATION = "in valid or test"
 EMPTY = "no tokens"
 TOO_LONG = "too long"
 RATIO = "length ratio"
@@ -102,6 +104,14 @@ def summary(meta: dict[str, Any]) -> list[str]:
         listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
         if listed:
             lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
+    unknown = [
+        f"{language} {', '.join(f'{count} in {split}' for split, count in found['unknown'].items() if count)} "
+        f"({found['examples']})"
+        for language, found in meta["unknown_characters"].items()
+        if found["examples"]
+    ]
+    if unknown:
+        lines.append(f"warning: characters that the vocabulary lacks, which are lost as <unk>: {'; '.join(unknown)}")
     return lines + meta["examples"]
 
 
@@ -128,6 +138,8 @@ class _Preparation:
         self.dropped: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
         self.truncated: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
         self.sizes: dict[str, dict[str, int]] = {pair: {} for pair in self.pairs}
+        self.filter = TrainingFilter(config.corpus.filter_across_pairs, config.corpus.deduplicate)
+        self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
         self.most = config.model.max_positions
         if config.corpus.max_tokens < 1 or self.most <= _FRAME:
             raise ValueError(
@@ -137,7 +149,8 @@ class _Preparation:
 
     def run(self) -> dict[str, Any]:
         """Does everything; the result is ``meta.json``, which is the last file that is written."""
-        self._each("read", self._read)
+        self._each("read valid and test", self._read_evaluation)
+        self._each("read", self._read_training)
         self.progress("vocabulary", 0, 1)
         self.tokenizer = self._tokenizer()
         self.dtype = np.dtype(np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32)
@@ -156,27 +169,27 @@ class _Preparation:
 
     # Reading
 
-    def _read(self, pair: str) -> None:
-        """Text of valid and test to ``text/``, that of train, without what is in those, to the spool folder."""
+    def _read_evaluation(self, pair: str) -> None:
+        """Text of valid and test to ``text/``."""
         languages = self.pairs[pair]
-        seen: tuple[set[str], set[str]] = set(), set()
         for split in ("valid", "test"):
             sides: tuple[list[str], list[str]] = [], []
             for texts in self.corpus.read(languages, split):
-                for side, texts_seen, text in zip(sides, seen, texts):
+                self.filter.hold_out(languages, texts)
+                for side, text in zip(sides, texts):
                     side.append(_line(text, pair, split))
-                    texts_seen.add(text)
             self._must_have(pair, split, len(sides[0]))
             for language, side in zip(languages, sides):
                 write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in side))
+
+    def _read_training(self, pair: str) -> None:
+        """Text of train, without what is in valid and test and what stands there once more, to the spool folder."""
         kept = 0
-        first, second = (self._spool(pair, language) for language in languages)
+        first, second = (self._spool(pair, language) for language in self.pairs[pair])
         first.parent.mkdir(exist_ok=True)
+        languages = self.pairs[pair]
         with _writer(first) as first_file, _writer(second) as second_file:
-            for texts in self.corpus.read(languages, "train"):
-                if texts[0] in seen[0] or texts[1] in seen[1]:
-                    self.dropped[pair][IN_EVALUATION] += 1
-                    continue
+            for texts in self.filter.kept(languages, self.corpus.read(languages, "train"), self.dropped[pair]):
                 first_file.write(_line(texts[0], pair, "train") + "\n")
                 second_file.write(_line(texts[1], pair, "train") + "\n")
                 kept += 1
@@ -193,7 +206,8 @@ class _Preparation:
         tasks = " and ".join(task for task in self.tasks if pair_of_task(task) == pair)
         left_out = ", ".join(f"{number} {reason}" for reason, number in self.dropped[pair].items() if number)
         why = f" (left out: {left_out})" if split == "train" and left_out else ""
-        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out")
+        hint = "" if IN_OTHER_EVALUATION not in why else ", or set corpus.filter_across_pairs=false"
+        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out{hint}")
 
     # Vocabulary
 
@@ -231,13 +245,13 @@ class _Preparation:
         for split in ("valid", "test"):
             paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
             arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-            for both in self._encoded(paths):
+            for both in self._encoded(pair, split, paths):
                 self.truncated[pair][split] += max(map(len, both)) > longest
                 for array, ids in zip(arrays, both):
                     array.add(ids[:longest])
             self._save(pair, split, arrays)
         arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-        for both in self._encoded([self._spool(pair, language) for language in self.pairs[pair]]):
+        for both in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
             reason = self._unfit(*map(len, both))
             if reason:
                 self.dropped[pair][reason] += 1
@@ -257,11 +271,12 @@ class _Preparation:
             return TOO_LONG
         return RATIO if ratio and longer > ratio * shorter else ""
 
-    def _encoded(self, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
-        first, second = (_lines(path) for path in paths)
-        while chunk := list(islice(first, _CHUNK)):
-            ids = (vocabulary.encode(self.tokenizer, texts) for texts in (chunk, list(islice(second, _CHUNK))))
-            yield from zip(*ids)
+    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
+        sides = [_lines(path) for path in paths]
+        while (chunks := [list(islice(side, _CHUNK)) for side in sides])[0]:
+            for language, texts in zip(self.pairs[pair], chunks):
+                self.characters[language, split].update("".join(texts))
+            yield from zip(*(vocabulary.encode(self.tokenizer, texts) for texts in chunks))
 
     def _save(self, pair: str, split: str, arrays: Iterable[_Arrays]) -> None:
         for language, array in zip(self.pairs[pair], arrays):
@@ -281,8 +296,25 @@ class _Preparation:
             "max_positions": self.most,
             "dropped": {pair: dict(reasons) for pair, reasons in self.dropped.items()},
             "truncated": {pair: dict(splits) for pair, splits in self.truncated.items()},
-            "corpus": {"fingerprint": self.corpus.fingerprint(), "skipped": self.corpus.skipped},
+            "unknown_characters": {language: self._unknown(language) for language in self.languages},
+            "corpus": {
+                "fingerprint": self.corpus.fingerprint(),
+                "skipped": self.corpus.skipped,
+                "notes": self.corpus.notes,
+            },
             "examples": [self._example(task) for task in dict.fromkeys([self.tasks[0], self.tasks[-1]])],
+        }
+
+    def _unknown(self, language: str) -> dict[str, Any]:
+        """How many characters of a language's text there are and the vocabulary lacks, by split, and the most frequent."""
+        counts = {split: self.characters[language, split] for split in SPLITS}
+        total = sum(counts.values(), Counter[str]())
+        lacking = vocabulary.unknown_characters(self.tokenizer, total)
+        most = sorted(lacking, key=lambda character: (-total[character], character))
+        return {
+            "characters": {split: found.total() for split, found in counts.items()},
+            "unknown": {split: sum(found[character] for character in lacking) for split, found in counts.items()},
+            "examples": " ".join(_shown(character) for character in most[:10]),
         }
 
     def _facts(self) -> dict[str, Any]:
@@ -346,6 +378,11 @@ def _positions(pretrained: str) -> int:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model.pretrained {pretrained}: there is no model configuration: {reason}") from error
     return sys.maxsize if found is None else int(found)
+
+
+def _shown(character: str) -> str:
+    """A character as a person can see it."""
+    return character if character.isprintable() and not unicodedata.combining(character) else f"U+{ord(character):04X}"
 
 
 def _line(text: str, pair: str, split: str) -> str:

@@ -12,8 +12,10 @@ class there that takes any set of languages, and ``spm.model``, the same model f
 - ``</s>``, ``<pad>`` or ``__de__`` standing in a text are spelled in pieces like any other text.
 - Normalisation: none but white space. Every white-space character and U+2581, SentencePiece's own sign for a space, is
   a space, and runs of spaces are one. There is no NFKC, which would change what is translated; text is expected in
-  NFC. Digits are always pieces of their own. A character that the training text never had is ``<unk>``: the class has
-  no byte fallback. It is also why only BPE is offered: its Unigram siblings have fixed lists of languages.
+  NFC. Digits are always pieces of their own. A character that the training text never had is ``<unk>``
+  (:func:`unknown_characters` tells which). There is no byte fallback: the class makes its model without one when it is
+  loaded, whatever the file says, so that plain transformers would read the folder otherwise than SentencePiece does. The
+  class is also why only BPE is offered: its Unigram siblings have fixed lists of languages.
 - Ids equal SentencePiece's, with two exceptions that :func:`encode` rules out as it cleans the text: white space at
   the end of a text (one more ``▁`` here), and a combining mark right behind a white-space character other than the
   plain space or behind U+2581 (here the mark goes with it).
@@ -45,6 +47,8 @@ MODEL_FILE = "spm.model"
 
 _MASK = "<mask>"
 _SPACE_SIGN = "\u2581"
+# SentencePiece writes it for what it does not know, and leaves lines that have it out of the training without an error.
+_UNKNOWN_SIGN = "\u2585"
 # All that str.isspace() knows, so that a text is read the same whether or not clean() has seen it.
 _SPACES = [*range(0x09, 0x0E), *range(0x1C, 0x20), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]
 _SPACES += [0x2028, 0x2029, 0x202F, 0x205F, 0x3000, ord(_SPACE_SIGN)]
@@ -152,7 +156,7 @@ def train_sentencepiece(sentences: Iterable[str], config: TokenizerConfig) -> by
         rules.write_text("".join(f"{code:X}\t20\n" for code in _SPACES), encoding="ascii")
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences),
+                sentence_iterator=(sentence.replace(_UNKNOWN_SIGN, " ") for sentence in sentences),
                 model_writer=model,
                 model_type=config.model_type,
                 vocab_size=config.vocab_size,
@@ -342,6 +346,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
         verbose=False,  # about texts longer than the model takes: training leaves them out, evaluation counts them
     )
     return list(encoded["input_ids"])
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, characters: Iterable[str]) -> set[str]:
+    """Those of ``characters`` that a text loses: they are ``<unk>`` to the vocabulary."""
+    listed = list(characters)
+    return {c for c, ids in zip(listed, encode(tokenizer, listed)) if tokenizer.unk_token_id in ids}
 
 
 def encode_source(tokenizer: PreTrainedTokenizerBase, text: str, language: str) -> list[int]:

@@ -176,7 +176,7 @@ def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
         ("corpus: {type: files}", "corpus.path"),
         ("corpus: {type: hub}", "corpus.name"),
         ("corpus: {languages: [de, de]}", "corpus.languages"),
-        ("corpus: {languages: [pt-BR]}", "corpus.languages"),
+        ("corpus: {languages: [en-de]}", "corpus.languages"),
         ("corpus: {directions: [en]}", "corpus.directions"),
         ("corpus: {directions: [en-en]}", "corpus.directions"),
         ("corpus: {languages: [en, de], directions: [en-fr]}", "corpus.directions"),

@@ -152,7 +152,7 @@ def test_progress_names_what_is_done_and_ends_at_the_total(tmp_path):
         tmp_path / "prepared",
         lambda what, done, total: seen.append((what, done, total)),
     )
-    assert list(dict.fromkeys(what for what, _, _ in seen)) == ["read", "vocabulary", "encode"]
+    assert list(dict.fromkeys(what for what, _, _ in seen)) == ["read valid and test", "read", "vocabulary", "encode"]
     assert [step for step in seen if step[0] == "encode"] == [("encode", done, 3) for done in range(4)]
 
 
@@ -168,12 +168,68 @@ def test_training_pairs_with_a_side_from_valid_or_test_are_left_out_and_counted(
     valid, test = (next(corpus.segments(("aa", "bb"), split)) for split in ("valid", "test"))
     leaks = [(valid[1], "something else"), ("something else", test[2]), (valid[1], valid[2])]
     extra = {(("aa", "bb"), "train"): [*leaks, ("kept", "kept")], (("aa", "cc"), "train"): [(valid[1], "кади")]}
+    for across in (True, False):
+        config = config_with(corpus__filter_across_pairs=across)
+        prepare_corpus(Invented(extra), TASKS, config, tmp_path / "prepared")
+        data = PreparedData(tmp_path / "prepared")
+        assert data.size("train", "aa-bb") == data.size("train", "bb-aa") == SIZES["train"] + 1
+        assert data.meta["dropped"]["aa-bb"] == {"in valid or test": 3}
+        assert "aa-bb: training pairs left out: 3 in valid or test" in summary(data.meta)
+        # That text is held out for aa-bb; in aa-cc it is training text where the user wants it.
+        assert data.size("train", "aa-cc") == SIZES["train"] + (not across)
+        assert data.meta["dropped"]["aa-cc"] == ({"in valid or test of another pair": 1} if across else {})
+
+
+def test_a_pair_that_another_one_leaves_nothing_of_names_the_option(tmp_path):
+    held_out = [segment[1] for segment in Invented().segments(("aa", "cc"), "test")]
+    corpus = Invented({(("aa", "bb"), "train"): [(text, "köln") for text in held_out]})
+    segments = corpus.segments
+    corpus.segments = lambda pair, split: (  # type: ignore[method-assign]
+        segment for segment in segments(pair, split) if pair != ("aa", "bb") or split != "train" or segment[0][0] == "x"
+    )
+    message = r"no train data \(left out: 9 in valid or test of another pair\); .*corpus\.filter_across_pairs=false"
+    with pytest.raises(ValueError, match=message):
+        prepare_corpus(corpus, TASKS, config_with(), tmp_path / "prepared")
+
+
+def test_duplicates_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
+    first = next(Invented().segments(("aa", "bb"), "train"))[1:]
+    extra = {(("aa", "bb"), "train"): [first, (first[0], "köln"), first]}
+    prepare_corpus(Invented(extra), TASKS, config_with(corpus__deduplicate=True), tmp_path / "prepared")
+    data = PreparedData(tmp_path / "prepared")
+    assert data.size("train", "aa-bb") == SIZES["train"] + 1
+    assert data.meta["dropped"] == {"aa-bb": {"duplicate": 2}, "aa-cc": {}, "aa-dd": {}}
+    assert "aa-bb: training pairs left out: 2 duplicate" in summary(data.meta)
+
+
+def test_characters_that_the_vocabulary_lacks_are_counted_by_language_and_said(tmp_path, prepared):
+    assert PreparedData(prepared).meta["unknown_characters"]["bb"]["unknown"] == {"train": 0, "valid": 0, "test": 0}
+    assert not [line for line in summary(PreparedData(prepared).meta) if "lacks" in line]
+    extra = {
+        (("aa", "bb"), "valid"): [("ae \U0001f642\U0001f642 \u2585", "äe")],
+        (("aa", "bb"), "test"): [("aé \U0001f642", "äe \u0416"), ("lo \u0323", "äe")],
+        (("aa", "cc"), "test"): [("ae \U0001f642", "а")],
+    }
     prepare_corpus(Invented(extra), TASKS, config_with(), tmp_path / "prepared")
     data = PreparedData(tmp_path / "prepared")
-    assert data.size("train", "aa-bb") == data.size("train", "bb-aa") == SIZES["train"] + 1
-    assert data.size("train", "aa-cc") == SIZES["train"] + 1  # that text is held out for aa-bb, not for this pair
-    assert data.meta["dropped"]["aa-bb"] == {"in valid or test": 3}
-    assert "aa-bb: training pairs left out: 3 in valid or test" in summary(data.meta)
+    found = data.meta["unknown_characters"]
+    assert found["aa"]["unknown"] == {"train": 0, "valid": 3, "test": 4}
+    assert found["bb"]["unknown"] == {"train": 0, "valid": 0, "test": 1}
+    assert found["cc"]["unknown"] == {"train": 0, "valid": 0, "test": 0}
+    texts = [data.text("valid", task)[0] for task in ("aa-bb", "aa-cc")] + [data.text("valid", "dd-aa")[1]]
+    assert found["aa"]["characters"]["valid"] == sum(len(line) for side in texts for line in side)
+    said = [line for line in summary(data.meta) if line.startswith("warning: characters that the vocabulary lacks")]
+    assert said == [
+        "warning: characters that the vocabulary lacks, which are lost as <unk>: "
+        "aa 3 in valid, 4 in test (\U0001f642 é U+0323 \u2585); bb 1 in test (\u0416)"
+    ]
+
+
+def test_notes_of_the_corpus_are_kept(tmp_path):
+    corpus = Invented()
+    corpus.note("one key was left out")
+    prepare_corpus(corpus, TASKS, config_with(), tmp_path / "prepared")
+    assert PreparedData(tmp_path / "prepared").meta["corpus"]["notes"] == ["one key was left out"]
 
 
 def test_too_long_and_too_uneven_training_pairs_are_left_out_and_counted(tmp_path):

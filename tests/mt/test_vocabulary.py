@@ -133,6 +133,24 @@ def test_a_long_line_is_not_left_out_of_the_training():
     assert len(sentencepiece.SentencePieceProcessor(model_proto=proto).encode("zyzzyva")) == 1
 
 
+@pytest.mark.parametrize("sign", ["\u2585", "\0", "\u2047", "<s>", "</s>", "<unk>", "\ufffd", "\x85", "\u2028"])
+def test_a_line_with_a_sign_of_sentencepiece_takes_part_in_the_training(sign):
+    text = ["ab ba"] * 9 + [f"zz {sign} zz"] * 9
+    model = vocabulary.train_sentencepiece(
+        text, TokenizerConfig(vocab_size=9 if len(sign) == 1 and sign.isprintable() else 8)
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert pieces.unk_id() not in pieces.encode("zz ab")
+
+
+def test_unknown_characters_are_those_that_a_text_loses(untouched):
+    text = "abc äß Ж🙂 \u2585 1 \u2581\u00a0\u0301 漢 ħ"
+    lost = vocabulary.unknown_characters(untouched, sorted(set(text)))
+    assert lost == {"Ж", "🙂", "\u2585", "\u0301", "漢"}
+    assert untouched.unk_token_id not in vocabulary.encode(untouched, ["".join(c for c in text if c not in lost)])[0]
+    assert vocabulary.unknown_characters(untouched, []) == set()
+
+
 # Sampling of languages
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import re
+import logging
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import combinations
+from itertools import chain, combinations, islice
 from typing import Any
 
 from nspec.mt.config import CorpusConfig
+from nspec.mt.languages import CODE, language_code, languages_of_task, task_of
+from nspec.mt.languages import FILE_CODE as FILE_CODE
+
+logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 Segment = tuple[str, str, str]
@@ -25,10 +29,6 @@ FINGERPRINTED = (
 )
 SPLITS = ("train", "valid", "test")
 EMPTY_SIDE = "empty side"
-# "-" joins the two codes of a direction, so a code cannot hold one: pt_BR, zh_Hans, eng_Latn.
-LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
-# The stricter form that is recognised in file names and in keys of JSON objects: de, pt_BR, eng_Latn.
-FILE_CODE = r"[a-z]{2,3}(?:_[A-Za-z0-9]+)*"
 
 
 class CorpusError(ValueError):
@@ -46,18 +46,21 @@ def pair_of(first: str, second: str) -> Pair:
 
 
 def split_direction(direction: str) -> Pair:
-    """``"en-de"`` as ``("en", "de")``: source, then target.
+    """``"en-de"`` as ``("en", "de")``: source, then target; see :func:`~nspec.mt.languages.languages_of_task`.
 
     Raises:
         ValueError: it is not two different language codes joined by "-".
     """
-    codes = direction.split("-")
-    if len(codes) != 2 or codes[0] == codes[1] or not all(LANGUAGE_CODE.fullmatch(code) for code in codes):
+    try:
+        source, target = languages_of_task(direction)
+    except ValueError:
+        source = target = ""
+    if source == target or not (CODE.fullmatch(source) and CODE.fullmatch(target)):
         raise ValueError(
             f"corpus.directions: {direction!r} is not a direction; expected two different language codes such as en-de "
-            "(a code has no '-' in it: write pt_BR)"
+            "(write '_' in a code: en-pt_BR)"
         )
-    return codes[0], codes[1]
+    return source, target
 
 
 def requested_languages(config: CorpusConfig) -> list[str]:
@@ -66,19 +69,33 @@ def requested_languages(config: CorpusConfig) -> list[str]:
     Raises:
         ValueError: a code or a direction is not well formed, or a direction needs a language that is not listed.
     """
-    listed = list(dict.fromkeys(config.languages))
+    listed = list(dict.fromkeys(map(_code, config.languages)))
     needed = list(dict.fromkeys(code for direction in config.directions for code in split_direction(direction)))
-    for code in [*listed, *([config.pivot] if config.pivot else [])]:
-        if not isinstance(code, str) or not LANGUAGE_CODE.fullmatch(code):
-            raise ValueError(f"corpus.languages: {code!r} is not a language code; expected one such as de or pt_BR")
+    pivot = pivot_of(config)
     if config.directions:
         for code in needed:
             if listed and code not in listed:
                 raise ValueError(f"corpus.directions needs {code}, which corpus.languages ({', '.join(listed)}) lacks")
         return listed or needed
-    if listed and config.pivot and config.pivot not in listed:
-        listed.append(config.pivot)
+    if listed and pivot and pivot not in listed:
+        listed.append(pivot)
     return listed
+
+
+def pivot_of(config: CorpusConfig) -> str:
+    """The code of ``corpus.pivot``, or "" where there is none.
+
+    Raises:
+        ValueError: it is not a code.
+    """
+    return _code(config.pivot) if config.pivot else ""
+
+
+def _code(text: str) -> str:
+    code = language_code(text) if isinstance(text, str) else None
+    if not code:
+        raise ValueError(f"corpus.languages: {text!r} is not a language code; expected one such as de or pt_BR")
+    return code
 
 
 class Corpus(ABC):
@@ -89,6 +106,7 @@ class Corpus(ABC):
         seed: of the samples that the size limits take.
         languages: the codes it has, in the order asked for.
         pairs: sorted code pairs that it has training data for, sorted.
+        notes: what a person should know of how the text was read, a line each.
     """
 
     def __init__(self, config: CorpusConfig, seed: int, languages: list[str], pairs: Iterable[Pair]) -> None:
@@ -96,6 +114,7 @@ class Corpus(ABC):
         self.seed = seed
         self.languages = languages
         self.pairs = sorted(set(pairs))
+        self.notes: list[str] = []
         self._skipped: dict[object, Counter[str]] = {}
 
     @abstractmethod
@@ -137,20 +156,26 @@ class Corpus(ABC):
         if pair not in self.pairs:
             raise ValueError(f"the corpus has no pair {'-'.join(pair)}; it has {names(map('-'.join, self.pairs))}")
         self._skipped[pair, split] = Counter()
-        limit = self.limit(split)
-        if not limit:
-            for _, first, second in self.segments(pair, split):
+        limit, segments = self.limit(split), self.segments(pair, split)
+        start = list(islice(segments, limit + 1)) if limit else []
+        if len(start) <= limit:  # nothing to choose: no ranks, no sorting
+            for _, first, second in chain(start, segments):
                 yield first, second
             return
         keyed = (
             (self._rank(split, name), order, first, second)
-            for order, (name, first, second) in enumerate(self.segments(pair, split))
+            for order, (name, first, second) in enumerate(chain(start, segments))
         )
         for _, _, first, second in sorted(heapq.nsmallest(limit, keyed), key=lambda segment: segment[1]):
             yield first, second
 
     def _rank(self, split: str, name: str) -> bytes:
         return hashlib.blake2b(f"{self.seed} {split} {name}".encode(), digest_size=8).digest()
+
+    def note(self, text: str) -> None:
+        """Says something of how the text is read, at once and in ``meta.json``."""
+        logger.warning("%s", text)
+        self.notes.append(text)
 
     def skip(self, key: object, reason: str, count: int = 1) -> None:
         """Counts segments that were left out; ``key`` tells what was being read (a pair and split, a file)."""
@@ -234,12 +259,12 @@ def tasks_of(config: CorpusConfig, corpus: Corpus) -> list[str]:
         if pair_of(source, target) not in corpus.pairs:
             raise _no_pair(corpus, pair_of(source, target))
     if config.directions:
-        return list(dict.fromkeys(config.directions))
-    pivot = config.pivot
+        return list(dict.fromkeys(task_of(*split_direction(direction)) for direction in config.directions))
+    pivot, asked = pivot_of(config), set(map(_code, config.languages))
     if not pivot:
-        tasks = [task for first, second in corpus.pairs for task in (f"{first}-{second}", f"{second}-{first}")]
+        tasks = [task for first, second in corpus.pairs for task in (task_of(first, second), task_of(second, first))]
         paired = {code for pair in corpus.pairs for code in pair}
-        for code in config.languages:
+        for code in sorted(asked):
             if code not in paired:
                 raise CorpusError(f"{code} has no training data with another language; pairs: {_pairs(corpus)}")
     else:
@@ -247,8 +272,8 @@ def tasks_of(config: CorpusConfig, corpus: Corpus) -> list[str]:
         tasks = []
         for code in corpus.languages:
             if code != pivot and pair_of(code, pivot) in corpus.pairs:
-                tasks += [f"{pivot}-{code}", f"{code}-{pivot}"]
-            elif code != pivot and code in config.languages:
+                tasks += [task_of(pivot, code), task_of(code, pivot)]
+            elif code != pivot and code in asked:
                 raise _no_pair(corpus, pair_of(code, pivot))
     if not tasks:
         raise CorpusError(f"there is no direction: languages {names(corpus.languages)}, pivot {pivot or 'none'}")

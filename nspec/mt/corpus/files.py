@@ -13,14 +13,16 @@ jsonl     ``<name>.<a>-<b>.jsonl``, ``<name>.jsonl``             ``{"translation
                                                                  in its name may mix them from line to line
 ========  =====================================================  ==================================================
 
-The two codes of a name stand in either order. A ``<name>`` is one of
+The two codes of a name stand in either order; hyphens in them (``train.en-zh-Hans.en``) are underscores in the run. The
+first line of a TSV file may be a header of the two codes. A ``<name>`` is one of
 
 - ``train`` or one that begins with ``train.``: training data;
 - the value of ``corpus.valid_split`` or ``corpus.test_split``: that split; for the value ``valid`` also ``dev``,
   ``val`` and ``validation``;
 - one that begins with ``valid``, ``val``, ``dev``, ``test``, ``tst``, ``eval``, ``newsdev`` or ``newstest``: another
   evaluation set, which is left alone;
-- anything else, such as ``Europarl`` in OPUS names (``Europarl.de-en.de``): training data.
+- anything else, such as ``Europarl`` in OPUS names (``Europarl.de-en.de``): training data, with a warning where it looks
+  like an evaluation set (``flores-test``, ``IWSLT.dev``).
 
 Several files of one pair and split are read one after the other, in the order of their names. Where ``corpus.path`` is
 a file, its folder is read and the file says which kind is meant; that settles it when a folder holds two kinds. Files of
@@ -31,22 +33,67 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from nspec.mt.config import CorpusConfig
 from nspec.mt.corpus import multiway
-from nspec.mt.corpus.base import FILE_CODE, Corpus, CorpusError, Pair, check_languages, names, pair_of
+from nspec.mt.corpus.base import Corpus, CorpusError, Pair, check_languages, names, pair_of
 from nspec.mt.corpus.base import requested_languages as requested
-from nspec.mt.corpus.parallel import JsonlSource, MixedJsonlSource, MosesSource, PairCorpus, Source, TsvSource
+from nspec.mt.corpus.mixed import read_mixed
+from nspec.mt.corpus.parallel import JsonlSource, MosesSource, PairCorpus, Source, TsvSource
+from nspec.mt.languages import cuts, is_known, plain_code
 
 VALID_NAMES = ("valid", "dev", "val", "validation")
 OTHER_EVALUATION = re.compile(r"(valid|validation|val|dev|devtest|test|tst|eval|newsdev|newstest)([^a-z].*)?")
-PAIR_FILE = re.compile(rf"(?P<name>.+)\.(?P<a>{FILE_CODE})-(?P<b>{FILE_CODE})\.(?P<end>{FILE_CODE}|jsonl)(\.gz)?")
+# In a name that is taken for training data: a part that names evaluation sets elsewhere.
+LIKE_EVALUATION = re.compile(
+    r"(.*[^A-Za-z])?(valid|validation|val|dev|devtest|test|tst|eval|newsdev|newstest)([^A-Za-z].*)?", re.I
+)
+PAIR_FILE = re.compile(r"(?P<name>.+)\.(?P<pair>\w+(-\w+)+)\.(?P<end>[\w-]+?)(\.gz)?", re.ASCII)
 MIXED_FILE = re.compile(r"(?P<name>.+)\.jsonl(\.gz)?")
-BARE_FILE = re.compile(rf"(?P<name>[^.]+)\.(?P<end>{FILE_CODE})(\.gz)?")
+BARE_FILE = re.compile(r"(?P<name>[^.]+)\.(?P<end>[\w-]+)(\.gz)?", re.ASCII)
 # Endings that look like language codes and are none in practice.
 NOT_LANGUAGES = frozenset(("bpe", "bz", "csv", "gz", "log", "md", "py", "sgm", "sh", "tsv", "txt", "xml", "xz", "zip"))
 Sources = dict[Pair, dict[str, list[Source]]]
+
+
+@dataclass(frozen=True)
+class PairName:
+    """The parts of a name such as ``train.en-de.en``: codes as they follow one another, and a code, tsv or jsonl."""
+
+    name: str
+    codes: Pair
+    end: str
+
+    @property
+    def pair(self) -> Pair:
+        return pair_of(*self.codes)
+
+
+def pair_name(path: Path, config: CorpusConfig) -> PairName | None:
+    """What the name of a file says of its pair, or None.
+
+    Raises:
+        CorpusError: it names a pair in a way that can be read as several, or as none.
+    """
+    match = PAIR_FILE.fullmatch(path.name)
+    if not match:
+        return None
+    one_file = match["end"] in ("tsv", "jsonl")
+    end = match["end"] if one_file else plain_code(match["end"])
+    read = [codes for codes in cuts(match["pair"]) if all(map(plain_code, codes)) and (one_file or end in codes)]
+    if end and len(read) == 1:
+        return PairName(match["name"], read[0], end)
+    parts, last = match["pair"].split("-"), match["end"]
+    side = one_file or match["pair"].startswith(f"{last}-") or match["pair"].endswith(f"-{last}")
+    of_a_split = split_of(match["name"], config) in ("valid", "test") or match["name"] == "train"
+    if len(parts) > 2 and side and (of_a_split or sum(map(is_known, parts)) > 1):
+        raise CorpusError(
+            f"{path}: the two languages of {match['pair']} cannot be told; write '_' inside a code, as in "
+            f"{match['name']}.en-pt_BR.{last if one_file else 'en'}"
+        )
+    return None
 
 
 def open_files(config: CorpusConfig, seed: int, *, evaluation: bool = False) -> Corpus:
@@ -103,14 +150,12 @@ def _kinds(folder: Path, config: CorpusConfig) -> dict[str, list[Path]]:
     """The recognised files by kind; kinds without files are left out."""
     kinds: dict[str, list[Path]] = {"multiway": [], "moses": [], "tsv": [], "jsonl": []}
     for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        match = PAIR_FILE.fullmatch(path.name)
-        if match and match["a"] != match["b"] and match["end"] in (match["a"], match["b"]):
-            kinds["moses"].append(path)
-        elif match and match["a"] != match["b"] and match["end"] in ("tsv", "jsonl"):
-            kinds[match["end"]].append(path)
+        found = pair_name(path, config)
+        if found:
+            kinds.get(found.end, kinds["moses"]).append(path)
         elif MIXED_FILE.fullmatch(path.name):
             kinds["jsonl"].append(path)
-        elif multiway.FILE.fullmatch(path.name):
+        elif multiway.language_of_file(path):
             kinds["multiway"].append(path)
         elif _bare(path, config):
             kinds["moses"].append(path)
@@ -121,9 +166,8 @@ def _bare(path: Path, config: CorpusConfig) -> tuple[str, str] | None:
     """Name and language of a file such as train.de, or None."""
     match = BARE_FILE.fullmatch(path.name)
     splits = ("train", config.test_split, *_valid_names(config))
-    if match and match["end"] not in NOT_LANGUAGES and match["name"] in splits:
-        return match["name"], match["end"]
-    return None
+    code = plain_code(match["end"]) if match and match["end"] not in NOT_LANGUAGES else None
+    return (match["name"], code) if match and code and match["name"] in splits else None
 
 
 def _open_pairs(
@@ -131,10 +175,9 @@ def _open_pairs(
 ) -> Corpus:
     wanted = requested(config)
     sources: Sources = defaultdict(lambda: defaultdict(list))
-    if kind == "moses":
-        _add_moses(sources, config, files, wanted)
-    else:
-        _add_single(sources, config, files, wanted)
+    notes = (
+        _add_moses(sources, config, files, wanted) if kind == "moses" else _add_single(sources, config, files, wanted)
+    )
     there = (pair for pair, splits in sources.items() if any(splits.get(split) for split in needed))
     present = sorted({code for pair in there for code in pair})
     what, stem = ("training data", "train") if "train" in needed else (f"{config.valid_split} text", config.valid_split)
@@ -154,20 +197,37 @@ def _open_pairs(
         option = "" if split == "train" else f"; corpus.{split}_split names the split"
         return f"looked in {folder} for {names(tried)} (also with .gz){option}"
 
-    return PairCorpus(
+    corpus = PairCorpus(
         config, seed, wanted or present, {pair: dict(splits) for pair, splits in sources.items()}, looked_for, needed
     )
+    read = [path.name for splits in sources.values() for source in splits.get("train", []) for path in source.paths]
+    for text in notes + _taken_for_training(read, config):
+        corpus.note(text)
+    return corpus
 
 
-def _add_moses(sources: Sources, config: CorpusConfig, files: list[Path], wanted: list[str]) -> None:
+def _taken_for_training(files: list[str], config: CorpusConfig) -> list[str]:
+    """A warning for each name of training data that looks like that of an evaluation set."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(set(files)):
+        match = PAIR_FILE.fullmatch(file) or MIXED_FILE.fullmatch(file)
+        if match and match["name"].partition(".")[0] != "train" and LIKE_EVALUATION.fullmatch(match["name"]):
+            found[match["name"]].append(file)
+    return [
+        f"{names(listed, 4)}: read as training data, though {name!r} looks like an evaluation set; if it is one, name it "
+        f"in corpus.valid_split or corpus.test_split (now {config.valid_split} and {config.test_split}), or take it away"
+        for name, listed in found.items()
+    ]
+
+
+def _add_moses(sources: Sources, config: CorpusConfig, files: list[Path], wanted: list[str]) -> list[str]:
     groups: dict[tuple[str, Pair], dict[str, Path]] = defaultdict(dict)
     bare: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in files:
-        if match := PAIR_FILE.fullmatch(path.name):
-            if wanted and not {match["a"], match["b"]} <= set(wanted):
+        if match := pair_name(path, config):
+            if wanted and not set(match.pair) <= set(wanted):
                 continue
-            group = groups[match["name"], pair_of(match["a"], match["b"])]
-            code = match["end"]
+            group, code = groups[match.name, match.pair], match.end
         elif found := _bare(path, config):
             if wanted and found[1] not in wanted:
                 continue
@@ -196,14 +256,16 @@ def _add_moses(sources: Sources, config: CorpusConfig, files: list[Path], wanted
                 raise CorpusError(f"{sides[other]} has no counterpart in {code} ({name}.{'-'.join(pair)}.{code})")
         if split := split_of(name, config):
             sources[pair][split].append(MosesSource(sides))
+    return []
 
 
-def _add_single(sources: Sources, config: CorpusConfig, files: list[Path], wanted: list[str]) -> None:
+def _add_single(sources: Sources, config: CorpusConfig, files: list[Path], wanted: list[str]) -> list[str]:
     seen: dict[tuple[str, Pair | None], Path] = {}
+    mixed: dict[Path, str] = {}
     for path in files:
-        match, mixed = PAIR_FILE.fullmatch(path.name), MIXED_FILE.fullmatch(path.name)
-        name = match["name"] if match else mixed["name"] if mixed else ""
-        pair = pair_of(match["a"], match["b"]) if match else None
+        match, other = pair_name(path, config), MIXED_FILE.fullmatch(path.name)
+        name = match.name if match else other["name"] if other else ""
+        pair = match.pair if match else None
         if wanted and pair and not set(pair) <= set(wanted):
             continue
         if (name, pair) in seen:
@@ -212,11 +274,17 @@ def _add_single(sources: Sources, config: CorpusConfig, files: list[Path], wante
         split = split_of(name, config)
         if not split:
             continue
-        if match is None or pair is None:
-            source = MixedJsonlSource(path, frozenset(wanted))
-            for found in source.pairs:
-                sources[found][split].append(source)
-        elif match["end"] == "tsv":
-            sources[pair][split].append(TsvSource(path, (match["a"], match["b"])))
+        if match is None:
+            mixed[path] = split
+        elif match.end == "tsv":
+            sources[match.pair][split].append(TsvSource(path, match.codes))
         else:
-            sources[pair][split].append(JsonlSource(path))
+            sources[match.pair][split].append(JsonlSource(path))
+    read, notes = read_mixed(list(mixed), wanted)
+    for source in read:
+        for found in source.pairs:
+            sources[found][mixed[source.path]].append(source)
+    for splits in sources.values():  # in the order of the files' names
+        for each in splits.values():
+            each.sort(key=lambda source: source.paths[0].name)
+    return notes

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nspec.mt.config import CorpusConfig
-from nspec.mt.corpus.base import EMPTY_SIDE, Corpus, CorpusError, Pair, Segment, clean, names, pair_of
+from nspec.mt.corpus.base import EMPTY_SIDE, Corpus, CorpusError, Pair, Segment, clean, names, pair_of, pivot_of
 from nspec.mt.corpus.base import requested_languages as requested
 from nspec.mt.corpus.base import split_direction as split_codes
 from nspec.mt.corpus.files import VALID_NAMES
 from nspec.mt.corpus.parallel import text_of
+from nspec.mt.languages import normalized_code
 
 INSTALL = 'the "hub" corpus needs the datasets library; install it with: pip install "nspec[mt]"'
 
@@ -32,8 +33,8 @@ class HubCorpus(Corpus):
         languages = requested(config)
         if config.directions:
             pairs = [pair_of(*split_codes(direction)) for direction in config.directions]
-        elif config.pivot:
-            pairs = [pair_of(code, config.pivot) for code in languages if code != config.pivot]
+        elif pivot := pivot_of(config):
+            pairs = [pair_of(code, pivot) for code in languages if code != pivot]
         else:
             pairs = list(combinations(sorted(languages), 2))
         if not pairs:
@@ -47,7 +48,8 @@ class HubCorpus(Corpus):
     def _load(self, config: CorpusConfig, pair: Pair) -> str:
         """Loads what holds ``pair``, once; returns its subset."""
         tried = []
-        for source, target in (pair, pair[::-1]):
+        hyphened = tuple(code.replace("_", "-") for code in pair)
+        for source, target in (pair, pair[::-1], hyphened, hyphened[::-1]):
             subset = config.subset.replace("{pair}", f"{source}-{target}")
             subset = subset.replace("{source}", source).replace("{target}", target)
             if subset in self.loaded:
@@ -79,12 +81,8 @@ class HubCorpus(Corpus):
 
     def _check_columns(self, pair: Pair) -> None:
         for part in self.loaded[self.subsets[pair]].values():
-            feature = part.features.get("translation")
-            if feature is None:
-                present = list(part.features)
-            else:
-                present = list(feature.languages if hasattr(feature, "languages") else feature)
-            missing = [code for code in pair if code not in present]
+            present = _keys(part)
+            missing = [code for code in pair if code not in map(normalized_code, present)]
             if missing:
                 raise CorpusError(
                     f"data set {self.config.name}, subset {self.subsets[pair]!r}, split {part.split}: no text for "
@@ -95,12 +93,15 @@ class HubCorpus(Corpus):
     def segments(self, pair: Pair, split: str) -> Iterator[Segment]:
         part = self._part(pair, split)
         nested = part is not None and "translation" in part.features
+        present = _keys(part) if part is not None else []
+        keys = {normalized_code(key): key for key in present} | {key: key for key in present}
         # Only what is needed is decoded: a wide multiway table has dozens of columns.
-        rows = part.select_columns(["translation"] if nested else list(pair)) if part is not None else []
+        needed = ["translation"] if nested else [keys[code] for code in pair if code in keys]
+        rows = part.select_columns(needed) if part is not None else []
         for number, row in enumerate(rows, 1):
             row = (row["translation"] or {}) if nested else row
             where = f"data set {self.config.name}, subset {self.subsets[pair]!r}, row {number} of {split}"
-            first, second = (clean(text_of(row.get(code), code, where)) for code in pair)
+            first, second = (clean(text_of(row.get(keys[code]), code, where)) for code in pair)
             if first and second:
                 yield str(number), first, second
             else:
@@ -123,6 +124,14 @@ class HubCorpus(Corpus):
         return f"subset {self.subsets[pair]!r} of data set {self.config.name} has the splits {has}{option}"
 
 
+def _keys(part: Any) -> list[str]:
+    """What the languages of a split are called: the keys under "translation", or its columns."""
+    feature = part.features.get("translation")
+    if feature is None:
+        return list(part.features)
+    return list(feature.languages if hasattr(feature, "languages") else feature)
+
+
 def _load_dataset(name: str, subset: str) -> Any:
     """``datasets.load_dataset`` with errors of this package."""
     try:
@@ -138,6 +147,13 @@ def _load_dataset(name: str, subset: str) -> Any:
         ) from error
     except OSError as error:  # ConnectionError and the errors of HTTP clients
         raise CorpusError(f"data set {name} could not be loaded, is there a network? {_first(error)}") from error
+    except RuntimeError as error:  # a folder with a loading script, which datasets no longer runs
+        if "script" not in str(error).lower():
+            raise
+        raise CorpusError(
+            f"data set {name} is a program ({_first(error)}), which is not run; write its rows to Parquet or JSON lines, "
+            "and give the folder of those as corpus.name"
+        ) from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise CorpusError(f"data set {name} is malformed: {_first(error.__cause__ or error)}") from error
     return data

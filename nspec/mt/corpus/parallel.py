@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from nspec.files import sha256
 from nspec.mt.config import CorpusConfig
 from nspec.mt.corpus.base import (
     EMPTY_SIDE,
-    FILE_CODE,
     Corpus,
     CorpusError,
     Pair,
@@ -26,6 +23,7 @@ from nspec.mt.corpus.base import (
     pair_of,
 )
 from nspec.mt.corpus.lines import read_columns, read_lines
+from nspec.mt.languages import language_code
 
 
 class Source(ABC):
@@ -69,7 +67,7 @@ class MosesSource(Source):
 
 @dataclass(frozen=True)
 class TsvSource(Source):
-    """One file of source<TAB>target."""
+    """One file of source<TAB>target; a first line that is the two codes themselves says their order, and is no text."""
 
     path: Path
     columns: tuple[str, str]
@@ -79,9 +77,13 @@ class TsvSource(Source):
         return (self.path,)
 
     def rows(self, pair: Pair) -> Iterator[tuple[int, str, str]]:
-        swapped = self.columns != pair
+        columns = self.columns
         for number, first, second in read_columns(self.path, f"{self.columns[0]}<TAB>{self.columns[1]}"):
-            yield (number, second, first) if swapped else (number, first, second)
+            header = (language_code(first), language_code(second)) if number == 1 else None
+            if header in (pair, pair[::-1]):
+                columns = pair if header == pair else pair[::-1]
+            else:
+                yield (number, first, second) if columns == pair else (number, second, first)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class JsonlSource(Source):
         return (self.path,)
 
     def rows(self, pair: Pair) -> Iterator[tuple[int, str, str]]:
-        for number, row in read_objects(self.path):
+        for number, found in read_objects(self.path):
+            row = found if all(code in found for code in pair) else by_code(found, f"{self.path}, line {number}")
             missing = [code for code in pair if code not in row]
             if missing:
                 raise CorpusError(
@@ -106,45 +109,19 @@ class JsonlSource(Source):
             yield number, first, second
 
 
-@dataclass
-class MixedJsonlSource(Source):
-    """One file of JSON objects, each with its own languages; read once and kept in memory."""
-
-    path: Path
-    wanted: frozenset[str]
-    texts: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    pairs: set[Pair] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        for number, row in read_objects(self.path):
-            codes = [c for c in row if c in self.wanted or (isinstance(row[c], str) and re.fullmatch(FILE_CODE, c))]
-            if len(codes) < 2:
-                raise CorpusError(
-                    f"{self.path}, line {number}: found the keys {names(row)}, expected text in two languages or more, "
-                    'such as {"translation": {"en": "...", "de": "..."}}'
-                )
-            kept = [code for code in codes if not self.wanted or code in self.wanted]
-            where = f"{self.path}, line {number}"
-            self.texts.append((number, {code: text_of(row[code], code, where) for code in kept}))
-            self.pairs.update(combinations(sorted(kept), 2))
-
-    @property
-    def paths(self) -> tuple[Path, ...]:  # type: ignore[override]
-        return (self.path,)
-
-    def rows(self, pair: Pair) -> Iterator[tuple[int, str, str]]:
-        for number, row in self.texts:
-            if pair[0] in row and pair[1] in row:
-                yield number, row[pair[0]], row[pair[1]]
-
-
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, texts by language) of a JSONL file: the object itself, or what is under "translation"."""
+    """Yields (line number, texts by language) of a JSONL file: the object itself, or what is under "translation".
+
+    Blank lines at the end are none.
+    """
+    blank = 0
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}, line {number}: not valid JSON ({error})") from error
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise CorpusError(f"{path}, line {blank}: not valid JSON (the line is blank, and not at the end)")
+        row = parse_json(line, f"{path}, line {number}:")
         if isinstance(row, dict) and "translation" in row:
             row = row["translation"]
         if not isinstance(row, dict):
@@ -154,13 +131,67 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """JSON text as a value.
+
+    Args:
+        text: the JSON.
+        where: the beginning of error messages.
+        pairs: makes the value of an object; None: a dict.
+
+    Raises:
+        CorpusError: it is no JSON, is nested too deeply or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise CorpusError(f"{where} not valid JSON (nested too deeply)") from None
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where} not valid JSON ({error})") from error
+    except CorpusError:  # of ``pairs``
+        raise
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        raise CorpusError(f"{where} not valid JSON (a number has too many digits)") from error
+
+
+def by_code(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with its keys as codes of a run: ``zh-Hans`` becomes ``zh_Hans``; what is no code stays.
+
+    Raises:
+        CorpusError: two keys are the same code.
+    """
+    spelled: dict[str, str] = {}
+    for key in row:
+        code = language_code(key) or key
+        if code in spelled:
+            raise CorpusError(f"{where}: the keys {spelled[code]} and {key} are the same language; keep one")
+        spelled[code] = key
+    return {code: row[key] for code, key in spelled.items()}
+
+
 def text_of(value: Any, code: str, where: str) -> str:
     """A text, or an error that says where something else stands; null is an empty text."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: the text for {code} is {value!r}, expected a string")
+        raise CorpusError(f"{where}: the text for {code} is {shown(value)}, expected a string")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{where}: the text for {code} has half a character (the lone surrogate U+{ord(value[error.start]):04X} at "
+            f"position {error.start + 1}); write the line anew from its source"
+        ) from None
     return value
+
+
+def shown(value: Any) -> str:
+    """A value of JSON for an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class PairCorpus(Corpus):

@@ -85,10 +85,18 @@ def test_a_direction_outside_the_listed_languages_is_an_error():
         requested_languages(CorpusConfig(languages=["de", "en"], directions=["en-it"]))
 
 
-@pytest.mark.parametrize("code", ["pt-BR", "", "d", "de en"])
+@pytest.mark.parametrize("code", ["en-de", "", "d", "de en"])
 def test_a_malformed_language_code_is_quoted(code):
     with pytest.raises(ValueError, match="is not a language code"):
         requested_languages(CorpusConfig(languages=["de", code]))
+
+
+def test_hyphens_in_the_codes_of_options_are_underscores_in_the_run():
+    config = CorpusConfig(languages=["pt-BR", "en"], pivot="pt-BR")
+    assert requested_languages(config) == ["pt_BR", "en"]
+    assert tasks_of(config, corpus_of("en-pt_BR", "de-en")) == ["pt_BR-en", "en-pt_BR"]
+    config = CorpusConfig(directions=["en-zh-Hans", "pt-BR-en"])
+    assert tasks_of(config, corpus_of("en-zh_Hans", "en-pt_BR")) == ["en-zh_Hans", "pt_BR-en"]
 
 
 def test_text_is_composed_stripped_and_on_one_line():
@@ -112,6 +120,15 @@ def test_limits_take_nested_samples_that_are_the_same_for_every_pair():
     assert small != ids[:50]
     assert small == sample(50, ("en", "fr"))
     assert small != sample(50, ("de", "en"), seed=2)
+
+
+@pytest.mark.parametrize("limit", [6, 7, 1000])
+def test_a_limit_above_the_corpus_takes_all_without_ranking_it(limit, monkeypatch):
+    ids = [f"s{number}" for number in range(6)]
+    texts = {code: {name: f"{code} {name}" for name in ids} for code in ("de", "en")}
+    corpus = Aligned(CorpusConfig(train_sentences=limit), 1, texts, {"train": ids, "valid": [], "test": []})
+    monkeypatch.setattr(Corpus, "_rank", lambda *_: pytest.fail("there is nothing to choose"))
+    assert list(corpus.read(("de", "en"), "train")) == [(f"de {name}", f"en {name}") for name in ids]
 
 
 def test_an_unknown_split_or_pair_is_an_error():

@@ -127,6 +127,27 @@ def test_malformed_data_is_one_clear_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_with_a_script_is_one_clear_error_and_is_not_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(
+        CorpusError, match=r"data set .* is a program \(.*data\.py\), which is not run; write its rows"
+    ) as caught:
+        open_corpus(config(tmp_path / "data", "de"), 1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_codes_with_hyphens_in_subsets_and_columns_are_found(tmp_path, nested):
+    texts = {"en": "a", "zh-Hans": "b"}
+    write(tmp_path / "data", "en-zh-Hans", [{"translation": texts} if nested else texts])
+    settings = config(tmp_path / "data", "zh-Hans")
+    corpus = open_corpus(settings, 1)
+    assert tasks_of(settings, corpus) == ["en-zh_Hans", "zh_Hans-en"]
+    assert list(corpus.read(("en", "zh_Hans"), "test")) == [("a", "b")]
+
+
 def test_a_missing_library_is_an_error_with_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install .nspec\[mt\]") as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_a_missing_list_is_named_with_those_present(tmp_path):
         (None, "splits.json is missing"),
         (["a"], "expected an object of lists of ids, found a list"),
         ({"valid": [1], "test": []}, "list 'valid' holds 1; ids are strings"),
+        ({"valid": ["a", "b"], "test": ["b", "c"]}, "splits.json: 1 ids are in both lists 'valid' and 'test': 'b'"),
+        ({"valid": ["a", "b", "a"], "test": ["c"]}, "list 'valid' has the id 'a' 2 times"),
     ],
 )
 def test_wrong_splits_are_explained(tmp_path, lists, message):
@@ -119,10 +122,65 @@ def test_wrong_splits_are_explained(tmp_path, lists, message):
         open_corpus(config, 1)
 
 
-def test_splits_that_are_not_json_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", " is not valid JSON"),
+        (b'{"valid": ' + b"[" * 100_000, " is not valid JSON (nested too deeply)"),
+        (b'{"n": ' + b"9" * 5000 + b"}", " is not valid JSON (a number has too many digits)"),
+        (b'{"valid": ["a"], "test": ["b"], "valid": []}', ": 'valid' stands there 2 times; keep one"),
+        (b'{"valid": "\xff"}', " is not UTF-8: byte 11 is 0xff"),
+    ],
+)
+def test_splits_that_are_not_json_are_named(tmp_path, content, message):
     config = write(tmp_path, de=lines("de", "a"), en=lines("en", "a"))
-    (tmp_path / "splits.json").write_text("{")
-    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'splits.json'} is not valid JSON")):
+    (tmp_path / "splits.json").write_bytes(content)
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'splits.json'}{message}")):
+        open_corpus(config, 1)
+
+
+def test_splits_may_begin_with_a_byte_order_mark(tmp_path):
+    config = write(tmp_path, de=lines("de", "a", "v1", "t1"), en=lines("en", "a", "v1", "t1"))
+    path = tmp_path / "splits.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(open_corpus(config, 1).read(("de", "en"), "train")) == [("de text of a", "en text of a")]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("té", unicodedata.normalize("NFD", "té")), ("t", "t "), ("t", "\u00a0t")]
+)
+def test_a_listed_id_in_another_spelling_is_no_training_data(tmp_path, ours, theirs):
+    lists = {"valid": ["v1"], "test": [theirs, "t1"]}
+    ids = ("a", "v1", "t1", ours)
+    config = write(tmp_path, lists, de=lines("de", *ids), en=lines("en", *ids))
+    with pytest.raises(
+        CorpusError, match=r"splits.json: 1 listed ids differ from ids of the files only in spaces or Uni"
+    ):
+        open_corpus(config, 1)
+
+
+def test_ids_that_do_not_match_are_counted_with_a_hint(tmp_path):
+    composed = ["é1", "é2", "x3", "v1", "t1"]
+    apart = [unicodedata.normalize("NFD", name) for name in composed[:2]] + ["y3", "v1", "t1"]
+    lists = {"valid": ["v1"], "test": ["t1"]}
+    config = write(tmp_path, lists, de=lines("de", *composed), en=lines("en", *apart))
+    message = "none of 3 and 3 ids that are in no list of splits.json is in both de.tsv.gz and en.tsv.gz, such as "
+    with pytest.raises(CorpusError, match=re.escape(message) + ".*; 2 would be with the same spaces and Unicode form"):
+        open_corpus(config, 1)
+    config = write(tmp_path, lists, de=lines("de", *composed, "a"), en=lines("en", *apart, "a"))
+    corpus = open_corpus(config, 1)
+    assert len(list(corpus.read(("de", "en"), "train"))) == 1
+    assert "2 ids differ from others only in spaces or Unicode form" in corpus.notes[0]
+
+
+def test_files_of_codes_with_hyphens_are_read_or_named(tmp_path):
+    ids = ("a", "v1", "t1")
+    config = write(tmp_path, **{"en": lines("en", *ids), "zh-Hans": lines("zh", *ids), "pt_BR": lines("pt", *ids)})
+    assert open_corpus(config, 1).languages == ["en", "pt_BR", "zh_Hans"]
+    config.languages = ["zh-Hans"]
+    assert tasks_of(config, open_corpus(config, 1)) == ["en-zh_Hans", "zh_Hans-en"]
+    write(tmp_path, **{"de-orig": lines("de", *ids)})
+    with pytest.raises(CorpusError, match=r"de-orig.tsv.gz: de-orig is no language code"):
         open_corpus(config, 1)
 
 

@@ -171,6 +171,10 @@ def test_mixed_jsonl_gives_every_pair_its_rows(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: not valid JSON"),
+        ("", "line 2: not valid JSON"),
+        ('{"de": ' + "[" * 100_000, "line 2: not valid JSON (nested too deeply)"),
+        ('{"de": ' + "9" * 5000 + ', "en": "x"}', "line 2: not valid JSON (a number has too many digits)"),
+        ('{"de": "x", "en": "y \\udc00"}', "line 2: the text for en has half a character (the lone surrogate U+DC00"),
         ("7", "line 2: expected an object of texts by language, found a int"),
         ('{"translation": ["a", "b"]}', "line 2: expected an object of texts by language, found a list"),
         ('{"de": "x", "it": "y"}', "line 2: no text for en; found the keys de, it, expected de and en"),
@@ -180,9 +184,21 @@ def test_mixed_jsonl_gives_every_pair_its_rows(tmp_path):
 def test_a_malformed_jsonl_line_is_named(tmp_path, line, message):
     for split in ("train", "valid", "test"):
         config = jsonl(tmp_path, f"{split}.de-en.jsonl", {"de": "a", "en": "b"})
-    write_file(tmp_path / "train.de-en.jsonl", '{"de": "a", "en": "b"}\n' + line + "\n")
+    write_file(tmp_path / "train.de-en.jsonl", '{"de": "a", "en": "b"}\n' + line + '\n{"de": "c", "en": "d"}\n')
     with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / 'train.de-en.jsonl'}, {message}")):
         list(open_corpus(config, 1).read(("de", "en"), "train"))
+
+
+@pytest.mark.parametrize("depth", [*range(930, 1010, 4), 5000])
+def test_a_text_that_is_nested_is_one_line_at_any_depth(tmp_path, depth):
+    for split in ("train", "valid", "test"):
+        config = jsonl(tmp_path, f"{split}.de-en.jsonl", {"de": "a", "en": "b"})
+    write_file(tmp_path / "test.de-en.jsonl", '{"de": "a", "en": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(
+        CorpusError, match=r"test\.de-en\.jsonl, line 1: (not valid JSON|the text for en is )"
+    ) as caught:
+        open_corpus(config, 1)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_mixed_row_with_one_language_is_named(tmp_path):
@@ -190,6 +206,88 @@ def test_a_mixed_row_with_one_language_is_named(tmp_path):
         config = jsonl(tmp_path, f"{split}.jsonl", {"de": "a", "en": "b"}, {"de": "c", "text": "d"})
     with pytest.raises(CorpusError, match=re.escape("line 2: found the keys de, text, expected text in two languages")):
         open_corpus(config, 1)
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\n \r\n\n"])
+def test_blank_lines_at_the_end_of_jsonl_are_none(tmp_path, end):
+    for split in ("train", "valid", "test"):
+        config = jsonl(tmp_path, f"{split}.de-en.jsonl", {"de": "a", "en": "b"})
+    write_file(tmp_path / "train.de-en.jsonl", '{"de": "c", "en": "d"}' + end)
+    assert list(open_corpus(config, 1).read(("de", "en"), "train")) == [("c", "d")]
+
+
+# Codes with hyphens
+
+
+@pytest.mark.parametrize(
+    ("pair", "ends"),
+    [
+        ("en-zh-Hans", ("en", "zh-Hans")),
+        ("zh-Hans-en", ("en", "zh-Hans")),
+        ("en-pt-br", ("en", "pt-br")),
+        ("pt_BR-en", ("en", "pt_BR")),
+        ("sr-Latn-sr-Cyrl", ("sr-Cyrl", "sr-Latn")),
+        ("zh-cn-zh-tw", ("zh-cn", "zh-tw")),
+        ("deu_Latn-zho_Hans", ("deu_Latn", "zho_Hans")),
+    ],
+)
+def test_codes_with_hyphens_are_read_from_names_of_every_kind(tmp_path, pair, ends):
+    codes = tuple(end.replace("-", "_") for end in ends)
+    in_name = tuple(sorted(ends, key=pair.startswith, reverse=True))
+    kinds = {
+        "moses": {f".{pair}.{end}": f"text {end}\n" for end in ends},
+        "bare": {f".{end}": f"text {end}\n" for end in ends},
+        "tsv": {f".{pair}.tsv": "\t".join(f"text {end}" for end in in_name) + "\n"},
+        "headed": {f".{pair}.tsv.gz": "".join("\t".join(f"{t}{end}" for end in ends) + "\n" for t in ("", "text "))},
+        "jsonl": {f".{pair}.jsonl": json.dumps({end: f"text {end}" for end in ends}) + "\n"},
+        "mixed": {".jsonl": json.dumps({end: f"text {end}" for end in ends}) + "\n"},
+    }
+    for kind, files in kinds.items():
+        (tmp_path / kind).mkdir()
+        for name, text in files.items():
+            for split in ("train", "valid", "test"):
+                write_file(tmp_path / kind / f"{split}{name}", text)
+        for languages in ([], list(ends), list(codes)):
+            config = CorpusConfig(type="files", path=str(tmp_path / kind), languages=languages, pivot="")
+            corpus = open_corpus(config, 1)
+            assert tasks_of(config, corpus) == [f"{codes[0]}-{codes[1]}", f"{codes[1]}-{codes[0]}"], kind
+            for split in ("train", "valid", "test"):
+                assert list(corpus.read(codes, split)) == [(f"text {ends[0]}", f"text {ends[1]}")], kind
+
+
+@pytest.mark.parametrize("name", ["train.en-zh-foo.en", "test.en-de-fr.tsv", "Europarl.en-de-fr.jsonl"])
+def test_a_name_whose_languages_cannot_be_told_is_an_error(tmp_path, name):
+    config = moses(tmp_path, "train", "valid", "test")
+    write_file(tmp_path / name, "x\ty\n")
+    with pytest.raises(
+        CorpusError, match=re.escape(f"{tmp_path / name}: the two languages of ") + ".* write '_' inside"
+    ):
+        open_corpus(config, 1)
+
+
+def test_names_of_other_files_are_not_taken_for_pairs(tmp_path):
+    config = moses(tmp_path, "train", "valid", "test")
+    for name in (
+        "notes.to-do-list.txt",
+        "corpus.en-de-fr.txt",
+        "all.de-en-fr.log",
+        "run-all.sh",
+        "README.md",
+        "vocab.en-de",
+        "train.en-de.log",
+        "a.b-c.d-e.tsv",
+    ):
+        write_file(tmp_path / name, "x\n")
+    assert list(open_corpus(config, 1).read(("de", "en"), "train")) == PAIRS
+
+
+@pytest.mark.parametrize("name", ["Test", "flores-test", "wmt.test", "IWSLT.dev", "IWSLT14.TED.tst2012", "news_dev2"])
+def test_training_data_that_looks_like_an_evaluation_set_is_said_once(tmp_path, caplog, name):
+    config = moses(tmp_path, "train", "valid", "test", name, "latest", "contest2", "train.test", "OpenSubtitles")
+    corpus = open_corpus(config, 1)
+    assert len(list(corpus.read(("de", "en"), "train"))) == 2 * 6
+    assert len(corpus.notes) == len(caplog.messages) == 1
+    assert f"read as training data, though {name!r} looks like an evaluation set" in corpus.notes[0]
 
 
 def test_two_kinds_in_a_folder_are_listed_and_a_file_settles_it(tmp_path):
