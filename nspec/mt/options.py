@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import reprlib
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator
@@ -58,8 +59,18 @@ for _tag, _pattern, _first in [
     ("merge", r"<<", "<"),
 ]:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-# PyYAML reads 010 as octal 8.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """PyYAML reads 010 as octal 8; Python reads no number of thousands of digits, and does not say where it is."""
+    try:
+        return int(node.value)
+    except ValueError:
+        problem = f"a number of {len(node.value)} digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 @functools.cache
@@ -76,8 +87,12 @@ def _fields(section: str) -> dict[str, dataclasses.Field[Any]]:
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+_BRIEF = reprlib.Repr()  # a few lines of YAML can stand for a value of gigabytes
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
+
+
 def _show(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
+    return "nothing" if value is None else _BRIEF.repr(value)
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -169,6 +184,8 @@ def _yaml_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}{place} is not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply: expected a few levels") from None
 
 
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:

@@ -105,6 +105,7 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Text to token ids: ``prepared/``."""
+        self._check_score()
 
         def work(folder: Path) -> None:
             from nspec.mt.prepare import prepare, summary
@@ -117,6 +118,13 @@ class Pipeline:
         self._do("prepare", work)
         self._check_adapters()
 
+    def _check_score(self) -> None:
+        """A tokenizer of BLEU that cannot be used would be an error after hours of training; here it is one before."""
+        if self.config.score.tokenize != "auto":
+            from nspec.mt.bleu_tokenizer import check_tokenizer
+
+            self.world.lead(functools.partial(check_tokenizer, self.config.score.tokenize))
+
     def _check_adapters(self) -> None:
         """A language without a family would be an error after hours of training; here it is one before."""
         systems = [name for name in trained_systems(self.config) if kind_of(self.config, name).method == "adapters"]
@@ -128,6 +136,7 @@ class Pipeline:
 
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""
+        self._check_score()
 
         def work(folder: Path) -> None:
             from nspec.mt.model import build_model
@@ -222,6 +231,7 @@ class Pipeline:
             ValueError: the run has no such system.
         """
         chosen = [self._known(system)] if system else system_names(self.config)
+        self._check_score()
         for name in chosen:
             self._do(f"evaluate:{name}", functools.partial(self._translate, name), everyone=True)
         for name in system_names(self.config):  # the tests of others may be new too, when this is their baseline
@@ -274,13 +284,16 @@ class Pipeline:
         sizes = {task: data.size("train", task) for task in data.tasks}
         groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
+        for warning in scores["warnings"]:
+            self.display.line(f"  sacreBLEU, {system} ({', '.join(warning['directions'])}): {warning['text']}")
         seconds = sum(read_json(_decoded(folder, task))["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})
 
     def _hypotheses(self, system: str, data: PreparedData) -> dict[str, list[str]]:
         folder = self.folder / "scores" / system
-        return {task: (folder / f"{task}.hyp.txt").read_text("utf-8").split("\n")[:-1] for task in data.tasks}
+        # read_text would take a carriage return within a translation for the end of a line.
+        return {task: (folder / f"{task}.hyp.txt").read_bytes().decode().split("\n")[:-1] for task in data.tasks}
 
     def report(self) -> Path:
         """The page with scores, masks, curves and settings: ``report/index.html``.

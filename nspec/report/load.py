@@ -76,6 +76,13 @@ class RunData:
         return self.masks if folder == "masks" else _masks(self.folder / folder) if folder else None
 
     @property
+    def metric_names(self) -> dict[str, str]:
+        """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
+        from nspec.report.words import names_of_scores  # that module reads this one
+
+        return names_of_scores(self.scored.values())
+
+    @property
     def scored(self) -> dict[str, dict[str, Any]]:
         """The scores of the systems that have them."""
         return {name: system.scores for name, system in self.systems.items() if system.scores is not None}
