@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,25 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
         path = Path(folder) / f"{_KIND}.safetensors"
         with opened(path, _KIND) as (file, about):
             tasks, by_layer = about["tasks"], {}
+            _check_about(path, tasks, about["shapes"])
             for layer, (out, wide) in about["shapes"].items():
                 by_layer[layer] = _rows(path, layer, file.get_tensor(layer), len(tasks), (out, wide))
         return cls._of_packed(
             {task: {layer: rows[place] for layer, rows in by_layer.items()} for place, task in enumerate(tasks)}
         )
+
+
+def _check_about(path: Path, tasks: Any, shapes: Any) -> None:
+    """ValueError where what a file says of itself is of another form, before anything is unpacked by it."""
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or len({*tasks}) < len(tasks):
+        raise ValueError(f"{path} is broken: tasks are {reprlib.repr(tasks)}, expected a list of different names")
+    if not isinstance(shapes, dict):
+        raise ValueError(
+            f"{path} is broken: shapes are {reprlib.repr(shapes)}, expected an object of [out, in] by layer"
+        )
+    for layer, shape in shapes.items():
+        if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{path} is broken: shape of {layer} is {reprlib.repr(shape)}, expected [out, in]")
 
 
 def _rows(path: Path, layer: str, rows: Tensor, tasks: int, shape: tuple[int, int]) -> list[PackedMask]:
