@@ -149,8 +149,8 @@ class TaskAdapters(nn.Module, TaskSwitched):
         """
         if x.shape[-1] != self.width:
             raise ValueError(
-                f"the layer's output is {x.shape[-1]} wide, its adapters {self.width}, as is the last feed-forward layer in "
-                "it: expected the hidden state; name other layers with layers=[...]"
+                f"the layer's output is {x.shape[-1]} wide, its adapters {self.width}, as the last feed-forward layer in it "
+                "is: expected the hidden state; name other layers with layers=[...]"
             )
         # The bottleneck itself says what a pass used, so that two tasks of a group may share a backward pass.
         use: Any = (None if self._task is None else self._of(self._task), self._batch)
@@ -216,7 +216,8 @@ def add_adapters(
 
     Raises:
         ValueError: no layers, ones that must be named, an unknown one or one named twice, or one whose weights are
-            offloaded or quantised; no groups or an empty name; ``bottleneck`` below 1; adapters are there already; the model knows other tasks; it is wrapped.
+            offloaded or quantised; no groups or an empty name; ``bottleneck`` below 1; adapters are there already; the
+            model knows other tasks; it is wrapped.
         TypeError: an argument of another type.
     """
     if not isinstance(model, nn.Module):

@@ -25,7 +25,7 @@ import yaml
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
 
-__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "render", "set_option", "validate"]
+__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "read_text", "render", "set_option", "validate"]
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -245,14 +245,15 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         OSError: the file cannot be read.
         ValueError: see :func:`parse`, :func:`set_option` and :func:`validate`; one line that says what to change.
     """
-    config = parse(_text(path), str(path))
+    config = parse(read_text(path), str(path))
     for assignment in overrides:
         set_option(config, assignment)
     validate(config)
     return config
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a file of UTF-8 text; what is not is a ValueError that names the file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -268,7 +269,7 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """
     lists: dict[str, list[str]] = {}
     with _yaml_errors(str(path)):
-        loader = _Loader(_text(path))
+        loader = _Loader(read_text(path))
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{path} is empty; expected lines such as low: [is, mt]")
