@@ -241,7 +241,9 @@ def _scores(path: Path) -> dict[str, Any]:
     for group in need(scores, "groups", "", table, "an object") if "groups" in scores else ():
         need(scores["groups"], group, "groups", lambda v: isinstance(v, list), "a list of directions")
         need(average, group, "average", table, "an object")
-    for warning in need(scores, "warnings", "", lambda v: isinstance(v, list), "a list") if "warnings" in scores else ():
+    for warning in (
+        need(scores, "warnings", "", lambda v: isinstance(v, list), "a list") if "warnings" in scores else ()
+    ):
         need(warning, "text", "warnings", is_text, "text")
         need(warning, "directions", "warnings", lambda v: isinstance(v, list) and all(map(is_text, v)), "directions")
     return scores
