@@ -285,7 +285,7 @@ class Pipeline:
         groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
         for warning in scores["warnings"]:
-            self.display.line(f"  sacreBLEU, {system} ({', '.join(warning['directions'])}): {warning['text']}")
+            self.display.line(f"  warning, {system} ({', '.join(warning['directions'])}): {warning['text']}")
         seconds = sum(read_json(_decoded(folder, task))["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})

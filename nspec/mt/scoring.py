@@ -59,8 +59,8 @@ def score_system(
         95 % bootstrap intervals, signatures, and under ``baseline`` differences and p values: ``<metric>_p`` of the
         paired bootstrap, ``<metric>_p_ar`` of approximate randomisation with ``ar_trials`` trials) and ``average``
         (macro averages over ``all`` directions, ``from_<pivot>``, ``to_<pivot>`` and groups, tested like a direction),
-        ``groups``: the directions of each group that was given, and ``warnings``: what sacreBLEU warned of, each a
-        ``text`` and the ``directions`` that it is said of.
+        ``groups``: the directions of each group that was given, and ``warnings``: what sacreBLEU and nspec warn of, each
+        a ``text`` and the ``directions`` that it is said of.
 
     Raises:
         ValueError: a direction without hypotheses, references or a baseline, numbers of lines that differ, an empty
@@ -197,6 +197,8 @@ def _measure(
     samples = config.bootstrap
     tokenizer, note = bleu_tokenizer(_target(task), config.tokenize)
     with _heard() as warnings:
+        if blank := sum(not line.strip() for line in references):
+            warnings.append(f"blank references: {blank} of {len(references)}, to which no translation is right")
         if note:
             proper = of_language(_target(task))
             warnings.append(f"BLEU counts characters, for {proper} cannot be used: {why_not(proper)}")
@@ -243,7 +245,7 @@ class _Collector(logging.Handler):
         self.texts = texts
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(" ".join(record.getMessage().split()))
+        self.texts.append(f"sacreBLEU: {' '.join(record.getMessage().split())}")
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def warning_lines(scored: Scored) -> list[str]:
     for name, scores in scored.items():
         for warning in scores.get("warnings", ()):
             said.setdefault(warning["text"], []).append(f"{name} ({', '.join(warning['directions'])})")
-    return [f"nspec: sacreBLEU, {'; '.join(where)}: {text}" for text, where in said.items()]
+    return [f"nspec: warning, {'; '.join(where)}: {text}" for text, where in said.items()]
 
 
 def _tasks(scored: Scored, pivot: str) -> list[str]:

@@ -167,7 +167,7 @@ def _signatures(data: RunData) -> list[dict[str, str]]:
 
 
 def _warnings(data: RunData) -> list[dict[str, str]]:
-    """What sacreBLEU warned of, with the systems and directions that it is said of."""
+    """What was warned of while scoring, with the systems and directions that it is said of."""
     found: dict[str, list[str]] = {}
     for name, scores in data.scored.items():
         for warning in scores.get("warnings", ()):

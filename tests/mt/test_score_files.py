@@ -417,7 +417,7 @@ def test_warnings_show_once_each_with_system_and_direction(place: Path, capsys: 
     arguments += ["--system", f"theirs={place / 'theirs'}", "--system", f"ours={place / 'ours'}"]
     assert cli.main(["score", *map(str, arguments)]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "tokenized period" in line]
-    assert lines == ["nspec: sacreBLEU, theirs (en-de): That's 100 lines that end in a tokenized period ('.')"]
+    assert lines == ["nspec: warning, theirs (en-de): sacreBLEU: That's 100 lines that end in a tokenized period ('.')"]
     kept = {
         name: json.loads((place / "out" / name / "scores.json").read_text())["warnings"] for name in ("theirs", "ours")
     }

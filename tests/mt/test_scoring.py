@@ -237,10 +237,17 @@ def test_text_without_spaces_is_not_one_word(language: str, low: float, high: fl
     assert low < entry["bleu"] < high
 
 
+def test_blank_references_are_counted_and_said() -> None:
+    hypotheses, references = texts(["en-de", "de-en"])
+    references["en-de"][3:5] = ["", " "]
+    [warning] = score_system(hypotheses, references, CONFIG, "en")["warnings"]
+    assert (warning["directions"], warning["text"][:31]) == (["en-de"], "blank references: 2 of 30, to w")
+
+
 def test_what_sacrebleu_warns_of_is_kept_with_its_directions(caplog: pytest.LogCaptureFixture) -> None:
     hypotheses, references = texts(["en-de", "de-en", "en-zh"], sentences=110)
     tokenized = hypotheses | {task: [f"{line} ." for line in hypotheses[task]] for task in ("en-de", "de-en")}
-    period = "That's 100 lines that end in a tokenized period ('.')"
+    period = "sacreBLEU: That's 100 lines that end in a tokenized period ('.')"
     scores = score_system(tokenized, references, ScoreConfig(bootstrap=40), "en")
     said = {warning["text"]: warning["directions"] for warning in scores["warnings"]}
     assert said[period] == ["en-de", "de-en"]

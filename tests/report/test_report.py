@@ -272,7 +272,7 @@ def test_spbleu_and_what_sacrebleu_warned_of_stand_on_page_and_table(tmp_path: P
     assert "spBLEU signature" in page.words
     shown = page.words.replace(" ".join((run / "config.yaml").read_text().split()), "")
     assert [where for where in re.findall(r".{20}\bBLEU\b.{20}", shown) if "BLEU, chrF++ how much" not in where] == []
-    assert "sacreBLEU warns (Dense: en-de, de-en; " in page.words
+    assert "Warning (Dense: en-de, de-en; " in page.words
     assert "an <odd> test set" in page.words
     console = Console(width=120, record=True)
     console.print(score_table(run))
