@@ -39,6 +39,10 @@ def score(
     pivot: Annotated[str, typer.Option(metavar="en", help="Averages from and to this language apart.")] = "",
     groups: Annotated[str, typer.Option(metavar="FILE", help="More averages: YAML, such as low: [is, en-mt].")] = "",
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Writes scores.tsv and SYSTEM/scores.json there.")] = "",
+    tokenize: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of BLEU: a tokenizer of sacreBLEU, such as flores200; auto: by language."),
+    ] = "auto",
     bootstrap: Annotated[int, typer.Option(help="Samples of intervals and of the bootstrap test.")] = 1000,
     comet: Annotated[str, typer.Option(metavar="PATH", help="A local COMET model; goes with --sources.")] = "",
     sources: Annotated[str, typer.Option(metavar="FOLDER", help="Such as en-de.src.txt, for COMET.")] = "",
@@ -52,12 +56,14 @@ def score(
     from nspec.mt.score_files import score_files
 
     options = {"baseline": baseline, "pivot": pivot, "groups": groups, "out": out, "comet": comet, "sources": sources}
-    scored = score_files(system, references, bootstrap=bootstrap, **options)
+    scored = score_files(system, references, bootstrap=bootstrap, tokenize=tokenize, **options)
 
     from nspec.report import comparison  # slow; a wrong option has shown before
 
     if out:
         comparison.write(scored, pivot, Path(out))
+    for line in comparison.warning_lines(scored):
+        print(line, file=sys.stderr, flush=True)
     show(*comparison.tables(scored, pivot))
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from nspec.analysis.lineages import EC30_GROUPS, NoTreeError, language, short_code
 from nspec.analysis.overlap import Floats
 
+_DISTANCE = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+")
 Grouping = Literal["branch", "family", "ec30"]
 
 
@@ -96,7 +98,8 @@ def read_distances(path: str | os.PathLike[str]) -> Callable[[Sequence[str]], Fl
     """Reads distances of languages from a file, for another tree or for languages that the table does not have.
 
     A line of UTF-8 text is two languages, as the directions name them, and their distance, with spaces or tabs between:
-    ``de nl 0.2``. The order of the two does not matter. Empty lines and what follows ``#`` are passed by.
+    ``de nl 0.2``. The order of the two does not matter, and a language may be 0 from itself. Empty lines and what follows
+    ``#`` are passed by; there is no header.
 
     Returns:
         A function like :func:`genetic_distances`. It raises ValueError if the file lacks a pair of the languages that it
@@ -104,28 +107,29 @@ def read_distances(path: str | os.PathLike[str]) -> Callable[[Sequence[str]], Fl
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is something else, the distance is negative or not finite, or one pair has two distances; the
-            message names file and line.
+        ValueError: a line is something else, the distance is negative or not finite, that of a language from itself is
+            not 0, or one pair has two distances; the message names file and line.
     """
     far: dict[frozenset[str], float] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         cells = line.partition("#")[0].split()
         if not cells:
             continue
-        try:
-            a, b, value = cells[0], cells[1], float(cells[2])
-        except (IndexError, ValueError):
-            value = math.nan
-        if len(cells) != 3 or a == b or not 0 <= value < math.inf:
+        a, b, written = cells if len(cells) == 3 else ("", "", "")
+        # Not what else float() reads, such as 1_0 and nan; a number too large for it is infinite.
+        value = float(written) if _DISTANCE.fullmatch(written) else math.nan
+        if not 0 <= value < math.inf or (a == b and value):
             found = " ".join(cells)
+            comma = "; write the number with a point" if len(cells) == 3 and _COMMA.fullmatch(written) else ""
             raise ValueError(
-                f"{path} line {number}: expected two languages and their distance, such as de nl 0.2; found {found!r}"
+                f"{path} line {number}: expected two languages and their distance, such as de nl 0.2; found "
+                f"{found[:80]!r}{comma}"
             )
-        if far.setdefault(frozenset((a, b)), value) != value:
+        if a != b and far.setdefault(frozenset((a, b)), value) != value:
             raise ValueError(
                 f"{path} line {number}: {a} and {b} have another distance above, {far[frozenset((a, b))]:g}"
             )
@@ -142,15 +146,21 @@ def read_distances(path: str | os.PathLike[str]) -> Callable[[Sequence[str]], Fl
     return distances
 
 
+_MODIFIERS = {"latin": "Latn", "iqtelif": "Latn", "cyrillic": "Cyrl", "devanagari": "Deva"}
+
+
 def script_of(code: str) -> str:
     """The script of a language (ISO 15924): that which the code names (``sr_Latn``), else CLDR's likely one.
 
     Raises:
         ValueError: CLDR knows no likely script, or Babel, which has CLDR's data, is not installed.
     """
-    named = re.search(r"[-_]([A-Za-z]{4})(?=[-_]|$)", code.strip())
+    named = re.search(r"[-_]([A-Za-z]{4})(?=[-_@]|$)", code.strip())
     if named:
         return named[1].title()
+    modifier = code.strip().lower().partition("@")[2]  # of a locale, such as sr@latin
+    if modifier in _MODIFIERS:
+        return _MODIFIERS[modifier]
     try:
         from babel.core import get_global
     except ImportError:
@@ -158,7 +168,10 @@ def script_of(code: str) -> str:
             "scripts of languages need CLDR's data, which the package Babel has: pip install Babel"
         ) from None
     likely = get_global("likely_subtags")
-    found = likely.get(short_code(code)) or (likely.get(language(code).code) if is_known(code) else None)
+    names = [short_code(code), *([language(code).code] if is_known(code) else [])]
+    country = re.search(r"[-_]([A-Za-z]{2}|[0-9]{3})(?=[-_.@]|$)", code.strip())  # zh_TW is not written as zh is
+    by_country = [f"{name}_{country[1].upper()}" for name in names] if country else []
+    found = next((likely[name] for name in (*by_country, *names) if name in likely), None)
     if not found:
         raise ValueError(
             f"the script of language {code!r} is not known to CLDR; name it, such as {short_code(code)}_Latn"

@@ -27,8 +27,20 @@ _BRANCHES = """
 BRANCHES = frozenset(name.strip() for name in _BRANCHES.split(","))
 """Groups that textbooks name, by Glottolog's names. A language is in one of them at most."""
 
-NO_FAMILY = frozenset({"Artificial Language", "Mixed Language", "Pidgin", "Unattested", "Unclassifiable"})
+NO_FAMILY = frozenset(
+    [
+        "Artificial Language",
+        "Mixed Language",
+        "Pidgin",
+        "Sign Language",
+        "Speech Register",
+        "Unattested",
+        "Unclassifiable",
+    ]
+)
 """Tops of Glottolog's tree whose languages are not related."""
+
+_RETIRED = "Bookkeeping"  # the top above codes that Glottolog does not take for languages of their own
 
 STANDS_FOR = {
     **{"ar": "arb", "az": "azj", "et": "ekk", "fa": "pes", "gn": "gug", "iu": "ike", "kg": "kng", "kr": "knc"},
@@ -105,10 +117,12 @@ def language(code: str) -> Language:
     if entry is None:
         raise ValueError(f"the family of language {code!r} is not known: Glottolog has no such language; {other}")
     path = _path(entry)
-    if not path and not entry.glottocode:
+    if (not path and not entry.glottocode) or (path and path[0].name == _RETIRED):
         raise ValueError(f"the family of language {code!r} is not known: Glottolog has no place for it; {other}")
     groups = [
-        Group(node.name or node.id, node.name in BRANCHES) for node in path if node is path[0] or node.id in _kept()
+        Group(node.name or node.id, node.name in BRANCHES)
+        for node in path
+        if node is path[0] or node.name in BRANCHES or node.id in _kept()
     ]
     if not groups or entry.name in BRANCHES:  # a language related to no other; a branch of one language
         groups.append(Group(entry.name or entry.id, entry.name in BRANCHES))

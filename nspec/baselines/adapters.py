@@ -145,8 +145,13 @@ class TaskAdapters(nn.Module, TaskSwitched):
         """The hidden state ``x [..., width]`` with what the task's group adds to it, in the dtype of ``x``.
 
         Raises:
-            ValueError: the rows of ``x`` do not fit the tasks of the batch.
+            ValueError: the rows of ``x`` do not fit the tasks of the batch, or ``x`` has another width.
         """
+        if x.shape[-1] != self.width:
+            raise ValueError(
+                f"the layer's output is {x.shape[-1]} wide, its adapters {self.width}, as the last feed-forward layer "
+                "inside is: expected the hidden state; name other layers with layers=[...]"
+            )
         # The bottleneck itself says what a pass used, so that two tasks of a group may share a backward pass.
         use: Any = (None if self._task is None else self._of(self._task), self._batch)
         running = backward_pass()
@@ -210,8 +215,9 @@ def add_adapters(
         ``model`` itself.
 
     Raises:
-        ValueError: no layers, ones that must be named, an unknown one or one named twice; no groups or an empty name;
-            ``bottleneck`` below 1; adapters are there already; the model knows other tasks; it is wrapped.
+        ValueError: no layers, ones that must be named, an unknown one or one named twice, or one whose weights are
+            offloaded or quantised; no groups or an empty name; ``bottleneck`` below 1; adapters are there already; the
+            model knows other tasks; it is wrapped.
         TypeError: an argument of another type.
     """
     if not isinstance(model, nn.Module):
@@ -231,6 +237,8 @@ def add_adapters(
                 f"the model's masks and the groups of adapters are of different tasks: {', '.join(differ)}"
             )
     found = _layers(model, layers)
+    for layer, like in found:
+        _check_place(next(name for name, module in model.named_modules() if module is layer), like.weight)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
         made = [TaskAdapters(like.out_features, groups, bottleneck) for _, like in found]
@@ -244,12 +252,27 @@ def add_adapters(
     return model
 
 
+def _check_place(name: str, weight: Tensor) -> None:
+    """ValueError where adapters cannot be made like a layer's weight."""
+    if weight.is_meta:
+        raise ValueError(
+            f"the weights of {name or 'the model'} are on the meta device (offloaded, or not loaded yet), where adapters "
+            "would have no values: load the model whole, without offloading"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the weights of {name or 'the model'} are {weight.dtype} (quantised), expected floating point, which adapters "
+            "are trained in: load the model without quantisation"
+        )
+
+
 def _adapt(layer: Any, inputs: Any, output: Any) -> Any:
     """The forward hook. At module level, so that a model with adapters can be pickled and copied."""
     if isinstance(output, Tensor):
         return layer.adapters(output)
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return (layer.adapters(output[0]), *output[1:])
+        changed = (layer.adapters(output[0]), *output[1:])
+        return output._make(changed) if hasattr(output, "_make") else changed  # a namedtuple stays one
     shown = f"tuple of {type(output[0]).__name__}" if isinstance(output, tuple) and output else type(output).__name__
     raise TypeError(
         f"a layer with adapters ({type(layer).__name__}) gave a {shown}, expected its hidden state: a tensor, or a tuple "

@@ -100,10 +100,25 @@ def magnitude_masks(model: nn.Module, alpha: float, layers: Iterable[str] | None
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{name!r} is not a linear layer of the model; {nearest(name, linears)}")
+        _check_own_weight(name, module)
         if not bool(module.weight.isfinite().all()):
             raise ValueError(f"{name}.weight has values that are not finite: their order by magnitude says nothing")
         masks[name] = _lowest_dropped(module.weight.detach(), math.floor(Fraction(str(alpha)) * module.weight.numel()))
     return masks
+
+
+def _check_own_weight(name: str, module: nn.Linear) -> None:
+    """ValueError where the weight is made of others before each pass, and is an old one until then, or is not there."""
+    if "weight" in vars(module):  # by a hook; that of a parametrised layer is made when it is asked for
+        raise ValueError(
+            f"{name}.weight is no parameter but is made by a hook from {', '.join(module._parameters)} (pruning, "
+            "weight_norm, spectral_norm): make it one first, with torch.nn.utils.prune.remove or remove_weight_norm"
+        )
+    if module.weight.is_meta:
+        raise ValueError(
+            f"{name}.weight is on the meta device: its values are elsewhere (offloaded, or not loaded yet); load the model "
+            "whole, without device_map and offloading"
+        )
 
 
 def _lowest_dropped(weight: Tensor, drop: int) -> Tensor:
@@ -168,7 +183,17 @@ def _check_maskable(layer: str, shape: tuple[int, int], modules: dict[str, nn.Mo
                 "them: expected layers that the model calls"
             )
     if type(module) is not nn.Linear:
-        raise ValueError(f"{layer} is {type(module).__name__}, expected a plain nn.Linear layer")
+        hint = ""
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            hint = "; torch.nn.utils.parametrize.remove_parametrizations makes it one"
+        raise ValueError(f"{layer} is {type(module).__name__}, expected a plain nn.Linear layer{hint}")
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{layer} has a forward of its own, which would pass its masks by (accelerate's device_map and offloading put "
+            "one there): mask the model first, or take it off with accelerate.hooks.remove_hook_from_module(model, "
+            "recurse=True)"
+        )
+    _check_own_weight(layer, module)
     if tuple(module.weight.shape) != shape:
         raise ValueError(
             f"masks are of another model: {layer} has weights {list(shape)} in the masks, {list(module.weight.shape)} in "

@@ -206,9 +206,35 @@ class DecodeConfig:
     batch_tokens: int = option(4096, "most source tokens of a batch, padding counted")
 
 
+MIN_BOOTSTRAP = 40  # with fewer samples no 95 % interval exists: it would leave out less than one sample a side
+MAX_BOOTSTRAP = 100_000  # beyond, memory runs out after hours of training
+
+
 @dataclass
 class ScoreConfig:
-    bootstrap: int = option(1000, "bootstrap samples of confidence intervals and of tests between systems")
+    tokenize: str = option(
+        "auto",
+        "how BLEU splits the text: a tokenizer of sacreBLEU. auto: by target language (13a; zh, ja-mecab, ko-mecab; char "
+        "for scripts without spaces); flores101, flores200 and spBLEU-1K give spBLEU and need a model file, which is "
+        "fetched where it is missing. BLEU in training is that of auto",
+        (
+            "auto",
+            "13a",
+            "zh",
+            "ja-mecab",
+            "ko-mecab",
+            "char",
+            "intl",
+            "flores101",
+            "flores200",
+            "spBLEU-1K",
+            "spm",
+            "none",
+        ),
+    )
+    bootstrap: int = option(
+        1000, "bootstrap samples of confidence intervals and of tests between systems, 40 to 100000"
+    )
     baseline: str = option("continued", "the system that the others are tested against; dense where it is not there")
 
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 import nspec
 from nspec.mt import distributed
+from nspec.mt.bleu_tokenizer import bleu_tokenizer
 from nspec.mt.collate import collate
 from nspec.mt.config import DecodeConfig, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData, languages_of_task
 from nspec.mt.loss import token_losses
 from nspec.mt.sampling import evaluation_batches
-from nspec.mt.scoring import bleu_tokenizer
 from nspec.mt.translate import Translator, decodes_by_task
 
 
@@ -98,7 +98,8 @@ class Validator:
         for task in self.data.tasks[distributed.rank() :: distributed.world()]:
             sources, references = (lines[: self.sentences] for lines in self.data.text("valid", task))
             hypotheses = list(self.translator.translate(sources, task))
-            metric = BLEU(tokenize=bleu_tokenizer(languages_of_task(task)[1])[0])
+            # force: what sacreBLEU warns of shows when the test set is scored
+            metric = BLEU(tokenize=bleu_tokenizer(languages_of_task(task)[1])[0], force=True)
             mine[task] = metric.corpus_score(hypotheses, [references]).score
         everyone = {task: score for part in distributed.gather(mine) for task, score in part.items()}
         return {task: everyone[task] for task in self.data.tasks}

@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import reprlib
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ import yaml
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
 
-__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "render", "set_option", "validate"]
+__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "read_text", "render", "set_option", "validate"]
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -58,8 +59,18 @@ for _tag, _pattern, _first in [
     ("merge", r"<<", "<"),
 ]:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-# PyYAML reads 010 as octal 8.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """PyYAML reads 010 as octal 8; Python reads no number of thousands of digits, and does not say where it is."""
+    try:
+        return int(node.value)
+    except ValueError:
+        problem = f"a number of {len(node.value)} digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 @functools.cache
@@ -76,8 +87,12 @@ def _fields(section: str) -> dict[str, dataclasses.Field[Any]]:
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+_BRIEF = reprlib.Repr()  # a few lines of YAML can stand for a value of gigabytes
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
+
+
 def _show(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
+    return "nothing" if value is None else _BRIEF.repr(value)
 
 
 def _fits(value: Any, kind: type) -> bool:
@@ -172,6 +187,8 @@ def _yaml_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}{place} is not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply: expected a few levels") from None
 
 
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:
@@ -231,14 +248,15 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         OSError: the file cannot be read.
         ValueError: see :func:`parse`, :func:`set_option` and :func:`validate`; one line that says what to change.
     """
-    config = parse(_text(path), str(path))
+    config = parse(read_text(path), str(path))
     for assignment in overrides:
         set_option(config, assignment)
     validate(config)
     return config
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a file of UTF-8 text; what is not is a ValueError that names the file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -254,7 +272,7 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     """
     lists: dict[str, list[str]] = {}
     with _yaml_errors(str(path)):
-        loader = _Loader(_text(path))
+        loader = _Loader(read_text(path))
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{path} is empty; expected lines such as low: [is, mt]")

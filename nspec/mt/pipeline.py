@@ -105,6 +105,7 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Text to token ids: ``prepared/``."""
+        self._check_score()
 
         def work(folder: Path) -> None:
             from nspec.mt.prepare import prepare, summary
@@ -117,6 +118,13 @@ class Pipeline:
         self._do("prepare", work)
         self._check_adapters()
 
+    def _check_score(self) -> None:
+        """A tokenizer of BLEU that cannot be used would be an error after hours of training; here it is one before."""
+        if self.config.score.tokenize != "auto":
+            from nspec.mt.bleu_tokenizer import check_tokenizer
+
+            self.world.lead(functools.partial(check_tokenizer, self.config.score.tokenize))
+
     def _check_adapters(self) -> None:
         """A language without a family would be an error after hours of training; here it is one before."""
         systems = [name for name in trained_systems(self.config) if kind_of(self.config, name).method == "adapters"]
@@ -128,6 +136,7 @@ class Pipeline:
 
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""
+        self._check_score()
 
         def work(folder: Path) -> None:
             from nspec.mt.model import build_model
@@ -222,6 +231,7 @@ class Pipeline:
             ValueError: the run has no such system.
         """
         chosen = [self._known(system)] if system else system_names(self.config)
+        self._check_score()
         for name in chosen:
             self._do(f"evaluate:{name}", functools.partial(self._translate, name), everyone=True)
         for name in system_names(self.config):  # the tests of others may be new too, when this is their baseline
@@ -274,6 +284,8 @@ class Pipeline:
         sizes = {task: data.size("train", task) for task in data.tasks}
         groups = run_groups(data.tasks, sizes, pivot, families_of(data.tasks, pivot))
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
+        for warning in scores["warnings"]:
+            self.display.line(f"  warning, {system} ({', '.join(warning['directions'])}): {warning['text']}")
         seconds = sum(_decoding(folder, task)["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})
@@ -365,7 +377,7 @@ def _decoding(folder: Path, task: str) -> dict[str, Any]:
     """
     found = read_json(_decoded(folder, task))
     for key in ("sentences", "seconds"):
-        value = found.get(key) if isinstance(found, dict) else None
+        value: Any = found.get(key) if isinstance(found, dict) else None
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
             expected = '{"sentences": number, "seconds": number}'
             raise ValueError(f"{_decoded(folder, task)} holds {repr(found)[:60]}, expected {expected}")
@@ -379,7 +391,7 @@ def _lines(folder: Path, task: str, sentences: int) -> list[str]:
         ValueError: there are not as many as sentences.
     """
     path = folder / f"{task}.hyp.txt"
-    lines = path.read_text("utf-8").split("\n")[:-1]
+    lines = path.read_bytes().decode().split("\n")[:-1]  # read_text would end a line at a carriage return too
     if len(lines) != sentences:
         raise ValueError(f"{path} has {len(lines)} lines, expected the {sentences} sentences of the test set")
     return lines

@@ -15,20 +15,26 @@ meant are an error, and other files (``scores.json``) are passed by.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nspec.mt.bleu_tokenizer import AUTO, check_tokenizer
 from nspec.mt.comet_score import Comet
 from nspec.mt.config import ScoreConfig
 from nspec.mt.corpus.base import FILE_CODE
 from nspec.mt.corpus.lines import read_lines
 from nspec.mt.display import Display
 from nspec.mt.options import read_lists
-from nspec.mt.scoring import MIN_BOOTSTRAP, average_groups, score_system
+from nspec.mt.scoring import average_groups, score_system
+from nspec.mt.validation import check_bootstrap
 
 _DIRECTION = rf"(?P<source>{FILE_CODE})-(?P<target>{FILE_CODE})"
 _KINDS = {"translations": "hyp", "references": "ref", "sources": "src"}
+_LONGEST = 200  # bytes of a system's name; file systems take 255, and a part that is being written has a longer one
+TABLE = "scores.tsv"
+"""The file with all scores, beside the folders of systems."""
 _SYSTEM = re.compile(r"[^\W_][\w.+-]*")
 
 
@@ -37,6 +43,7 @@ def score_files(
     references: str,
     *,
     bootstrap: int = 1000,
+    tokenize: str = AUTO,
     baseline: str = "",
     pivot: str = "",
     groups: str = "",
@@ -50,12 +57,15 @@ def score_files(
         systems: ``NAME=FOLDER`` of each.
         references: the folder with the references.
         bootstrap: how many samples.
+        tokenize: a tokenizer of sacreBLEU for BLEU; ``auto``: by target language, see
+            :func:`nspec.mt.bleu_tokenizer.bleu_tokenizer`.
         baseline: the system that the others are tested against; empty: no tests.
         pivot: directions from and to this language are averaged apart; empty: not.
         groups: a YAML file with more averages, see :func:`nspec.mt.scoring.average_groups`; empty: none.
         comet: a local COMET model, which adds ``comet`` to each direction and average; empty: no COMET.
         sources: the folder with the sources, which COMET needs.
-        out: where the caller will write results; a folder in which they would replace a run's is refused.
+        out: where the caller will write results, ``scores.tsv`` and a folder for each system; a place or names where that
+            cannot be, or would replace something else, are refused.
 
     Returns:
         For each system what a run has in its ``scores.json``.
@@ -71,12 +81,10 @@ def score_files(
     if bool(comet) != bool(sources):
         given, other = ("--comet", "--sources FOLDER") if comet else ("--sources", "--comet PATH")
         raise ValueError(f"{given} needs {other}: COMET compares source, translation and reference")
-    if bootstrap < MIN_BOOTSTRAP:
-        raise ValueError(f"--bootstrap {bootstrap}: a 95 % interval needs at least {MIN_BOOTSTRAP} samples")
-    for name in folders if out else ():
-        for folder in folders.values():
-            if (Path(out) / name).resolve() == folder.resolve():
-                raise ValueError(f"--out {out}: scores of {name} would lie among the translations of {folder}")
+    check_bootstrap("--bootstrap:", bootstrap)
+    if out:
+        _check_out(Path(out), folders)
+    check_tokenizer(tokenize)
 
     found = {name: _translations(name, folder) for name, folder in folders.items()}
     tasks = _common(found, folders)
@@ -101,7 +109,8 @@ def score_files(
         for number, (name, lines) in enumerate(translated.items()):
             progress(name, number, len(translated))
             test = (baseline, translated[baseline]) if baseline and name != baseline else None
-            scores[name] = score_system(lines, texts, ScoreConfig(bootstrap=bootstrap), pivot, test, more)
+            settings = ScoreConfig(tokenize=tokenize, bootstrap=bootstrap)
+            scores[name] = score_system(lines, texts, settings, pivot, test, more)
             if scorer is not None:
                 scorer.add(scores[name], origin, lines, texts, averages)
     return scores
@@ -122,6 +131,35 @@ def _systems(given: Iterable[str]) -> dict[str, Path]:
             )
         systems[name] = _folder("--system", folder)
     return systems
+
+
+def _check_out(out: Path, folders: dict[str, Path]) -> None:
+    """Before hours of scoring: what would be written has places of its own, on every file system."""
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--out {out}: {place} is there and is no folder; name another one")
+    if (out / TABLE).is_dir():
+        raise ValueError(
+            f"--out {out}: {out / TABLE} is a folder, where the table of scores would go; name another one"
+        )
+    taken = {TABLE: f"the table {TABLE}"}
+    for name in folders:
+        same = unicodedata.normalize("NFC", name).casefold()
+        if same in taken:
+            raise ValueError(
+                f"--system {name}: with --out its scores would lie where {taken[same]} is (some file systems do not tell "
+                "upper from lower case); give it another name"
+            )
+        taken[same] = f"system {name}"
+        if len(name.encode()) > _LONGEST:
+            raise ValueError(
+                f"--system {name[:20]}...: expected a name of {_LONGEST} bytes at most, for a folder with --out"
+            )
+        if (out / name).exists() and not (out / name).is_dir():
+            raise ValueError(f"--out {out}: {out / name} is there and is no folder; name another one")
+        for folder in folders.values():
+            if (out / name).resolve() == folder.resolve():
+                raise ValueError(f"--out {out}: scores of {name} would lie among the translations of {folder}")
 
 
 def _common(found: dict[str, dict[str, Path]], folders: dict[str, Path]) -> list[str]:

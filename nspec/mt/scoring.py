@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nspec.mt import significance
+from nspec.mt.bleu_tokenizer import AUTO, SPBLEU, bleu_tokenizer, check_tokenizer, of_language, why_not
 from nspec.mt.config import ScoreConfig
 from nspec.mt.significance import Floats
-
-MIN_BOOTSTRAP = 40  # with fewer samples no 95 % interval exists: it would leave out less than one sample a side
-
-# What sacreBLEU itself takes for these target languages; those with "mecab" need packages that it does not install.
-_TOKENIZERS = {
-    "zh": "zh",
-    "zho": "zh",
-    "ja": "ja-mecab",
-    "jpn": "ja-mecab",
-    "ko": "ko-mecab",
-    "kor": "ko-mecab",
-}
+from nspec.mt.validation import check_bootstrap
 
 METRICS = {"bleu": significance.bleu, "chrf": significance.chrf}
 
@@ -46,31 +36,6 @@ class _Corpus:
     swapped: dict[str, Floats]
 
 
-def bleu_tokenizer(target: str) -> tuple[str, str]:
-    """The sacreBLEU tokenizer of a target language, and a note where the proper one is not installed.
-
-    Args:
-        target: a language code such as ``de``, ``zh_CN`` or ``jpn_Jpan``.
-
-    Returns:
-        ``13a`` for most languages, ``zh`` for Chinese, ``ja-mecab`` and ``ko-mecab`` where MeCab is installed, else
-        ``char`` with a note for the signature; the note is empty otherwise.
-    """
-    name = _TOKENIZERS.get(re.split(r"[-_]", target)[0].lower(), "13a")
-    return (name, "") if _usable(name) else ("char", f"{name}-not-installed")
-
-
-@functools.cache
-def _usable(tokenizer: str) -> bool:
-    from sacrebleu.metrics import BLEU
-
-    try:
-        BLEU(tokenize=tokenizer)
-    except (RuntimeError, ImportError):  # how sacreBLEU says that MeCab or its dictionary is missing
-        return False
-    return True
-
-
 def score_system(
     hypotheses: Texts,
     references: Texts,
@@ -84,7 +49,7 @@ def score_system(
     Args:
         hypotheses: for each direction (``en-de``) the system's translations, detokenised, one a line.
         references: for each direction the references, as many.
-        config: how many bootstrap samples.
+        config: the tokenizer of BLEU, and how many bootstrap samples.
         pivot: directions from and to this language are averaged apart; empty: only the average over all.
         baseline: name and translations of the system to test against; None: no test.
         groups: more averages, as :func:`average_groups` takes them.
@@ -94,14 +59,16 @@ def score_system(
         95 % bootstrap intervals, signatures, and under ``baseline`` differences and p values: ``<metric>_p`` of the
         paired bootstrap, ``<metric>_p_ar`` of approximate randomisation with ``ar_trials`` trials) and ``average``
         (macro averages over ``all`` directions, ``from_<pivot>``, ``to_<pivot>`` and groups, tested like a direction),
-        and ``groups``: the directions of each group that was given.
+        ``groups``: the directions of each group that was given, and ``warnings``: what sacreBLEU and nspec warn of, each
+        a ``text`` and the ``directions`` that it is said of.
 
     Raises:
         ValueError: a direction without hypotheses, references or a baseline, numbers of lines that differ, an empty
-            test set, too few bootstrap samples, or a group that does not fit the directions.
+            test set, a tokenizer that cannot be used, too few or too many bootstrap samples, or a group that does not fit
+            the directions.
     """
-    if config.bootstrap < MIN_BOOTSTRAP:
-        raise ValueError(f"score.bootstrap is {config.bootstrap}; a 95 % interval needs at least {MIN_BOOTSTRAP}")
+    check_bootstrap("score.bootstrap:", config.bootstrap)
+    check_tokenizer(config.tokenize)
     if not references:
         raise ValueError("there is no direction to score: references are empty")
     _check("system", hypotheses, references)
@@ -113,14 +80,17 @@ def score_system(
     tasks: dict[str, dict[str, Any]] = {}
     measured: dict[str, _Corpus] = {}
     compared: dict[str, _Corpus] = {}
+    warned: dict[str, list[str]] = {}
     for task, lines in references.items():
         systems = [hypotheses[task]] + ([baseline[1][task]] if baseline else [])
-        corpora = _measure(task, systems, lines, config.bootstrap)
+        corpora, warnings = _measure(task, systems, lines, config)
+        for text in warnings:
+            warned.setdefault(text, []).append(task)
         measured[task] = corpora[0]
         if baseline:
             compared[task] = corpora[1]
         signature = corpora[0].signature
-        signatures["bleu"][bleu_tokenizer(_target(task))[0]] = signature["bleu"]
+        signatures["bleu"][bleu_tokenizer(_target(task), config.tokenize)[0]] = signature["bleu"]
         signatures["chrf"] = signature["chrf"]
         entry: dict[str, Any] = {"sentences": len(lines)}
         for metric in METRICS:
@@ -139,7 +109,8 @@ def score_system(
         entry["baseline"] = _compare(baseline[0], own, other) if baseline and other else None
         average[group] = entry
     given = {group: averaged[group] for group in groups or {}}
-    return {"signatures": signatures, "tasks": tasks, "average": average, "groups": given}
+    said = [{"text": text, "directions": directions} for text, directions in warned.items()]
+    return {"signatures": signatures, "tasks": tasks, "average": average, "groups": given, "warnings": said}
 
 
 def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = None) -> dict[str, list[str]]:
@@ -214,16 +185,34 @@ def _check(who: str, hypotheses: Texts, references: Texts) -> None:
             )
 
 
-def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[str], samples: int) -> list[_Corpus]:
-    """Scores of a system, and of a baseline after it, on one test set, with samples that are drawn jointly."""
+def _measure(
+    task: str, systems: Sequence[Sequence[str]], references: Sequence[str], config: ScoreConfig
+) -> tuple[list[_Corpus], list[str]]:
+    """Scores of a system, and of a baseline after it, on one test set, with samples that are drawn jointly.
+
+    Then what was warned of about the system, each text once.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
-    tokenizer, note = bleu_tokenizer(_target(task))
-    metrics: dict[str, Any] = {
-        # force: hypotheses that end in " ." are the system's affair, not a reason for a warning in the terminal
-        "bleu": BLEU(tokenize=tokenizer, force=True, references=[references]),
-        "chrf": CHRF(word_order=2, references=[references]),
-    }
+    samples = config.bootstrap
+    tokenizer, note = bleu_tokenizer(_target(task), config.tokenize)
+    with _heard() as warnings:
+        if blank := sum(not line.strip() for line in references):
+            warnings.append(f"blank references: {blank} of {len(references)}, to which no translation is right")
+        if note:
+            proper = of_language(_target(task))
+            warnings.append(f"BLEU counts characters, for {proper} cannot be used: {why_not(proper)}")
+        # sacreBLEU says where another tokenizer would be better; it does not know that spBLEU is meant.
+        asked = config.tokenize != AUTO and config.tokenize not in SPBLEU
+        language = of_language(_target(task))[:2] if asked else ""
+        metrics: dict[str, Any] = {
+            "bleu": BLEU(tokenize=tokenizer, trg_lang=language, references=[references]),
+            "chrf": CHRF(word_order=2, references=[references]),
+        }
+        measured = [{name: significance.measure(metric, systems[0]) for name, metric in metrics.items()}]
+    with _heard():  # a baseline is scored as a system of its own too
+        for lines in systems[1:]:
+            measured.append({name: significance.measure(metric, lines) for name, metric in metrics.items()})
     signature = {}
     for name, metric in metrics.items():
         metric.n_bootstrap, metric.seed = samples, str(significance.SEED)
@@ -231,7 +220,6 @@ def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[s
         if name == "bleu" and note:
             form.update("note", note)
         signature[name] = str(form)
-    measured = [{name: significance.measure(metric, lines) for name, metric in metrics.items()} for lines in systems]
     blocks = [system[name][1] for system in measured for name in metrics]
     drawn = significance.resample(np.concatenate(blocks, axis=1), samples)
     parts = iter(np.split(drawn, np.cumsum([block.shape[1] for block in blocks])[:-1], axis=1))
@@ -246,7 +234,32 @@ def _measure(task: str, systems: Sequence[Sequence[str]], references: Sequence[s
     ]
     if len(measured) == 2:
         corpora[0].swapped = _swap(*measured)
-    return corpora
+    return corpora, list(dict.fromkeys(warnings))
+
+
+class _Collector(logging.Handler):
+    """Keeps the texts of warnings."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(f"sacreBLEU: {' '.join(record.getMessage().split())}")
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What sacreBLEU warns of while the block runs; it does not reach the terminal, where nobody would know of what."""
+    logger, texts = logging.getLogger("sacrebleu"), list[str]()
+    collector, propagate = _Collector(texts), logger.propagate
+    logger.addHandler(collector)
+    logger.propagate = False
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagate
 
 
 def _swap(system: Measured, baseline: Measured) -> dict[str, Floats]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nspec.mt.config import Config, TrainConfig
+from nspec.mt.config import MAX_BOOTSTRAP, MIN_BOOTSTRAP, Config, TrainConfig
 from nspec.mt.systems import KINDS, config_of, kind_of, masked_systems, system_names, variants_of
 from nspec.specialization.patterns import matching
 
@@ -122,6 +122,20 @@ def _varied(config: Config) -> None:
     _share("lass.alpha", config.lass.alpha, zero=True, one=False)
 
 
+def check_bootstrap(option: str, samples: int) -> None:
+    """ValueError where there can be no 95 % interval, or no memory for so many samples.
+
+    Args:
+        option: what the error begins with.
+        samples: of the bootstrap.
+    """
+    if not MIN_BOOTSTRAP <= samples <= MAX_BOOTSTRAP:
+        found = str(samples) if abs(samples) < 10**18 else "a number of more than 18 digits"
+        raise ValueError(
+            f"{option} expected {MIN_BOOTSTRAP} (fewer samples have no 95 % interval) to {MAX_BOOTSTRAP}, found {found}"
+        )
+
+
 def validate(config: Config) -> None:
     """Checks the values of all options, alone and against each other.
 
@@ -161,7 +175,7 @@ def validate(config: Config) -> None:
     _varied(config)
     _at_least(config, 1, "decode.beam", "decode.batch_tokens")
     _positive(config, "decode.max_length_ratio")
-    _at_least(config, 40, "score.bootstrap")  # with fewer samples there is no 95 % interval
+    check_bootstrap("score.bootstrap:", config.score.bootstrap)
     known = dict.fromkeys([*KINDS, *system_names(config)])
     if config.score.baseline not in known:
         raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {config.score.baseline!r}")

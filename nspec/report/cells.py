@@ -31,7 +31,7 @@ def score_cell(
         empty = dict.fromkeys(("interval", "mark", "delta", "p"), "")
         return empty | {"score": "–", "best": False, "title": f"{about}: missing"}
     low, high, test = entry[f"{metric}_low"], entry[f"{metric}_high"], entry.get("baseline")
-    title = f"{about}: {entry[metric]:.2f} {words.METRIC_NAMES[metric]}, 95 % interval {low:.2f} to {high:.2f}"
+    title = f"{about}: {entry[metric]:.2f} {data.metric_names[metric]}, 95 % interval {low:.2f} to {high:.2f}"
     delta = p = ""
     if test:
         delta, p = words.signed(test[f"{metric}_delta"]), words.p_text(words.p_value(test, metric))

@@ -10,7 +10,7 @@ import numpy as np
 from nspec import analysis
 from nspec.report.canvas import INK, MARKERS, SIDES, colour, layer_axis, new_figure, style
 from nspec.report.load import METRICS, RunData
-from nspec.report.words import METRIC_NAMES, in_sentence
+from nspec.report.words import in_sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def levels(data: RunData, names: Sequence[str], means: Mapping[str, Mapping[str,
     width = 0.84 / len(means)
     places = np.arange(len(names))
     for axes, metric in zip(panels, METRICS):
-        style(axes, "training pairs", f"change from {in_sentence(data.name(data.baseline))}", METRIC_NAMES[metric])
+        style(axes, "training pairs", f"change from {in_sentence(data.name(data.baseline))}", data.metric_names[metric])
         for number, (system, values) in enumerate(means.items()):
             at = places + (number - (len(means) - 1) / 2) * width
             axes.bar(
@@ -52,7 +52,7 @@ def ablation(data: RunData, curve: Curve) -> Figure:
     axes = panels[0]
     style(axes, curve.option, f"points above {in_sentence(data.name(data.baseline))}")
     for metric, marker in zip(METRICS, "os"):
-        line = {"color": _METRIC_COLOURS[metric], "marker": marker, "label": METRIC_NAMES[metric]}
+        line = {"color": _METRIC_COLOURS[metric], "marker": marker, "label": data.metric_names[metric]}
         axes.plot(curve.values, curve.change[metric], **line)
     for value, system in zip(curve.values, curve.systems):
         if system == curve.of:

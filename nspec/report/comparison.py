@@ -10,7 +10,7 @@ from nspec.analysis import order_tasks
 from nspec.files import write_json
 from nspec.report.load import METRICS
 from nspec.report.tables import write_scores
-from nspec.report.words import METRIC_NAMES, arrow, group_name, signed
+from nspec.report.words import arrow, group_name, names_of_scores, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +45,15 @@ def tables(scored: Scored, pivot: str) -> list[Table | str]:
     if models:
         parts += [_comet_table(scored, pivot), f"COMET signature: {models[0]}", ""]
     return parts[:-1]
+
+
+def warning_lines(scored: Scored) -> list[str]:
+    """What was warned of while systems were scored, a line for each text, with the systems and directions it is said of."""
+    said: dict[str, list[str]] = {}
+    for name, scores in scored.items():
+        for warning in scores.get("warnings", ()):
+            said.setdefault(warning["text"], []).append(f"{name} ({', '.join(warning['directions'])})")
+    return [f"nspec: warning, {'; '.join(where)}: {text}" for text, where in said.items()]
 
 
 def _tasks(scored: Scored, pivot: str) -> list[str]:
@@ -82,7 +91,7 @@ def _table(scored: Scored, metric: str, pivot: str) -> Table:
             f"Δ: difference from {tests[0]['system']}; below it p of the paired bootstrap / of approximate randomisation "
             f"(two-sided, {tests[0]['ar_trials']:,} trials); ▲ ▼ significant at 5 % by the latter"
         )
-    table = _empty_table(f"{METRIC_NAMES[metric]}, with 95 % bootstrap intervals", caption)
+    table = _empty_table(f"{names_of_scores(scored.values())[metric]}, with 95 % bootstrap intervals", caption)
     for name, scores in scored.items():
         table.add_column(name, justify="right", no_wrap=True)
         if scores["average"]["all"]["baseline"]:
@@ -112,8 +121,9 @@ def _signatures(scored: Scored, metric: str) -> list[str]:
     found: dict[str, list[str]] = {}
     for task, entry in next(iter(scored.values()))["tasks"].items():
         found.setdefault(entry[f"{metric}_signature"], []).append(task)
+    metric_name = names_of_scores(scored.values())[metric]
     return [
-        f"{METRIC_NAMES[metric]} signature{f' ({chr(44).join(tasks)})' if len(found) > 1 else ''}: {signature}"
+        f"{metric_name} signature{f' ({chr(44).join(tasks)})' if len(found) > 1 else ''}: {signature}"
         for signature, tasks in found.items()
     ]
 

@@ -86,7 +86,7 @@ def _table(data: RunData, metric: str, averages: Sequence[str]) -> dict[str, Any
                 cell["title"] += f"; adjusted by Holm's method {words.p_text(p)}"
             cells.append(cell)
         rows.append({"name": data.short(name), "is_baseline": name == data.baseline, "cells": cells})
-    return {"metric": words.METRIC_NAMES[metric], "rows": rows, "tests": len(tests)}
+    return {"metric": data.metric_names[metric], "rows": rows, "tests": len(tests)}
 
 
 def level_tables(data: RunData, heads: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ METRICS = ("bleu", "chrf")
 _SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
 _TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
 _LATER_TEST_KEYS = ["bleu_p_ar", "chrf_p_ar"]  # scores.json of older runs has none
+_SUMMARY_KEYS = ["updates", "micro_batches", "tokens", "tokens_per_second", "train_seconds", "density", "threads"]
+_SUMMARY_KEYS += ["parameters", "parameters_added", "parameters_trained", "mask_bytes", "best_step"]
 
 
 @dataclass
@@ -76,6 +79,13 @@ class RunData:
         return self.masks if folder == "masks" else _masks(self.folder / folder) if folder else None
 
     @property
+    def metric_names(self) -> dict[str, str]:
+        """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
+        from nspec.report.words import names_of_scores  # that module reads this one
+
+        return names_of_scores(self.scored.values())
+
+    @property
     def scored(self) -> dict[str, dict[str, Any]]:
         """The scores of the systems that have them."""
         return {name: system.scores for name, system in self.systems.items() if system.scores is not None}
@@ -96,7 +106,7 @@ def load_run(run: Path) -> RunData:
     config_file = run / "config.yaml"
     if not config_file.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml; `nspec run` makes one")
-    config_text = config_file.read_text(encoding="utf-8")
+    config_text = options.read_text(config_file)
     config = options.parse(config_text, str(config_file))
     systems = {name: _system(run, name) for name in _system_names(run, config)}
     masks = _masks(run / "masks")
@@ -165,11 +175,19 @@ def _as_written(path: Path, record: Path, remedy: str) -> None:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """``summary.json``, checked for what every version wrote."""
+    """``summary.json``, checked for what every version wrote, and whose numbers are numbers where they are there."""
     summary = _dictionary(path)
     if type(summary.get("updates")) is not int:
         raise ValueError(f"{path}: found {repr(summary)[:60]}, expected an object with updates, as training leaves it")
+    for key in _SUMMARY_KEYS:
+        if summary.get(key) is not None and not _number(summary[key]):
+            found = reprlib.repr(summary[key])
+            raise ValueError(f"{path}: {key} should be a number, found {found}; remove the file and run again")
     return summary
+
+
+def _number(value: Any, most: float = 1e18) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < most  # NaN is not
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
@@ -179,7 +197,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
@@ -205,12 +223,15 @@ def _scores(path: Path) -> dict[str, Any]:
         value = holder.get(key) if isinstance(holder, dict) else None
         if not fits(value):
             name = f"{where}.{key}" if where else key
-            found = "nothing" if value is None else repr(value)[:40]
+            found = "nothing" if value is None else reprlib.repr(value)[:40]
             raise ValueError(f"{path}: {name} should be {kind}, found {found}; remove the file and run again")
         return value
 
     def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return _number(value, 1e9)  # no score, p value or number of sentences is larger
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str)
 
     def table(value: Any) -> bool:
         return isinstance(value, dict)
@@ -220,16 +241,18 @@ def _scores(path: Path) -> dict[str, Any]:
             need(entry, key, where, number, "a number")
         test = entry.get("baseline")
         if test is not None:
+            need(entry, "baseline", where, table, "an object or null")
             for key in _TEST_KEYS + [key for key in _LATER_TEST_KEYS if key in test]:
                 need(test, key, f"{where}.baseline", number, "a number")
-            need(test, "system", f"{where}.baseline", lambda v: isinstance(v, str), "a name")
+            need(test, "system", f"{where}.baseline", is_text, "a name")
 
     scores = _dictionary(path)
     tasks = need(scores, "tasks", "", lambda v: isinstance(v, dict) and len(v) > 0, "an object with directions")
     for task in tasks:
         check(need(tasks, task, "tasks", table, "an object"), f"tasks.{task}")
+        need(tasks[task], "sentences", f"tasks.{task}", number, "a number")
         for metric in METRICS:
-            need(tasks[task], f"{metric}_signature", f"tasks.{task}", lambda v: isinstance(v, str), "a signature")
+            need(tasks[task], f"{metric}_signature", f"tasks.{task}", is_text, "a signature")
     average = need(scores, "average", "", table, "an object")
     need(average, "all", "average", table, "an object")
     for group in average:
@@ -237,6 +260,11 @@ def _scores(path: Path) -> dict[str, Any]:
     for group in need(scores, "groups", "", table, "an object") if "groups" in scores else ():
         need(scores["groups"], group, "groups", lambda v: isinstance(v, list), "a list of directions")
         need(average, group, "average", table, "an object")
+    for warning in (
+        need(scores, "warnings", "", lambda v: isinstance(v, list), "a list") if "warnings" in scores else ()
+    ):
+        need(warning, "text", "warnings", is_text, "text")
+        need(warning, "directions", "warnings", lambda v: isinstance(v, list) and all(map(is_text, v)), "directions")
     return scores
 
 

@@ -69,6 +69,8 @@ def context(data: RunData) -> dict[str, Any]:
         "averages": _averages(data),
         "directions": [_directions(data, metric) for metric in METRICS] if data.scored else [],
         "signatures": _signatures(data),
+        "warnings": _warnings(data),
+        "bleu": data.metric_names["bleu"],
         "masks": _masks(data),
         "loss": _loss(data),
         "speed": _speed(data),
@@ -144,7 +146,7 @@ def _directions(data: RunData, metric: str) -> dict[str, Any]:
     heads = [
         {"name": data.short(name), "title": data.name(name), "is_baseline": name == data.baseline} for name in names
     ]
-    return {"metric": words.METRIC_NAMES[metric], "heads": heads, "rows": rows}
+    return {"metric": data.metric_names[metric], "heads": heads, "rows": rows}
 
 
 def _signatures(data: RunData) -> list[dict[str, str]]:
@@ -156,12 +158,21 @@ def _signatures(data: RunData) -> list[dict[str, str]]:
                 found.setdefault((metric, entry[f"{metric}_signature"]), set()).add(task)
     return [
         {
-            "metric": words.METRIC_NAMES[metric],
+            "metric": data.metric_names[metric],
             "text": text,
             "tasks": "" if len(tasks) == len(data.tasks) else ", ".join(t for t in data.tasks if t in tasks),
         }
         for (metric, text), tasks in found.items()
     ]
+
+
+def _warnings(data: RunData) -> list[dict[str, str]]:
+    """What was warned of while scoring, with the systems and directions that it is said of."""
+    found: dict[str, list[str]] = {}
+    for name, scores in data.scored.items():
+        for warning in scores.get("warnings", ()):
+            found.setdefault(warning["text"], []).append(f"{data.short(name)}: {', '.join(warning['directions'])}")
+    return [{"text": text, "where": "; ".join(where)} for text, where in found.items()]
 
 
 def _masks(data: RunData) -> dict[str, Any] | None:

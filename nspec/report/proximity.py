@@ -173,7 +173,7 @@ def _pivot(run: Path) -> str:
     from nspec.mt import options
 
     path = run / "config.yaml"
-    pivot = options.parse(path.read_text(encoding="utf-8"), str(path)).corpus.pivot if path.is_file() else ""
+    pivot = options.parse(options.read_text(path), str(path)).corpus.pivot if path.is_file() else ""
     if not pivot:
         why = f"{path} names no pivot" if path.is_file() else f"{run} has no config.yaml"
         raise ValueError(f"{why}: give the language that directions come from and go to, such as --pivot en")

@@ -22,7 +22,7 @@ from nspec.mt.groups import kind_of_group
 from nspec.report.load import METRICS, RunData, load_run
 from nspec.report.seeds_figure import draw
 from nspec.report.seeds_tables import average_lines, cost_lines, tested_together
-from nspec.report.words import METRIC_NAMES, arrow, group_name, system_name
+from nspec.report.words import arrow, group_name, metric_names, system_name
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
 _LEVEL = 0.95
@@ -124,6 +124,11 @@ class SeedComparison:
                 return result
         raise KeyError(f"no result of {system}, {metric}, {group}")
 
+    @property
+    def metric_names(self) -> dict[str, str]:
+        """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
+        return metric_names(self.signatures["bleu"])
+
     def markdown(self) -> str:
         """All of it as Markdown: tables of the averages, then costs, notes and signatures."""
         base = system_name(self.baseline)
@@ -136,7 +141,7 @@ class SeedComparison:
         ]
         lines += [*average_lines(self), *cost_lines(self), ""]
         lines += [f"- {note}" for note in self.notes]
-        lines += [f"- {METRIC_NAMES[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
+        lines += [f"- {self.metric_names[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
         return "\n".join(lines) + "\n"
 
     def tsv(self) -> str:

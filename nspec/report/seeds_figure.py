@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.report.canvas import colour
 from nspec.report.load import METRICS
-from nspec.report.words import METRIC_NAMES, group_name, system_name
+from nspec.report.words import group_name, system_name
 
 if TYPE_CHECKING:
     from nspec.report.seeds import SeedComparison
@@ -39,7 +39,7 @@ def draw(comparison: SeedComparison, group: str) -> str:
                 axes.plot(d.values, [place] * len(d.values), "o", color=tint, markersize=6, markeredgecolor="white")
             axes.set_yticks(range(len(systems)), [system_name(system) for system in systems])
             axes.set_ylim(len(systems) - 0.5, -0.5)
-            axes.set_xlabel(f"{METRIC_NAMES[metric]} above {system_name(comparison.baseline)}")
+            axes.set_xlabel(f"{comparison.metric_names[metric]} above {system_name(comparison.baseline)}")
             axes.grid(True, axis="x", color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
             for side in ("top", "left", "right"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nspec.mt.groups import KINDS, LEVEL, kind_of_group
 from nspec.report.load import METRICS
-from nspec.report.words import METRIC_NAMES, count, group_name, p_text, sign, signed, system_name
+from nspec.report.words import count, group_name, p_text, sign, signed, system_name
 
 if TYPE_CHECKING:
     from nspec.report.seeds import Difference, SeedComparison, SeedResult
@@ -30,7 +30,7 @@ def average_lines(comparison: SeedComparison) -> list[str]:
     for group in comparison.groups:
         if kind_of_group(group)[0]:
             continue
-        heads = [cell for metric in METRICS for cell in (METRIC_NAMES[metric], "Δ", "p (Holm)", "seeds")]
+        heads = [cell for metric in METRICS for cell in (comparison.metric_names[metric], "Δ", "p (Holm)", "seeds")]
         rows = [
             [_cell(system_name(system)), *(c for m in METRICS for c in _cells(comparison.find(system, m, group)))]
             for system in comparison.systems
@@ -60,7 +60,7 @@ def _group_lines(comparison: SeedComparison, kind: str) -> list[str]:
         found = [[comparison.find(system, metric, group).difference for group in columns] for system in systems]
         rows = [[_cell(system_name(s)), *(_short(d) for d in row if d)] for s, row in zip(systems, found)]
         heads = [_cell(group_name(group)) for group in columns]
-        lines += ["", *_table([METRIC_NAMES[metric], *heads], rows)]
+        lines += ["", *_table([comparison.metric_names[metric], *heads], rows)]
     return lines
 
 

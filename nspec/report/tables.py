@@ -10,7 +10,7 @@ from nspec import analysis
 from nspec.files import write_text
 from nspec.report.cells import main_groups
 from nspec.report.load import METRICS, RunData, load_run
-from nspec.report.words import METRIC_NAMES, arrow, group_name, p_text, p_value, signed, two_sided
+from nspec.report.words import arrow, group_name, p_text, p_value, signed, two_sided
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,11 +93,11 @@ def score_table(run: Path) -> Table:
     )
     table.add_column("system", no_wrap=True)
     for metric in METRICS:
-        table.add_column(METRIC_NAMES[metric], justify="right", no_wrap=True)
+        table.add_column(data.metric_names[metric], justify="right", no_wrap=True)
         table.add_column("Δ", justify="right", no_wrap=True)
     groups = [group for group in main_groups(data) if group != "all"]
     for group in groups:
-        table.add_column(f"BLEU\n{group_name(group)}", justify="right", no_wrap=True)
+        table.add_column(f"{data.metric_names['bleu']}\n{group_name(group)}", justify="right", no_wrap=True)
     table.add_column("tokens/s\ntime", justify="right", no_wrap=True)
     best = {m: max((s["average"]["all"][m] for s in data.scored.values()), default=None) for m in METRICS}
     for name, system in data.systems.items():

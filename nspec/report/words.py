@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nspec.mt.groups import LEVEL as LEVEL_GROUP
@@ -43,6 +44,22 @@ SYSTEMS = {
 _PLURAL = {"random", "adapters", "adapters_family", "finetuned", "bilingual"}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
+_SPBLEU = re.compile(r"(^|\|)tok:(flores|spBLEU|spm)")
+
+
+def metric_names(signatures: Iterable[str]) -> dict[str, str]:
+    """The metrics' names for readers: BLEU is spBLEU where SentencePiece split the text.
+
+    Args:
+        signatures: of BLEU, in every direction.
+    """
+    found = list(signatures)
+    return METRIC_NAMES | ({"bleu": "spBLEU"} if found and all(map(_SPBLEU.search, found)) else {})
+
+
+def names_of_scores(scored: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """:func:`metric_names` of what ``scores.json`` of systems holds."""
+    return metric_names(entry["bleu_signature"] for scores in scored for entry in scores["tasks"].values())
 
 
 def system_name(system: str, variants: Mapping[str, Variant] | None = None) -> str:
@@ -208,8 +225,8 @@ def finding(data: RunData, system: str) -> str | None:
     if not scores or not test:
         return None
     average = scores["average"]["all"]
-    said = []
-    for metric, name in METRIC_NAMES.items():
+    said, names = [], data.metric_names
+    for metric, name in names.items():
         delta, p = test[f"{metric}_delta"], p_value(test, metric)
         said.append(f"{signed(delta)} {name} ({p_text(p)}, {verdict(delta, p)})")
     tests = [entry["baseline"] for entry in scores["tasks"].values() if entry.get("baseline")]
@@ -217,8 +234,8 @@ def finding(data: RunData, system: str) -> str | None:
     down = sum(t["bleu_delta"] < 0 for t in tests)
     sure_up, sure_down = (sum(arrow(t, "bleu") == sign for t in tests) for sign in "▲▼")
     return (
-        f"{average['bleu']:.2f} BLEU and {average['chrf']:.2f} chrF++ on average: {' and '.join(said)} against "
-        f"{in_sentence(data.name(test['system']))}. By BLEU it is above in {up} of {len(tests)} directions "
+        f"{average['bleu']:.2f} {names['bleu']} and {average['chrf']:.2f} chrF++ on average: {' and '.join(said)} against "
+        f"{in_sentence(data.name(test['system']))}. By {names['bleu']} it is above in {up} of {len(tests)} directions "
         f"({sure_up} significantly) and below in {down} ({sure_down} significantly)."
     )
 
@@ -229,7 +246,7 @@ def headline(data: RunData) -> str:
     Random masks are a part of it: where they do as well, it is not the choice of neurons that helps. Where other methods
     were run too, the headline ends with who scores highest; the tests of all are in :func:`finding`.
     """
-    said = []
+    said, bleu = [], data.metric_names["bleu"]
     for system in ("forward", "update", "random"):
         scores = data.systems[system].scores if system in data.systems else None
         test = scores["average"]["all"].get("baseline") if scores else None
@@ -242,10 +259,12 @@ def headline(data: RunData) -> str:
             }[verdict(delta, p)]
             base = in_sentence(data.name(test["system"]))
             verb = f"{many if system in _PLURAL else one} {than}"
-            said.append(f"{system_name(system)} {verb} {base}: {signed(delta)} BLEU on average ({p_text(p)}).")
+            said.append(f"{system_name(system)} {verb} {base}: {signed(delta)} {bleu} on average ({p_text(p)}).")
     averages = {name: scores["average"]["all"]["bleu"] for name, scores in data.scored.items()}
     if set(averages) - {"dense", "continued", "forward", "update", "random"} and len(averages) > 1:
         best = max(averages, key=lambda name: averages[name])
         verb = "have" if best in _PLURAL else "has"
-        said.append(f"{data.name(best)} {verb} the highest mean BLEU of {len(averages)} systems, {averages[best]:.2f}.")
+        said.append(
+            f"{data.name(best)} {verb} the highest mean {bleu} of {len(averages)} systems, {averages[best]:.2f}."
+        )
     return " ".join(said) or "No specialised system has been compared with a baseline yet."

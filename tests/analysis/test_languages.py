@@ -96,7 +96,10 @@ def test_with_the_tree_nothing_is_missing() -> None:
         ("so", "Afro-Asiatic", "Cushitic"),
         ("sw zu xh rw", "Atlantic-Congo", "Narrow Bantu"),
         ("ig yo", "Atlantic-Congo", "Atlantic-Congo"),
-        ("sq", "Indo-European", "Albanian"),
+        ("sq als aln als_Latn", "Indo-European", "Albanian"),
+        ("kab tzm_Latn zgh taq", "Afro-Asiatic", "Berber"),
+        ("no nb nn", "Indo-European", "Germanic"),
+        ("yue_Hant wuu nan_Latn cmn_Hant", "Sino-Tibetan", "Sinitic"),
         ("el", "Indo-European", "Greek"),
         ("kn ta te ml", "Dravidian", "Dravidian"),
         ("fi et hu", "Uralic", "Uralic"),
@@ -200,6 +203,35 @@ def test_an_unknown_language_is_an_error_that_says_what_else_there_is() -> None:
         languages.group_of("en", "clan")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("code", ["ids", "zht", "cn", "cz", "qaa", "mul", "und", "bat_smg", "english", "src1"])
+def test_what_is_no_language_has_no_family(code: str) -> None:
+    assert not languages.is_known(code)
+
+
+def test_sign_languages_and_registers_are_not_called_related() -> None:
+    assert languages.genetic_distance("ase", "sgg") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "script"),
+    [
+        *(("zh", "Hans"), ("zh_TW", "Hant"), ("zh-HK", "Hant"), ("cmn_TW", "Hant"), ("zh_CN", "Hans"), ("yue", "Hant")),
+        *(("sr@latin", "Latn"), ("sr_RS@latin", "Latn"), ("uz@cyrillic", "Cyrl"), ("sr_ME", "Latn"), ("sr_RS", "Cyrl")),
+        *(
+            ("pa_PK", "Arab"),
+            ("pa", "Guru"),
+            ("pt_BR", "Latn"),
+            ("es-419", "Latn"),
+            ("ZHO_hant", "Hant"),
+            ("az_IR", "Arab"),
+        ),
+        *(("de_DE.UTF-8", "Latn"), ("ca@valencia", "Latn"), ("ja_XX", "Jpan")),
+    ],
+)
+def test_script_follows_what_the_code_names(code: str, script: str) -> None:
+    assert languages.script_of(code) == script
+
+
 def test_script_distance_is_zero_for_one_script() -> None:
     assert languages.script_distances(["de", "fr", "ru", "sr", "sr_Latn"]).tolist() == [
         [0, 0, 1, 1, 0],
@@ -227,12 +259,28 @@ def test_distances_of_a_file_hold_either_way_and_for_any_language(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "line", ["de nl", "de nl far", "de nl 1 2", "de nl -1", "de nl nan", "de nl inf", "de de 1", "de"]
+    "line",
+    [
+        *("de nl", "de nl far", "de nl 1 2", "de nl -1", "de nl nan", "de nl inf", "de de 1", "de", "a b distance"),
+        *("de nl 0,5", "lang1 lang2 distance", "de nl 1_0", "de nl 1e999", "de nl 0x1", "de nl 0 .5"),
+    ],
 )
 def test_a_line_that_is_no_distance_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "far.tsv"
     path.write_text(f"de fr 1\n{line}\n")
-    with pytest.raises(ValueError, match=rf"far.tsv line 2: expected two languages .* found '{line}'"):
+    with pytest.raises(ValueError) as caught:
+        languages.read_distances(path)
+    found = repr(" ".join(line.split()))
+    expected = f"{path} line 2: expected two languages and their distance, such as de nl 0.2; found {found}"
+    assert str(caught.value) == expected + ("; write the number with a point" if "," in line else "")
+
+
+def test_marks_line_ends_and_the_diagonal_change_no_distance(tmp_path: Path) -> None:
+    path = tmp_path / "far.tsv"
+    path.write_bytes(b"\xef\xbb\xbfde nl 2.5e-1\r\nde de 0\r\nnl de +.25\r\n\r\nde fr 1.\r\nfr nl 2")
+    assert languages.read_distances(path)(["de", "nl", "fr"]).tolist() == [[0, 0.25, 1], [0.25, 0, 2], [1, 2, 0]]
+    path.write_bytes("de nl 1\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"far.tsv is not UTF-8: byte 0 is 0xff"):
         languages.read_distances(path)
 
 

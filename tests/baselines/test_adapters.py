@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 from typing import Any
@@ -344,6 +345,42 @@ def test_named_layers_alone_get_adapters() -> None:
     model = adapted(layers=["encoder.layers.1", "layers.1"])
     found = [name for name, module in model.named_modules() if isinstance(module, TaskAdapters)]
     assert found == ["encoder.layers.1.adapters", "layers.1.adapters"]
+
+
+def test_layers_that_adapters_cannot_follow_are_refused_with_the_way_out() -> None:
+    """Offloaded weights have no values here; quantised ones have no gradients."""
+    with pytest.raises(ValueError, match=r"weights of layers.0 are on the meta device .*load the model whole"):
+        add_adapters(Seq2Seq().to("meta"), GROUPS, 4, layers=["layers.0"])
+    model = Seq2Seq()
+    quantised = model.layers[0].linear2
+    quantised.weight = nn.Parameter(quantised.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weights of layers.0 are torch.int8 \(quantised\)"):
+        add_adapters(model, GROUPS, 4)
+    assert not layers_of(model)
+
+
+def test_a_forward_of_its_own_a_parametrised_weight_and_a_namedtuple_make_no_difference() -> None:
+    Output = collections.namedtuple("Output", ["hidden", "cache"])
+    layer = nn.TransformerEncoderLayer(8, 2, 24, dropout=0.0, batch_first=True).double()
+    nn.utils.parametrizations.weight_norm(layer.linear2)
+    adapted(layer)
+    x = x_of()
+    task = next(iter(GROUPS))
+    expected = under(layer, task, x)
+    assert not torch.equal(expected, under(layer, None, x))
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: Output(plain(*args, **kwargs), None)  # as accelerate's hooks leave it
+    with nspec.task(layer, task):
+        found = layer(x)
+    assert isinstance(found, Output)
+    assert torch.equal(found.hidden, expected)
+
+
+def test_an_output_of_another_width_is_an_error() -> None:
+    layer = add_adapters(nn.TransformerEncoderLayer(8, 2, 24), GROUPS, 4)
+    layer.forward = lambda x: x.new_zeros(3, 5, 6)
+    with pytest.raises(ValueError, match=r"output is 6 wide, its adapters 8.* layers="):
+        layer(torch.zeros(3, 5, 8))
 
 
 @pytest.mark.parametrize("output", [{"hidden": 1}, (), ("text", 1), None])

@@ -8,11 +8,18 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nspec
-from nspec.baselines.lass import TaskMaskedWeight, apply_weight_masks, prunable_layers, remove_weight_masks
+from nspec.baselines.lass import (
+    TaskMaskedWeight,
+    apply_weight_masks,
+    magnitude_masks,
+    prunable_layers,
+    remove_weight_masks,
+)
 from nspec.baselines.weight_masks import WeightMasks
 
 TASKS = ("en-de", "de-en", "en-fr")
@@ -391,3 +398,38 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
         apply_weight_masks(model, masks("linears.1", 2, 4))
     with pytest.raises(ValueError, match="no masks of task 'b'; known: a"):
         nspec.set_task(model, "b")
+
+
+def test_layers_whose_masks_would_be_passed_by_are_refused_with_the_way_out() -> None:
+    def patched(layer: nn.Linear) -> None:
+        layer.forward = layer.forward  # as accelerate's hooks leave it
+
+    def pruned(layer: nn.Linear) -> None:
+        nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5)
+
+    def parametrised(layer: nn.Linear) -> None:
+        nn.utils.parametrizations.weight_norm(layer)
+
+    ways_out = {
+        patched: r"linears.1 has a forward of its own.*remove_hook_from_module\(model, recurse=True\)",
+        pruned: r"linears.1.weight is no parameter but is made by a hook from .*weight_orig.* torch.nn.utils.prune.remove",
+        parametrised: r"linears.1 is ParametrizedLinear, expected a plain nn.Linear .*remove_parametrizations",
+        lambda layer: layer.to("meta"): r"linears.1.weight is on the meta device",
+    }
+    for change, message in ways_out.items():
+        model = Layers((4, 3), (2, 4))
+        masks = random_masks(model)
+        change(model.linears[1])
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=message):
+            apply_weight_masks(model, masks)
+        assert [type(module) for module in model.modules()] == before
+    model = Layers((4, 3), (2, 4))
+    masks = random_masks(model)
+    pruned(model.linears[1])
+    with torch.no_grad():
+        model.linears[1].weight_orig.add_(1.0)
+    with pytest.raises(ValueError, match="prune.remove"):  # its weight is the one before the change
+        magnitude_masks(model, 0.3, layers=["linears.1"])
+    nn.utils.prune.remove(model.linears[1], "weight")
+    apply_weight_masks(model, masks)

@@ -184,6 +184,8 @@ def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
         ("corpus: {test_sentences: -1}", "corpus.test_sentences"),
         ("tokenizer: {character_coverage: 0}", "tokenizer.character_coverage"),
         ("score: {bootstrap: 10}", "score.bootstrap"),
+        ("score: {bootstrap: 100000000}", "score.bootstrap"),
+        ("score: {tokenize: 13b}", "score.tokenize"),
         ("score: {baseline: best}", "score.baseline"),
     ],
 )

@@ -191,7 +191,36 @@ def test_files_that_do_not_fit_are_one_error_that_names_them(place: Path, change
         (["--system", "a={p}/nowhere"], "--system {p}/nowhere: there is no such folder"),
         (["--system", "a={p}/ours", "--baseline", "b"], "--baseline b: there are the systems a"),
         (["--system", "a={p}/ours", "--pivot", "fr"], "--pivot fr is in none of the directions de-en, en-de"),
-        (["--system", "a={p}/ours", "--bootstrap", "39"], "--bootstrap 39: a 95 % interval needs at least 40 samples"),
+        (["--system", "a={p}/ours", "--bootstrap", "39"], "--bootstrap: expected 40 (fewer samples have no 95"),
+        (
+            ["--system", "a={p}/ours", "--bootstrap", "1000000000000"],
+            "--bootstrap: expected 40 (fewer samples have no 95",
+        ),
+        (["--system", "a={p}/ours", "--tokenize", "13b"], "BLEU tokenizer 13b: sacreBLEU "),
+        (["--system", "a={p}/ours", "--tokenize", ""], "BLEU tokenizer : sacreBLEU "),
+        (["--system", "a={p}/ours", "--groups", "{p}/deep.yaml"], "{p}/deep.yaml is nested too deeply"),
+        (["--system", "a={p}/ours", "--groups", "{p}/number.yaml"], "{p}/number.yaml line 1, column 7 is not"),
+        (["--system", "a={p}/ours", "--groups", "{p}/laughs.yaml"], "b: expected a list of texts such as [is, mt]"),
+        (["--system", "scores.tsv={p}/ours", "--out", "{p}/o"], "--system scores.tsv: with --out its scores would lie"),
+        (["--system", "Scores.TSV={p}/ours", "--out", "{p}/o"], "--system Scores.TSV: with --out its scores would lie"),
+        (
+            ["--system", "a={p}/ours", "--system", "A={p}/theirs", "--out", "{p}/o"],
+            "--system A: with --out its scores would lie where system a is",
+        ),
+        (
+            ["--system", "{long}={p}/ours", "--out", "{p}/o"],
+            "--system aaaaaaaaaaaaaaaaaaaa...: expected a name of 200 bytes",
+        ),
+        (["--system", ".={p}/ours", "--out", "{p}/o"], "--system .={p}/ours: expected NAME=FOLDER"),
+        (["--system", "..={p}/ours", "--out", "{p}/o"], "--system ..={p}/ours: expected NAME=FOLDER"),
+        (["--system", "a/b={p}/ours", "--out", "{p}/o"], "--system a/b={p}/ours: expected NAME=FOLDER"),
+        (["--system", "a={p}/ours", "--out", "{p}/g.yaml"], "--out {p}/g.yaml: {p}/g.yaml is there and is no folder"),
+        (
+            ["--system", "a={p}/ours", "--out", "{p}/g.yaml/o"],
+            "--out {p}/g.yaml/o: {p}/g.yaml is there and is no folder",
+        ),
+        (["--system", "g.yaml={p}/ours", "--out", "{p}"], "--out {p}: {p}/g.yaml is there and is no folder"),
+        (["--system", "a={p}/ours", "--out", "{p}/table"], "--out {p}/table: {p}/table/scores.tsv is a folder"),
         (["--system", "a={p}/ours", "--references", "{p}/x"], "--references {p}/x: there is no such folder"),
         (["--system", "ours={p}/ours", "--out", "{p}"], "--out {p}: scores of ours would lie among the translations"),
         (["--system", "a={p}/ours", "--comet", "x"], "--comet needs --sources FOLDER"),
@@ -207,13 +236,19 @@ def test_wrong_options_are_one_line(
     place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups = {"g": "low: de\n", "empty": "", "twice": "low: [de]\nlow: [en]\n", "other": "low: [no]\n"}
+    groups |= {"deep": f"low: {'[' * 5000}{']' * 5000}", "number": f"low: [{'1' * 5000}]"}
+    doubled = (f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]\n" for name, after in zip("abcdef", "bcdefg"))
+    groups["laughs"] = f"a: &a [{', '.join('x' * 9)}]\n{''.join(doubled)}"
     for name, text in groups.items():
         (place / f"{name}.yaml").write_text(text)
-    given = [argument.format(p=place) for argument in arguments]
+    (place / "table" / "scores.tsv").mkdir(parents=True)
+    given = [argument.format(p=place, long="a" * 201) for argument in arguments]
     assert cli.main(["score", "--references", str(place / "refs"), *given]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines()[-1].startswith(f"nspec: error: {message.format(p=place)}")
+    assert len(shown.err) < 2000
+    assert not (place / "o").exists(), "an error comes before anything is written"
 
 
 def test_the_verb_shows_tables_and_writes_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,3 +402,37 @@ def test_sources_that_do_not_fit_are_named(place: Path, comet: dict) -> None:
         ValueError, match=r"no sources of direction en-de: expected en-de.src.txt, en-de.txt or en-de.en"
     ):
         score(place, "ours", comet=str(place / "wmt-da"), sources=str(place / "sources"))
+
+
+# What sacreBLEU warns of
+
+
+def test_warnings_show_once_each_with_system_and_direction(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("refs/{}.ref.txt", "theirs/{0}.{1}", "ours/{}.hyp.txt"):
+        for task in TASKS:
+            path = place / name.format(task, task[3:])
+            end = "\n" if "ours" in name or task == "de-en" else " .\n"
+            path.write_text("".join(f"{line}{end}" for line in path.read_text().splitlines() * 6))
+    arguments = ["--references", place / "refs", "--bootstrap", SAMPLES, "--out", place / "out", "--baseline", "theirs"]
+    arguments += ["--system", f"theirs={place / 'theirs'}", "--system", f"ours={place / 'ours'}"]
+    assert cli.main(["score", *map(str, arguments)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tokenized period" in line]
+    assert lines == ["nspec: warning, theirs (en-de): sacreBLEU: That's 100 lines that end in a tokenized period ('.')"]
+    kept = {
+        name: json.loads((place / "out" / name / "scores.json").read_text())["warnings"] for name in ("theirs", "ours")
+    }
+    assert kept["ours"] == []
+    assert kept["theirs"][0]["directions"] == ["en-de"]
+
+
+def test_bleu_by_sentencepiece_is_called_spbleu(place: Path) -> None:
+    scored = score(place, baseline="theirs", tokenize="char")
+    console = Console(width=160, record=True, file=io.StringIO())
+    for text in ("tok:char", "tok:flores200"):
+        for scores in scored.values():
+            for entry in scores["tasks"].values():
+                entry["bleu_signature"] = entry["bleu_signature"].replace("tok:char", text)
+        for part in comparison.tables(scored, ""):
+            console.print(part)
+        shown = console.export_text()
+        assert ("spBLEU, with 95 %" in shown) == ("spBLEU signature: " in shown) == ("flores" in text)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nspec.mt.config import ScoreConfig
-from nspec.mt.scoring import average_groups, bleu_tokenizer, score_system
+from nspec.mt.scoring import average_groups, score_system
 
 sacrebleu_metrics = pytest.importorskip("sacrebleu.metrics")
 BLEU, CHRF = sacrebleu_metrics.BLEU, sacrebleu_metrics.CHRF
@@ -198,29 +198,63 @@ def test_a_baseline_that_does_not_fit_is_named() -> None:
 
 def test_too_few_bootstrap_samples_are_refused() -> None:
     hypotheses, references = texts(["en-de"])
-    with pytest.raises(ValueError, match=r"score.bootstrap is 10; .* at least 40"):
+    with pytest.raises(ValueError, match=r"score.bootstrap: expected 40 .* to 100000, found 10"):
         score_system(hypotheses, references, ScoreConfig(bootstrap=10), "en")
 
 
-@pytest.mark.parametrize(
-    ("language", "tokenizer"),
-    [("de", "13a"), ("zh", "zh"), ("zh_CN", "zh"), ("zho_Hans", "zh"), ("ja", "ja-mecab"), ("ko", "ko-mecab")],
-)
-def test_tokenizer_follows_the_target_language(language: str, tokenizer: str) -> None:
-    name, note = bleu_tokenizer(language)
-    if tokenizer.endswith("mecab"):  # installed or not, the number says which
-        assert (name, note) in {(tokenizer, ""), ("char", f"{tokenizer}-not-installed")}
-    else:
-        assert (name, note) == (tokenizer, "")
-
-
-def test_a_missing_tokenizer_stands_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nspec.mt.scoring._usable", lambda name: "mecab" not in name)
+def test_a_missing_tokenizer_stands_in_the_signature_and_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nspec.mt.bleu_tokenizer._trouble", lambda name: "not installed" if "mecab" in name else "")
     lines = {"en-ja": ["これは猫です", "私は行きます"] * 5}
-    entry = score_system(lines, lines, CONFIG, "en")["tasks"]["en-ja"]
+    scores = score_system(lines, lines, CONFIG, "en")
+    entry = scores["tasks"]["en-ja"]
     assert entry["bleu"] == pytest.approx(100)
     assert "tok:char" in entry["bleu_signature"]
     assert "note:ja-mecab-not-installed" in entry["bleu_signature"]
+    [warning] = scores["warnings"]
+    assert warning["directions"] == ["en-ja"]
+    assert "ja-mecab cannot be used" in warning["text"]
+
+
+@pytest.mark.parametrize("tokenize", ["13a", "intl", "char", "none", "zh"])
+def test_a_tokenizer_that_is_asked_for_is_that_of_every_direction(tokenize: str) -> None:
+    hypotheses, references = texts(["en-de", "en-zh"])
+    scores = score_system(hypotheses, references, ScoreConfig(tokenize=tokenize, bootstrap=40), "en")
+    for task, entry in scores["tasks"].items():
+        public = BLEU(tokenize=tokenize)
+        assert entry["bleu"] == public.corpus_score(hypotheses[task], [references[task]], n_bootstrap=40).score
+        assert entry["bleu_signature"] == str(public.get_signature())
+    assert list(scores["signatures"]["bleu"]) == [tokenize]
+
+
+@pytest.mark.parametrize(("language", "low", "high"), [("cmn_Hant", 70, 90), ("yue", 70, 90), ("tha_Thai", 70, 95)])
+def test_text_without_spaces_is_not_one_word(language: str, low: float, high: float) -> None:
+    """One character of a sentence differs; as one word the score would be 0."""
+    lines = {"tha": ("วันนี้อากาศดีมาก", "วันนี้อากาศดีมาย")}.get(
+        language[:3], ("今天天气很好我们去公园散步吧", "今天天气真好我们去公园散步吧")
+    )
+    task = f"en-{language}"
+    entry = score_system({task: [lines[0]]}, {task: [lines[1]]}, CONFIG, "en")["tasks"][task]
+    assert low < entry["bleu"] < high
+
+
+def test_blank_references_are_counted_and_said() -> None:
+    hypotheses, references = texts(["en-de", "de-en"])
+    references["en-de"][3:5] = ["", " "]
+    [warning] = score_system(hypotheses, references, CONFIG, "en")["warnings"]
+    assert (warning["directions"], warning["text"][:31]) == (["en-de"], "blank references: 2 of 30, to w")
+
+
+def test_what_sacrebleu_warns_of_is_kept_with_its_directions(caplog: pytest.LogCaptureFixture) -> None:
+    hypotheses, references = texts(["en-de", "de-en", "en-zh"], sentences=110)
+    tokenized = hypotheses | {task: [f"{line} ." for line in hypotheses[task]] for task in ("en-de", "de-en")}
+    period = "sacreBLEU: That's 100 lines that end in a tokenized period ('.')"
+    scores = score_system(tokenized, references, ScoreConfig(bootstrap=40), "en")
+    said = {warning["text"]: warning["directions"] for warning in scores["warnings"]}
+    assert said[period] == ["en-de", "de-en"]
+    again = score_system(hypotheses, references, ScoreConfig(tokenize="13a", bootstrap=40), "en", ("base", tokenized))
+    [warning] = again["warnings"]  # not those of the baseline
+    assert (warning["directions"], "'zh'" in warning["text"]) == (["en-zh"], True)
+    assert not caplog.records, "the terminal would not say of which system"
 
 
 def test_five_systems_on_sixteen_directions_are_scored_within_thirty_seconds() -> None:

@@ -239,6 +239,14 @@ def drop(*keys: str):
             lambda s: s["tasks"]["en-de"]["baseline"].update(chrf_p_ar="low"),
             r"tasks.en-de.baseline.chrf_p_ar should be a number, found 'low'",
         ),
+        (drop("tasks", "en-de", "sentences"), r"tasks.en-de.sentences should be a number, found nothing"),
+        (lambda s: s["average"]["all"].update(bleu=float("nan")), r"average.all.bleu should be a number, found nan"),
+        (lambda s: s["average"]["all"].update(chrf=10**400), r"average.all.chrf should be a number, found 1000"),
+        (
+            lambda s: s["average"]["all"].update(baseline=-1),
+            r"average.all.baseline should be an object or null, found -1",
+        ),
+        (lambda s: s.update(warnings=[1]), r"warnings.text should be text, found nothing"),
     ],
 )
 def test_broken_scores_are_one_error_that_names_file_and_place(tmp_path: Path, change, message: str) -> None:
@@ -250,6 +258,46 @@ def test_broken_scores_are_one_error_that_names_file_and_place(tmp_path: Path, c
     with pytest.raises(ValueError, match=rf"dense/scores.json: {message}"):
         build_report(run)
     assert not (run / "report").exists()
+
+
+def test_spbleu_and_what_sacrebleu_warned_of_stand_on_page_and_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued", "forward"])
+    for path in run.glob("scores/*/scores.json"):
+        scores = json.loads(path.read_text())
+        for entry in scores["tasks"].values():
+            entry["bleu_signature"] = re.sub(r"tok:\w+", "tok:flores200", entry["bleu_signature"])
+        scores["warnings"] = [{"text": "an <odd> test set", "directions": ["en-de", "de-en"]}]
+        write_json(path, scores)
+    page = Page(build_report(run))
+    assert "spBLEU signature" in page.words
+    shown = page.words.replace(" ".join((run / "config.yaml").read_text().split()), "")
+    assert [where for where in re.findall(r".{20}\bBLEU\b.{20}", shown) if "BLEU, chrF++ how much" not in where] == []
+    assert "Warning (Dense: en-de, de-en; " in page.words
+    assert "an <odd> test set" in page.words
+    console = Console(width=120, record=True)
+    console.print(score_table(run))
+    assert "spBLEU" in console.export_text()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "systems/dense/summary.json", "scores/dense/scores.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"updates": 1' + b"1" * 5000 + b"}", b'{"updates": "\xe9"}'])
+def test_a_file_that_nobody_could_have_written_is_one_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    run = make_run(tmp_path / "run", systems=["dense", "continued"], with_masks=False)
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(run / name))):
+        score_table(run)
+
+
+def test_a_summary_whose_numbers_are_none_is_one_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", systems=["dense"], with_masks=False)
+    path = run / "systems" / "dense" / "summary.json"
+    summary = json.loads(path.read_text())
+    for value in ("fast", [], float("nan"), 10**400, True):
+        write_json(path, summary | {"tokens_per_second": value})
+        with pytest.raises(ValueError, match=r"dense/summary.json: tokens_per_second should be a number, found "):
+            score_table(run)
 
 
 def test_files_that_are_not_json_and_folders_that_are_no_run_are_named(tmp_path: Path) -> None:
