@@ -106,9 +106,7 @@ class Counters:
     def _where(self) -> str:
         return f"batch {self._batch} of task {self._task}"
 
-    def _run_alone(
-        self, layers: set[str], masks: Masks, alone: Callable[[int, int], None] | None
-    ) -> None:
+    def _run_alone(self, layers: set[str], masks: Masks, alone: Callable[[int, int], None] | None) -> None:
         """Runs one sentence by itself: its rows show in which order a layer has those of the batch."""
         mask = masks[min(layers)]
         assert isinstance(mask, TokenMask)
@@ -159,14 +157,14 @@ class _Pass:
             for pair in pairs:
                 if pair.name not in self._wanted:
                     continue
-                if _is_plain(pair.fc1, (nn.Linear, TaskLinear)) and not pair.fc1._forward_hooks:
+                if _is_plain(pair.fc1, TaskLinear) and not pair.fc1._forward_hooks:
                     pair.fc1.forward = functools.partial(self._fused, pair)  # type: ignore[method-assign]
                     hooks.callback(delattr, pair.fc1, "forward")
                 else:
                     hook = functools.partial(self._returned, pair)
                     hooks.callback(pair.fc1.register_forward_hook(hook, with_kwargs=True).remove)
                     self._suspect.add(pair.name)
-                if not _is_plain(pair.fc2, (nn.Linear, CompactFc2)):
+                if not _is_plain(pair.fc2, CompactFc2):
                     self._suspect.add(pair.name)
                 before = functools.partial(self._before_fc2, pair)
                 hooks.callback(pair.fc2.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -246,15 +244,10 @@ class _Pass:
         self.sums[pair.name] = total if earlier is None else earlier + total
 
 
-def _is_plain(layer: nn.Linear, classes: tuple[type[nn.Linear], ...]) -> bool:
-    """Whether the layer computes as ``nn.Linear`` does: ``forward`` is of its class, and the class is one of ours or that."""
-    ours = classes[1:]
-    return "forward" not in vars(layer) and (
-        type(layer).forward is nn.Linear.forward or isinstance(layer, ours)
-    )
+def _is_plain(layer: nn.Linear, ours: type[nn.Linear]) -> bool:
+    """Whether the layer computes as ``nn.Linear`` does, by its own code; ``ours`` does so where no task is set."""
+    return "forward" not in vars(layer) and (type(layer).forward is nn.Linear.forward or isinstance(layer, ours))
 
 
-def _take(
-    taken: dict[str, Tensor], layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def _take(taken: dict[str, Tensor], layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     taken[layer] = args[0] if args else kwargs["input"]
