@@ -17,7 +17,7 @@ from nspec.nn.ffn import TaskLinear
 from .counting import Counters, Masks
 from .counts import ActivationCounts
 from .layers import check_relu, find_pairs, without_fast_path
-from .padding import RealTokens, TokenMask, rows_are_samples
+from .padding import RealTokens, rows_are_samples
 from .tasks import task as switched_to
 
 
