@@ -13,16 +13,7 @@ from torch import Tensor, nn
 
 # Inputs that hold token ids, as models of Transformers, fairseq, torch.nn and of one's own call them.
 _SOURCE_IDS = ("input_ids", "src_tokens", "src", "source", "src_ids", "source_ids", "input", "inputs", "tokens", "x")
-_TARGET_IDS = (
-    "decoder_input_ids",
-    "prev_output_tokens",
-    "tgt",
-    "trg",
-    "tgt_ids",
-    "trg_ids",
-    "target_ids",
-    "tgt_tokens",
-)
+_TARGET_IDS = ("decoder_input_ids", "prev_output_tokens", "tgt", "trg", "tgt_ids", "target_ids", "tgt_tokens")
 _BATCH_FIRST_IDS = ("input_ids", "src_tokens", "decoder_input_ids", "prev_output_tokens", "labels")
 # key_padding_mask, src_key_padding_mask, encoder_padding_mask and their kin: True, or -inf, is padding.
 _PADDING_MASK = re.compile(r"(^|_)padding_mask$")
@@ -251,9 +242,7 @@ def _attended(name: str, mask: Tensor) -> Tensor:
         raise ValueError(f"{name} has shape {list(mask.shape)}, expected [batch, length]; give valid= for other masks")
     if mask.is_floating_point() and not bool((mask > 0).any()):
         if not bool((mask < 0).any()):
-            raise ValueError(
-                f"{name} is 0.0 everywhere, expected 1 for real tokens; give it as bool or int64, or valid="
-            )
+            raise ValueError(f"{name} is 0.0 everywhere, expected 1 for real tokens; give it as bool, or give valid=")
         return _added(name, mask)
     return mask != 0
 
@@ -279,9 +268,8 @@ def _added(name: str, mask: Tensor) -> Tensor:
 def _check_tensor(name: str, value: Any) -> None:
     if value is None or isinstance(value, Tensor):
         return
-    plain = hasattr(value, "__array__") or (
-        isinstance(value, (list, tuple)) and isinstance([*value, 0][0], (int, list))
-    )
+    listed = isinstance(value, (list, tuple)) and isinstance([*value, 0][0], (int, list))
+    plain = listed or hasattr(value, "__array__")
     if _role(name) is not None or (plain and name in ("labels", *_SOURCE_IDS, *_TARGET_IDS)):
         raise TypeError(
             f"{name} of a batch is a {type(value).__name__}, expected a tensor [batch, length]: batches are what a "
