@@ -105,8 +105,9 @@ class TrainConfig:
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
         "auto",
-        "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32",
-        ("auto", "fp32", "bf16"),
+        "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32. fp16, with loss scaling: for "
+        "GPUs without bf16",
+        ("auto", "fp32", "bf16", "fp16"),
     )
     valid_every: int = option(1000, "updates between validations, each with a checkpoint")
     valid_bleu_sentences: int = option(
