@@ -84,7 +84,7 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    updates: int = option(10000, "optimiser steps")
+    updates: int = option(10000, "optimiser steps; a finished training goes on where this, or patience, is raised")
     batch_tokens: int = option(4096, "most tokens of a micro-batch, padding counted: sentences x longest (both sides)")
     tasks_per_batch: int = option(
         1,
