@@ -33,15 +33,19 @@ def kept_weights_only(model: nn.Module, optimizer: torch.optim.Optimizer, tasks:
     names = list(dict.fromkeys(tasks))
     if lost := [name for name in names if name not in masked[0].tasks]:
         raise ValueError(f"no weight masks for {', '.join(lost)}; there are masks for {', '.join(masked[0].tasks)}")
-    before = []
-    for module in masked:
-        weight = module.weight
-        held = [value for value in optimizer.state.get(weight, {}).values() if isinstance(value, Tensor)]
-        tensors = [weight.detach(), *(tensor for tensor in held if tensor.shape == weight.shape)]
-        before.append((module, [(tensor, tensor.clone()) for tensor in tensors]))
+    before = [(module, {name: tensor.clone() for name, tensor in _tensors(module, optimizer)}) for module in masked]
     yield
     with torch.no_grad():
-        for module, pairs in before:
+        for module, old in before:
             kept = module.kept_by(names)
-            for tensor, old in pairs:
-                tensor.copy_(torch.where(kept, tensor, old))
+            for name, tensor in _tensors(module, optimizer):
+                # A moment that the step has made began with 0.
+                tensor.copy_(torch.where(kept, tensor, old.get(name, torch.zeros_like(tensor))))
+
+
+def _tensors(module: nn.Linear, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The weight and what the optimiser holds of each of its entries, by name."""
+    held = optimizer.state.get(module.weight, {})
+    shape = module.weight.shape
+    moments = [(name, t) for name, t in held.items() if isinstance(t, Tensor) and t.shape == shape]
+    return [("", module.weight.detach()), *moments]

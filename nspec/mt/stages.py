@@ -219,9 +219,9 @@ class Run:
             differences = self._differences(stage, made, to_come)
             if differences and stage.derived:
                 return "stale"
-            if differences and self._raised(stage, made, differences):
-                if verb == "begun" or any(folder.glob(_CHECKPOINTS)):
-                    return "raised"
+            can_go_on = verb == "begun" or any(folder.glob(_CHECKPOINTS))
+            if differences and can_go_on and self._raised(stage, made, differences):
+                return "raised"
             if differences:
                 self._refuse(stage, verb, differences)
             return "done" if verb == "made" else "begun"
