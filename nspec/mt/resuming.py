@@ -145,7 +145,7 @@ def _left_alone(newest: Path, settings: TrainConfig) -> Progress | None:
 
 def _newest_sound(folder: Path, found: list[Path], settings: TrainConfig) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be gone on from, and what is wrong with those after it, the newest first."""
-    damages = []
+    damages: list[str] = []
     for path in reversed(found):
         damage = checkpoints.damage(path) or _damage_of_best(folder, path, settings)
         if damage is None:

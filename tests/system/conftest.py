@@ -75,8 +75,8 @@ def fresh(tmp_path: Path) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def result() -> Callable[[Tiny], dict[str, Any]]:
-    """Everything that a run comes to, without times."""
+def result() -> Callable[[Path], dict[str, Any]]:
+    """Everything that the run in a folder comes to, without times."""
     return _result
 
 
@@ -87,24 +87,25 @@ def _tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     }
 
 
-def _result(run: Tiny) -> dict[str, Any]:
+def _result(folder: Path) -> dict[str, Any]:
     timed = {"seconds", "tokens_per_second", "train_seconds"}
     found: dict[str, Any] = {}
-    for system in ["dense", "continued", "forward", "update", "random"]:
-        lines = (run.folder / f"systems/{system}/log.jsonl").read_text().splitlines()
+    for system in sorted(path.name for path in (folder / "scores").iterdir() if ".old-" not in path.name):
+        lines = (folder / f"systems/{system}/log.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         found[f"{system} log"] = [{key: value for key, value in row.items() if key not in timed} for row in rows]
-        summary = read_json(run.folder / f"systems/{system}/summary.json")
+        summary = read_json(folder / f"systems/{system}/summary.json")
         found[f"{system} summary"] = {key: value for key, value in summary.items() if key not in timed}
-        scores = read_json(run.folder / f"scores/{system}/scores.json")
+        scores = read_json(folder / f"scores/{system}/scores.json")
         found[f"{system} scores"] = {key: value for key, value in scores.items() if key not in timed}
-    files = ["profile/counts.safetensors", "masks/masks.safetensors", "random_masks/masks.safetensors"]
-    files += [str(path.relative_to(run.folder)) for path in sorted(run.folder.glob("systems/*/model/*.safetensors"))]
-    files += [str(path.relative_to(run.folder)) for path in sorted(run.folder.glob("scores/*/*.hyp.txt"))]
+    patterns = ["profile/counts.safetensors", "masks/masks.safetensors", "random_masks/masks.safetensors"]
+    patterns += ["systems/*/model/*.safetensors", "scores/*/*.hyp.txt"]
+    files = [str(path.relative_to(folder)) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    files = [name for name in files if ".old-" not in name]
     for name in files:
-        path = run.folder / name
+        path = folder / name
         # The order of a safetensors file's metadata changes from process to process; its tensors are what counts.
         found[name] = _tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
     for name in ("", "systems", "scores"):
-        found[f"folders {name}"] = sorted(path.name for path in (run.folder / name).iterdir() if path.is_dir())
+        found[f"folders {name}"] = sorted(path.name for path in (folder / name).iterdir() if path.is_dir())
     return found

@@ -128,7 +128,7 @@ def in_training(run: Tiny, system: str, lines: int) -> None:
 
 @pytest.mark.slow
 def test_killed_in_each_stage_a_run_ends_as_if_undisturbed(
-    tiny: Tiny, fresh: Tiny, server: Server, result: Callable[[Tiny], dict[str, Any]]
+    tiny: Tiny, fresh: Tiny, server: Server, result: Callable[[Path], dict[str, Any]]
 ) -> None:
     for moment in MOMENTS:
         server.start(fresh, moment)
@@ -142,7 +142,7 @@ def test_killed_in_each_stage_a_run_ends_as_if_undisturbed(
             assert server.end() == 2, "a full disk is an error that the user can mend"
     server.start(fresh)
     assert server.end() == 0
-    expected, found = result(tiny), result(fresh)
+    expected, found = result(tiny.folder), result(fresh.folder)
     for name, value in expected.items():
         assert found[name] == value, name
     assert not list(fresh.folder.glob("**/*.part")) + list(fresh.folder.glob("**/started*"))
