@@ -8,12 +8,15 @@
     apply_weight_masks(dense, WeightMasks.union_of_tasks(parts))    # in place; its code is not touched
     with nspec.task(dense, "en-de"):
         dense(**batch).loss.backward()
+    with kept_weights_only(dense, optimizer, ["en-de"]):            # of .kept_weights: else momentum and decay move all
+        optimizer.step()
 
 With the mask M of a task, a layer computes ``y = x (M ⊙ W)ᵀ + b``, and the gradient of a masked weight is exactly zero.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -371,6 +374,12 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
             self._unpacked = {**self._unpacked, mask: bits}
         keep(device, bits)
         return bits
+
+    def kept_by(self, tasks: Iterable[str]) -> Tensor:
+        """The weights that one of the tasks keeps at least: bool ``[out_features, in_features]`` on their device."""
+        packed = [self._masks[task].packed for task in tasks]
+        union = functools.reduce(torch.bitwise_or, packed, torch.zeros_like(next(iter(self._masks.values())).packed))
+        return PackedMask(union, (self.out_features, self.in_features)).unpack(self.weight.device)
 
     def _may_keep(self, weight: Tensor) -> bool:
         """Whether the masked weight may be kept for later passes; what was kept before is dropped otherwise."""

@@ -7,7 +7,9 @@ Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
-from nspec.mt.config import Config
+from dataclasses import fields
+
+from nspec.mt.config import Config, TrainConfig
 from nspec.mt.stages import Stage
 from nspec.mt.systems import (
     config_of,
@@ -49,6 +51,7 @@ def stages_of(config: Config) -> list[Stage]:
             after=("prepare",),
             resumable=True,
             outputs=_TRAINED,
+            raisable=_raisable("train"),
         ),
         *_masks(config),
     ]
@@ -131,6 +134,15 @@ def _length(config: Config, section: str) -> tuple[str, ...]:
     return ("decode.max_length_ratio",) if getattr(config, section).best == "bleu" else ()
 
 
+def _raisable(section: str) -> tuple[str, ...]:
+    return (f"{section}.updates", f"{section}.patience")
+
+
+def _but_updates(section: str) -> tuple[str, ...]:
+    """The options of a training whose number of updates stands elsewhere."""
+    return tuple(f"{section}.{f.name}" for f in fields(TrainConfig) if f.name != "updates")
+
+
 def _overrides(config: Config, system: str) -> dict[str, object]:
     variant = variants_of(config).get(system)
     return dict(variant.overrides) if variant else {}
@@ -197,10 +209,10 @@ def _training(config: Config, system: str) -> Stage:
     elif kind.method == "adapters":
         options += ("adapters",)
     elif kind.scratch:
-        options, inputs = ("model", "train", "bilingual", "run.seed", *_length(own, "train")), _PREPARED
-        after = ["prepare"]
+        options = ("model", *_but_updates("train"), "bilingual", "run.seed", *_length(own, "train"))
+        inputs, after = _PREPARED, ["prepare"]
     elif kind.method == "each":
-        options += ("finetune",)
+        options = (*_but_updates("specialize"), "finetune", *options[1:])
     return Stage(
         f"specialize:{system}",
         f"systems/{system}",
@@ -208,6 +220,7 @@ def _training(config: Config, system: str) -> Stage:
         inputs,
         tuple(after),
         resumable=True,
+        raisable=() if kind.method == "each" else _raisable("specialize"),  # those keep no checkpoints
         overrides=_overrides(config, system),
         outputs=(*_TRAINED, *(f"*/{part}" for part in _TRAINED)) if kind.method == "each" else _TRAINED,
     )

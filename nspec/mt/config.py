@@ -105,7 +105,7 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    updates: int = option(10000, "optimiser steps")
+    updates: int = option(10000, "optimiser steps; a finished training goes on where this, or patience, is raised")
     batch_tokens: int = option(4096, "most tokens of a micro-batch, padding counted: sentences x longest (both sides)")
     tasks_per_batch: int = option(
         1,
@@ -126,8 +126,9 @@ class TrainConfig:
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
     precision: str = option(
         "auto",
-        "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32",
-        ("auto", "fp32", "bf16"),
+        "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32. fp16, with loss scaling: for "
+        "GPUs without bf16",
+        ("auto", "fp32", "bf16", "fp16"),
     )
     valid_every: int = option(1000, "updates between validations, each with a checkpoint")
     valid_bleu_sentences: int = option(

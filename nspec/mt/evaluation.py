@@ -20,6 +20,8 @@ from nspec.mt.loss import token_losses
 from nspec.mt.sampling import evaluation_batches
 from nspec.mt.translate import Translator, decodes_by_task
 
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Validator:
     """Measures a model on the validation text; batches are made once.
@@ -29,7 +31,7 @@ class Validator:
         data: the prepared text.
         settings: token budget of the loss batches, sentences for BLEU.
         decode: limits of the translations; the search is greedy whatever its beam is.
-        bf16: computes in bfloat16 as the training does.
+        precision: ``fp32``, ``bf16`` or ``fp16``, as the training computes.
     """
 
     def __init__(
@@ -39,10 +41,10 @@ class Validator:
         settings: TrainConfig,
         decode: DecodeConfig,
         *,
-        bf16: bool,
+        precision: str,
     ) -> None:
         self.model, self.data, self.sentences = model, data, settings.valid_bleu_sentences
-        self.by_task, self.bf16 = decodes_by_task(model), bf16
+        self.by_task, self.half = decodes_by_task(model), _HALF.get(precision)
         self.pairs = PairDataset(data, "valid")
         self.batches = {task: evaluation_batches(data, "valid", task, settings.batch_tokens) for task in data.tasks}
         self.translator = Translator(model, data.tokenizer, replace(decode, beam=1))
@@ -59,7 +61,7 @@ class Validator:
         self.model.eval()
         device = self.model.device.type
         try:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad(), torch.autocast(device, self.half, enabled=self.half is not None):
                 sums = self._losses()
                 bleu = self._bleu() if self.sentences else {}
         finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 
 import nspec
 from nspec.baselines import adapters, lass
+from nspec.baselines.kept_weights import kept_weights_only
 from nspec.files import read_json, write_json
+from nspec.mt import distributed
 from nspec.nn.masked_linear import MODES, Mode
 
 
@@ -47,6 +50,12 @@ class Method(ABC):
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
         """Changes a dense model in place, so that ``nspec.task`` switches it."""
+
+    def stepping(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, tasks: Iterable[str]
+    ) -> AbstractContextManager[None]:
+        """Around a step of the optimiser, after passes of these tasks in this process."""
+        return nullcontext()
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -144,6 +153,12 @@ class Lass(Method):
 
     def attach(self, model: nn.Module) -> None:
         lass.apply_weight_masks(model, self.masks)
+
+    def stepping(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, tasks: Iterable[str]
+    ) -> AbstractContextManager[None]:
+        everywhere = {task for part in distributed.gather(sorted(tasks)) for task in part}
+        return kept_weights_only(model, optimizer, everywhere)
 
     def save(self, folder: Path) -> None:
         self.masks.save(folder / "weight_masks")

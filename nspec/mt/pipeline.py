@@ -117,6 +117,7 @@ class Pipeline:
 
         self._do("prepare", work)
         self._check_adapters()
+        self._check_precision()
 
     def _check_score(self) -> None:
         """A tokenizer of BLEU that cannot be used would be an error after hours of training; here it is one before."""
@@ -133,6 +134,15 @@ class Pipeline:
 
             for system in systems:
                 adapter_groups(system, self.config, self._data().tasks)
+
+    def _check_precision(self) -> None:
+        """Half precision on a CPU would be an error of a system after the training of the dense one."""
+        trained = [config_of(self.config, name).specialize for name in trained_systems(self.config)]
+        if any(settings.precision == "fp16" for settings in [self.config.train, *trained]):
+            from nspec.mt.distributed import resolve_device
+            from nspec.mt.trainer import resolve_precision
+
+            resolve_precision("fp16", resolve_device(self.config.run.device), 0)
 
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""

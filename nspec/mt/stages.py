@@ -7,6 +7,8 @@ size. Started again, a stage
 - that is finished, with the same options and inputs, and with all that it wrote as it was, is skipped;
 - that is finished with others is an error that names them, because mixing two settings in one run would be worse;
 - that is finished, but whose files are gone or changed, is an error that names them;
+- a training that is given more updates, or more patience, goes on where it ended; what was made from its model is set
+  aside when that has changed, and made anew;
 - that is not finished goes on where it was if it can (training, translating the test sets), else starts over.
 
 Stages that only derive files from others in seconds (scores, the report) are made anew instead of an error.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -48,6 +51,7 @@ NEUTRAL = {
 }
 
 _HASHED = 1 << 24  # bytes; what is larger are weights, which later stages hash as their inputs
+_CHECKPOINTS = "checkpoints/checkpoint-*/nspec_state.json"
 
 _PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
 
@@ -63,6 +67,8 @@ class Stage:
         inputs: glob patterns inside the run folder; what they match is hashed.
         after: names of the stages whose results it reads; all of them must be finished.
         resumable: an unfinished one goes on, instead of starting over.
+        raisable: names of options with which it goes on where they are raised after it has finished (patience 0 is the
+            highest), from one of its checkpoints.
         derived: cheap and wholly made from its inputs, so that it is made anew where they or the options changed.
         overrides: options that have another value here than in the configuration: those of a variant.
         record: file in the folder that says that it is finished; another where two stages share a folder.
@@ -75,6 +81,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     resumable: bool = False
+    raisable: tuple[str, ...] = ()
     derived: bool = False
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: str = "stage.json"
@@ -194,10 +201,22 @@ class Run:
             found += [f"its input {name} is gone" for name in before if name not in now]
         return found
 
+    def _raised(self, stage: Stage, record: dict[str, Any], differences: list[str]) -> bool:
+        """Whether all that differs from ``record`` is that raisable options are higher now."""
+        before, now = record.get("options", {}), self._options(stage)
+        changed = [name for name in now if before.get(name, self._defaults[name]) != now[name]]
+        if len(changed) < len(differences) or not set(changed) <= set(stage.raisable):  # inputs have changed, or others
+            return False
+        return all(_height(name, now[name]) > _height(name, before.get(name, self._defaults[name])) for name in changed)
+
     def _refuse(self, stage: Stage, verb: str, differences: list[str]) -> None:
-        listed = "; ".join(differences)
+        listed, hint = "; ".join(differences), ""
+        if stage.raisable and verb == "made":
+            there = any((self.folder / stage.folder).glob(_CHECKPOINTS))
+            lacking = "" if there else ", and from its last checkpoint, which is not there"
+            hint = f"A finished training goes on where {' or '.join(stage.raisable)} alone is raised{lacking}. "
         raise ValueError(
-            f"{self.folder / stage.folder} was {verb} with other settings: {listed}. Give another folder "
+            f"{self.folder / stage.folder} was {verb} with other settings: {listed}. {hint}Give another folder "
             f"(--set run.folder=...), or {_redo(stage)}"
         )
 
@@ -218,7 +237,11 @@ class Run:
                 self._state(stage, but)
 
     def _state(self, stage: Stage, to_come: Collection[str] = ()) -> str:
-        """``done``, ``stale`` (derived: make it anew), ``begun`` (go on), ``partial`` (start over) or ``new``."""
+        """What becomes of a stage.
+
+        ``done``, ``stale`` (derived: make it anew), ``begun`` (go on), ``raised`` (go on, to a later end), ``partial``
+        (start over) or ``new``.
+        """
         folder = self.folder / stage.folder
         for record, verb in [(stage.record, "made"), (_started(stage), "begun")]:
             if not (folder / record).is_file():
@@ -235,6 +258,9 @@ class Run:
             damage = self.damage(stage.name) if verb == "made" else []
             if (differences or damage) and stage.derived:
                 return "stale"
+            can_go_on = verb == "begun" or any(folder.glob(_CHECKPOINTS))
+            if differences and can_go_on and self._raised(stage, content, differences):
+                return "raised"
             if differences:
                 self._refuse(stage, verb, differences)
             if damage:
@@ -311,7 +337,7 @@ class Run:
             self.world.wait()
         else:
             self.world.lead(lambda: work(folder))
-        self.world.lead(lambda: self._finish(stage, time.monotonic() - begun))
+        self.world.lead(lambda: self._finish(stage, time.monotonic() - begun, tell))
         return True
 
     def _begin(self, stage: Stage, tell: Callable[[str], None]) -> str:
@@ -319,6 +345,13 @@ class Run:
             if not self.finished(before):
                 raise ValueError(
                     f"{stage.name} needs {before}, which is not finished in {self.folder}; `nspec run` does every step"
+                )
+        for other in self.stages.values():
+            reads = any(pattern.startswith(f"{other.folder}/") for pattern in stage.inputs)
+            if other.raisable and reads and other.name != stage.name and self._state(other) == "raised":
+                raise ValueError(
+                    f"{stage.name} reads the result of {other.name}, which is to go on to {self._ends(other)}; do that "
+                    "first (`nspec run` does every step), or take the former values"
                 )
         folder = self.folder / stage.folder
         state = self._state(stage)
@@ -334,14 +367,51 @@ class Run:
             tell(f"{stage.name}: {folder} is of unknown origin, moved to {_set_aside(folder)}")
         for part in list(folder.glob("**/.*.part")):  # what a kill left of a file or folder that was being written
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if state == "raised":
+            tell(f"{stage.name}: goes on to {self._ends(stage)}")
+            self._raise_end(stage)
+            return state
         tell(f"{stage.name}: {'goes on' if state == 'begun' else 'starts'}")
         if state != "begun":
             record = {"stage": stage.name, "options": self._options(stage), "inputs": self._inputs(stage), "seconds": 0}
             write_json(folder / _started(stage), record)
         return state
 
-    def _finish(self, stage: Stage, seconds: float) -> None:
+    def _ends(self, stage: Stage) -> str:
+        return ", ".join(f"{name} = {value}" for name, value in self._options(stage).items() if name in stage.raisable)
+
+    def _raise_end(self, stage: Stage) -> None:
+        """Makes a finished training one that has begun, with the present options."""
         folder = self.folder / stage.folder
+        place = next(folder / name for name in (stage.record, _started(stage)) if (folder / name).is_file())
+        record = _record(place)
+        kept = {"stage": stage.name, "inputs": record["inputs"], "seconds": record["seconds"]}
+        write_json(folder / _started(stage), kept | {"options": self._options(stage)})
+        (folder / stage.record).unlink(missing_ok=True)  # last: with both the finished one counts
+
+    def _outdated(self, stage: Stage) -> list[str]:
+        """The stages that were made from what this one has left otherwise now, and all that follow from them."""
+        changed = []
+        for name in self.following([stage.name]):
+            other = self.stages[name]
+            for record in (other.record, _started(other)):
+                place = self.folder / other.folder / record
+                if other is not stage and place.is_file() and not self._was_made_of(place, self._inputs(other)):
+                    changed.append(name)
+                    break
+        return self.following(changed)
+
+    @staticmethod
+    def _was_made_of(record: Path, inputs: dict[str, str]) -> bool:
+        with contextlib.suppress(ValueError):  # a broken one does not say so
+            return bool(_record(record)["inputs"] == inputs)
+        return False
+
+    def _finish(self, stage: Stage, seconds: float, tell: Callable[[str], None]) -> None:
+        folder = self.folder / stage.folder
+        if stage.raisable:  # before it counts as finished, so that a kill in between does not leave others outdated
+            for old in self.set_aside(self._outdated(stage)):
+                tell(f"  made from the model before: the old results are kept in {old}")
         record = _record(folder / _started(stage))
         record["seconds"] = round(record["seconds"] + seconds, 3)
         write_json(folder / stage.record, record | {"outputs": self._outputs(stage), "versions": versions()})
@@ -368,6 +438,10 @@ def _record(path: Path) -> dict[str, Any]:
     if type(record.get("seconds")) not in (int, float):
         raise ValueError(f"{path}: seconds is {repr(record.get('seconds'))[:40]}, expected a number")
     return record
+
+
+def _height(name: str, value: float) -> float:
+    return math.inf if name.endswith(".patience") and value == 0 else value  # 0: training never stops early
 
 
 def _started(stage: Stage) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,14 @@ from nspec.mt.checkpoints import Progress, TrainingLog
 if TYPE_CHECKING:
     from nspec.mt.evaluation import Validator
     from nspec.mt.trainer import TaskTrainer
+
+
+_MOST_SKIPPED = 30
+"""Updates in a row that loss scaling may skip: each halves the scale, which is below 1e-4 by then, fairseq's limit."""
+
+# What a validation, and a line of the log, change of the progress.
+_BEST = ("best_value", "best_step", "worse")
+_WINDOW = ("window_loss", "window_targets", "window_tokens", "window_start")
 
 
 class TrainingDiverged(ValueError):
@@ -52,6 +60,7 @@ class Supervisor(TrainerCallback):
         self.folder = Path(trainer.args.output_dir or "")
         self.terminated = self.saving = False
         self.rate = self.norm = 0.0
+        self._step = ExitStack()  # what lasts as long as the optimiser step
         self._since: float | None = None  # when the clock of training time was started
         self._display = _Display(shown, self.settings.updates, progress.step)
 
@@ -71,12 +80,15 @@ class Supervisor(TrainerCallback):
         self._go()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Clips, and stops before the optimiser could take in a loss or gradient that is not finite."""
+        """Clips, and stops before the optimiser could take in a loss or gradient that is not finite.
+
+        With loss scaling (fp16) the scaler skips a step whose gradient is not finite.
+        """
         trainer, progress = self.trainer, self.progress
         assert trainer.optimizer is not None
         assert trainer.targets is not None
         self.rate = trainer.optimizer.param_groups[0]["lr"]
-        norm = trainer.accelerator.clip_grad_norm_(
+        norm = trainer.accelerator.clip_grad_norm_(  # which divides by the loss scale first
             trainer.model_wrapped.parameters(), self.settings.clip_norm or math.inf
         )
         # One copy from the device an update, not one a micro-batch.
@@ -84,26 +96,47 @@ class Supervisor(TrainerCallback):
         for task, loss in zip(trainer.tasks, losses):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss of a batch of {task} is {loss}")
-        if not math.isfinite(self.norm):
+        if not math.isfinite(self.norm) and trainer.accelerator.scaler is None:
             raise self._diverged(f"the norm of the gradient is {self.norm} (batches of {', '.join(trainer.tasks)})")
         targets = float(trainer.targets)
         progress.window_loss += math.fsum(losses) * targets
         progress.window_targets += targets
         progress.window_tokens += trainer.tokens
         progress.tokens += trainer.tokens
+        if trainer.method is not None and trainer.model is not None:
+            stepping = trainer.method.stepping(trainer.model, trainer.optimizer, trainer.used)
+            self._step.enter_context(stepping)
         trainer.reset()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Counts an update that loss scaling has skipped; the Trainer leaves the learning rate where it was."""
+        trainer, progress = self.trainer, self.progress
+        self._step.close()
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            progress.skipped_in_row = 0
+            return
+        assert trainer.optimizer is not None
+        trainer.optimizer.zero_grad()  # the Trainer asks the model alone, and the optimiser may remember what was used
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        if progress.skipped_in_row > _MOST_SKIPPED:
+            raise self._diverged(
+                f"the gradient overflows in fp16 for {progress.skipped_in_row} updates in a row, now at a loss scale of "
+                f"{trainer.accelerator.scaler.get_scale():.3g}",
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After an update: log, validate, and ask the Trainer for a checkpoint."""
         progress, settings = self.progress, self.settings
         progress.step = state.global_step
         last = progress.step >= settings.updates
+        # What only the end brings is noted, as a longer training goes on without it.
         if last or progress.step % settings.log_every == 0:
-            self._log_training()
+            self._log_training(extra=progress.step % settings.log_every > 0)
         self._display.advance(progress.step)
         if last or progress.step % settings.valid_every == 0:
             self._pause()
-            self._validate()
+            self._validate(extra=progress.step % settings.valid_every > 0)
             if last or 0 < settings.patience <= progress.worse:
                 progress.stopped = control.should_training_stop = True
             control.should_save = self.saving = True
@@ -114,22 +147,22 @@ class Supervisor(TrainerCallback):
     def on_save(self, *_: Any, **__: Any) -> None:
         """The checkpoint's files are written: makes it a whole one, then deletes those no longer needed."""
         newest = self.folder / f"checkpoint-{self.progress.step}"
-        best = self.folder / f"checkpoint-{self.progress.best_step}"
-        whole = self._over_all_processes()
+        together = self._over_all_processes()
         distributed.barrier()  # every process has written its random state
         if distributed.rank() == 0:
-            checkpoints.finish(newest, whole)
-            checkpoints.keep_only(self.folder, [newest, best])
+            checkpoints.finish(newest, together)
+            checkpoints.keep_only(self.folder, checkpoints.needed(self.folder))
         self.saving = False
         self._go()
 
     # The parts
 
     def _diverged(self, what: str) -> TrainingDiverged:
+        scaled = self.trainer.accelerator.scaler is not None
         return TrainingDiverged(
             f"training diverged at update {self.progress.step + 1}: {what}, at a learning rate of {self.rate:.3g}. "
             f"Nothing was changed by this update and the checkpoints in {self.folder} are intact; take a lower lr, a "
-            "longer warmup or a smaller clip_norm"
+            f"longer warmup or a smaller clip_norm{', or precision bf16 or fp32' if scaled else ''}"
         )
 
     def _over_all_processes(self) -> Progress:
@@ -138,26 +171,32 @@ class Supervisor(TrainerCallback):
         loss, window, tokens = distributed.all_sum([p.window_loss, p.window_tokens, p.tokens])
         return Progress(**{**vars(p), "window_loss": loss, "window_tokens": int(window), "tokens": int(tokens)})
 
-    def _log_training(self) -> None:
+    def _log_training(self, extra: bool) -> None:
         p = self._over_all_processes()
+        if extra:
+            self.progress.without_end |= {name: getattr(p, name) for name in _WINDOW}
         now = p.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
         row = {
             "step": p.step,
             "updates": p.step,
             "loss": p.window_loss / p.window_targets,
             "lr": self.rate,
-            "grad_norm": self.norm,
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "tokens_per_second": p.window_tokens / max(now - p.window_start, 1e-9),
             "seconds": now,
         }
+        if self.trainer.accelerator.scaler is not None:
+            row |= {"skipped": p.skipped, "loss_scale": self.trainer.accelerator.scaler.get_scale()}
         if self.log is not None:
             self.log.write(row)
         self._display.training = row
         self.progress.window_loss = self.progress.window_targets = 0.0
         self.progress.window_tokens, self.progress.window_start = 0, now
 
-    def _validate(self) -> None:
+    def _validate(self, extra: bool) -> None:
         progress = self.progress
+        if extra:
+            progress.without_end |= {name: getattr(progress, name) for name in _BEST}
         measured = self.validator.measure()
         bleu = self.settings.best == "bleu"
         value = measured["valid_bleu" if bleu else "valid_loss"]
@@ -211,6 +250,8 @@ class _Display:
         parts.append("best so far" if progress.worse == 0 else f"best was update {progress.best_step}")
         if self.training:
             parts.append(f"{self.training['tokens_per_second']:.0f} tokens/s")
+        if progress.skipped:
+            parts.append(f"{progress.skipped} updates skipped by loss scaling")
         if self._bar is not None:
             self._bar.write("  ".join(parts), file=sys.stderr)
             return

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 import nspec
 from nspec.mt.config import TrainConfig
 from nspec.mt.loss import label_smoothed_loss
+from nspec.mt.methods import Method
 
 
 class TaskTrainer(Seq2SeqTrainer):
@@ -28,6 +29,7 @@ class TaskTrainer(Seq2SeqTrainer):
     Attributes:
         losses: of the micro-batches of this update, each divided by the tokens of the whole update; on the device.
         tasks: of the same micro-batches; joined with " + " where one holds several.
+        used: their tasks, each once.
         tokens: real source and target tokens in them.
         targets: target tokens of the update, over all processes.
     """
@@ -38,10 +40,9 @@ class TaskTrainer(Seq2SeqTrainer):
         arguments: Seq2SeqTrainingArguments,
         settings: TrainConfig,
         batches: DataLoader[Any],
-        *,
-        switching: bool,
+        method: Method | None = None,
     ) -> None:
-        self.settings, self.batches, self.switching = settings, batches, switching
+        self.settings, self.batches, self.method = settings, batches, method
         self.reset()
         super().__init__(
             model=model, args=arguments, train_dataset=batches.dataset, compute_loss_func=self._smoothed_loss
@@ -53,6 +54,7 @@ class TaskTrainer(Seq2SeqTrainer):
         """Begins a new update."""
         self.losses: list[torch.Tensor] = []
         self.tasks: list[str] = []
+        self.used: set[str] = set()
         self.tokens = 0
         self.targets: torch.Tensor | int | None = None
 
@@ -77,10 +79,12 @@ class TaskTrainer(Seq2SeqTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         task = inputs.pop("task")
-        self.tasks.append(task if isinstance(task, str) else " + ".join(dict.fromkeys(task)))
+        names = [task] if isinstance(task, str) else list(dict.fromkeys(task))
+        self.tasks.append(" + ".join(names))
+        self.used.update(names)
         self.tokens += int(inputs["attention_mask"].sum()) + int(inputs["labels"].ne(-100).sum())
         self.targets = num_items_in_batch  # one tensor for the whole update: not read here, which would be a sync
-        with nspec.task(model, task) if self.switching else nullcontext():
+        with nspec.task(model, task) if self.method is not None else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _smoothed_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -119,21 +123,44 @@ def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Opti
     options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
     if settings.optimizer == "row_sparse_adamw":
         return nspec.RowSparseAdamW(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    # With loss scaling the fused one would skip a step by itself, where nobody sees it and the schedule goes on.
+    return torch.optim.AdamW(groups, fused=settings.precision != "fp16", **options)
 
 
 def resolve_precision(precision: str, device: torch.device, d_model: int) -> str:
-    """``fp32`` or ``bf16``; ``auto`` is bf16 on a GPU that has it, and for wide models on a CPU with AMX.
+    """``fp32``, ``bf16`` or ``fp16``; ``auto`` is bf16 on a GPU that has it, and for wide models on a CPU with AMX.
 
     On two cores with AMX a feed-forward block with d_model 512 was 3.5 times as fast in bf16 as in fp32, but training a
     model with d_model 192 was no faster: small products do not pay for the casts.
+
+    Raises:
+        ValueError: fp16 on a CPU, for which accelerate has no loss scaling.
     """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "precision is fp16 and the device is the CPU; expected a GPU, as there is no loss scaling on the CPU: take "
+            "bf16, fp32 or auto"
+        )
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if _has_bfloat16() else "fp32"
     capabilities: dict[str, Any] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # not in every torch that is supported
     wide = device.type == "cpu" and d_model >= 512
     return "bf16" if wide and capabilities.get("amx_bf16", False) else "fp32"
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """What a user should know of a choice of precision on a GPU that only emulates bfloat16; None elsewhere."""
+    if device.type != "cuda" or precision not in ("auto", "bf16") or _has_bfloat16():
+        return None
+    lacking = f"{torch.cuda.get_device_name(device)} has no bfloat16 but in emulation"
+    if precision == "bf16":
+        return f"{lacking}, which is slow: precision fp16 or fp32 is faster"
+    return f"{lacking}: precision auto is fp32 there, fp16 is faster"
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -24,15 +23,13 @@ from nspec.mt.data import PairDataset, PreparedData
 from nspec.mt.evaluation import Validator
 from nspec.mt.methods import Method
 from nspec.mt.model import load_weights, quiet_transformers, save_system
+from nspec.mt.resuming import ResumePoint, resume_point
 from nspec.mt.sampling import TaskBatchSampler
 from nspec.mt.supervision import Supervisor, stopping_on_sigterm
-from nspec.mt.trainer import TaskTrainer, resolve_precision
+from nspec.mt.trainer import TaskTrainer, precision_note, resolve_precision
 from nspec.mt.world import World
 
 logger = logging.getLogger(__name__)
-
-# What may be different when a training goes on: it changes what is measured and when it ends, not the updates.
-_FREE = {"updates", "valid_every", "valid_bleu_sentences", "patience", "log_every", "compile"}
 
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -50,8 +47,10 @@ def train_system(
 ) -> None:
     """Trains a system to the end, or goes on where an earlier call was stopped or killed.
 
-    On a CPU the result is bitwise that of a training which was never interrupted. Under ``torchrun`` every process
-    calls this; they share the micro-batches of each update.
+    On a CPU the result is bitwise that of a training which was never interrupted. One that has ended goes on when it is
+    given more ``updates``, or more ``patience`` where it stopped early, as if it had been given them from the start; no
+    other option that the updates depend on may change. Under ``torchrun`` every process calls this; they share the
+    micro-batches of each update.
 
     Args:
         system: its name, for the log and the progress display.
@@ -64,21 +63,23 @@ def train_system(
         progress: show a bar on a terminal, else a line for each validation, on standard error.
 
     Raises:
-        ValueError: settings that contradict each other, a task that the method does not know, or checkpoints of
-            another training.
+        ValueError: settings that contradict each other, a task that the method does not know, checkpoints of another
+            training, or none that is whole.
         TrainingDiverged: a loss or gradient is not finite; the checkpoints are intact.
         SystemExit: SIGTERM came (single process); a checkpoint was saved and the next call goes on from it.
     """
     folder = Path(folder)
     World().connect(config.run.device)
     _check(settings, data, method)
-    state, resumed = _state(folder, settings, config.run.seed, method)
-    trained = (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file()
-    if trained and (resumed is None or state.stopped):
-        logger.info("%s: %s is trained already", system, folder)
-        return
     device = distributed.resolve_device(config.run.device)
     precision = resolve_precision(settings.precision, device, int(getattr(model.config, "hidden_size", 0)))
+    point = resume_point(system, folder, settings, config.run.seed, method)
+    state = point.progress
+    if point.trained:
+        logger.info("%s: %s is trained already", system, folder)
+        return
+    if distributed.rank() == 0 and (note := precision_note(settings.precision, device)):
+        logger.warning("%s: %s", system, note)
     dense = sum(p.numel() for p in model.parameters())
     if method is not None:
         method.attach(model)
@@ -86,7 +87,7 @@ def train_system(
         _measure(config, settings, data, model, folder, state, device, precision)
     elif not state.stopped:
         shown = system if progress else None
-        _train(config, settings, data, model, folder, state, resumed, device, precision, method, shown)
+        _train(config, settings, data, model, folder, point, device, precision, method, shown)
     best = folder / "checkpoints" / f"checkpoint-{state.best_step}"
     if settings.updates:
         load_weights(model, best if best.is_dir() else folder / "model")  # there when a finished training went on
@@ -96,7 +97,11 @@ def train_system(
         save_system(model, data.tokenizer, folder / "model", method)
         summary = _summary(system, settings, model, state, int(tokens), method, device, precision)
         write_json(folder / "summary.json", summary | {"parameters_added": summary["parameters"] - dense})
-        checkpoints.keep_only(folder / "checkpoints", checkpoints.whole(folder / "checkpoints")[-1:])
+        # The whole state, about three times the model, so that it can be trained on for more updates.
+        kept = checkpoints.whole(folder / "checkpoints")[-1:]
+        if "best_step" in state.without_end:
+            kept.append(folder / "checkpoints" / f"checkpoint-{state.without_end['best_step']}")
+        checkpoints.keep_only(folder / "checkpoints", kept)
     distributed.barrier()
 
 
@@ -118,38 +123,6 @@ def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> 
         )
 
 
-def _state(folder: Path, settings: TrainConfig, seed: int, method: Method | None) -> tuple[Progress, Path | None]:
-    """Where training stands, and the checkpoint to go on from; partial checkpoints are deleted."""
-    options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
-    options |= {"seed": seed, "mode": None, "masks": None}
-    if method is not None:
-        options |= {"mode": method.mode or method.name, "masks": method.digest()}
-    found = checkpoints.whole(folder / "checkpoints")
-    distributed.barrier()
-    if distributed.rank() == 0:
-        checkpoints.keep_only(folder / "checkpoints", found)
-    if not found:
-        return Progress(options=options), None
-    state = Progress.read(found[-1])
-    # An option that came after a checkpoint was written had its default's meaning then.
-    before = dataclasses.asdict(TrainConfig()) | state.options
-    if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]:
-        raise ValueError(
-            f"{folder / 'checkpoints'} is of a training with other options: {'; '.join(changed)}; "
-            "take those again, or another folder"
-        )
-    if state.stopped and state.step < settings.updates and not _exhausted(state, settings):
-        state.stopped = False  # more updates or more patience than before
-    if distributed.rank() > 0:
-        state.tokens = state.window_tokens = 0  # the stored sums are those of all processes; rank 0 carries them on
-        state.window_loss = 0.0
-    return state, found[-1]
-
-
-def _exhausted(state: Progress, settings: TrainConfig) -> bool:
-    return 0 < settings.patience <= state.worse
-
-
 def _measure(
     config: Config,
     settings: TrainConfig,
@@ -161,12 +134,8 @@ def _measure(
     precision: str,
 ) -> None:
     """A model that is taken as it is: its validation is the only line of the log."""
-    if state.step:
-        raise ValueError(
-            f"{folder / 'checkpoints'} has a training of {state.step} updates; expected none for updates = 0"
-        )
     cast(nn.Module, model).to(device)
-    measured = Validator(model, data, settings, config.decode, bf16=precision == "bf16").measure()
+    measured = Validator(model, data, settings, config.decode, precision=precision).measure()
     state.best_value = measured[f"valid_{settings.best}"]
     if distributed.rank() == 0:
         log = TrainingLog(folder, 0)
@@ -180,14 +149,14 @@ def _train(
     data: PreparedData,
     model: PreTrainedModel,
     folder: Path,
-    state: Progress,
-    resumed: Path | None,
+    point: ResumePoint,
     device: torch.device,
     precision: str,
     method: Method | None,
     shown: str | None,
 ) -> None:
-    """Trains until ``state.stopped``; ``state`` and the checkpoints tell the caller what came of it."""
+    """Trains until the progress says stopped; it and the checkpoints tell the caller what came of it."""
+    state, resumed = point.progress, point.checkpoint
     with quiet_transformers(), _accelerate_precision(precision):
         arguments = _arguments(config, settings, folder, device, precision)
         arguments.ddp_find_unused_parameters = method is not None and method.leaves_parameters
@@ -213,9 +182,9 @@ def _train(
         )
         if settings.compile:
             model.compile(dynamic=True)
-        trainer = TaskTrainer(model, arguments, settings, batches, switching=method is not None)
-        validator = Validator(model, data, settings, config.decode, bf16=precision == "bf16")
-        log = TrainingLog(folder, state.step) if rank == 0 else None
+        trainer = TaskTrainer(model, arguments, settings, batches, method)
+        validator = Validator(model, data, settings, config.decode, precision=precision)
+        log = TrainingLog(folder, state.step, point.undone) if rank == 0 else None
         supervisor = Supervisor(trainer, validator, state, log, shown if rank == 0 else None)
         trainer.add_callback(supervisor)
         torch.manual_seed(config.run.seed + rank)  # dropout must differ between processes
@@ -251,6 +220,7 @@ def _arguments(
         seed=config.run.seed,
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         ddp_backend="gloo" if device.type == "cpu" and distributed.world() > 1 else None,
         average_tokens_across_devices=True,
         remove_unused_columns=False,
@@ -303,6 +273,8 @@ def _summary(
         "best_step": state.best_step,
         "best_value": state.best_value,
         "best_metric": settings.best,
+        "stopped_early": state.step < settings.updates,
+        "skipped_updates": state.skipped,
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **(method.facts() if method else {"density": None, "mask_bytes": 0}),

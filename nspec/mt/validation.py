@@ -83,6 +83,8 @@ def _training(config: Config, section: str) -> None:
         raise ValueError(f"{section}.betas: expected two numbers, found {train.betas}")
     for beta in train.betas:
         _share(f"{section}.betas", beta, zero=True, one=False)
+    if train.precision == "fp16" and config.run.device == "cpu":
+        raise ValueError(f"{section}.precision: fp16 needs a GPU, and run.device is cpu; take bf16, fp32 or auto")
     if section == "train" and train.optimizer != "adamw":
         raise ValueError(f"train.optimizer: the dense model is trained with adamw, found {train.optimizer}")
     if train.best == "bleu" and not train.valid_bleu_sentences:

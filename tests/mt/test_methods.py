@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from toy_translation import Toy
 
 import nspec
 from nspec.baselines import lass
+from nspec.mt.evaluation import Validator
 from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization, load_method
 from nspec.mt.model import load_system
+from nspec.mt.supervision import Supervisor
 from nspec.mt.training import train_system
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,3 +91,52 @@ def test_a_description_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "nspec.json").write_text('{"method": "magic"}')
     with pytest.raises(ValueError, match="magic.*expected"):
         load_method(tmp_path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_with_weight_masks_leaves_what_no_task_of_an_update_keeps(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Weight decay and momentum would move all: in each update, and so in the end what no direction keeps at all."""
+    config = toy.config(updates=6, weight_decay=0.5, accumulate=accumulate, lr=1e-2, warmup=1)
+    method = method_of(toy, "lass")
+    assert isinstance(method, Lass)
+    layers = {f"{layer}.weight": layer for layer in method.masks.layers}
+    states = [{name: value.clone() for name, value in toy.model(config).state_dict().items() if name in layers}]
+    used: list[set[str]] = []
+    stepping, step_end = Lass.stepping, Supervisor.on_step_end
+
+    def noting(self: Lass, model: Any, optimizer: Any, tasks: Any) -> Any:
+        used.append(set(tasks))
+        return stepping(self, model, optimizer, tasks)
+
+    def ending(self: Supervisor, *rest: Any, **named: Any) -> None:
+        state = self.trainer.model.state_dict()
+        states.append({name: state[name].clone() for name in layers})
+        step_end(self, *rest, **named)
+
+    monkeypatch.setattr(Lass, "stepping", noting)
+    monkeypatch.setattr(Supervisor, "on_step_end", ending)
+    train_system("lass", config, config.train, toy.data, toy.model(config), tmp_path, method=method, progress=False)
+    assert max(map(len, used)) == (1 if accumulate == 1 else 3)
+    for tasks, (before, after) in zip(used, itertools.pairwise(states), strict=True):
+        for name, layer in layers.items():
+            kept = torch.stack([method.masks[task][layer] for task in tasks]).any(0)
+            assert torch.equal(after[name][~kept], before[name][~kept])
+            assert not torch.equal(after[name][kept], before[name][kept])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_validation_before_the_first_update_does_no_harm(toy: Toy, name: str) -> None:
+    """Translations are made in inference mode: what a layer keeps from them may be needed by a backward pass."""
+    config = toy.config(valid_bleu_sentences=2)
+    model, method = toy.model(config), method_of(toy, name)
+    method.attach(model)
+    Validator(model, toy.data, config.train, config.decode, precision="fp32").measure()
+    for tasks in (toy.data.tasks, toy.data.tasks[:2]):
+        ids = torch.tensor([[5, 9, 7, 2]] * len(tasks))
+        with nspec.task(model, tasks):
+            model(input_ids=ids, labels=ids).loss.backward()
+    for task in toy.data.tasks:
+        with nspec.task(model, task):
+            model(input_ids=ids, labels=ids).loss.backward()

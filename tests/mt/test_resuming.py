@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from toy_translation import Toy, last, rows, same_bits
 
-from nspec.mt import checkpoints, trainer, training
+from nspec.mt import checkpoints, supervision, trainer, training
 from nspec.mt.supervision import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,3 +155,209 @@ def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_older_ones(
     monkeypatch.undo()
     assert [path.name for path in checkpoints.whole(toy.folder / name / "checkpoints")] == ["checkpoint-4"]
     assert rows(toy.train(name)) == rows(toy.train("roomy"))
+
+
+def damaged_copy(toy: Toy, name: str) -> Path:
+    """A training that was stopped at its third validation, so that it has checkpoints of updates 4 and 8."""
+    folder = toy.folder / name
+    stopped = toy.folder / "stopped at three"
+    if not stopped.exists():
+        measure, calls = training.Validator.measure, iter(range(9))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                training.Validator, "measure", lambda self: interrupt() if next(calls) == 2 else measure(self)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                toy.train("stopped at three", mode="forward")
+    shutil.copytree(stopped, folder)
+    assert [path.name for path in checkpoints.whole(folder / "checkpoints")] == ["checkpoint-4", "checkpoint-8"]
+    return folder
+
+
+def interrupt() -> Any:
+    raise KeyboardInterrupt
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut": cut,
+    "emptied": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+    "flipped": flip,
+}
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"]
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [*((file, "cut") for file in FILES), *(("optimizer.pt", kind) for kind in DAMAGES if kind != "cut")]
+    + [("model.safetensors", "flipped"), ("nspec_state.json", "cut"), ("nspec_state.json", "emptied")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gone_on_from(
+    toy: Toy, caplog: pytest.LogCaptureFixture, file: str, kind: str
+) -> None:
+    folder = damaged_copy(toy, f"{kind} {file}")
+    DAMAGES[kind](folder / "checkpoints" / "checkpoint-8" / file)
+    toy.train(folder.name, mode="forward")
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"checkpoint-8/{file}" in warning
+    assert "goes on from checkpoint-4" in warning
+    assert "\n" not in warning
+    straight = toy.folder / "straight for damages"
+    if not straight.exists():
+        toy.train(straight.name, mode="forward")
+    assert rows(folder) == rows(straight)
+    assert same_bits(folder / "model", straight / "model")
+    assert same_bits(last(folder), last(straight))
+
+
+def test_without_a_whole_checkpoint_the_error_says_what_to_delete_and_nothing_is_lost(toy: Toy) -> None:
+    folder = damaged_copy(toy, "all damaged")
+    for step in (4, 8):
+        cut(folder / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        ValueError, match=r"checkpoint-8/optimizer.pt has \d+ bytes; \d+ were .*checkpoint-4/.*delete"
+    ) as error:
+        toy.train(folder.name, mode="forward")
+    assert "\n" not in str(error.value)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_best_weights_that_are_damaged_are_not_taken_for_the_model(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure = training.Validator.measure
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        training.Validator, "measure", lambda self: {**measure(self), "valid_loss": next(losses, None) or interrupt()}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        toy.train("bad best", updates=16)
+    names = [path.name for path in checkpoints.whole(toy.folder / "bad best" / "checkpoints")]
+    assert names == ["checkpoint-8", "checkpoint-12"]  # the best up to either is that of update 8
+    flip(toy.folder / "bad best" / "checkpoints" / "checkpoint-8" / "model.safetensors")
+    with pytest.raises(ValueError, match="checkpoint-8/model.safetensors has other contents"):
+        toy.train("bad best", updates=16)
+    assert not caplog.records
+
+
+def test_the_best_weights_of_the_checkpoint_before_are_kept_too(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest may be the best and turn out damaged: the one before it needs the best of its time."""
+    measure = training.Validator.measure
+    losses = iter([1.0, 2.0, 0.5])
+    monkeypatch.setattr(
+        training.Validator, "measure", lambda self: {**measure(self), "valid_loss": next(losses, None) or interrupt()}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        toy.train("kept best", updates=16)
+    names = [path.name for path in checkpoints.whole(toy.folder / "kept best" / "checkpoints")]
+    assert names == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+
+
+@pytest.mark.parametrize(("first", "valid_every"), [(8, 4), (9, 4), (9, 3), (5, 5), (10, 4)])
+def test_a_finished_training_that_goes_on_equals_one_that_was_asked_for_more(
+    toy: Toy, first: int, valid_every: int
+) -> None:
+    """Also where the former end was between validations and lines of the log, which a longer training does not have."""
+    name = f"longer {first} {valid_every}"
+    options: dict[str, Any] = {"mode": "update", "valid_every": valid_every, "optimizer": "row_sparse_adamw"}
+    toy.train(name, updates=first, **options)
+    longer = toy.train(name, updates=15, **options)
+    straight = toy.train(f"straight {name}", updates=15, **options)
+    assert rows(longer) == rows(straight)
+    assert same_bits(longer / "model", straight / "model")
+    assert same_bits(last(longer), last(straight))
+    timed = {"train_seconds", "tokens_per_second", "system"}
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (longer, straight)]
+    first_one, second = ({k: v for k, v in each.items() if k not in timed} for each in summaries)
+    assert first_one == second
+
+
+def test_a_validation_that_only_the_end_brought_does_not_pick_the_model_of_a_longer_training(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = training.Validator.measure
+    losses = {4: 2.0, 8: 1.5, 9: 1.0, 12: 3.0}
+
+    def told(validator: Any) -> Any:
+        return {**measure(validator), "valid_loss": losses[told.step]}  # type: ignore[attr-defined]
+
+    def stepping(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> Any:
+        told.step = state.global_step  # type: ignore[attr-defined]
+        return on_step_end(self, args, state, *rest, **named)
+
+    on_step_end = supervision.Supervisor.on_step_end
+    monkeypatch.setattr(supervision.Supervisor, "on_step_end", stepping)
+    monkeypatch.setattr(training.Validator, "measure", told)
+    folder = toy.train("extra", updates=9)
+    assert json.loads((folder / "summary.json").read_text())["best_step"] == 9
+    toy.train("extra", updates=12)
+    assert json.loads((folder / "summary.json").read_text())["best_step"] == 8
+    straight = toy.train("without extra", updates=12)
+    assert same_bits(folder / "model", straight / "model")
+    assert last(folder).name == "checkpoint-12"
+
+
+def test_a_training_that_stopped_early_goes_on_with_more_patience(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"lr": 0.0, "valid_every": 2}
+    toy.train("patient", updates=20, patience=3, **options)
+    caplog.clear()
+    toy.train("patient", updates=30, patience=3, **options)
+    assert "stopped early after update 8, as 3 validations" in caplog.text
+    longer = toy.train("patient", updates=30, patience=5, **options)
+    assert json.loads((longer / "summary.json").read_text())["updates"] == 12
+    assert rows(longer) == rows(toy.train("more patient", updates=30, patience=5, **options))
+
+
+def test_fewer_updates_than_are_done_are_an_error(toy: Toy) -> None:
+    toy.train("shorter", updates=8)
+    with pytest.raises(ValueError, match="a training of 8 updates; expected at least 8, found updates = 4"):
+        toy.train("shorter", updates=4)
+
+
+def test_a_finished_training_without_its_checkpoint_cannot_go_on(toy: Toy) -> None:
+    folder = toy.train("no checkpoint", updates=4)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match="trained for 4 updates and has no checkpoint to go on from to 8"):
+        toy.train("no checkpoint", updates=8)
+    toy.train("no checkpoint", updates=4)
+
+
+def test_a_kill_between_the_last_checkpoint_of_a_longer_training_and_its_model_loses_nothing(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.train("cut short", updates=8)
+    monkeypatch.setattr(training, "save_system", lambda *_: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        toy.train("cut short", updates=12)
+    monkeypatch.undo()
+    folder = toy.train("cut short", updates=12)
+    assert json.loads((folder / "summary.json").read_text())["updates"] == 12
+    assert same_bits(folder / "model", toy.train("not cut short", updates=12) / "model")
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_checkpoint_before_a_damaged_one(toy: Toy) -> None:
+    toy.data  # noqa: B018
+    job: dict[str, Any] = {"mode": "forward", "accumulate": 2, "valid_every": 4}
+    toy.run("two", ranks=2, updates=8, **job)
+    shutil.copytree(toy.folder / "two", toy.folder / "two damaged")
+    straight = toy.run("two straight", ranks=2, updates=12, **job)
+    longer = toy.run("two", ranks=2, updates=12, **job)
+    assert rows(longer) == rows(straight)
+    assert same_bits(last(longer), last(straight))
+    flip(toy.folder / "two damaged" / "checkpoints" / "checkpoint-8" / "rng_state_1.pth")
+    process = toy.start("two damaged", ranks=2, updates=12, **job)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "checkpoint-8/rng_state_1.pth has other contents than were written. No checkpoint is whole" in errors

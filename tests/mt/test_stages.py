@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -228,6 +230,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
+from typing import Any
 from nspec.mt.config import Config
 from nspec.mt.stages import Run
 config = Config()
@@ -246,3 +249,123 @@ with Run(config, []):
         other.kill()
         other.wait()
     assert all_of_it(tmp_path) == ALL, "the lock ends with the process"
+
+
+RAISABLE = ("train.updates", "train.patience")
+
+
+class Trained(Chain):
+    """A chain whose training can go on; its result is told."""
+
+    def __init__(self, config: Config, result: str = "x", *, checkpoint: bool = True) -> None:
+        super().__init__(config)
+        stages = [dataclasses.replace(s, raisable=RAISABLE) if s.name == "train" else s for s in STAGES]
+        self.run, self.result, self.checkpoint = Run(config, stages), result, checkpoint
+
+    def work(self, name: str, text: str = "x") -> Callable[[Path], None]:
+        write = super().work(name, self.result if name == "train" else text)
+
+        def train(folder: Path) -> None:
+            if self.checkpoint:
+                write_text(folder / "checkpoints" / "checkpoint-5" / "nspec_state.json", "{}")
+            write(folder)
+
+        return train if name == "train" else write
+
+
+def test_a_finished_training_goes_on_where_its_end_is_raised(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    chain = Trained(config_of(tmp_path, train_updates=9), result="better")
+    assert chain() == ["train", "test:a", "test:b", "score", "page"]
+    assert chain.told[1].startswith("train: goes on to train.updates = 9, train.patience = 10")
+    assert f"  made from the model before: the old results are kept in {tmp_path / 'three/a.old-1'}" in chain.told
+    assert (tmp_path / "three/b.old-1/out").read_text() == "x"
+    record = read_json(tmp_path / "two/stage.json")
+    assert record["options"]["train.updates"] == 9
+    assert Trained(config_of(tmp_path, train_updates=9))() == []
+
+
+def test_what_follows_is_kept_where_the_longer_training_changed_nothing(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    assert Trained(config_of(tmp_path, train_updates=9))() == ["train"]
+    assert not list(tmp_path.glob("**/*.old-*"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "goes_on"), [(3, 5, True), (3, 0, True), (0, 5, False), (5, 3, False), (0, 0, True)]
+)
+def test_patience_may_be_raised_and_none_is_the_highest(tmp_path: Path, before: int, after: int, goes_on: bool) -> None:
+    Trained(config_of(tmp_path, train_patience=before))()
+    again = Trained(config_of(tmp_path, train_patience=after))
+    if goes_on:
+        assert again() == ([] if before == after else ["train"])
+    else:
+        with pytest.raises(ValueError, match=f"train.patience was {before}, is {after}"):
+            again()
+
+
+@pytest.mark.parametrize(
+    "others", [{"train_updates": 4}, {"train_updates": 9, "train_lr": 0.5}, {"train_updates": 9, "train_patience": 1}]
+)
+def test_a_lower_end_or_another_option_is_refused_and_what_may_change_is_said(
+    tmp_path: Path, others: dict[str, Any]
+) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    with pytest.raises(
+        ValueError, match=r"goes on where train.updates or train.patience alone is raised\. Give"
+    ) as error:
+        Trained(config_of(tmp_path, **others))()
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_whose_checkpoint_is_gone_is_refused_before_anything_is_moved(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5), checkpoint=False)()
+    with pytest.raises(ValueError, match="from its last checkpoint, which is not there"):
+        Trained(config_of(tmp_path, train_updates=9))()
+    assert Trained(config_of(tmp_path, train_updates=5))() == []
+
+
+def test_a_changed_input_is_not_a_raised_end(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    (tmp_path / "one/text.txt").write_text("other")
+    with pytest.raises(ValueError, match="its input one/text.txt has changed"):
+        Trained(config_of(tmp_path, train_updates=9))()
+
+
+def test_what_reads_a_training_that_is_to_go_on_waits_for_it(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5))("train")
+    longer = Trained(config_of(tmp_path, train_updates=9))
+    with longer.run, pytest.raises(ValueError, match="test:a reads the result of train, which is to go on to .* = 9"):
+        longer.run.do("test:a", longer.work("test:a"))
+
+
+@pytest.mark.parametrize("moment", ["in training", "before its record"])
+def test_a_longer_training_that_was_killed_goes_on_and_leaves_nothing_outdated(tmp_path: Path, moment: str) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    longer = Trained(config_of(tmp_path, train_updates=9), result="better")
+    with longer.run, pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        longer.run.check()
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        if moment == "before its record":
+            patch.setattr(longer.run, "set_aside", killed)
+        longer.run.do("train", longer.work("train") if moment == "before its record" else killed)
+    with pytest.raises(ValueError, match="train.updates was 9, is 5"):
+        Trained(config_of(tmp_path, train_updates=5))()
+    again = Trained(config_of(tmp_path, train_updates=9), result="better")
+    assert again() == ["train", "test:a", "test:b", "score", "page"]
+
+
+def test_a_training_that_has_begun_may_be_given_a_later_end(tmp_path: Path) -> None:
+    chain = Trained(config_of(tmp_path, train_updates=5))
+    chain("first")
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with chain.run, pytest.raises(KeyboardInterrupt):
+        chain.run.do("train", killed)
+    assert Trained(config_of(tmp_path, train_updates=9))()[0] == "train"
+    assert read_json(tmp_path / "two/stage.json")["options"]["train.updates"] == 9

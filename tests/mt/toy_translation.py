@@ -175,11 +175,10 @@ def same_bits(first: Path, second: Path) -> bool:
 
 
 def last(system: Path) -> Path:
-    """The only checkpoint that a system has."""
+    """The newest checkpoint that a system has."""
     from nspec.mt.checkpoints import whole
 
-    (only,) = whole(system / "checkpoints")
-    return only
+    return whole(system / "checkpoints")[-1]
 
 
 if __name__ == "__main__":

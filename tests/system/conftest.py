@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+
+from nspec.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +72,40 @@ def another(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
 def fresh(tmp_path: Path) -> Tiny:
     """A run that has not begun."""
     return tiny_config(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def result() -> Callable[[Path], dict[str, Any]]:
+    """Everything that the run in a folder comes to, without times."""
+    return _result
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    return {
+        name: (str(tensor.dtype), list(tensor.shape), tensor.numpy().tobytes())
+        for name, tensor in load_file(path).items()
+    }
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    timed = {"seconds", "tokens_per_second", "train_seconds"}
+    found: dict[str, Any] = {}
+    for system in sorted(path.name for path in (folder / "scores").iterdir() if ".old-" not in path.name):
+        lines = (folder / f"systems/{system}/log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[f"{system} log"] = [{key: value for key, value in row.items() if key not in timed} for row in rows]
+        summary = read_json(folder / f"systems/{system}/summary.json")
+        found[f"{system} summary"] = {key: value for key, value in summary.items() if key not in timed}
+        scores = read_json(folder / f"scores/{system}/scores.json")
+        found[f"{system} scores"] = {key: value for key, value in scores.items() if key not in timed}
+    patterns = ["profile/counts.safetensors", "masks/masks.safetensors", "random_masks/masks.safetensors"]
+    patterns += ["systems/*/model/*.safetensors", "scores/*/*.hyp.txt"]
+    files = [str(path.relative_to(folder)) for pattern in patterns for path in sorted(folder.glob(pattern))]
+    files = [name for name in files if ".old-" not in name]
+    for name in files:
+        path = folder / name
+        # The order of a safetensors file's metadata changes from process to process; its tensors are what counts.
+        found[name] = _tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
+    for name in ("", "systems", "scores"):
+        found[f"folders {name}"] = sorted(path.name for path in (folder / name).iterdir() if path.is_dir())
+    return found

@@ -14,14 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-
-from nspec.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,39 +126,10 @@ def in_training(run: Tiny, system: str, lines: int) -> None:
         time.sleep(0.001)
 
 
-def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    return {
-        name: (str(tensor.dtype), list(tensor.shape), tensor.numpy().tobytes())
-        for name, tensor in load_file(path).items()
-    }
-
-
-def result(run: Tiny) -> dict[str, Any]:
-    """Everything that a run comes to, without times."""
-    timed = {"seconds", "tokens_per_second", "train_seconds"}
-    found: dict[str, Any] = {}
-    for system in ["dense", "continued", "forward", "update", "random"]:
-        lines = (run.folder / f"systems/{system}/log.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        found[f"{system} log"] = [{key: value for key, value in row.items() if key not in timed} for row in rows]
-        summary = read_json(run.folder / f"systems/{system}/summary.json")
-        found[f"{system} summary"] = {key: value for key, value in summary.items() if key not in timed}
-        scores = read_json(run.folder / f"scores/{system}/scores.json")
-        found[f"{system} scores"] = {key: value for key, value in scores.items() if key not in timed}
-    files = ["profile/counts.safetensors", "masks/masks.safetensors", "random_masks/masks.safetensors"]
-    files += [str(path.relative_to(run.folder)) for path in sorted(run.folder.glob("systems/*/model/*.safetensors"))]
-    files += [str(path.relative_to(run.folder)) for path in sorted(run.folder.glob("scores/*/*.hyp.txt"))]
-    for name in files:
-        path = run.folder / name
-        # The order of a safetensors file's metadata changes from process to process; its tensors are what counts.
-        found[name] = tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
-    for name in ("", "systems", "scores"):
-        found[f"folders {name}"] = sorted(path.name for path in (run.folder / name).iterdir() if path.is_dir())
-    return found
-
-
 @pytest.mark.slow
-def test_killed_in_each_stage_a_run_ends_as_if_undisturbed(tiny: Tiny, fresh: Tiny, server: Server) -> None:
+def test_killed_in_each_stage_a_run_ends_as_if_undisturbed(
+    tiny: Tiny, fresh: Tiny, server: Server, result: Callable[[Path], dict[str, Any]]
+) -> None:
     for moment in MOMENTS:
         server.start(fresh, moment)
         assert server.end() == -signal.SIGKILL, f"it did not come to {moment}"
@@ -174,7 +142,7 @@ def test_killed_in_each_stage_a_run_ends_as_if_undisturbed(tiny: Tiny, fresh: Ti
             assert server.end() == 2, "a full disk is an error that the user can mend"
     server.start(fresh)
     assert server.end() == 0
-    expected, found = result(tiny), result(fresh)
+    expected, found = result(tiny.folder), result(fresh.folder)
     for name, value in expected.items():
         assert found[name] == value, name
     assert not list(fresh.folder.glob("**/*.part")) + list(fresh.folder.glob("**/started*"))
