@@ -18,6 +18,7 @@ from nspec.files import read_json, write_json, write_text
 from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
+from nspec.mt.machine import check_machine, check_threads
 from nspec.mt.options import render
 from nspec.mt.stages import Run
 from nspec.mt.systems import (
@@ -114,8 +115,14 @@ class Pipeline:
             for line in summary(read_json(folder / "meta.json")):
                 self.display.line(f"  {line}")
 
+        self._check_machine()
         self._do("prepare", work)
         self._check_adapters()
+
+    def _check_machine(self) -> None:
+        """Before text is read and long before anything is trained, unless that is done."""
+        if not self.run.finished("train"):
+            check_machine(self.config)
 
     def _check_adapters(self) -> None:
         """A language without a family would be an error after hours of training; here it is one before."""
@@ -137,6 +144,7 @@ class Pipeline:
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
             train_system("dense", self.config, self.config.train, data, model, folder)
 
+        self._check_machine()
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:
@@ -339,7 +347,12 @@ def _decoded(folder: Path, task: str) -> Path:
 
 
 def quieten(threads: int = 0) -> None:
-    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses)."""
+    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses).
+
+    Raises:
+        ValueError: more threads than can get anywhere here.
+    """
+    check_threads(threads)
     import torch
     from transformers.utils import logging
 

@@ -26,6 +26,7 @@ from nspec.mt.corpus.lines import read_lines
 from nspec.mt.display import Display
 from nspec.mt.options import read_lists
 from nspec.mt.scoring import MIN_BOOTSTRAP, average_groups, score_system
+from nspec.mt.values import check_range
 
 _DIRECTION = rf"(?P<source>{FILE_CODE})-(?P<target>{FILE_CODE})"
 _KINDS = {"translations": "hyp", "references": "ref", "sources": "src"}
@@ -73,6 +74,7 @@ def score_files(
         raise ValueError(f"{given} needs {other}: COMET compares source, translation and reference")
     if bootstrap < MIN_BOOTSTRAP:
         raise ValueError(f"--bootstrap {bootstrap}: a 95 % interval needs at least {MIN_BOOTSTRAP} samples")
+    check_range("score.bootstrap", bootstrap, "--bootstrap")
     for name in folders if out else ():
         for folder in folders.values():
             if (Path(out) / name).resolve() == folder.resolve():
