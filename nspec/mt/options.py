@@ -239,7 +239,7 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: neither; the message lists the names that there are.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     package = Path(__file__).resolve().parents[1]
     folders = [package / "configs", package.parent / "configs"]  # installed; a checkout

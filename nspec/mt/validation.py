@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -106,7 +107,7 @@ def _activation(config: Config) -> None:
     """A pretrained model without ReLU cannot be specialised; where its folder is at hand, that shows before training."""
     path = Path(config.model.pretrained, "config.json")
     masked = list(masked_systems(config))
-    if not config.model.pretrained or not masked or not path.is_file():
+    if not config.model.pretrained or not masked or not os.path.isfile(path):
         return
     found = read_json(path)
     name = found.get("activation_function", "relu") if isinstance(found, dict) else "relu"

@@ -79,8 +79,9 @@ class Loader(yaml.SafeLoader):
     def scalar(self, node: yaml.Node) -> Any:
         """A number, truth value or nothing, which a tag (``!!int x``) may promise and the text not be."""
         kind, text = node.tag.removeprefix(_TAG), node.value
-        if not isinstance(node, yaml.ScalarNode) or not _PATTERNS[kind].match(text):
-            raise yaml.constructor.ConstructorError(None, None, f"found {show(text)} for {kind}", node.start_mark)
+        if not isinstance(text, str) or not _PATTERNS[kind].match(text):
+            found = f"found {show(text) if isinstance(text, str) else 'a list or mapping'} for {kind}"
+            raise yaml.constructor.ConstructorError(None, None, found, node.start_mark)
         if kind == "int" and len(text) > _MOST_DIGITS:
             found = f"found a whole number of {len(text)} digits, expected at most {_MOST_DIGITS}"
             raise yaml.constructor.ConstructorError(None, None, found, node.start_mark)
