@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not _user_error(error):
             return 1
         if advice := _too_large(error):
-            return _say(f"error: {advice} ({error or type(error).__name__}); --debug shows where", 2)
+            return _say(f"error: {advice} ({str(error) or type(error).__name__}); --debug shows where", 2)
         return _say(f"error: {error}", 2)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import yaml
 from yaml.reader import ReaderError
@@ -30,7 +30,7 @@ _SCALARS = {
     "merge": (r"<<", "<"),
 }
 _PATTERNS = {kind: re.compile(f"(?:{pattern})\\Z") for kind, (pattern, _) in _SCALARS.items()}
-_READ = {
+_READ: dict[str, Callable[[str], Any]] = {
     "bool": lambda text: text.lower() == "true",
     "int": int,  # in PyYAML 010 is octal 8
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
@@ -45,7 +45,12 @@ class Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    yaml_constructors: dict[str | None, Any] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
+        f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+        f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
+        None: yaml.SafeLoader.construct_undefined,
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -103,11 +108,7 @@ for _kind, (_, _first) in _SCALARS.items():
     for _class in (Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _kind, _PATTERNS[_kind], list(_first))
     if _kind in _READ:
-        Loader.add_constructor(_TAG + _kind, Loader.scalar)
-Loader.add_constructor(f"{_TAG}str", yaml.SafeLoader.construct_yaml_str)
-Loader.add_constructor(f"{_TAG}seq", yaml.SafeLoader.construct_yaml_seq)
-Loader.add_constructor(f"{_TAG}map", yaml.SafeLoader.construct_yaml_map)
-Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+        Loader.yaml_constructors[_TAG + _kind] = Loader.scalar
 _Dumper.add_representer(str, _Dumper.text)
 
 

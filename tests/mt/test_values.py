@@ -37,7 +37,7 @@ def test_a_hostile_value_fits_and_reads_back_or_is_an_error_that_names_the_optio
             except ValueError as error:
                 message = str(error)
                 # What is no YAML has no options yet, only lines.
-                assert name in message or "f.yaml line 2" in message or "lr:" in message, (value, given, message)
+                assert name in message or "f.yaml line 2" in message, (value, given, message)
                 assert len(message) < 1200, (value, given)
                 assert "\n" not in message
             else:
@@ -57,8 +57,7 @@ def test_the_ends_of_a_range_fit_and_what_is_beyond_does_not(name: str) -> None:
         try:
             values.check_option(name, given)
         except ValueError as error:
-            assert str(error).startswith(f"{name}: expected ")
-            return False
+            return not str(error).startswith(f"{name}: expected ")
         return True
 
     step = 1 if kind is int else 1e-3

@@ -14,40 +14,14 @@ from nspec.mt import options, values, yaml_text
 from nspec.mt.config import Config
 
 # Texts that some reader of YAML takes for something else.
-TEXTS = """5e-4 1e3 0x10 0o10 1_000 010 +1 .5 1. 1:30 -.inf .NaN true Yes NO on off y n null Null ~ << = ! & * | > % @ `
-[] {} [a a] {a: # #x x# a:b a: :a - -a --- ... ? ?a 2016 2016-01-01 2016-01-01T00:00:00Z ~/x ' " '' "" it's a\\b \\n
-""".split()
-TEXTS += [
-    "",
-    " ",
-    " a",
-    "a ",
-    "a #b",
-    "a: b",
-    "- a",
-    "? a",
-    "a\nb",
-    "\n",
-    "a\n",
-    "\r",
-    "\t",
-    "a\tb",
-    "\0",
-    "\x7f",
-    "\x85",
-]
-TEXTS += [
-    "\u2028",
-    "\ufeff",
-    "\ufeffa",
-    "\xa0",
-    "a\u3000",
-    "\ud800",
-    "x\udce9",
-    "\U0001f600",
-    "ünï",
-    "日本",
-    "... a",
+TEXTS = [
+    *("5e-4", "1e3", "0x10", "0o10", "1_000", "010", "+1", ".5", "1.", "1:30", "-.inf", ".NaN", "true"),
+    *("Yes", "NO", "on", "off", "y", "n", "null", "Null", "~", "<<", "=", "!", "&", "*", "|", ">", "%"),
+    *("@", "`", "[]", "{}", "[a", "a]", "{a:", "#", "#x", "x#", "a:b", "a:", ":a", "-", "-a", "---", "..."),
+    *("?", "?a", "2016", "2016-01-01", "2016-01-01T00:00:00Z", "~/x", "'", '"', "''", '""', "it's", "a\\b"),
+    *("\\n", "", " ", " a", "a ", "a #b", "a: b", "- a", "? a", "a\nb", "\n", "a\n", "\r", "\t", "a\tb"),
+    *("\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\ufeffa", "\xa0", "a\u3000", "\ud800", "x\udce9"),
+    *("\U0001f600", "ünï", "日本", "... a"),
     "x" * 300,
 ]
 
@@ -76,14 +50,15 @@ def test_a_configuration_of_any_values_reads_back(drawn: dict[str, Any]) -> None
 
 
 def test_a_text_reads_back_and_is_taken_letter_for_letter_on_the_command_line() -> None:
+    config = Config()
     for text in TEXTS:
-        config = Config()
         options.set_option(config, f"run.folder={text}")
         assert config.run.folder == text
-        config.corpus.languages = [text, text]
-        written = options.render(config)
-        assert options.parse(written) == config, text
-        assert yaml.safe_load(written)["corpus"]["languages"] == [text, text]
+        assert yaml_text.read(yaml_text.one_line(text)) == text
+        assert yaml.safe_load(yaml_text.one_line(text)) == text
+    for width in (len(TEXTS), 3):  # a line each, and in brackets
+        config.corpus.languages = TEXTS[:width]
+        assert options.parse(options.render(config)) == config
 
 
 @pytest.mark.parametrize(
