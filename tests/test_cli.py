@@ -228,7 +228,7 @@ def test_memory_and_threads_are_looked_at_before_the_text(
         assert "optimiser of 4.4" in fails(verb, path, "--set", "run.device=cpu")
     monkeypatch.undo()
     assert fails("run", path, "--set", "run.threads=1024").startswith("run.threads (--threads): expected at most ")
-    assert not (tmp_path / "run/prepared").exists()
+    assert not (tmp_path / "run/prepared/stage.json").exists()
 
 
 def test_config_prints_what_reads_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,19 +110,14 @@ class Pipeline:
         def work(folder: Path) -> None:
             from nspec.mt.prepare import prepare, summary
 
+            check_machine(self.config)  # before text is read, and long before anything is trained
             with self.display.bar("prepare") as progress:
                 prepare(self.config, folder, progress=progress)
             for line in summary(read_json(folder / "meta.json")):
                 self.display.line(f"  {line}")
 
-        self._check_machine()
         self._do("prepare", work)
         self._check_adapters()
-
-    def _check_machine(self) -> None:
-        """Before text is read and long before anything is trained, unless that is done."""
-        if not self.run.finished("train"):
-            check_machine(self.config)
 
     def _check_adapters(self) -> None:
         """A language without a family would be an error after hours of training; here it is one before."""
@@ -144,7 +139,8 @@ class Pipeline:
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
             train_system("dense", self.config, self.config.train, data, model, folder)
 
-        self._check_machine()
+        if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
+            check_machine(self.config)
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:
