@@ -9,11 +9,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nspec.cli_tools import ConfigArgument, DebugOption, SetOption, tools
+from nspec.files import expand_path
+from nspec.mt.values import cut
 
 if TYPE_CHECKING:
     from nspec.mt.pipeline import Pipeline
@@ -87,8 +89,9 @@ def run(
 
 def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) < 2 or len(set(parts)) < len(parts) or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--seeds {text}: expected two or more different whole numbers such as 1,2,3")
+    whole = all(part.isdecimal() and len(part) < 20 for part in parts)
+    if len(parts) < 2 or not whole or len(set(map(int, parts))) < len(parts):
+        raise ValueError(f"--seeds {cut(text)}: expected two or more different whole numbers such as 1,2,3")
     return [int(part) for part in parts]
 
 
@@ -98,8 +101,11 @@ def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds:
 
     base = Path(load(find_config(config), overrides).run.folder)
     folders = [base / f"seed-{seed}" for seed in seeds]
-    for seed, folder in zip(seeds, folders):
-        with _pipeline(config, [*overrides, f"run.seed={seed}", f"run.folder={folder}"], redo) as pipeline:
+    changes = [[*overrides, f"run.seed={seed}", f"run.folder={folder}"] for seed, folder in zip(seeds, folders)]
+    for change in changes:  # a wrong seed shows before the runs of the others
+        load(find_config(config), change)
+    for change in changes:
+        with _pipeline(config, change, redo) as pipeline:
             page = pipeline.all()
             rank = pipeline.world.rank
             if rank == 0:
@@ -192,14 +198,56 @@ def report(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = No
 app.add_typer(tools)  # without a name: its commands stand beside those above
 
 
+# What options and arguments that are paths are called in the help.
+_PATHS = {"CONFIG", "[CONFIG]", "RUN", "RUN...", "FOLDER", "FILE", "PATH", "NAME=FOLDER"}
+
+
+def _command() -> Any:
+    """The command line, in which ``~`` is the home folder in every path: shells leave it alone in ``--out=~/x``."""
+    command = typer.main.get_command(app)
+    for verb in command.commands.values():  # type: ignore[attr-defined]
+        for parameter in verb.params:
+            if parameter.metavar in _PATHS:
+                parameter.callback = _expand
+    return command
+
+
+def _expand(_context: object, parameter: Any, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_expand(_context, parameter, each) for each in value]
+    if value is None:
+        return None
+    name, equals, path = value.partition("=") if "=" in parameter.metavar else ("", "", value)
+    return f"{name}{equals}{expand_path(path)}"
+
+
 # What click calls a wrong command line; typer brings its own copy of click or uses the installed one.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+_LONGEST = 4000  # characters of an error
 
 
 def _user_error(error: BaseException) -> bool:
     """Whether the user can mend it, so that one line says more than a traceback."""
     # ImportError: an optional library (Babel, datasets) is not installed; the message says which.
-    return isinstance(error, (ValueError, OSError, ImportError))
+    return isinstance(error, (ValueError, OSError, ImportError)) or bool(_too_large(error))
+
+
+def _too_large(error: BaseException) -> str:
+    """What to do where the input was too large for memory, the stack or a number; empty for other errors."""
+    # torch's own error for GPUs has this name, and its allocator for the CPU has none.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "t allocate memory" in str(error)
+    ):
+        return "out of memory; take smaller batches (*.batch_tokens), fewer samples or a smaller model"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply"
+    if isinstance(error, OverflowError):
+        return "a number is too large to compute with"
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,13 +258,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0; 1 after an unexpected error, which shows its traceback; 2 after one that the user can mend, which is one line
-        on standard error; 130 after Ctrl-C; 143 after SIGTERM in training.
+        on standard error (``--debug`` shows the traceback too); 130 after Ctrl-C; 143 after SIGTERM in training.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # The tokenizers library warns when a process that used its threads is forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = app(args=arguments, prog_name="nspec", standalone_mode=False)
+        result = _command()(args=arguments, prog_name="nspec", standalone_mode=False)
         sys.stdout.flush()
         if result == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -236,12 +284,14 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         if not _user_error(error):
             return 1
+        if advice := _too_large(error):
+            return _say(f"error: {advice} ({str(error) or type(error).__name__}); --debug shows where", 2)
         return _say(f"error: {error}", 2)
 
 
 def _say(text: str, code: int) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun every process fails alike
-        print(f"nspec: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process fails alike
+        print(f"nspec: {cut(' '.join(text.split()), _LONGEST)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -224,17 +224,9 @@ def config(
     debug: DebugOption = False,
 ) -> None:
     """Prints a configuration with every option explained."""
-    from nspec.mt.config import Config
-    from nspec.mt.options import find_config, load, render, set_option, validate
+    from nspec.mt.options import find_config, load, render
 
-    chosen: Config
-    if config:
-        chosen = load(find_config(config), set_ or ())
-    else:
-        chosen = Config()
-        for assignment in set_ or ():
-            set_option(chosen, assignment)
-        validate(chosen)
+    chosen = load(find_config(config) if config else None, set_ or ())
     print(render(chosen), end="")
 
 

@@ -11,6 +11,22 @@ from pathlib import Path
 from typing import Any
 
 
+def expand_path(path: str) -> str:
+    """``path`` with the home folder for ``~`` or ``~user`` at its start; all else, environment variables too, stays.
+
+    Done once where a path comes in, as some libraries expand ``~`` and others do not. A path that they would still take
+    for a home folder (``./~x``) comes out absolute.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(f"there is no home folder {user}; a folder of that name here is written ./{user}")
+    return os.path.abspath(expanded) if os.path.normpath(expanded).startswith("~") else expanded
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; a clean exit renames it to ``path``, an error removes it.

@@ -116,6 +116,12 @@ def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         (["translate", "--task", "en-de", "--model", "nowhere"], "--model nowhere: there is no such folder"),
         (["translate", "--task", "en-de", "--run", "nowhere"], "no --system: nowhere has the trained systems none"),
         (["config", "--set", "decode.beam=0"], "decode.beam: expected at least 1, found 0"),
+        (["config", "--set", "train.lr=1" + "0" * 400], "train.lr: expected a finite number, found 1000"),
+        (["config", "--set", "model.encoder_layers=1000000000"], "model.encoder_layers: expected at most 1000, found"),
+        (["run", "cldr8", "--seeds", "1,01"], "--seeds 1,01: expected two or more different whole numbers"),
+        (["run", "cldr8", "--seeds", "1,99999999999"], "run.seed: expected at most 4294967295, found 99999999999"),
+        (["run", "~nobody-at-all/c.yaml"], "there is no home folder ~nobody-at-all; "),
+        (["seeds", "a", "~nobody-at-all/b"], "there is no home folder ~nobody-at-all; "),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments: list[str], message: str, fails: Fails) -> None:
@@ -147,6 +153,29 @@ def test_debug_shows_the_traceback_before_the_line(capsys: pytest.CaptureFixture
             2,
             "nspec: error: [Errno 13] cannot write x: Permission denied",
         ),
+        (
+            MemoryError(),
+            2,
+            "nspec: error: out of memory; take smaller batches (*.batch_tokens), fewer samples or a smaller model "
+            "(MemoryError); --debug shows where",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+            2,
+            "nspec: error: out of memory; take smaller batches (*.batch_tokens), fewer samples or a smaller model "
+            "(DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes); --debug shows where",
+        ),
+        (
+            RecursionError("maximum depth"),
+            2,
+            "nspec: error: the input is nested too deeply (maximum depth); --debug shows where",
+        ),
+        (
+            OverflowError("int too large"),
+            2,
+            "nspec: error: a number is too large to compute with (int too large); --debug shows where",
+        ),
+        (ValueError("x" * 9999), 2, f"nspec: error: {'x' * 3989} ..."),
         (RuntimeError("a mistake of ours"), 1, "RuntimeError: a mistake of ours"),
         (TypeError("a mistake of ours"), 1, "TypeError: a mistake of ours"),
     ],
@@ -162,6 +191,44 @@ def test_exit_codes(
     written = capsys.readouterr().err
     assert written.splitlines()[-1] == last
     assert written.startswith("Traceback") == (code == 1)
+
+
+def test_home_is_the_same_folder_for_all_parts_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = parallel_config(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "~/config.yaml", "--set", "run.folder=~/runs/x"]) == 0
+    assert cli.main(["prepare", path, "--set", "run.folder=5e-4"]) == 0
+    assert not Path("~").exists()
+    for folder, written in [("runs/x", str(tmp_path / "runs/x")), ("5e-4", "5e-4")]:
+        assert (tmp_path / folder / "prepared/stage.json").is_file()
+        assert options.load(tmp_path / folder / "config.yaml").run.folder == written
+    capsys.readouterr()
+    assert cli.main(["score", "--references=~/gone", "--system", "ours=~/gone"]) == 2
+    assert f"{tmp_path}/gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["39", "100001", "1000000000000"])
+def test_bootstrap_samples_have_two_ends(number: str, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "en-de.txt").write_text("a\n")
+    message = fails("score", "--references", str(tmp_path), "--system", f"a={tmp_path}", "--bootstrap", number)
+    assert message.startswith("--bootstrap")
+
+
+def test_memory_and_threads_are_looked_at_before_the_text(
+    tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nspec.mt import machine
+
+    path = parallel_config(tmp_path)
+    monkeypatch.setattr(machine, "memory", lambda: 2**20)
+    for verb in ("run", "prepare", "train"):
+        assert "optimiser of 4.4" in fails(verb, path, "--set", "run.device=cpu")
+    monkeypatch.undo()
+    assert fails("run", path, "--set", "run.threads=1024").startswith("run.threads (--threads): expected at most ")
+    assert not (tmp_path / "run/prepared/stage.json").exists()
 
 
 def test_config_prints_what_reads_back(capsys: pytest.CaptureFixture[str]) -> None:

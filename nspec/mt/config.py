@@ -11,12 +11,40 @@ from typing import Any
 
 from nspec.mt.languages import normalized_code, normalized_task
 
+INT_MAX = 2**31 - 1
+"""No whole number may be larger: sizes and counts end up in 32-bit integers of libraries."""
+
+FLOAT_MAX = 1e30
+"""No number may be larger: it must stay finite in float32 when it is multiplied."""
+
 
 def option(
-    default: Any, meaning: str, choices: tuple[Any, ...] | None = None, spelled: Callable[[str], str] | None = None
+    default: Any,
+    meaning: str,
+    choices: tuple[Any, ...] | None = None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    path: bool = False,
+    spelled: Callable[[str], str] | None = None,
 ) -> Any:
-    """A dataclass field with its meaning, its possible values where there are few, and how a text is spelled at last."""
-    meta = {"meaning": meaning, "choices": choices, "spelled": spelled}
+    """A dataclass field with its meaning and the values that it may have.
+
+    Args:
+        default: its value where nothing is given.
+        meaning: what it is, for the commented template.
+        choices: its possible values where there are few.
+        least: the smallest number; of a list, for each item, as the three that follow.
+        above: numbers are larger than this.
+        most: the largest number; where neither it nor ``below`` is given, :data:`INT_MAX` or :data:`FLOAT_MAX`.
+        below: numbers are smaller than this.
+        path: a file or folder, in which ``~`` at the start is the home folder.
+        spelled: gives the one spelling of a text that may be given in several; of a list, of each item.
+    """
+    limits = {"least": least, "above": above, "most": most, "below": below}
+    meta = {"meaning": meaning, "choices": choices, "path": path, "spelled": spelled, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -24,9 +52,9 @@ def option(
 
 @dataclass
 class RunConfig:
-    folder: str = option("runs/run", "where everything is written; a run started again goes on in it")
-    seed: int = option(1, "of initialisation, sampling, dropout and random masks")
-    threads: int = option(0, "CPU threads of PyTorch; 0: as PyTorch chooses")
+    folder: str = option("runs/run", "where everything is written; a run started again goes on in it", path=True)
+    seed: int = option(1, "of initialisation, sampling, dropout and random masks", least=0, most=2**32 - 1)
+    threads: int = option(0, "CPU threads of PyTorch; 0: as PyTorch chooses", least=0, most=1024)
     device: str = option("auto", "auto takes the first GPU, else the CPU", ("auto", "cpu", "cuda"))
     systems: list[str] = option(
         ["dense", "continued", "forward", "update", "random"],
@@ -59,12 +87,14 @@ class CorpusConfig:
     directions: list[str] = option(
         [], "such as en-de or en-zh_Hans; empty: all that languages and pivot give", spelled=normalized_task
     )
-    path: str = option("", "files: a folder with parallel text; gettext: a folder of catalogues, empty: the system's")
+    path: str = option(
+        "", "files: a folder with parallel text; gettext: a folder of catalogues, empty: the system's", path=True
+    )
     name: str = option("", "hub: the name of a dataset")
     subset: str = option("{pair}", "hub: the configuration of a pair; {pair}, {source} and {target} are replaced")
-    train_sentences: int = option(0, "most training pairs of one language pair; 0: all (cldr: 20000)")
-    valid_sentences: int = option(0, "most validation pairs of one language pair; 0: all (cldr, gettext: 200)")
-    test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr, gettext: 200)")
+    train_sentences: int = option(0, "most training pairs of one language pair; 0: all (cldr: 20000)", least=0)
+    valid_sentences: int = option(0, "most validation pairs of one language pair; 0: all (cldr, gettext: 200)", least=0)
+    test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr, gettext: 200)", least=0)
     valid_split: str = option("valid", "the name of the validation split in the corpus")
     test_split: str = option("test", "the name of the test split in the corpus")
     filter_across_pairs: bool = option(
@@ -73,17 +103,19 @@ class CorpusConfig:
         "with one of their own pair's always are",
     )
     deduplicate: bool = option(False, "training pairs that stand there once more are left out")
-    max_tokens: int = option(128, "longer training pairs (tokens, either side) are left out")
-    max_ratio: float = option(0.0, "training pairs with a larger ratio of lengths in tokens are left out; 0: keep all")
+    max_tokens: int = option(128, "longer training pairs (tokens, either side) are left out", least=1)
+    max_ratio: float = option(
+        0.0, "training pairs with a larger ratio of lengths in tokens are left out; 0: keep all", least=0
+    )
 
 
 @dataclass
 class TokenizerConfig:
-    vocab_size: int = option(8000, "SentencePiece pieces, language tags not counted")
+    vocab_size: int = option(8000, "SentencePiece pieces, language tags not counted", least=1, most=10_000_000)
     model_type: str = option("bpe", "SentencePiece model", ("bpe",))
-    character_coverage: float = option(1.0, "share of characters that get a piece of their own")
-    temperature: float = option(5.0, "languages are sampled with p ~ n^(1/T) sentences for the vocabulary")
-    sentences: int = option(1000000, "most sentences that the vocabulary is trained on")
+    character_coverage: float = option(1.0, "share of characters that get a piece of their own", least=0.98, most=1)
+    temperature: float = option(5.0, "languages are sampled with p ~ n^(1/T) sentences for the vocabulary", least=0.01)
+    sentences: int = option(1000000, "most sentences that the vocabulary is trained on", least=1)
 
 
 @dataclass
@@ -92,60 +124,75 @@ class ModelConfig:
         "",
         "folder or hub name of a model (M2M100, NLLB, ...) to start from; with train.updates 0 it is the dense model as it "
         "is; empty: a new one",
+        path=True,
     )
-    d_model: int = option(512, "model width")
-    d_ff: int = option(2048, "feed-forward neurons of a layer")
-    heads: int = option(8, "attention heads")
-    encoder_layers: int = option(6, "encoder layers")
-    decoder_layers: int = option(6, "decoder layers")
-    dropout: float = option(0.1, "dropout of embeddings and residual branches")
-    attention_dropout: float = option(0.1, "dropout of attention weights")
-    max_positions: int = option(256, "longest sequence in tokens")
+    d_model: int = option(512, "model width", least=4, most=65536)
+    d_ff: int = option(2048, "feed-forward neurons of a layer", least=1, most=2**20)
+    heads: int = option(8, "attention heads", least=1, most=65536)
+    encoder_layers: int = option(6, "encoder layers", least=1, most=1000)
+    decoder_layers: int = option(6, "decoder layers", least=1, most=1000)
+    dropout: float = option(0.1, "dropout of embeddings and residual branches", least=0, below=1)
+    attention_dropout: float = option(0.1, "dropout of attention weights", least=0, below=1)
+    max_positions: int = option(256, "longest sequence in tokens", least=1, most=2**20)
 
 
 @dataclass
 class TrainConfig:
-    updates: int = option(10000, "optimiser steps; a finished training goes on where this, or patience, is raised")
-    batch_tokens: int = option(4096, "most tokens of a micro-batch, padding counted: sentences x longest (both sides)")
+    updates: int = option(
+        10000,
+        "optimiser steps; a finished training goes on where this, or patience, is raised",
+        least=0,
+        most=100_000_000,
+    )
+    batch_tokens: int = option(
+        4096,
+        "most tokens of a micro-batch, padding counted: sentences x longest (both sides)",
+        least=1,
+        most=10_000_000,
+    )
     tasks_per_batch: int = option(
         1,
         "directions of a micro-batch: 1, or k that are drawn independently, with batch_tokens / k tokens of each "
         "(padding between them not counted)",
+        least=1,
+        most=10_000,
     )
-    accumulate: int = option(1, "micro-batches of an update, over all processes")
-    temperature: float = option(5.0, "directions are sampled with p ~ n^(1/T), n in sentence pairs")
-    lr: float = option(5e-4, "highest learning rate")
-    warmup: int = option(4000, "updates of linear warm-up, then inverse square root")
-    label_smoothing: float = option(0.1, "share of the probability spread over the vocabulary")
+    accumulate: int = option(1, "micro-batches of an update, over all processes", least=1, most=1_000_000)
+    temperature: float = option(5.0, "directions are sampled with p ~ n^(1/T), n in sentence pairs", least=0.01)
+    lr: float = option(5e-4, "highest learning rate", above=0, most=1000)
+    warmup: int = option(4000, "updates of linear warm-up, then inverse square root", least=1)
+    label_smoothing: float = option(0.1, "share of the probability spread over the vocabulary", least=0, below=1)
     optimizer: str = option(
         "adamw", "row_sparse_adamw leaves rows outside the task alone", ("adamw", "row_sparse_adamw")
     )
-    betas: list[float] = option([0.9, 0.98], "of Adam")
-    eps: float = option(1e-6, "of Adam")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
+    betas: list[float] = option([0.9, 0.98], "of Adam", least=0, below=1)
+    eps: float = option(1e-6, "of Adam", above=0, most=1)
+    weight_decay: float = option(0.0, "decoupled weight decay", least=0, most=1000)
+    clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", least=0)
     precision: str = option(
         "auto",
         "auto: bf16 on a GPU that has it, and from d_model 512 on a CPU with AMX; else fp32. fp16, with loss scaling: for "
         "GPUs without bf16",
         ("auto", "fp32", "bf16", "fp16"),
     )
-    valid_every: int = option(1000, "updates between validations, each with a checkpoint")
+    valid_every: int = option(1000, "updates between validations, each with a checkpoint", least=1)
     valid_bleu_sentences: int = option(
-        100, "validation sentences of each direction that are translated for BLEU; 0: none"
+        100, "validation sentences of each direction that are translated for BLEU; 0: none", least=0
     )
     best: str = option("loss", "what picks the best checkpoint and stops early", ("loss", "bleu"))
-    patience: int = option(10, "validations without a better value before training stops; 0: never")
-    log_every: int = option(50, "updates between lines of the log")
+    patience: int = option(10, "validations without a better value before training stops; 0: never", least=0)
+    log_every: int = option(50, "updates between lines of the log", least=1)
     compile: bool = option(False, "torch.compile the model")
 
 
 @dataclass
 class ProfileConfig:
     split: str = option("valid", "the text whose activations are counted", ("valid", "train"))
-    sentences: int = option(0, "most sentences of a direction; 0: all")
-    share: float = option(1.0, "share of a direction's sentences, evenly spread, in (0, 1]")
-    path: str = option("", "a folder with parallel text of another domain, counted instead; empty: the run's own text")
+    sentences: int = option(0, "most sentences of a direction; 0: all", least=0)
+    share: float = option(1.0, "share of a direction's sentences, evenly spread", above=0, most=1)
+    path: str = option(
+        "", "a folder with parallel text of another domain, counted instead; empty: the run's own text", path=True
+    )
     path_split: str = option("valid", "with path: the name of the part that is counted")
     padding: str = option(
         "exclude", "include counts padded positions too, as the authors' release does", ("exclude", "include")
@@ -154,7 +201,7 @@ class ProfileConfig:
 
 @dataclass
 class SelectConfig:
-    k: float = option(0.95, "share of a layer's activations that the kept neurons cover, in (0, 1]")
+    k: float = option(0.95, "share of a layer's activations that the kept neurons cover", above=0, most=1)
     layers: list[str] = option(
         [],
         "the feed-forward layers that are specialised, the others stay dense; empty: all. Shell patterns for the name "
@@ -170,22 +217,28 @@ class SpecializeConfig(TrainConfig):
 @dataclass
 class FinetuneConfig:
     updates: int = option(
-        500, "optimiser steps of each direction, from the dense model; else trained as specialize says"
+        500,
+        "optimiser steps of each direction, from the dense model; else trained as specialize says",
+        least=1,
+        most=100_000_000,
     )
-    lr: float = option(1e-4, "highest learning rate")
+    lr: float = option(1e-4, "highest learning rate", above=0, most=1000)
 
 
 @dataclass
 class LassConfig:
     alpha: float = option(
-        0.3, "share of the weights of smallest magnitude that is pruned from each matrix of attention, fc1 and fc2"
+        0.3,
+        "share of the weights of smallest magnitude that is pruned from each matrix of attention, fc1 and fc2",
+        least=0,
+        below=1,
     )
 
 
 @dataclass
 class AdaptersConfig:
-    bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder")
-    lr: float = option(1e-3, "highest learning rate; the model itself is frozen")
+    bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder", least=1, most=65536)
+    lr: float = option(1e-3, "highest learning rate; the model itself is frozen", above=0, most=1000)
     families: str = option(
         "branch",
         "of adapters_family: branch (Germanic, Romance, ...), family (Indo-European, ...) or ec30 (the five groups of that "
@@ -196,19 +249,22 @@ class AdaptersConfig:
 
 @dataclass
 class BilingualConfig:
-    updates: int = option(5000, "optimiser steps of each direction, from new weights; else trained as train says")
+    updates: int = option(
+        5000,
+        "optimiser steps of each direction, from new weights; else trained as train says",
+        least=1,
+        most=100_000_000,
+    )
 
 
 @dataclass
 class DecodeConfig:
-    beam: int = option(5, "beam size; 1 is greedy search")
-    length_penalty: float = option(1.0, "exponent on the length in the score of a hypothesis")
-    max_length_ratio: float = option(2.0, "a translation has at most this times the source tokens, plus 10")
-    batch_tokens: int = option(4096, "most source tokens of a batch, padding counted")
-
-
-MIN_BOOTSTRAP = 40  # with fewer samples no 95 % interval exists: it would leave out less than one sample a side
-MAX_BOOTSTRAP = 100_000  # beyond, memory runs out after hours of training
+    beam: int = option(5, "beam size; 1 is greedy search", least=1, most=1000)
+    length_penalty: float = option(1.0, "exponent on the length in the score of a hypothesis", least=-5, most=5)
+    max_length_ratio: float = option(
+        2.0, "a translation has at most this times the source tokens, plus 10", above=0, most=1000
+    )
+    batch_tokens: int = option(4096, "most source tokens of a batch, padding counted", least=1, most=10_000_000)
 
 
 @dataclass
@@ -234,7 +290,7 @@ class ScoreConfig:
         ),
     )
     bootstrap: int = option(
-        1000, "bootstrap samples of confidence intervals and of tests between systems, 40 to 100000"
+        1000, "bootstrap samples of confidence intervals and of tests between systems", least=40, most=100_000
     )
     baseline: str = option("continued", "the system that the others are tested against; dense where it is not there")
 

@@ -6,26 +6,34 @@ What the options are and mean stands in :mod:`nspec.mt.config`; nothing here kno
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import functools
-import math
 import os
-import re
-import reprlib
 import textwrap
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nspec.files import expand_path
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
+from nspec.mt.values import convert, cut, each_option, fields, range_of, show, types
+from nspec.mt.yaml_text import Loader, items, one_line, problem, read, yaml_errors
 
-__all__ = ["find_config", "flatten", "load", "parse", "read_lists", "read_text", "render", "set_option", "validate"]
+__all__ = [
+    "expand_paths",
+    "find_config",
+    "flatten",
+    "load",
+    "parse",
+    "read_lists",
+    "read_text",
+    "render",
+    "set_option",
+    "validate",
+]
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -45,150 +53,24 @@ SECTIONS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``no`` is a language and not False, ``5e-4`` a number and not text, 2016-01-01 no date."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-
-for _tag, _pattern, _first in [
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN)", "-+.0123456789"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
-]:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """PyYAML reads 010 as octal 8; Python reads no number of thousands of digits, and does not say where it is."""
-    try:
-        return int(node.value)
-    except ValueError:
-        problem = f"a number of {len(node.value)} digits"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)
-
-
-@functools.cache
-def _types() -> dict[str, dict[str, Any]]:
-    """Section -> option -> type, in the order of :class:`Config`."""
-    sections = typing.get_type_hints(Config)
-    return {name: typing.get_type_hints(section) for name, section in sections.items()}
-
-
-def _fields(section: str) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(typing.get_type_hints(Config)[section])}
-
-
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-_BRIEF = reprlib.Repr()  # a few lines of YAML can stand for a value of gigabytes
-_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
-
-
-def _show(value: Any) -> str:
-    return "nothing" if value is None else _BRIEF.repr(value)
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _convert(name: str, value: Any, where: str) -> Any:
-    """``value`` as the type of option ``name``; ValueError where it does not fit.
-
-    A wrong type in a file is a wrong *value* of a text file, so it is not a TypeError.
-    """
-    section, key = name.split(".")
-    kind, meta = _types()[section][key], _fields(section)[key].metadata
-    choices, spelled = meta["choices"], meta["spelled"]
-    if typing.get_origin(kind) is list:
-        (item,) = typing.get_args(kind)
-        kinds = "texts" if item is str else "numbers"
-        if not isinstance(value, list):
-            raise ValueError(f"{name}: expected a list of {kinds} such as [a, b], found {_show(value)}{where}")
-        for position, each in enumerate(value, 1):
-            if not _fits(each, item):
-                expected, found = _KINDS[item], _show(each)
-                raise ValueError(f"{name}: expected {expected} at place {position} of the list, found {found}{where}")
-        result: Any = [item(each) for each in value]
-    elif not _fits(value, kind):
-        hint = ' (empty text is written "")' if kind is str and value is None else ""
-        raise ValueError(f"{name}: expected {_KINDS[kind]}, found {_show(value)}{hint}{where}")
-    else:
-        result = kind(value)
-    for each in result if isinstance(result, list) else [result]:
-        if isinstance(each, float) and not math.isfinite(each):
-            raise ValueError(f"{name}: expected a finite number, found {each}{where}")
-    if spelled:
-        result = [spelled(each) for each in result] if isinstance(result, list) else spelled(result)
-    if choices and result not in choices:
-        nearest = difflib.get_close_matches(str(result), map(str, choices), n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {_show(result)}{where}{hint}")
-    return result
-
-
 def _check_name(name: str, where: str) -> None:
     """ValueError that names the nearest option where ``name`` ("train.lr") is none."""
-    types = _types()
+    known = types()
     section, _, key = name.partition(".")
-    if key in types.get(section, ()):
+    if key in known.get(section, ()):
         return
-    options = [f"{section}.{key}" for section, keys in types.items() for key in keys]
+    options = [f"{section}.{key}" for section, keys in known.items() for key in keys]
+    section, key, name = cut(section), cut(key), cut(name)
     if not key:  # a section, or an option whose section was forgotten
-        nearest = difflib.get_close_matches(section, types, n=1)
+        nearest = difflib.get_close_matches(section, known, n=1)
         nearest = nearest or [option for option in options if option.endswith(f".{section}")]
-    elif section in types:  # the same section first, then the same option of another one
-        nearest = [f"{section}.{near}" for near in difflib.get_close_matches(key, types[section], n=1, cutoff=0.7)]
+    elif section in known:  # the same section first, then the same option of another one
+        nearest = [f"{section}.{near}" for near in difflib.get_close_matches(key, known[section], n=1, cutoff=0.7)]
         nearest = nearest or [option for option in options if option.endswith(f".{key}")]
     else:
         nearest = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "`nspec config` shows every option"
     raise ValueError(f"unknown option {name}{where}; {hint}")
-
-
-def _items(loader: _Loader, node: yaml.Node, name: str, file: str) -> list[tuple[str, yaml.Node, str]]:
-    """Keys, value nodes and places of a mapping node, merge keys (``<<``) resolved, duplicates refused."""
-    if not isinstance(node, yaml.MappingNode):
-        what = f"section {name}" if name else "the file"
-        found = _show(loader.construct_object(node, deep=True))
-        raise ValueError(f"{what}: expected options as `key: value` lines, found {found} in {_at(file, node)}")
-    first: dict[str, yaml.Node] = {}
-    for key, _ in node.value:
-        full = f"{name}.{key.value}" if name else str(key.value)
-        if full in first:
-            line = first[full].start_mark.line + 1
-            raise ValueError(f"{full} is given twice in {file}, at lines {line} and {key.start_mark.line + 1}")
-        first[full] = key
-    loader.flatten_mapping(node)
-    return [(str(key.value), value, _at(file, key)) for key, value in node.value]
-
-
-def _at(file: str, node: yaml.Node) -> str:
-    return f"{file} line {node.start_mark.line + 1}"
-
-
-@contextlib.contextmanager
-def _yaml_errors(name: str) -> Iterator[None]:
-    """Text that is not YAML is a ValueError with the place."""
-    try:
-        yield
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{name}{place} is not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply: expected a few levels") from None
 
 
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:
@@ -203,54 +85,88 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
         ValueError: not YAML, an unknown or repeated option, a value of the wrong type or outside the choices.
     """
     config = config or Config()
-    with _yaml_errors(name):
-        loader = _Loader(text)
+    with yaml_errors(name, text):
+        loader = Loader(text)
         root = loader.get_single_node()
-        for section, node, at in [] if root is None else _items(loader, root, "", name):
-            if section not in _types():
+        for section, node, at in [] if root is None else items(loader, root, "", name):
+            if section not in types():
                 _check_name(section, f" in {at}")
             if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
                 continue
-            for key, value, at in _items(loader, node, section, name):
+            for key, value, at in items(loader, node, section, name):
                 option = f"{section}.{key}"
                 _check_name(option, f" in {at}")
-                found = _convert(option, loader.construct_object(value, deep=True), f" ({at})")
+                found = convert(option, _value(loader, value, option, at), f" ({at})")
                 setattr(getattr(config, section), key, found)
     return config
 
 
+def _value(loader: Loader, node: yaml.Node, name: str, at: str) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{cut(name)}: {problem(error)} ({at})") from error
+
+
 def set_option(config: Config, assignment: str) -> None:
-    """Applies one ``section.key=value`` in place; the value is YAML, and plain text where the option is text.
+    """Applies one ``section.key=value`` in place.
+
+    Where the option is text, the value is what stands behind the ``=``, letter for letter; else it is YAML.
 
     Raises:
         ValueError: as :func:`parse`, or no ``=`` in it.
     """
     name, equals, text = assignment.partition("=")
-    name = name.strip()
+    if name != name.rstrip():  # key = value, as one writes it elsewhere
+        text = text.strip()
+    name, shown = name.strip(), cut(assignment)
     if not equals:
-        raise ValueError(f"--set {assignment}: expected section.key=value, such as train.lr=3e-4")
-    where = f" (--set {assignment})"
+        raise ValueError(f"--set {shown}: expected section.key=value, such as train.lr=3e-4")
+    where = f" (--set {shown})"
     _check_name(name, " in --set")
     section, key = name.split(".")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {assignment}: {text!r} is not valid YAML; quote it") from error
-    if _types()[section][key] is str and not isinstance(value, str):
-        value = text.strip()  # 2016 or nothing at all, where text is wanted, is text
-    setattr(getattr(config, section), key, _convert(name, value, where))
+    if types()[section][key] is str:
+        value: Any = text
+    else:
+        try:
+            value = read(text)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(f"{name}: {problem(error)}{where}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {shown}: {show(text)} is not valid YAML; quote it") from error
+    setattr(getattr(config, section), key, convert(name, value, where))
 
 
-def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
-    """Reads and validates a YAML file, with ``--set`` assignments applied over it, in order.
+def expand_paths(config: Config) -> None:
+    """Writes out the home folder in every option that is a path, in place, so that all parts of a run see the same one.
+
+    Raises:
+        ValueError: a user that there is not; the message names the option.
+    """
+    for section, key, field in each_option():
+        if field.metadata["path"]:
+            options = getattr(config, section)
+            try:
+                setattr(options, key, expand_path(getattr(options, key)))
+            except ValueError as error:
+                raise ValueError(f"{section}.{key}: {error}") from None
+
+
+def load(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:
+    """Reads and validates a YAML file, with ``--set`` assignments applied over it, in order, and paths expanded.
+
+    Args:
+        path: of the file; None: the defaults.
+        overrides: ``section.key=value``, see :func:`set_option`.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: see :func:`parse`, :func:`set_option` and :func:`validate`; one line that says what to change.
     """
-    config = parse(read_text(path), str(path))
+    config = Config() if path is None else parse(read_text(path), str(path))
     for assignment in overrides:
         set_option(config, assignment)
+    expand_paths(config)
     validate(config)
     return config
 
@@ -271,15 +187,16 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         ValueError: it is something else; one line with the place.
     """
     lists: dict[str, list[str]] = {}
-    with _yaml_errors(str(path)):
-        loader = _Loader(read_text(path))
+    text = read_text(path)
+    with yaml_errors(str(path), text):
+        loader = Loader(text)
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{path} is empty; expected lines such as low: [is, mt]")
-        for name, node, at in _items(loader, root, "", str(path)):
-            value = loader.construct_object(node, deep=True)
+        for name, node, at in items(loader, root, "", str(path)):
+            value = _value(loader, node, name, at)
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                raise ValueError(f"{name}: expected a list of texts such as [is, mt], found {_show(value)} ({at})")
+                raise ValueError(f"{cut(name)}: expected a list of texts such as [is, mt], found {show(value)} ({at})")
             lists[name] = value
     return lists
 
@@ -288,12 +205,6 @@ def flatten(config: Config) -> dict[str, Any]:
     """Every option by its full name, in order: ``{"run.folder": "runs/run", ...}``; lists are copies."""
     values = dataclasses.asdict(config)
     return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
-
-
-def _yaml(value: Any) -> str:
-    """One line of YAML that means ``value`` to YAML 1.1 readers as well."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return text.removesuffix("...\n").strip()
 
 
 def _comment(lines: Iterable[str], indent: str, width: int = 120) -> list[str]:
@@ -307,7 +218,7 @@ def _comment(lines: Iterable[str], indent: str, width: int = 120) -> list[str]:
 
 
 def render(config: Config, header: str = "") -> str:
-    """The configuration as YAML in which every option stands with its meaning, choices and default.
+    """The configuration as YAML in which every option stands with its meaning, range or choices, and default.
 
     ``parse(render(config))`` equals ``config``.
 
@@ -317,18 +228,20 @@ def render(config: Config, header: str = "") -> str:
     """
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
     default = flatten(Config())
-    for section in _types():
+    for section in types():
         lines += ["", *_comment([SECTIONS[section]], "")] if lines else _comment([SECTIONS[section]], "")
         lines.append(f"{section}:")
-        for key, field in _fields(section).items():
-            facts = [f"default: {_yaml(default[f'{section}.{key}'])}"]
+        for key, field in fields(section).items():
+            facts = [f"default: {one_line(default[f'{section}.{key}'])}"]
             if field.metadata["choices"]:
                 facts.insert(0, f"one of: {', '.join(map(str, field.metadata['choices']))}")
+            if limits := range_of(field):
+                facts.insert(0, limits)
             lines += _comment(["; ".join([field.metadata["meaning"], *facts])], "  ")
             value = getattr(getattr(config, section), key)
-            line = f"  {key}: {_yaml(value)}"
+            line = f"  {key}: {one_line(value)}"
             wide = isinstance(value, list) and len(line) > 120
-            lines += [f"  {key}:", *(f"    - {_yaml(each)}" for each in value)] if wide else [line]
+            lines += [f"  {key}:", *(f"    - {one_line(each)}" for each in value)] if wide else [line]
     return "\n".join(lines) + "\n"
 
 
@@ -338,7 +251,7 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: neither; the message lists the names that there are.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     package = Path(__file__).resolve().parents[1]
     folders = [package / "configs", package.parent / "configs"]  # installed; a checkout

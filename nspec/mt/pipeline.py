@@ -18,6 +18,7 @@ from nspec.files import read_json, write_json, write_text
 from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
+from nspec.mt.machine import check_machine, check_threads
 from nspec.mt.options import render
 from nspec.mt.stages import Run
 from nspec.mt.systems import (
@@ -110,6 +111,7 @@ class Pipeline:
         def work(folder: Path) -> None:
             from nspec.mt.prepare import prepare, summary
 
+            check_machine(self.config)  # before text is read, and long before anything is trained
             with self.display.bar("prepare") as progress:
                 prepare(self.config, folder, progress=progress)
             for line in summary(read_json(folder / "meta.json")):
@@ -156,6 +158,8 @@ class Pipeline:
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
             train_system("dense", self.config, self.config.train, data, model, folder)
 
+        if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
+            check_machine(self.config)
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:
@@ -408,7 +412,12 @@ def _lines(folder: Path, task: str, sentences: int) -> list[str]:
 
 
 def quieten(threads: int = 0) -> None:
-    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses)."""
+    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses).
+
+    Raises:
+        ValueError: more threads than can get anywhere here.
+    """
+    check_threads(threads)
     import torch
     from transformers.utils import logging
 

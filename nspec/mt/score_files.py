@@ -28,7 +28,7 @@ from nspec.mt.corpus.lines import read_lines
 from nspec.mt.display import Display
 from nspec.mt.options import read_lists
 from nspec.mt.scoring import average_groups, score_system
-from nspec.mt.validation import check_bootstrap
+from nspec.mt.values import check_range
 
 _DIRECTION = rf"(?P<source>{FILE_CODE})-(?P<target>{FILE_CODE})"
 _KINDS = {"translations": "hyp", "references": "ref", "sources": "src"}
@@ -81,7 +81,7 @@ def score_files(
     if bool(comet) != bool(sources):
         given, other = ("--comet", "--sources FOLDER") if comet else ("--sources", "--comet PATH")
         raise ValueError(f"{given} needs {other}: COMET compares source, translation and reference")
-    check_bootstrap("--bootstrap:", bootstrap)
+    check_range("score.bootstrap", bootstrap, "--bootstrap")
     if out:
         _check_out(Path(out), folders)
     check_tokenizer(tokenize)

@@ -14,7 +14,7 @@ from nspec.mt import significance
 from nspec.mt.bleu_tokenizer import AUTO, SPBLEU, bleu_tokenizer, check_tokenizer, of_language, why_not
 from nspec.mt.config import ScoreConfig
 from nspec.mt.significance import Floats
-from nspec.mt.validation import check_bootstrap
+from nspec.mt.values import check_range
 
 METRICS = {"bleu": significance.bleu, "chrf": significance.chrf}
 
@@ -67,7 +67,7 @@ def score_system(
             test set, a tokenizer that cannot be used, too few or too many bootstrap samples, or a group that does not fit
             the directions.
     """
-    check_bootstrap("score.bootstrap:", config.bootstrap)
+    check_range("score.bootstrap", config.bootstrap)
     check_tokenizer(config.tokenize)
     if not references:
         raise ValueError("there is no direction to score: references are empty")

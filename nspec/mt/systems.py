@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nspec.mt.config import Config
+from nspec.mt.values import show
 
 Method = Literal["", "masks", "adapters", "weight_masks", "each"]
 """What makes a system: nothing (a dense model), neuron masks, adapters, masks of single weights, a model for each
@@ -94,34 +95,37 @@ def _variants(texts: tuple[str, ...]) -> dict[str, Variant]:
     for text in texts:
         variant = _variant(text)
         if variant.name in KINDS or variant.name in found:
-            raise ValueError(f"run.variants: {variant.name} is the name of another system; rename it ({text!r})")
+            raise ValueError(f"run.variants: {variant.name} is the name of another system; rename it ({show(text)})")
         found[variant.name] = variant
     return found
 
 
 def _variant(text: str) -> Variant:
-    from nspec.mt.options import flatten, set_option  # reads this module's names for its checks
+    from nspec.mt.options import expand_paths, flatten, set_option  # reads this module's names for its checks
 
     parts = _VARIANT.fullmatch(text)
     if not parts or not _NAME.fullmatch(parts["name"]):
         raise ValueError(
             f"run.variants: expected NAME = SYSTEM SECTION.OPTION=VALUE ..., such as "
-            f"'forward-k70 = forward select.k=0.7', found {text!r}"
+            f"'forward-k70 = forward select.k=0.7', found {show(text)}"
         )
     if KINDS.get(parts["of"], KINDS["dense"]) == KINDS["dense"]:
         others = ", ".join(name for name in KINDS if name != "dense")
-        raise ValueError(f"run.variants: expected a variant of one of {others}, found {parts['of']!r} in {text!r}")
+        raise ValueError(
+            f"run.variants: expected a variant of one of {others}, found {show(parts['of'])} in {show(text)}"
+        )
     scratch, overrides = Config(), {}
     for assignment in parts["options"].split():
         name = assignment.partition("=")[0]
         try:
             set_option(scratch, assignment)
+            expand_paths(scratch)
         except ValueError as error:
-            raise ValueError(f"run.variants: {str(error).replace('--set ', '')} in {text!r}") from None
+            raise ValueError(f"run.variants: {str(error).replace('--set ', '')} in {show(text)}") from None
         if name.partition(".")[0] not in VARIED:
             raise ValueError(
                 f"run.variants: {name} is shared by all systems of a run; a variant may change options of "
-                f"{', '.join(VARIED)} (in {text!r})"
+                f"{', '.join(VARIED)} (in {show(text)})"
             )
         overrides[name] = flatten(scratch)[name]
     return Variant(parts["name"], parts["of"], overrides)

@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
-from nspec.mt.config import MAX_BOOTSTRAP, MIN_BOOTSTRAP, Config, TrainConfig
-from nspec.mt.systems import KINDS, config_of, kind_of, masked_systems, system_names, variants_of
+from nspec.files import read_json
+from nspec.mt.config import Config, TrainConfig
+from nspec.mt.systems import KINDS, VARIED, config_of, kind_of, masked_systems, system_names, variants_of
+from nspec.mt.values import check_option, cut, each_option, show
 from nspec.specialization.patterns import matching
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(_[A-Za-z0-9]+)*")
+_MOST_BATCHES = 100_000_000  # which direction each one is of is drawn before training, some 30 bytes for each
+_LONGEST = 1000  # characters of a message that names all layers
 
 
-def _at_least(config: Config, low: float, *names: str) -> None:
-    for name in names:
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        if value < low:
-            raise ValueError(f"{name}: expected at least {low}, found {value}")
+def _ranges(config: Config, sections: Iterable[str] | None = None) -> None:
+    """Every option by itself, as :mod:`nspec.mt.config` declares it."""
+    for section, key, _ in each_option(sections):
+        check_option(f"{section}.{key}", getattr(getattr(config, section), key))
 
 
-def _positive(config: Config, *names: str) -> None:
-    for name in names:
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        if not value > 0:
-            raise ValueError(f"{name}: expected more than 0, found {value}")
-
-
-def _share(name: str, value: float, *, zero: bool, one: bool) -> None:
-    """``value`` in the interval from 0 to 1, whose ends belong to it or not."""
-    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
-        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-        raise ValueError(f"{name}: expected a number in {interval}, found {value}")
-
-
-def _distinct(name: str, values: list[Any]) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"{name}: {value} stands in the list more than once")
+def _distinct(name: str, values: list[str]) -> None:
+    for value, times in Counter(values).items():
+        if times > 1:
+            raise ValueError(f"{name}: {cut(value)} stands in the list more than once")
 
 
 def _languages(config: Config) -> None:
     corpus = config.corpus
     _distinct("corpus.languages", corpus.languages)
     _distinct("corpus.directions", corpus.directions)
-    for language in [*corpus.languages, *([corpus.pivot] if corpus.pivot else [])]:
+    given = [("corpus.languages", language) for language in corpus.languages]
+    for name, language in [*given, ("corpus.pivot", corpus.pivot)] if corpus.pivot else given:
         if not _LANGUAGE.fullmatch(language):
             raise ValueError(
-                f"corpus.languages: expected language codes such as de or pt_BR (a hyphen separates the two languages "
-                f"of a direction), found {language!r}"
+                f"{name}: expected language codes such as de or pt_BR (a hyphen separates the two languages "
+                f"of a direction), found {show(language)}"
             )
+    known = set(corpus.languages)
     for direction in corpus.directions:
         source, hyphen, target = direction.partition("-")
         if not (hyphen and _LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target) and source != target):
-            raise ValueError(f"corpus.directions: expected source-target such as en-de, found {direction!r}")
+            raise ValueError(f"corpus.directions: expected source-target such as en-de, found {show(direction)}")
         for language in (source, target):
-            if corpus.languages and language not in corpus.languages:
+            if known and language not in known:
                 raise ValueError(f"corpus.directions: {direction} needs {language}, which is not in corpus.languages")
     if corpus.type == "files" and not corpus.path:
         raise ValueError("corpus.path: a corpus of type files needs the folder with the text; give corpus.path")
@@ -68,21 +60,12 @@ def _languages(config: Config) -> None:
 
 def _training(config: Config, section: str) -> None:
     train: TrainConfig = getattr(config, section)
-    counts = ("batch_tokens", "tasks_per_batch", "accumulate", "warmup", "valid_every", "log_every")
-    _at_least(config, 1, *(f"{section}.{key}" for key in counts))
-    if section == "train" and config.model.pretrained:
-        _at_least(config, 0, "train.updates")
-    elif train.updates < 1:
+    if train.updates < 1 and not (section == "train" and config.model.pretrained):
         hint = "; 0 takes model.pretrained as it is, which is empty" if section == "train" else ""
         raise ValueError(f"{section}.updates: expected at least 1, found {train.updates}{hint}")
-    _positive(config, *(f"{section}.{key}" for key in ("temperature", "lr", "eps")))
-    zeros = ("weight_decay", "clip_norm", "valid_bleu_sentences", "patience")
-    _at_least(config, 0, *(f"{section}.{key}" for key in zeros))
-    _share(f"{section}.label_smoothing", train.label_smoothing, zero=True, one=False)
+    _batches(config, f"{section}.updates", train.updates, section)
     if len(train.betas) != 2:
-        raise ValueError(f"{section}.betas: expected two numbers, found {train.betas}")
-    for beta in train.betas:
-        _share(f"{section}.betas", beta, zero=True, one=False)
+        raise ValueError(f"{section}.betas: expected two numbers, found {show(train.betas)}")
     if train.precision == "fp16" and config.run.device == "cpu":
         raise ValueError(f"{section}.precision: fp16 needs a GPU, and run.device is cpu; take bf16, fp32 or auto")
     if section == "train" and train.optimizer != "adamw":
@@ -97,6 +80,15 @@ def _training(config: Config, section: str) -> None:
         )
 
 
+def _batches(config: Config, name: str, updates: int, section: str) -> None:
+    train: TrainConfig = getattr(config, section)
+    if updates * train.accumulate * train.tasks_per_batch > _MOST_BATCHES:
+        raise ValueError(
+            f"{name}: expected at most {_MOST_BATCHES} for updates x {section}.accumulate x {section}.tasks_per_batch, "
+            f"found {updates} x {train.accumulate} x {train.tasks_per_batch}"
+        )
+
+
 def _layers(config: Config) -> None:
     """Patterns of layers, before hours of training: those of a new model are known, of a pretrained one they are not."""
     if config.model.pretrained:
@@ -108,34 +100,31 @@ def _layers(config: Config) -> None:
         try:
             kept = matching(names, patterns) if patterns else names
         except ValueError as error:
-            raise ValueError(f"select.layers of {system}: {error}") from None
+            raise ValueError(cut(f"select.layers of {system}: {error}", _LONGEST)) from None
         if side and not any(side in name.split(".") for name in kept):
-            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {patterns}")
+            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {show(patterns)}")
+
+
+def _activation(config: Config) -> None:
+    """A pretrained model without ReLU cannot be specialised; where its folder is at hand, that shows before training."""
+    path = Path(config.model.pretrained, "config.json")
+    masked = list(masked_systems(config))
+    if not config.model.pretrained or not masked or not os.path.isfile(path):
+        return
+    found = read_json(path)
+    name = found.get("activation_function", "relu") if isinstance(found, dict) else "relu"
+    if name != "relu":
+        raise ValueError(
+            f"model.pretrained: neuron masks ({', '.join(masked)}) need a model with ReLU, found {show(name)} in {path}; "
+            f"take another model, or run.systems without them"
+        )
 
 
 def _varied(config: Config) -> None:
     """What variants may change."""
     _training(config, "specialize")
-    _at_least(config, 0, "profile.sentences")
-    _share("profile.share", config.profile.share, zero=False, one=True)
-    _share("select.k", config.select.k, zero=False, one=True)
-    _at_least(config, 1, "finetune.updates", "adapters.bottleneck", "bilingual.updates")
-    _positive(config, "finetune.lr", "adapters.lr")
-    _share("lass.alpha", config.lass.alpha, zero=True, one=False)
-
-
-def check_bootstrap(option: str, samples: int) -> None:
-    """ValueError where there can be no 95 % interval, or no memory for so many samples.
-
-    Args:
-        option: what the error begins with.
-        samples: of the bootstrap.
-    """
-    if not MIN_BOOTSTRAP <= samples <= MAX_BOOTSTRAP:
-        found = str(samples) if abs(samples) < 10**18 else "a number of more than 18 digits"
-        raise ValueError(
-            f"{option} expected {MIN_BOOTSTRAP} (fewer samples have no 95 % interval) to {MAX_BOOTSTRAP}, found {found}"
-        )
+    _batches(config, "finetune.updates", config.finetune.updates, "specialize")
+    _batches(config, "bilingual.updates", config.bilingual.updates, "train")
 
 
 def validate(config: Config) -> None:
@@ -143,26 +132,19 @@ def validate(config: Config) -> None:
 
     Raises:
         ValueError: the first that does not hold: the option, what was expected and what was found.
+        TypeError: a value of another type, which only code can give.
     """
+    _ranges(config)
     systems = config.run.systems
     for system in systems:
         if system not in KINDS:
-            raise ValueError(f"run.systems: expected systems out of {', '.join(KINDS)}, found {system!r}")
+            raise ValueError(f"run.systems: expected systems out of {', '.join(KINDS)}, found {show(system)}")
     _distinct("run.systems", systems)
     if systems[:1] != ["dense"]:
-        raise ValueError(f"run.systems: must begin with dense, which the others start from, found {systems}")
+        raise ValueError(f"run.systems: must begin with dense, which the others start from, found {show(systems)}")
     if not config.run.folder.strip():
         raise ValueError("run.folder: expected a folder, found nothing")
-    _at_least(config, 0, "run.seed", "run.threads")
-    if config.run.seed >= 2**32:
-        raise ValueError(f"run.seed: expected less than 2**32, found {config.run.seed}")
     _languages(config)
-    _at_least(config, 0, *(f"corpus.{split}_sentences" for split in ("train", "valid", "test")))
-    _at_least(config, 1, "corpus.max_tokens", "tokenizer.vocab_size", "tokenizer.sentences")
-    _share("tokenizer.character_coverage", config.tokenizer.character_coverage, zero=False, one=True)
-    _positive(config, "tokenizer.temperature")
-    sizes = ("d_model", "d_ff", "heads", "encoder_layers", "decoder_layers", "max_positions")
-    _at_least(config, 1, *(f"model.{key}" for key in sizes))
     model = config.model
     if model.d_model % model.heads:
         raise ValueError(f"model.d_model: {model.d_model} is not divisible by model.heads ({model.heads})")
@@ -171,19 +153,20 @@ def validate(config: Config) -> None:
             f"model.max_positions: expected at least corpus.max_tokens ({config.corpus.max_tokens}), "
             f"found {model.max_positions}"
         )
-    _share("model.dropout", model.dropout, zero=True, one=False)
-    _share("model.attention_dropout", model.attention_dropout, zero=True, one=False)
     _training(config, "train")
     _varied(config)
-    _at_least(config, 1, "decode.beam", "decode.batch_tokens")
-    _positive(config, "decode.max_length_ratio")
-    check_bootstrap("score.bootstrap:", config.score.bootstrap)
+    if not model.pretrained and config.decode.beam > config.tokenizer.vocab_size:
+        most = f"tokenizer.vocab_size ({config.tokenizer.vocab_size})"
+        raise ValueError(f"decode.beam: expected at most {most}, found {config.decode.beam}")
     known = dict.fromkeys([*KINDS, *system_names(config)])
     if config.score.baseline not in known:
-        raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {config.score.baseline!r}")
+        raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {show(config.score.baseline)}")
     for variant in variants_of(config):
         try:
-            _varied(config_of(config, variant))
+            own = config_of(config, variant)
+            _ranges(own, VARIED)
+            _varied(own)
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _layers(config)
+    _activation(config)

@@ -9,6 +9,7 @@ import pytest
 
 from nspec.mt import options
 from nspec.mt.config import Config
+from nspec.mt.systems import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -183,8 +184,24 @@ def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
         ("corpus: {max_ratio: 0.5}", "corpus.max_ratio"),
         ("corpus: {test_sentences: -1}", "corpus.test_sentences"),
         ("tokenizer: {character_coverage: 0}", "tokenizer.character_coverage"),
-        ("score: {bootstrap: 10}", "score.bootstrap"),
+        ("tokenizer: {character_coverage: 0.97}", "tokenizer.character_coverage"),
+        ("run: {threads: 2000}", "run.threads"),
+        ("run: {seed: 4294967296}", "run.seed"),
+        ("model: {encoder_layers: 1000000000}", "model.encoder_layers"),
+        ("model: {d_model: 1000000000000}", "model.d_model"),
+        ("model: {d_ff: 1000000000000}", "model.d_ff"),
+        ("model: {max_positions: 1000000000000}", "model.max_positions"),
+        ("tokenizer: {vocab_size: 9223372036854775808}", "tokenizer.vocab_size"),
+        ("{tokenizer: {vocab_size: 4}, decode: {beam: 5}}", "decode.beam"),
+        ("decode: {beam: 1000000}", "decode.beam"),
+        ("decode: {length_penalty: 1e308}", "decode.length_penalty"),
+        ("decode: {max_length_ratio: 1e308}", "decode.max_length_ratio"),
         ("score: {bootstrap: 100000000}", "score.bootstrap"),
+        ("train: {updates: 100000000, accumulate: 2}", "train.updates"),
+        ("{specialize: {accumulate: 1000000}, finetune: {updates: 101}}", "specialize.updates"),
+        ("{train: {accumulate: 100000, updates: 10}, bilingual: {updates: 1001}}", "bilingual.updates"),
+        ('run: {variants: ["big = forward specialize.updates=2000000000"]}', "run.variants: big: specialize.updates"),
+        ("score: {bootstrap: 10}", "score.bootstrap"),
         ("score: {tokenize: 13b}", "score.tokenize"),
         ("score: {baseline: best}", "score.baseline"),
     ],
@@ -214,8 +231,11 @@ def test_render_gives_meaning_choices_and_default() -> None:
     config = Config()
     config.decode.beam = 7
     text = options.render(config)
-    assert "  # beam size; 1 is greedy search; default: 5\n  beam: 7\n" in text
+    assert "  # beam size; 1 is greedy search; 1 to 1000; default: 5\n  beam: 7\n" in text
     assert "; one of: bpe; default: bpe\n" in text
+    assert "; in (0, 1]; default: 0.95\n" in text
+    assert "  # highest learning rate; in (0, 1000]; default: 0.0005\n" in text
+    assert "0: never; at least 0; default: 10\n" in text
 
 
 def test_every_section_and_option_has_a_meaning() -> None:
@@ -232,6 +252,51 @@ def test_load_applies_set_over_the_file_and_validates(tmp_path: Path) -> None:
     assert (config.train.lr, config.train.warmup) == (3e-3, 9)
     with pytest.raises(ValueError, match=r"select\.k: expected a number in \(0, 1\], found 2"):
         options.load(path, ["select.k=2"])
+
+
+@pytest.mark.parametrize("name", ["run.folder", "corpus.path", "profile.path", "model.pretrained"])
+def test_the_home_folder_is_written_out_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of me")
+    monkeypatch.setenv("DIR", "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.yaml"
+    for given, expected in [
+        ("~/runs/x", "/home/of me/runs/x"),
+        ("~", "/home/of me"),
+        ("~root/x", f"{Path('~root').expanduser()}/x"),
+        ("$DIR/x", "$DIR/x"),
+        ("a/~/x", "a/~/x"),
+        ("./~x", f"{tmp_path}/~x"),  # libraries would take ~x for the home folder of x
+        ("./a", "./a"),
+    ]:
+        section, key = name.split(".")
+        path.write_text(f"{section}: {{{key}: '{given}'}}", encoding="utf-8")
+        for config in (options.load(None, [f"{name}={given}"]), options.load(path)):
+            assert options.flatten(config)[name] == expected
+            path.with_name("again.yaml").write_text(options.render(config), encoding="utf-8")
+            assert options.load(path.with_name("again.yaml")) == config
+    with pytest.raises(ValueError, match=f"^{name}: there is no home folder ~nobody-at-all; "):
+        options.load(None, [f"{name}=~nobody-at-all/x"])
+
+
+def test_the_home_folder_is_written_out_in_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-variants")
+    config = options.load(None, ["run.variants=[news = forward profile.path=~/news]"])
+    assert config_of(config, "news").profile.path == "/home/of-variants/news"
+    with pytest.raises(ValueError, match=r"^run\.variants: profile\.path: there is no home folder ~nobody-at-all"):
+        options.load(None, ["run.variants=[news = forward profile.path=~nobody-at-all/x]"])
+
+
+def test_a_pretrained_model_without_relu_cannot_have_neuron_masks(tmp_path: Path) -> None:
+    given = [f"model.pretrained={tmp_path}"]
+    (tmp_path / "config.json").write_text('{"activation_function": "relu"}', encoding="utf-8")
+    options.load(None, given)
+    (tmp_path / "config.json").write_text('{"activation_function": "gelu"}', encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"^model\.pretrained: neuron masks \(forward, .*\) need a model with ReLU, found"
+    ):
+        options.load(None, given)
+    options.load(None, [*given, "run.systems=[dense, continued, adapters]"])
 
 
 def test_a_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Values of options: their types, choices and ranges, as :mod:`nspec.mt.config` declares them, and how messages show them.
+
+Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from nspec.mt.config import FLOAT_MAX, INT_MAX, Config
+
+Option = dataclasses.Field[Any]
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WIDTH = 80  # of a value in a message: a file may hold one of any size
+_DIGITS = 1000  # Python refuses to write whole numbers of more than 4300
+
+
+@functools.cache
+def types() -> dict[str, dict[str, Any]]:
+    """Section -> option -> type, in the order of :class:`Config`."""
+    sections = typing.get_type_hints(Config)
+    return {name: typing.get_type_hints(section) for name, section in sections.items()}
+
+
+@functools.cache
+def fields(section: str) -> dict[str, Option]:
+    """The options of a section by name, with what :func:`nspec.mt.config.option` says of them."""
+    return {field.name: field for field in dataclasses.fields(typing.get_type_hints(Config)[section])}
+
+
+def each_option(sections: Iterable[str] | None = None) -> Iterator[tuple[str, str, Option]]:
+    """Section, key and declaration of every option, in order (of some sections alone)."""
+    for section in types() if sections is None else sections:
+        for key, field in fields(section).items():
+            yield section, key, field
+
+
+def cut(text: str, width: int = _WIDTH) -> str:
+    """The beginning of a text that is too long for a message."""
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def show(value: Any) -> str:
+    """A value as messages give it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, int) and value.bit_length() > _DIGITS * math.log2(10):
+        return f"a whole number of about {value.bit_length() / math.log2(10):.0f} digits"
+    if isinstance(value, str):
+        return cut(repr(value[:_WIDTH])) if len(value) <= _WIDTH else f"{value[: _WIDTH - 4]!r} ..."
+    try:
+        return cut(repr(value))
+    except ValueError:  # a whole number within it is too long for Python to write
+        return f"a {type(value).__name__} with a whole number of more than 4300 digits"
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _finite(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def convert(name: str, value: Any, where: str = "", error: type[Exception] = ValueError) -> Any:
+    """``value`` as the type of option ``name`` (``train.lr``), one of its choices; its range is not looked at.
+
+    Args:
+        name: of the option; it exists.
+        value: what was given.
+        where: what messages say of the place.
+        error: what a wrong type raises: in a file it is a wrong value of text, so not a TypeError.
+
+    Raises:
+        ValueError: a value that does not fit; the message names the option.
+    """
+    section, key = name.split(".")
+    kind, meta = types()[section][key], fields(section)[key].metadata
+    choices, spelled = meta["choices"], meta["spelled"]
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        kinds = "texts" if item is str else "numbers"
+        if not isinstance(value, list):
+            raise error(f"{name}: expected a list of {kinds} such as [a, b], found {show(value)}{where}")
+        for position, each in enumerate(value, 1):
+            if not _fits(each, item):
+                expected, found = _KINDS[item], show(each)
+                raise error(f"{name}: expected {expected} at place {position} of the list, found {found}{where}")
+        given = value
+    elif not _fits(value, kind):
+        hint = ' (empty text is written "")' if kind is str and value is None else ""
+        raise error(f"{name}: expected {_KINDS[kind]}, found {show(value)}{hint}{where}")
+    else:
+        item, given = kind, [value]
+    converted = [_finite(each) if item is float else item(each) for each in given]
+    for each, before in zip(converted, given):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"{name}: expected a finite number, found {show(before)}{where}")
+    if spelled:
+        converted = [spelled(each) for each in converted]
+    result = converted if isinstance(value, list) else converted[0]
+    if choices and result not in choices:
+        nearest = difflib.get_close_matches(str(result)[:_WIDTH], map(str, choices), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {show(result)}{where}{hint}")
+    return result
+
+
+def range_of(field: Option) -> str:
+    """The numbers that an option takes, in words such as ``at least 1`` or ``in (0, 1]``; empty: any, or no number."""
+    least, above, most, below = (field.metadata[key] for key in ("least", "above", "most", "below"))
+    whole = all(limit is None or isinstance(limit, int) for limit in (least, most))
+    if most is None and below is None:
+        return f"at least {least}" if least is not None else f"more than {above}" if above is not None else ""
+    if whole and above is None and below is None and most > 1:
+        return f"{least} to {most}"
+    low = f"({above:g}" if least is None else f"[{least:g}"
+    return f"in {low}, {f'{below:g})' if most is None else f'{most:g}]'}"
+
+
+def check_range(name: str, value: Any, called: str = "") -> None:
+    """Whether a number, or each of a list, is in the range of an option.
+
+    Args:
+        name: of the option, such as ``score.bootstrap``.
+        value: of the option's type.
+        called: what the message calls it where it was given another way, such as ``--bootstrap``.
+
+    Raises:
+        ValueError: it is not; the message says which numbers are.
+    """
+    section, key = name.split(".")
+    limits = fields(section)[key].metadata
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, (str, bool)):
+            continue
+        largest = INT_MAX if isinstance(each, int) else FLOAT_MAX
+        least, above, most, below = (limits[limit] for limit in ("least", "above", "most", "below"))
+        most = largest if most is None and below is None else most
+        low = (least is None or each >= least) and (above is None or each > above) and each >= -largest
+        if low and (most is None or each <= most) and (below is None or each < below):
+            continue
+        expected = range_of(fields(section)[key])
+        if expected.startswith("in "):
+            expected = f"a number {expected}"
+        elif not low:
+            expected = f"at least {-largest if least is None else least}" if above is None else f"more than {above}"
+        else:
+            expected = f"at most {most:g}" if isinstance(most, float) else f"at most {most}"
+        raise ValueError(f"{called or name}: expected {expected}, found {show(each)}")
+
+
+def check_option(name: str, value: Any) -> None:
+    """Type, choices and range of an option's value, and what no path can be.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value that does not fit; the message names the option.
+    """
+    check_range(name, convert(name, value, error=TypeError))
+    section, key = name.split(".")
+    if fields(section)[key].metadata["path"]:
+        if "\0" in value:
+            raise ValueError(f"{name}: expected a file name, found {show(value)} with a NUL character")
+        if os.path.normpath(value).startswith("~"):  # some libraries expand it, others take it as it stands
+            raise ValueError(f"{name}: expected a path without ~ at its start, found {show(value)}; write it out")
