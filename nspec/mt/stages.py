@@ -349,9 +349,7 @@ class Run:
 
 
 def _redo(stage: Stage) -> str:
-    return (
-        f"--redo {stage.name} to make it and all that follows from it anew (the old folders are kept as *.old-N)"
-    )
+    return f"--redo {stage.name} to make it and all that follows from it anew (the old folders are kept as *.old-N)"
 
 
 def _record(path: Path) -> dict[str, Any]:

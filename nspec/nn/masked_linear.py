@@ -184,7 +184,9 @@ class MaskedLinear(nn.Linear):
         """
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"a mask must be bool [neurons], found {found}; expected a bool tensor [{self.out_features}]")
+            raise TypeError(
+                f"a mask must be bool [neurons], found {found}; expected a bool tensor [{self.out_features}]"
+            )
         if mask is not None and tuple(mask.shape) != (self.out_features,):
             raise ValueError(f"mask has shape {list(mask.shape)}, expected [{self.out_features}]")
         self._use(None if mask is None else ActiveSet(mask))

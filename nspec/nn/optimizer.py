@@ -122,7 +122,8 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     def _touched(self) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
         """For each parameter of a specialised layer, the same on every process: the rows to update, bool
-        ``[out_features]``, and those to update where their gradient is not zero."""
+        ``[out_features]``, and those to update where their gradient is not zero.
+        """
         taken = {p: owner.take_touched() for p, owner in self._owners().items()}
         rows = [each for touched, dropped, _ in taken.values() for each in (touched, dropped)]
         if rows and torch.distributed.is_available() and torch.distributed.is_initialized():

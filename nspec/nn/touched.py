@@ -28,7 +28,9 @@ class TouchedRows:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.device = device
         # Of backward passes: since the last gradient arrived; before that; before the gradient was dropped.
-        self.noted, self._touched, self._dropped = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(3))
+        self.noted, self._touched, self._dropped = (
+            torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(3)
+        )
         self._arrived = False  # a gradient, since the last step
         self._apart = False  # whether there may be dropped ones
 

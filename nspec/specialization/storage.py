@@ -184,7 +184,9 @@ def _check_tensors(file: Any, path: Path, kind: Kind, tasks: list[str], sizes: M
     """Raises ValueError unless the file has a tensor for each layer, of the right dtype and shape, and no other."""
     names = set(file.keys())
     if missing := [layer for layer in sizes if layer not in names]:
-        raise ValueError(f"{path} is broken: it has no tensor {missing[0]}, which its {kind.entry} names; write it again")
+        raise ValueError(
+            f"{path} is broken: it has no tensor {missing[0]}, which its {kind.entry} names; write it again"
+        )
     if extra := sorted(names - set(sizes)):
         raise ValueError(f"{path} is broken: its tensor {extra[0]} is not in its {kind.entry}; write it again")
     for layer, size in sizes.items():

@@ -167,7 +167,9 @@ def test_a_model_that_is_not_specialised_is_an_error() -> None:
 
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = [{name: value} for name in ("lr", "eps", "weight_decay") for value in (-1, NAN, INF, -INF)]
-OUT_OF_RANGE += [{"betas": betas} for betas in ((0.9,), (0.9, 0.99, 0.999), (), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (2, INF))]
+OUT_OF_RANGE += [
+    {"betas": betas} for betas in ((0.9,), (0.9, 0.99, 0.999), (), (0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (2, INF))
+]
 
 
 @pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
@@ -178,7 +180,9 @@ def test_options_out_of_range_are_errors(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": "0.1"}, {"lr": True}, {"eps": None}, {"betas": 0.9}, {"betas": ("a", 0.9)}, {"betas": None}], ids=str
+    "options",
+    [{"lr": "0.1"}, {"lr": True}, {"eps": None}, {"betas": 0.9}, {"betas": ("a", 0.9)}, {"betas": None}],
+    ids=str,
 )
 def test_options_that_are_no_numbers_are_errors(options: dict) -> None:
     with pytest.raises(TypeError, match="expected"):

@@ -54,7 +54,7 @@ def test_derivatives_are_those_of_the_definition(whole: bool, mode: str) -> None
     tangents = ({name: torch.randn_like(p) for name, p in own.items()}, torch.randn_like(x))
     found = []
     for f in (ours, theirs):
-        loss = lambda p, x, f=f: f(p, x).square().sum()  # noqa: E731
+        loss = lambda p, x, f=f: f(p, x).square().sum()
         stacked = {name: torch.stack([p, 2 * p]) for name, p in own.items()}
         found.append(
             [

@@ -25,7 +25,25 @@ KINDS: dict[str, Any] = {
     "weight_masks": WeightMasks,
     "heads": HeadImportance,
 }
-WRONG: list[Any] = [None, True, -1, 0, 1, 7, 2.0, 10**10, 10**30, "", "ab", [], ["a"], ["a", "a"], [["a"]], {}, {"a": 1}]
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    2.0,
+    10**10,
+    10**30,
+    "",
+    "ab",
+    [],
+    ["a"],
+    ["a", "a"],
+    [["a"]],
+    {},
+    {"a": 1},
+]
 
 
 def values_of(kind: str) -> Any:

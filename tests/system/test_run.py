@@ -212,7 +212,9 @@ def test_what_a_training_or_a_translation_wrote_is_missed(copy: Tiny, capsys: py
     assert cli.main(["report", str(copy.config)]) == 0, "nothing was changed by the refusals"
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{", "", '{"options": [], "inputs": {}}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '"text"', "{", "", '{"options": [], "inputs": {}}', "[" * 10**5]
+)
 def test_records_that_are_none_are_refused(content: str, copy: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy.folder / "systems/forward/stage.json"
     whole = path.read_bytes()
