@@ -46,8 +46,8 @@ class RowSparseAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
 
     Raises:
-        ValueError: options out of range or not finite, no parameter belongs to a specialised layer, or the weight of one is not a
-            matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
+        ValueError: options out of range or not finite, no parameter belongs to a specialised layer, or the weight of one
+            is not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
         TypeError: an option that is no number, betas that are not two.
     """
 
