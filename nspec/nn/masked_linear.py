@@ -157,8 +157,8 @@ class MaskedLinear(nn.Linear):
             raise TypeError(f"module is {kind.__name__}, expected nn.Linear")
         if torch.nn.utils.parametrize.is_parametrized(module) or not {"weight", "bias"} <= set(module._parameters):
             raise ValueError(
-                "the weight or the bias of the layer is parametrised, computed from other parameters, and its rows cannot be "
-                "masked: make it an ordinary parameter first, with "
+                "the weight or the bias of the layer is parametrised, computed from other parameters, and its rows cannot "
+                "be masked: make it an ordinary parameter first, with "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or torch.nn.utils.remove_weight_norm"
             )
         if kind.forward not in (nn.Linear.forward, MaskedLinear.forward) or "forward" in vars(module):
