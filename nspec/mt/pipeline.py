@@ -365,7 +365,7 @@ def _decoding(folder: Path, task: str) -> dict[str, Any]:
     """
     found = read_json(_decoded(folder, task))
     for key in ("sentences", "seconds"):
-        value = found.get(key) if isinstance(found, dict) else None
+        value: Any = found.get(key) if isinstance(found, dict) else None
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
             expected = '{"sentences": number, "seconds": number}'
             raise ValueError(f"{_decoded(folder, task)} holds {repr(found)[:60]}, expected {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -12,9 +13,9 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def outside_transforms() -> AbstractContextManager[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """Within, tensors are ordinary ones: they may be written to and kept."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    context: AbstractContextManager[None] = temporarily_clear_interpreter_stack()
+    context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
     return context
