@@ -20,6 +20,8 @@ from nspec.files import read_json, write_json
 from nspec.mt import distributed
 from nspec.nn.masked_linear import MODES, Mode
 
+_WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated before anything else notices
+
 
 class Method(ABC):
     """A way to specialise a model for tasks.
@@ -185,10 +187,15 @@ def load_method(folder: Path) -> Method | None:
             return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / "masks"), described["mode"])
         if described.get("method") == Lass.name:
             return Lass(lass.WeightMasks.load(file.parent / "weight_masks"))
-        groups, width, seed = (described.get(key) for key in ("groups", "bottleneck", "seed"))
-        if described.get("method") == Adapters.name and isinstance(groups, dict) and isinstance(width, int):
-            return Adapters(groups, width, seed or 0)
+        if described.get("method") == Adapters.name and _fits_adapters(described):
+            return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
     raise ValueError(
-        f'{file} is {described!r}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
-        "(with groups and bottleneck) or weight_masks"
+        f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
+        f"(with groups, names by direction, and bottleneck, from 1 to {_WIDEST}) or weight_masks"
     )
+
+
+def _fits_adapters(described: dict[str, Any]) -> bool:
+    groups, width, seed = (described.get(key) for key in ("groups", "bottleneck", "seed"))
+    named = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(name, str) for name in groups.values())
+    return named and type(width) is int and 1 <= width <= _WIDEST and (seed is None or type(seed) is int)

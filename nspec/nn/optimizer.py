@@ -188,10 +188,14 @@ def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     found = f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
     if not isinstance(betas, tuple):
         raise TypeError(f"{found}: expected betas to be a tuple of two numbers")
-    numbers = [lr, eps, weight_decay, *betas]
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+    values = [lr, eps, weight_decay, *betas]
+    if any(isinstance(value, (bool, str)) for value in values):
         raise TypeError(f"{found}: expected numbers")
-    if not all(math.isfinite(value) and value >= 0 for value in numbers) or len(betas) != 2 or max(betas) >= 1:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{found}: expected numbers") from error
+    if not all(math.isfinite(value) and value >= 0 for value in numbers) or len(betas) != 2 or max(numbers[3:]) >= 1:
         raise ValueError(f"{found}: expected finite numbers >= 0 and two betas below 1")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def test_a_description_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "nspec.json").write_text('{"method": "magic"}')
     with pytest.raises(ValueError, match="magic.*expected"):
         load_method(tmp_path)
+    good = {"method": "adapters", "groups": {"a-b": "x"}, "bottleneck": 4, "seed": 0}
+    wrong = [{"bottleneck": value} for value in (True, 0, -1, 10**11, 2.0, "4", None)]
+    wrong += [{"groups": value} for value in (None, [], {}, {"a-b": 1}, {"a-b": None}, "x")]
+    wrong += [{"seed": value} for value in ("1", True, 1.5)]
+    for part in wrong:
+        (tmp_path / "nspec.json").write_text(json.dumps(good | part))
+        with pytest.raises(ValueError, match=r"nspec.json is .*expected .*names by direction"):
+            load_method(tmp_path)
+    (tmp_path / "nspec.json").write_text(json.dumps(good))
+    assert load_method(tmp_path).tasks == ["a-b"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -195,9 +195,15 @@ def test_files_that_do_not_fit_are_one_error_that_names_them(place: Path, change
         (["--system", "a={p}/ours", "--bootstrap", "1000000000000"], "--bootstrap: expected at most 100000"),
         (["--system", "a={p}/ours", "--tokenize", "13b"], "BLEU tokenizer 13b: sacreBLEU "),
         (["--system", "a={p}/ours", "--tokenize", ""], "BLEU tokenizer : sacreBLEU "),
-        (["--system", "a={p}/ours", "--groups", "{p}/deep.yaml"], "{p}/deep.yaml line 1, column 25 is not valid YAML: nested"),
+        (
+            ["--system", "a={p}/ours", "--groups", "{p}/deep.yaml"],
+            "{p}/deep.yaml line 1, column 25 is not valid YAML: nested",
+        ),
         (["--system", "a={p}/ours", "--groups", "{p}/number.yaml"], "low: found a whole number of 5000 digits"),
-        (["--system", "a={p}/ours", "--groups", "{p}/laughs.yaml"], "{p}/laughs.yaml line 5, column 8 is not valid YAML: aliases"),
+        (
+            ["--system", "a={p}/ours", "--groups", "{p}/laughs.yaml"],
+            "{p}/laughs.yaml line 5, column 8 is not valid YAML: aliases",
+        ),
         (["--system", "scores.tsv={p}/ours", "--out", "{p}/o"], "--system scores.tsv: with --out its scores would lie"),
         (["--system", "Scores.TSV={p}/ours", "--out", "{p}/o"], "--system Scores.TSV: with --out its scores would lie"),
         (
