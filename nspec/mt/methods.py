@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import nspec
 from nspec.baselines import adapters, lass
 from nspec.files import read_json, write_json
 from nspec.nn.masked_linear import MODES, Mode
+
+NSPEC_FILE = "nspec.json"
+_MASKS, _WEIGHT_MASKS = "masks", "weight_masks"  # folders beside it
 
 
 class Method(ABC):
@@ -47,6 +50,9 @@ class Method(ABC):
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
         """Changes a dense model in place, so that ``nspec.task`` switches it."""
+
+    def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:  # noqa: B027 (most have no weights)
+        """Raises ValueError where the weights in a folder, name -> shape, are not of this method; before it is attached."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -82,8 +88,8 @@ class NeuronSpecialization(Method):
         nspec.specialize(model, self.masks, mode=self.mode)
 
     def save(self, folder: Path) -> None:
-        self.masks.save(folder / "masks")
-        write_json(folder / "nspec.json", {"mode": self.mode})
+        self.masks.save(folder / _MASKS)
+        write_json(folder / NSPEC_FILE, {"mode": self.mode})
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -119,9 +125,17 @@ class Adapters(Method):
         adapters.add_adapters(model, self.groups, self.bottleneck, seed=self.seed)
         adapters.freeze_all_but_adapters(model)
 
+    def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:
+        widths = {shape[0] for name, shape in stored.items() if ".adapters." in name and name.endswith(".down.weight")}
+        if widths != {self.bottleneck}:
+            raise ValueError(
+                f"{folder / NSPEC_FILE} says bottleneck {self.bottleneck}, but the weights beside it have adapters of width "
+                f"{', '.join(map(str, sorted(widths))) or 'none'}; copy the whole folder of the system again"
+            )
+
     def save(self, folder: Path) -> None:
         described = {"method": self.name, "groups": self.groups, "bottleneck": self.bottleneck, "seed": self.seed}
-        write_json(folder / "nspec.json", described)
+        write_json(folder / NSPEC_FILE, described)
 
     def facts(self) -> dict[str, Any]:
         return {"density": None, "mask_bytes": 0}
@@ -146,8 +160,8 @@ class Lass(Method):
         lass.apply_weight_masks(model, self.masks)
 
     def save(self, folder: Path) -> None:
-        self.masks.save(folder / "weight_masks")
-        write_json(folder / "nspec.json", {"method": self.name})
+        self.masks.save(folder / _WEIGHT_MASKS)
+        write_json(folder / NSPEC_FILE, {"method": self.name})
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -158,22 +172,36 @@ def load_method(folder: Path) -> Method | None:
     """What makes the system in a folder; None for a dense one.
 
     Raises:
-        ValueError: ``nspec.json`` says something else, or masks are broken.
+        ValueError: ``nspec.json`` says something else or is gone from beside its masks, or masks are broken.
         FileNotFoundError: the masks are not there.
     """
-    file = Path(folder) / "nspec.json"
+    file = Path(folder) / NSPEC_FILE
     if not file.is_file():
+        if left := [name for name in (_MASKS, _WEIGHT_MASKS) if (file.parent / name).exists()]:
+            raise ValueError(
+                f"{file} is not there, but {left[0]}/ is: the system would be taken for a dense one; copy the whole folder of "
+                f"the system again, or delete {left[0]}/"
+            )
         return None
     described: Any = read_json(file)
     if isinstance(described, dict):
         if described.get("mode") in MODES:
-            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / "masks"), described["mode"])
+            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
         if described.get("method") == Lass.name:
-            return Lass(lass.WeightMasks.load(file.parent / "weight_masks"))
-        groups, width, seed = (described.get(key) for key in ("groups", "bottleneck", "seed"))
-        if described.get("method") == Adapters.name and isinstance(groups, dict) and isinstance(width, int):
-            return Adapters(groups, width, seed or 0)
+            return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
+        groups, width, seed = described.get("groups"), described.get("bottleneck"), described.get("seed", 0)
+        if described.get("method") == Adapters.name and _names(groups) and _counts(width, 1) and _counts(seed, 0):
+            return Adapters(groups, width, seed)
     raise ValueError(
         f'{file} is {described!r}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
-        "(with groups and bottleneck) or weight_masks"
+        "(with groups, from directions to names, bottleneck and seed) or weight_masks"
     )
+
+
+def _names(value: Any) -> bool:
+    """Whether it is an object of names by names, and not empty."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(name, str) and name for name in value.values())
+
+
+def _counts(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63

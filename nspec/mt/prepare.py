@@ -21,6 +21,8 @@ from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.data import FORMAT, SPLITS, languages_of_task, pair_of_task
+from nspec.mt.model_files import load_config
+from nspec.mt.readiness import check_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +58,9 @@ def prepare(config: Config, folder: Path, progress: Progress | None = None) -> N
     """
     from nspec.mt.corpus import open_corpus
 
-    if not config.model.pretrained:
+    if config.model.pretrained:
+        check_architecture(config, load_config(config.model.pretrained))
+    else:
         vocabulary.check_model_type(config.tokenizer)
     corpus = open_corpus(config.corpus, config.run.seed)
     prepare_corpus(corpus, tasks_of(config.corpus, corpus), config, folder, progress)
@@ -338,13 +342,7 @@ class _Arrays:
 
 def _positions(pretrained: str) -> int:
     """The longest sequence that a pretrained model takes, in tokens."""
-    from transformers import AutoConfig
-
-    try:
-        found = getattr(AutoConfig.from_pretrained(pretrained), "max_position_embeddings", None)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.pretrained {pretrained}: there is no model configuration: {reason}") from error
+    found = getattr(load_config(pretrained), "max_position_embeddings", None)
     return sys.maxsize if found is None else int(found)
 
 

@@ -100,7 +100,15 @@ def _layers(config: Config) -> None:
     if config.model.pretrained:
         return
     counts = {"encoder": config.model.encoder_layers, "decoder": config.model.decoder_layers}
-    names = [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
+    check_layers(config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)])
+
+
+def check_layers(config: Config, names: list[str]) -> None:
+    """Checks that every masked system keeps some of the feed-forward layers ``names``, and of its half of the model.
+
+    Raises:
+        ValueError: a system, its patterns and what they match.
+    """
     for system in masked_systems(config):
         patterns, side = config_of(config, system).select.layers, kind_of(config, system).side
         try:
@@ -108,7 +116,28 @@ def _layers(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"select.layers of {system}: {error}") from None
         if side and not any(side in name.split(".") for name in kept):
-            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {patterns}")
+            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {patterns or kept}")
+
+
+def _within(config: Config, name: str, low: float, high: float) -> None:
+    section, key = name.split(".")
+    value = getattr(getattr(config, section), key)
+    if not low <= value <= high:  # NaN is not
+        raise ValueError(f"{name}: expected a number from {low} to {high}, found {value}")
+
+
+def _decoding(config: Config) -> None:
+    """The largest values are what the search can compute with: a score is divided by length to the power of the penalty."""
+    _at_least(config, 1, "decode.beam", "decode.batch_tokens")
+    _at_least(config, 0, "decode.no_repeat_ngram_size")
+    _within(config, "decode.beam", 1, 1000)
+    _within(config, "decode.length_penalty", -1, 10)
+    _positive(config, "decode.max_length_ratio", "decode.repetition_penalty")
+    _within(config, "decode.max_length_ratio", 0, 1000)
+    _within(config, "decode.repetition_penalty", 0, 100)
+    beam, vocabulary = config.decode.beam, config.tokenizer.vocab_size
+    if 2 * beam > vocabulary and not config.model.pretrained:
+        raise ValueError(f"decode.beam: expected at most half of tokenizer.vocab_size ({vocabulary}), found {beam}")
 
 
 def _varied(config: Config) -> None:
@@ -159,8 +188,7 @@ def validate(config: Config) -> None:
     _share("model.attention_dropout", model.attention_dropout, zero=True, one=False)
     _training(config, "train")
     _varied(config)
-    _at_least(config, 1, "decode.beam", "decode.batch_tokens")
-    _positive(config, "decode.max_length_ratio")
+    _decoding(config)
     _at_least(config, 40, "score.bootstrap")  # with fewer samples there is no 95 % interval
     known = dict.fromkeys([*KINDS, *system_names(config)])
     if config.score.baseline not in known:

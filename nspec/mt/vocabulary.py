@@ -36,6 +36,7 @@ import numpy as np
 from nspec.files import replacing, sha256, write_json
 from nspec.mt.config import TokenizerConfig
 from nspec.mt.corpus.base import clean
+from nspec.mt.model_files import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -268,11 +269,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from error
+    with reading("tokenizer (tokenizer.json, tokenizer_config.json)", folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tags = languages_of(tokenizer)
     if not tags:
         raise ValueError(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no language tags such as __de__")
