@@ -78,7 +78,8 @@ def translate(
     ] = "",
     input: Annotated[str, typer.Option(metavar="FILE", help="Text, a sentence a line; -: standard input.")] = "-",
     output: Annotated[
-        str, typer.Option(metavar="FILE", help="Appears when it is whole; a pipe or device: at once; -: standard output.")
+        str,
+        typer.Option(metavar="FILE", help="Appears when it is whole; a pipe or device: at once; -: standard output."),
     ] = "-",
     beam: Annotated[int | None, typer.Option(help="Beam size [default: the run's, else 5].")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="Exponent on the length [the run's, else 1].")] = None,

@@ -129,8 +129,8 @@ class Adapters(Method):
         widths = {shape[0] for name, shape in stored.items() if ".adapters." in name and name.endswith(".down.weight")}
         if widths != {self.bottleneck}:
             raise ValueError(
-                f"{folder / NSPEC_FILE} says bottleneck {self.bottleneck}, but the weights beside it have adapters of width "
-                f"{', '.join(map(str, sorted(widths))) or 'none'}; copy the whole folder of the system again"
+                f"{folder / NSPEC_FILE} says bottleneck {self.bottleneck}, but the weights beside it have adapters of "
+                f"width {', '.join(map(str, sorted(widths))) or 'none'}; copy the whole folder of the system again"
             )
 
     def save(self, folder: Path) -> None:
@@ -179,8 +179,8 @@ def load_method(folder: Path) -> Method | None:
     if not file.is_file():
         if left := [name for name in (_MASKS, _WEIGHT_MASKS) if (file.parent / name).exists()]:
             raise ValueError(
-                f"{file} is not there, but {left[0]}/ is: the system would be taken for a dense one; copy the whole folder of "
-                f"the system again, or delete {left[0]}/"
+                f"{file} is not there, but {left[0]}/ is: the system would be taken for a dense one; copy the "
+                f"whole folder of the system again, or delete {left[0]}/"
             )
         return None
     described: Any = read_json(file)

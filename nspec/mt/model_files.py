@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str]
 
-_OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+)
 _NAMED = 3  # names of weights in a message, at most
 
 
@@ -57,7 +63,9 @@ def reading(what: str, source: Source) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         reason = text.splitlines()[0]
         if "trust_remote_code" in text:
-            reason = "it comes with code of its own, which nspec does not run; take a model whose class transformers has"
+            reason = (
+                "it comes with code of its own, which nspec does not run; take a model whose class transformers has"
+            )
         raise ValueError(f"no {what} can be loaded from {source}: {reason}") from error
 
 
@@ -186,7 +194,9 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         with safe_open(file, "pt") as weights:
             return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}; copy or write the model folder again") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors: {error}; copy or write the model folder again"
+        ) from error
 
 
 def check_finite(model: nn.Module, source: Source) -> None:
@@ -194,7 +204,9 @@ def check_finite(model: nn.Module, source: Source) -> None:
     tensors: Iterable[tuple[str, Tensor]] = model.state_dict().items()
     names = [name for name, value in tensors if value.is_floating_point() and not bool(value.isfinite().all())]
     if names:
-        raise ValueError(f"the weights in {source} are not finite (NaN or infinite): {_some(names)}; the model is broken")
+        raise ValueError(
+            f"the weights in {source} are not finite (NaN or infinite): {_some(names)}; the model is broken"
+        )
 
 
 def _refuse(source: Source, wrong: dict[str, list[str]]) -> None:

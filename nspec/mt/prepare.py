@@ -21,6 +21,7 @@ from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.data import FORMAT, SPLITS, languages_of_task, pair_of_task
+from nspec.mt.language_tags import language_id, language_tag
 from nspec.mt.model_files import load_config
 from nspec.mt.readiness import check_architecture
 
@@ -206,8 +207,14 @@ class _Preparation:
         if self.config.model.pretrained:
             self.most = min(self.most, _positions(self.config.model.pretrained))
             tokenizer = vocabulary.load_tokenizer(self.config.model.pretrained)
+            named: dict[int, str] = {}
             for language in self.languages:
-                vocabulary.language_id(tokenizer, language)  # raises where it has no such language
+                other = named.setdefault(language_id(tokenizer, language), language)
+                if other != language:
+                    raise ValueError(
+                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, in "
+                        f"the vocabulary of model.pretrained {self.config.model.pretrained}; keep one of the two"
+                    )
             tokenizer.save_pretrained(target)
         else:
             options = self.config.tokenizer
@@ -296,7 +303,7 @@ class _Preparation:
             "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
             "pad_id": self.tokenizer.pad_token_id,
             "end_id": vocabulary.end_id(self.tokenizer),
-            "tags": {language: vocabulary.language_id(self.tokenizer, language) for language in self.languages},
+            "tags": {language: language_id(self.tokenizer, language) for language in self.languages},
         }
 
     def _example(self, task: str) -> str:

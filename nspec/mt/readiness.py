@@ -23,8 +23,8 @@ def check_architecture(config: Config, architecture: Any) -> None:
     if masked and activation not in (None, "relu"):
         raise ValueError(
             f"model.pretrained {config.model.pretrained} has the activation {activation}, and {', '.join(masked)} count "
-            "neurons with an output above 0, which needs relu: take a ReLU model (M2M100, NLLB), or leave these systems out of "
-            "run.systems"
+            "neurons with an output above 0, which needs relu: take a ReLU model (M2M100, NLLB), or leave these systems "
+            "out of run.systems"
         )
 
 

@@ -15,8 +15,9 @@ import nspec
 from nspec.mt import zero_shot
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
+from nspec.mt.language_tags import language_id
 from nspec.mt.search import SpecialTokens, check_beam, search
-from nspec.mt.vocabulary import encode, end_id, language_id
+from nspec.mt.vocabulary import encode, end_id
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.tasks import specialized_layers
 

@@ -100,7 +100,9 @@ def _layers(config: Config) -> None:
     if config.model.pretrained:
         return
     counts = {"encoder": config.model.encoder_layers, "decoder": config.model.decoder_layers}
-    check_layers(config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)])
+    check_layers(
+        config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
+    )
 
 
 def check_layers(config: Config, names: list[str]) -> None:
