@@ -90,7 +90,7 @@ def translate(
         int | None, typer.Option(help="So many tokens never come twice; 0: they may [the run's, else 0].")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Times the log-probability of what came already [the run's, else 1].")
+        float | None, typer.Option(help="Above 1: tokens come less often again [the run's, else 1].")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

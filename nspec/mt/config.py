@@ -184,7 +184,7 @@ class DecodeConfig:
     max_length_ratio: float = option(2.0, "a translation has at most this times the source tokens, plus 10")
     no_repeat_ngram_size: int = option(0, "no sequence of this many tokens comes twice in a translation; 0: it may")
     repetition_penalty: float = option(
-        1.0, "the log-probability of a token that a translation already has is multiplied by this; 1: it is not"
+        1.0, "above 1, tokens that a translation already has become less likely, as in transformers; 1: they do not"
     )
     batch_tokens: int = option(4096, "most source tokens of a batch, padding counted")
 

@@ -48,7 +48,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(what: str, source: Source) -> Iterator[None]:
+def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
     """Makes any error of a library within the block a ValueError that says what cannot be read from where, and why.
 
     Libraries raise whatever broken files lead them to, a plain Exception among it. Files that are broken for sure are
@@ -66,7 +66,7 @@ def reading(what: str, source: Source) -> Iterator[None]:
             reason = (
                 "it comes with code of its own, which nspec does not run; take a model whose class transformers has"
             )
-        raise ValueError(f"no {what} can be loaded from {source}: {reason}") from error
+        raise ValueError(f"no {what} can be loaded from {source}: {reason}{hint}") from error
 
 
 def check_files(source: Source) -> None:

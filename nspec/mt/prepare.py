@@ -212,8 +212,8 @@ class _Preparation:
                 other = named.setdefault(language_id(tokenizer, language), language)
                 if other != language:
                     raise ValueError(
-                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, in "
-                        f"the vocabulary of model.pretrained {self.config.model.pretrained}; keep one of the two"
+                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
+                        f"in the vocabulary of model.pretrained {self.config.model.pretrained}; keep one of the two"
                     )
             tokenizer.save_pretrained(target)
         else:

@@ -153,7 +153,4 @@ class _OfWords(LogitsProcessor):
         self.rule = rule
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        # Greedy search has logits here and beam search their logarithms of probabilities, to which a penalty does
-        # something else; with this it is the same in both.
-        scores = scores.log_softmax(-1)
         return self.rule(input_ids[:, _BEGUN:], scores) if input_ids.shape[1] > _BEGUN else scores

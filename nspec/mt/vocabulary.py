@@ -7,7 +7,8 @@ class there that takes any set of languages, and ``spm.model``, the same model f
   class insists on it). Pieces have the same ids in SentencePiece.
 - A tag is written ``__de__``, as M2M100 does. A bare ``de`` could not be told from the piece ``de``, which nearly every
   vocabulary has. So with plain transformers ``tokenizer.src_lang = "__de__"``, ``tokenizer.tgt_lang = "__en__"`` and
-  ``generate(forced_bos_token_id=tokenizer.convert_tokens_to_ids("__en__"))``; :func:`nspec.mt.language_tags.language_tag` finds the spelling.
+  ``generate(forced_bos_token_id=tokenizer.convert_tokens_to_ids("__en__"))``;
+  :mod:`nspec.mt.language_tags` finds the spelling.
 - Encoder input: ``[source tag] pieces </s>``; labels: ``[target tag] pieces </s>``; the decoder starts with ``</s>``.
 - ``</s>``, ``<pad>`` or ``__de__`` standing in a text are spelled in pieces like any other text.
 - Normalisation: none but white space. Every white-space character and U+2581, SentencePiece's own sign for a space, is
@@ -246,7 +247,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with reading("tokenizer (tokenizer.json, tokenizer_config.json)", folder):
+    with reading("tokenizer", folder, "; it needs tokenizer.json and tokenizer_config.json, whole and of one another"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tags = languages_of(tokenizer)
     if not tags:
