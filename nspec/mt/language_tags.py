@@ -103,8 +103,8 @@ def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def language_tag(tokenizer: PreTrainedTokenizerBase, language: str) -> str:
     """The tag token of a language.
 
-    The code itself where it is a tag (``deu_Latn``, ``de`` for ``__de__``); else the tag of the same language, whatever
-    it is called there (``de``, ``deu``, ``de_DE`` and ``de-Latn`` are ``deu_Latn`` in NLLB; ``iw`` is ``__he__`` in M2M100),
+    The code itself where it is a tag (``deu_Latn``, ``de`` for ``__de__``); else the tag of the same language, whatever it
+    is called there (``de``, ``deu``, ``de_DE`` and ``de-Latn`` are ``deu_Latn`` in NLLB; ``iw`` is ``__he__`` in M2M100),
     if its script and region are those of the code or are left open by one of the two. A region stands for its script:
     ``zh_TW`` is ``zho_Hant``. A code without a script where there are several takes what NLLB's usual one is.
 

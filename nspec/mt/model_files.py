@@ -28,6 +28,7 @@ _OBJECTS = (
     "tokenizer.json",
     "special_tokens_map.json",
 )
+_CODE = "comes with code of its own, which nspec does not run; take a model whose class transformers has"
 _NAMED = 3  # names of weights in a message, at most
 
 
@@ -86,6 +87,11 @@ def check_files(source: Source) -> None:
             raise ValueError(
                 f"{folder / name} holds {_kind(found)}, expected a JSON object; copy or write the model folder again"
             )
+        if name == "tokenizer_config.json" and found.get("auto_map"):
+            import transformers
+
+            if not hasattr(transformers, str(found.get("tokenizer_class"))):  # it would load as some other class
+                raise ValueError(f"the tokenizer in {folder} {_CODE}")
     for file in sorted(folder.glob("model*.safetensors")):
         _shapes(file)
 

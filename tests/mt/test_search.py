@@ -190,7 +190,5 @@ def test_a_beam_wider_than_the_vocabulary_allows_is_an_error(build: Build, token
 
 
 def test_a_limit_beyond_all_numbers_is_that_of_the_model(build: Build, tokenizer: Any) -> None:
-    decode = DecodeConfig(beam=1, max_length_ratio=1e308)
-    assert translate(build(1), tokenizer, decode) == translate(
-        build(1), tokenizer, DecodeConfig(beam=1, max_length_ratio=64)
-    )
+    longest, beyond = (DecodeConfig(beam=1, max_length_ratio=ratio) for ratio in (64, 1e308))
+    assert translate(build(1), tokenizer, beyond) == translate(build(1), tokenizer, longest)
