@@ -198,7 +198,7 @@ def test_a_folder_of_another_kind_of_system_is_an_error(toy: Toy, tmp_path: Path
     folder = saved(toy, tmp_path / "model", NeuronSpecialization(toy.masks(), mode))
     load_system(folder, kind=KINDS[mode])
     with pytest.raises(
-        ValueError, match=rf"is masks in mode {mode} \(nspec.json says so\), but config.yaml of the run says"
+        ValueError, match=rf"is masks in mode {mode} \(nspec.json says so\), but config.yaml of the run"
     ):
         load_system(folder, kind=KINDS[kind])
 
