@@ -189,7 +189,7 @@ def load_method(folder: Path) -> Method | None:
             return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
         if described.get("method") == Lass.name:
             return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
-        groups, width, seed = described.get("groups"), described.get("bottleneck"), described.get("seed", 0)
+        groups, width, seed = (described.get(key, 0) for key in ("groups", "bottleneck", "seed"))
         if described.get("method") == Adapters.name and _names(groups) and _counts(width, 1) and _counts(seed, 0):
             return Adapters(groups, width, seed)
     raise ValueError(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -101,7 +102,8 @@ def _pretrained(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     architecture.dropout = config.dropout
     architecture.attention_dropout = config.attention_dropout
     model = load_dense(config.pretrained, architecture)
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if not len(tokenizer) <= rows < len(tokenizer) + _SPARE_ROWS:
         raise ValueError(
             f"{config.pretrained} has a vocabulary of {rows} and the tokenizer one of {len(tokenizer)}; "
@@ -157,7 +159,7 @@ def load_system(
     if kind is not None:
         _check_kind(folder, method, kind)
     own_weights = method is not None and method.has_weights
-    model = load_dense(folder, extra=own_weights)
+    model: Any = load_dense(folder, extra=own_weights)  # transformers wraps Module.to in a type of its own
     tokenizer = load_tokenizer(folder)
     if method is not None:
         method.check(folder, stored_shapes(folder) if own_weights else {})

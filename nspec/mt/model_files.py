@@ -149,7 +149,7 @@ def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra:
     }
     _refuse(source, wrong)
     check_finite(model, source)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

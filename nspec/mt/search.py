@@ -129,7 +129,7 @@ class _OwnLimit(StoppingCriteria):
     def __init__(self, limits: Sequence[int]) -> None:
         self.limits = torch.tensor(limits)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         ended = input_ids.shape[1] > self.limits.to(input_ids.device)
         return ended.repeat_interleave(input_ids.shape[0] // len(ended))  # the candidates of a line stand together
 
@@ -152,5 +152,5 @@ class _OfWords(LogitsProcessor):
     def __init__(self, rule: LogitsProcessor) -> None:
         self.rule = rule
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.rule(input_ids[:, _BEGUN:], scores) if input_ids.shape[1] > _BEGUN else scores
