@@ -253,5 +253,5 @@ def test_a_device_is_written_to(tiny: Tiny, tmp_path: Path, path: str) -> None:
         assert written.startswith(b"before\n")
         assert written.count(b"\n") == 2
     else:
-        assert (done.returncode, done.stderr) == (2, f"nspec: error: cannot write {path}: No space left on device\n")
+        assert (done.returncode, done.stderr) == (2, f"nspec: error: [Errno 28] cannot write {path}: No space left on device\n")
         assert written == b"before\n"
