@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that help and mistakes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -261,6 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
         on standard error (``--debug`` shows the traceback too); 130 after Ctrl-C; 143 after SIGTERM in training.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _fill_closed_streams()
+    if sys.stdout is None:
+        return _say("error: standard output is closed; redirect it, such as > /dev/null", 2)
     # The tokenizers library warns when a process that used its threads is forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -287,6 +291,18 @@ def main(arguments: list[str] | None = None) -> int:
         if advice := _too_large(error):
             return _say(f"error: {advice} ({str(error) or type(error).__name__}); --debug shows where", 2)
         return _say(f"error: {error}", 2)
+
+
+def _fill_closed_streams() -> None:
+    """Takes the numbers of closed streams, which the next files would get: what is printed must not go into them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    if sys.stderr is None:  # print(file=None) would write to standard output
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
 
 
 def _say(text: str, code: int) -> int:

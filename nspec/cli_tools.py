@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import itertools
 import os
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nspec.files import check_output, replacing
+
 if TYPE_CHECKING:
     from nspec.mt.config import Config
+    from nspec.mt.systems import Kind
 
 tools = typer.Typer()
 
@@ -55,6 +59,8 @@ def score(
     from nspec.mt.display import show
     from nspec.mt.score_files import score_files
 
+    if out:
+        check_output("--out", out, folder=True)
     options = {"baseline": baseline, "pivot": pivot, "groups": groups, "out": out, "comet": comet, "sources": sources}
     scored = score_files(system, references, bootstrap=bootstrap, tokenize=tokenize, **options)
 
@@ -77,11 +83,20 @@ def translate(
         str, typer.Option(metavar="en", help="For de-fr: masks of de-en in the encoder, of en-fr in the decoder.")
     ] = "",
     input: Annotated[str, typer.Option(metavar="FILE", help="Text, a sentence a line; -: standard input.")] = "-",
-    output: Annotated[str, typer.Option(metavar="FILE", help="Appears when it is whole; -: standard output.")] = "-",
+    output: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Appears when it is whole; a pipe or device: at once; -: standard output."),
+    ] = "-",
     beam: Annotated[int | None, typer.Option(help="Beam size [default: the run's, else 5].")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="Exponent on the length [the run's, else 1].")] = None,
     max_length_ratio: Annotated[
         float | None, typer.Option(help="Longest output per source [the run's, else 2].")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="So many tokens never come twice; 0: they may [the run's, else 0].")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens come less often again [the run's, else 1].")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -95,13 +110,23 @@ def translate(
     """
     from nspec.mt.options import validate
 
-    folder, settings = _model_folder(model, run, system, task)
-    given = {"beam": beam, "batch_tokens": batch_tokens, "length_penalty": length_penalty}
-    given["max_length_ratio"] = max_length_ratio
+    given = {
+        "beam": beam,
+        "length_penalty": length_penalty,
+        "max_length_ratio": max_length_ratio,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "repetition_penalty": repetition_penalty,
+        "batch_tokens": batch_tokens,
+    }
+    folder, settings, kind = _model_folder(model, run, system, task)
     for name, value in given.items():
         if value is not None:
             setattr(settings.decode, name, value)
     validate(settings)
+    if input == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed; give the text with --input FILE, or < /dev/null for none")
+    if output != "-":
+        check_output("--output", output)
     with contextlib.ExitStack() as files:
         # Before the slow imports: a wrong name shows at once.
         source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
@@ -112,7 +137,7 @@ def translate(
         from nspec.mt.translate import Translator
 
         quieten(threads)
-        loaded, tokenizer = load_system(folder, resolve_device(device))
+        loaded, tokenizer = load_system(folder, resolve_device(device), kind)
         translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
@@ -124,10 +149,11 @@ def translate(
         _write_lines(lines, output)
 
 
-def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config]:
-    """The folder with the model and the settings that belong to it."""
+def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config, Kind | None]:
+    """The folder with the model, the settings that belong to it, and what a system of a run must be."""
     from nspec.mt.config import Config
     from nspec.mt.options import load
+    from nspec.mt.systems import KINDS, kind_of, system_names
 
     if bool(model) == bool(run):
         raise ValueError("translate needs either --model FOLDER or --run RUN --system NAME")
@@ -136,15 +162,28 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
             raise ValueError("--system goes with --run; --model is the folder of one system")
         if not Path(model).is_dir():
             raise ValueError(f"--model {model}: there is no such folder")
-        return Path(model), Config()
+        return Path(model), Config(), None
     systems = Path(run) / "systems"
+    each: dict[str, dict[str, Path]] = {}  # a model for each direction
+    for path in sorted(systems.glob("*/*/model")):
+        each.setdefault(path.parents[1].name, {})[path.parent.name] = path
     folders = {path.parent.name: path for path in systems.glob("*/model")}
-    for path in systems.glob("*/*/model"):  # a model for each direction
-        folders.setdefault(path.parents[1].name, systems / path.parents[1].name / task / "model")
-    if system not in folders:
+    if system not in folders and system not in each:
         found = f"--system {system}" if system else "no --system"
-        raise ValueError(f"{found}: {run} has the trained systems {', '.join(sorted(folders)) or 'none'}")
-    return folders[system], load(Path(run) / "config.yaml")
+        names = ", ".join(sorted({*folders, *each})) or "none"
+        raise ValueError(f"{found}: {run} has the trained systems {names}")
+    config = load(Path(run) / "config.yaml")
+    if system not in [*KINDS, *system_names(config)]:
+        raise ValueError(
+            f"--system {system}: {run}/config.yaml does not say what it is; give its folder as --model to take it as it is"
+        )
+    kind = kind_of(config, system)
+    if kind.method != "each":
+        return systems / system / "model", config, kind
+    if task not in each.get(system, {}):
+        known = ", ".join(each.get(system, {})) or "none"
+        raise ValueError(f"--system {system} has a model for each of {known}, none for {task}")
+    return each[system][task], config, kind
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:
@@ -165,6 +204,8 @@ def _decode(groups: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
         texts = []
         for line in group:
             number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 texts.append(line.decode("utf-8").removesuffix("\n").removesuffix("\r"))
             except UnicodeDecodeError as error:
@@ -174,15 +215,20 @@ def _decode(groups: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
 
 
 def _write_lines(lines: Iterable[str], output: str) -> None:
-    from nspec.files import replacing
-
-    if output != "-":
-        with replacing(output) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
+    if output == "-" or _is_standard_output(output):
+        for line in lines:
+            sys.stdout.buffer.write(f"{line}\n".encode())
+            sys.stdout.buffer.flush()
         return
-    for line in lines:
-        sys.stdout.buffer.write(f"{line}\n".encode())
-        sys.stdout.buffer.flush()
+    # A line at a time: who reads a pipe gets each as soon as it is there.
+    with replacing(output) as part, open(part, "w", encoding="utf-8", newline="\n", buffering=1) as file:
+        for line in lines:
+            file.write(f"{line}\n")
+
+
+def _is_standard_output(path: str) -> bool:
+    """Whether a path, such as /dev/stdout, leads to where standard output goes."""
+    return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(1))
 
 
 @tools.command()
@@ -242,6 +288,8 @@ def seeds(
     """
     from nspec.report.seeds import compare_seeds
 
+    if out:
+        check_output("--out", out, folder=True)
     compared = compare_seeds(runs)
     if out:
         compared.write(Path(out))

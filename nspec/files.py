@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,59 @@ def expand_path(path: str) -> str:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; a clean exit renames it to ``path``, an error removes it.
 
-    A reader sees the old file or the new one, never a part. Folders are made as needed.
+    A reader sees the old file or the new one, never a part. Folders are made as needed. A symbolic link stays one, and
+    what it points to is replaced. What is there and no regular file (a named pipe, a device) is yielded itself, and written
+    straight to.
 
     Raises:
         OSError: what the operating system said (disk full, no permission), naming ``path``; the old file is intact.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    straight = is_special(path)
+    place = Path(path) if straight else Path(os.path.realpath(path))
+    part = place if straight else place.with_name(f".{place.name}.{os.getpid()}.part")
+    kept = "" if straight else "; what was there is unchanged"
     try:
+        if not straight:
+            place.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        if not straight:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, place)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}; what was there is unchanged") from error
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if not straight:
+            part.unlink(missing_ok=True)
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something at ``path`` that is neither a regular file nor a folder, such as a pipe or a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_output(option: str, path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Checks where a command is to write, before its work: only the last part of the path may be new.
+
+    Args:
+        option: its name, for the message.
+        path: of a file, or of a folder that holds what is written.
+        folder: which of the two.
+
+    Raises:
+        ValueError: there is no folder around it, a folder where a file is to be, or the other way round.
+    """
+    place = Path(os.path.realpath(path)) if os.path.islink(path) and not is_special(path) else Path(path).absolute()
+    if not place.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {place.parent}; make it first")
+    if not folder and place.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a file in it")
+    if folder and place.exists() and not place.is_dir():
+        raise ValueError(f"{option} {path} is not a folder")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -332,3 +332,26 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        ("translate --task en-de --model . <&-", "standard input is closed; give the text with --input FILE"),
+        ("translate --task en-de --model . >&-", "standard output is closed; redirect it, such as > /dev/null"),
+        ("config >&-", "standard output is closed; redirect it, such as > /dev/null"),
+        ("config >&- <&-", "standard output is closed; redirect it, such as > /dev/null"),
+    ],
+)
+def test_a_closed_stream_is_one_line(redirection: str, message: str) -> None:
+    command = ["bash", "-c", f"exec {sys.executable} -m nspec.cli {redirection}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"nspec: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_standard_error_nothing_else_goes_to_standard_output() -> None:
+    command = ["bash", "-c", f"exec {sys.executable} -m nspec.cli config --set train.lr=x 2>&-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")

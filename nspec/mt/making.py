@@ -17,7 +17,7 @@ from nspec.mt.arrows import weight_masks_folder
 from nspec.mt.config import Config, TrainConfig
 from nspec.mt.data import PreparedData, languages_of_task
 from nspec.mt.model import build_model, load_system
-from nspec.mt.systems import Kind, builtin_of, config_of, finetuned_system, kind_of, masks_folder
+from nspec.mt.systems import KINDS, Kind, builtin_of, config_of, finetuned_system, kind_of, masks_folder
 from nspec.mt.training import train_system
 
 
@@ -39,7 +39,7 @@ def make_system(system: str, config: Config, run: Path, data: PreparedData, fold
         _make_each(system, own, kind, run, data, folder)
         return
     method, settings = _method(system, config, own, kind, run, data)
-    model, _ = load_system(run / "systems" / "dense" / "model", "cpu")  # the trainer moves it
+    model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"])  # the trainer moves it
     train_system(system, own, settings, data, model, folder, method=method)
 
 
@@ -112,7 +112,7 @@ def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Pa
     found = []  # packed at once: as bool tensors the masks of all directions would be as many models
     for number, task in enumerate(data.tasks):
         tell(task, number, len(data.tasks))
-        model, _ = load_system(models / task / "model", "cpu")
+        model, _ = load_system(models / task / "model", "cpu", KINDS["finetuned"])
         found.append(lass.WeightMasks({task: lass.magnitude_masks(model, own.lass.alpha)}))
     lass.WeightMasks.union_of_tasks(found).save(folder)
     tell("", len(data.tasks), len(data.tasks))
@@ -130,7 +130,7 @@ def _make_each(system: str, own: Config, kind: Kind, run: Path, data: PreparedDa
         if kind.scratch:
             model = build_model(own.model, data.tokenizer, own.run.seed)
         else:
-            model, _ = load_system(run / "systems" / "dense" / "model", "cpu")
+            model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"])
         train_system(f"{system} {task}", own, settings, data.only(task), model, folder / task)
         if distributed.rank() == 0:  # an optimiser state for each direction would be three times the models
             shutil.rmtree(folder / task / "checkpoints", ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from nspec.mt import distributed
 from nspec.nn.masked_linear import MODES, Mode
 
 _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated before anything else notices
+NSPEC_FILE = "nspec.json"
+_MASKS, _WEIGHT_MASKS = "masks", "weight_masks"  # folders beside it
 
 
 class Method(ABC):
@@ -59,6 +61,9 @@ class Method(ABC):
         """Around a step of the optimiser, after passes of these tasks in this process."""
         return nullcontext()
 
+    def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:  # noqa: B027 (most have no weights)
+        """Raises ValueError where the weights in a folder, name -> shape, are not of this method; before it is attached."""
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what :func:`load_method` reads, but for weights."""
@@ -93,8 +98,8 @@ class NeuronSpecialization(Method):
         nspec.specialize(model, self.masks, mode=self.mode)
 
     def save(self, folder: Path) -> None:
-        self.masks.save(folder / "masks")
-        write_json(folder / "nspec.json", {"mode": self.mode})
+        self.masks.save(folder / _MASKS)
+        write_json(folder / NSPEC_FILE, {"mode": self.mode})
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -130,9 +135,17 @@ class Adapters(Method):
         adapters.add_adapters(model, self.groups, self.bottleneck, seed=self.seed)
         adapters.freeze_all_but_adapters(model)
 
+    def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:
+        widths = {shape[0] for name, shape in stored.items() if ".adapters." in name and name.endswith(".down.weight")}
+        if widths != {self.bottleneck}:
+            raise ValueError(
+                f"{folder / NSPEC_FILE} says bottleneck {self.bottleneck}, but the weights beside it have adapters of "
+                f"width {', '.join(map(str, sorted(widths))) or 'none'}; copy the whole folder of the system again"
+            )
+
     def save(self, folder: Path) -> None:
         described = {"method": self.name, "groups": self.groups, "bottleneck": self.bottleneck, "seed": self.seed}
-        write_json(folder / "nspec.json", described)
+        write_json(folder / NSPEC_FILE, described)
 
     def facts(self) -> dict[str, Any]:
         return {"density": None, "mask_bytes": 0}
@@ -163,8 +176,8 @@ class Lass(Method):
         return kept_weights_only(model, optimizer, everywhere)
 
     def save(self, folder: Path) -> None:
-        self.masks.save(folder / "weight_masks")
-        write_json(folder / "nspec.json", {"method": self.name})
+        self.masks.save(folder / _WEIGHT_MASKS)
+        write_json(folder / NSPEC_FILE, {"method": self.name})
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -175,18 +188,23 @@ def load_method(folder: Path) -> Method | None:
     """What makes the system in a folder; None for a dense one.
 
     Raises:
-        ValueError: ``nspec.json`` says something else, or masks are broken.
+        ValueError: ``nspec.json`` says something else or is gone from beside its masks, or masks are broken.
         FileNotFoundError: the masks are not there.
     """
-    file = Path(folder) / "nspec.json"
+    file = Path(folder) / NSPEC_FILE
     if not file.is_file():
+        if left := [name for name in (_MASKS, _WEIGHT_MASKS) if (file.parent / name).exists()]:
+            raise ValueError(
+                f"{file} is not there, but {left[0]}/ is: the system would be taken for a dense one; copy the "
+                f"whole folder of the system again, or delete {left[0]}/"
+            )
         return None
     described: Any = read_json(file)
     if isinstance(described, dict):
         if described.get("mode") in MODES:
-            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / "masks"), described["mode"])
+            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
         if described.get("method") == Lass.name:
-            return Lass(lass.WeightMasks.load(file.parent / "weight_masks"))
+            return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
         if described.get("method") == Adapters.name and _fits_adapters(described):
             return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
     raise ValueError(
@@ -197,5 +215,5 @@ def load_method(folder: Path) -> Method | None:
 
 def _fits_adapters(described: dict[str, Any]) -> bool:
     groups, width, seed = (described.get(key) for key in ("groups", "bottleneck", "seed"))
-    named = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(name, str) for name in groups.values())
+    named = isinstance(groups, dict) and len(groups) > 0 and all(isinstance(n, str) and n for n in groups.values())
     return named and type(width) is int and 1 <= width <= _WIDEST and (seed is None or type(seed) is int)

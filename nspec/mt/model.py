@@ -8,23 +8,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    M2M100Config,
-    M2M100ForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import M2M100Config, M2M100ForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
 from nspec.mt.config import ModelConfig
-from nspec.mt.methods import Method, load_method
+from nspec.mt.methods import NSPEC_FILE, Method, load_method
+from nspec.mt.model_files import load_config, load_dense, load_weights, quiet_transformers, stored_shapes
+from nspec.mt.systems import Kind
 from nspec.mt.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +45,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         seed: of the initialisation.
 
     Raises:
-        ValueError: a width that heads do not divide, or a pretrained model whose vocabulary is not the tokenizer's.
+        ValueError: a width that heads do not divide; a pretrained model whose vocabulary is not the tokenizer's, that is
+            a system with masks or adapters, or that cannot be read whole (:func:`nspec.mt.model_files.load_dense`).
     """
     if config.pretrained:
         return _pretrained(config, tokenizer)
@@ -94,15 +88,22 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
 
 
 def _pretrained(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    architecture = AutoConfig.from_pretrained(config.pretrained)
+    method = load_method(Path(config.pretrained))
+    if method is not None and method.mode != "update":  # which decodes as the dense model
+        raise ValueError(
+            f"model.pretrained {config.pretrained} is a system with {method.name}, which would be left out; take a dense "
+            "model, or one specialised in mode update"
+        )
+    architecture = load_config(config.pretrained)
     for name in _OFF:
         if getattr(architecture, name, 0):
             logger.info("%s: %s is set from %g to 0", config.pretrained, name, getattr(architecture, name))
             setattr(architecture, name, 0.0)
     architecture.dropout = config.dropout
     architecture.attention_dropout = config.attention_dropout
-    model = AutoModelForSeq2SeqLM.from_pretrained(config.pretrained, config=architecture, dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
+    model = load_dense(config.pretrained, architecture)
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if not len(tokenizer) <= rows < len(tokenizer) + _SPARE_ROWS:
         raise ValueError(
             f"{config.pretrained} has a vocabulary of {rows} and the tokenizer one of {len(tokenizer)}; "
@@ -134,60 +135,50 @@ def save_system(
 
 
 def load_system(
-    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu", kind: Kind | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads what :func:`save_system` wrote, or any ``transformers`` sequence-to-sequence model with its tokenizer.
+
+    Args:
+        folder: of the model.
+        device: where it goes.
+        kind: what the system is in its run; None: what the folder says.
 
     Returns:
         The model in evaluation mode and float32 on ``device``, with what makes the system applied, and its tokenizer.
 
     Raises:
-        ValueError: no model or no tokenizer in the folder, or see :func:`nspec.mt.methods.load_method`.
+        ValueError: no model or no tokenizer in the folder, one that is broken or incomplete (see
+            :func:`nspec.mt.model_files.load_dense` and :func:`nspec.mt.methods.load_method`), or another system than
+            ``kind``.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
-    with quiet_transformers():
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = load_tokenizer(folder)
     method = load_method(folder)
+    if kind is not None:
+        _check_kind(folder, method, kind)
+    own_weights = method is not None and method.has_weights
+    model: Any = load_dense(folder, extra=own_weights)  # transformers wraps Module.to in a type of its own
+    tokenizer = load_tokenizer(folder)
     if method is not None:
+        method.check(folder, stored_shapes(folder) if own_weights else {})
         method.attach(model)
-        if method.has_weights:
+        if own_weights:
             load_weights(model, folder)
     return model.to(device).eval(), tokenizer
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copies ``model.safetensors`` of a folder into the model; names that are tied to a stored one may be missing.
-
-    Raises:
-        ValueError: the file has other parameters than the model.
-    """
-    stored = load_file(folder / "model.safetensors")
-    result = model.load_state_dict(stored, strict=False)
-    own = model.state_dict()
-    covered = {own[name].data_ptr() for name in stored if name in own}
-    missing = [name for name in result.missing_keys if own[name].data_ptr() not in covered]
-    if missing or result.unexpected_keys:
+def _check_kind(folder: Path, method: Method | None, kind: Kind) -> None:
+    """A folder that lost its ``nspec.json``, or got another's, would be translated as another system."""
+    expected = (None, None) if kind.method in ("", "each") else (kind.method, kind.mode or None)
+    found = (None, None) if method is None else (method.name, method.mode)
+    if found != expected:
+        names = [f"{name} in mode {mode}" if mode else name or "a dense model" for name, mode in (found, expected)]
         raise ValueError(
-            f"{folder / 'model.safetensors'} is not of this model: it lacks {missing[:3]} and has "
-            f"{result.unexpected_keys[:3]}, which the model has not"
+            f"{folder} is {names[0]} ({NSPEC_FILE} {'says so' if method else 'is not there'}), but config.yaml of the run "
+            f"says {names[1]}; train the system again, or copy its whole folder"
         )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within the block transformers draws no progress bars and says nothing below errors."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

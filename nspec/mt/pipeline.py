@@ -152,10 +152,15 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             from nspec.mt.model import build_model
+            from nspec.mt.readiness import check_model
+            from nspec.mt.search import check_beam
             from nspec.mt.training import train_system
 
             data = self._data()
+            check_beam(self.config.decode.beam, len(data.tokenizer))
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
+            if self.config.model.pretrained:
+                check_model(self.config, model)
             train_system("dense", self.config, self.config.train, data, model, folder)
 
         if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
@@ -354,7 +359,8 @@ class Pipeline:
         from nspec.mt.model import load_system
 
         place = device or resolve_device(self.config.run.device)
-        return load_system(self.folder / "systems" / system / "model", place)
+        kind = kind_of(self.config, system.partition("/")[0])  # system/direction where each has a model
+        return load_system(self.folder / "systems" / system / "model", place, kind)
 
     def _known(self, system: str) -> str:
         if system not in system_names(self.config):

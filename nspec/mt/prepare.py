@@ -23,7 +23,10 @@ from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.data import FORMAT, SPLITS
 from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
+from nspec.mt.language_tags import language_id, language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
+from nspec.mt.model_files import load_config
+from nspec.mt.readiness import check_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +61,9 @@ def prepare(config: Config, folder: Path, progress: Progress | None = None) -> N
     """
     from nspec.mt.corpus import open_corpus
 
-    if not config.model.pretrained:
+    if config.model.pretrained:
+        check_architecture(config, load_config(config.model.pretrained))
+    else:
         vocabulary.check_model_type(config.tokenizer)
     corpus = open_corpus(config.corpus, config.run.seed)
     prepare_corpus(corpus, tasks_of(config.corpus, corpus), config, folder, progress)
@@ -216,8 +221,14 @@ class _Preparation:
         if self.config.model.pretrained:
             self.most = min(self.most, _positions(self.config.model.pretrained))
             tokenizer = vocabulary.load_tokenizer(self.config.model.pretrained)
+            named: dict[int, str] = {}
             for language in self.languages:
-                vocabulary.language_id(tokenizer, language)  # raises where it has no such language
+                other = named.setdefault(language_id(tokenizer, language), language)
+                if other != language:
+                    raise ValueError(
+                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
+                        f"in the vocabulary of model.pretrained {self.config.model.pretrained}; keep one of the two"
+                    )
             tokenizer.save_pretrained(target)
         else:
             options = self.config.tokenizer
@@ -324,7 +335,7 @@ class _Preparation:
             "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
             "pad_id": self.tokenizer.pad_token_id,
             "end_id": vocabulary.end_id(self.tokenizer),
-            "tags": {language: vocabulary.language_id(self.tokenizer, language) for language in self.languages},
+            "tags": {language: language_id(self.tokenizer, language) for language in self.languages},
         }
 
     def _example(self, task: str) -> str:
@@ -370,13 +381,7 @@ class _Arrays:
 
 def _positions(pretrained: str) -> int:
     """The longest sequence that a pretrained model takes, in tokens."""
-    from transformers import AutoConfig
-
-    try:
-        found = getattr(AutoConfig.from_pretrained(pretrained), "max_position_embeddings", None)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.pretrained {pretrained}: there is no model configuration: {reason}") from error
+    found = getattr(load_config(pretrained), "max_position_embeddings", None)
     return sys.maxsize if found is None else int(found)
 
 

@@ -22,7 +22,8 @@ from nspec.mt.config import Config, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData
 from nspec.mt.evaluation import Validator
 from nspec.mt.methods import Method
-from nspec.mt.model import load_weights, quiet_transformers, save_system
+from nspec.mt.model import save_system
+from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.resuming import ResumePoint, resume_point
 from nspec.mt.sampling import TaskBatchSampler
 from nspec.mt.supervision import Supervisor, stopping_on_sigterm

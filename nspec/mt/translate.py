@@ -9,13 +9,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import nspec
 from nspec.mt import zero_shot
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
-from nspec.mt.vocabulary import encode, end_id, language_id
+from nspec.mt.language_tags import language_id
+from nspec.mt.search import SpecialTokens, check_beam, search
+from nspec.mt.vocabulary import encode, end_id
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.tasks import specialized_layers
 
@@ -41,14 +43,15 @@ class Translator:
             know is translated with the encoder's masks of one and the decoder's of another that it knows, if they meet
             in one language (:mod:`nspec.mt.zero_shot`); a warning says which.
         tokenizer: of the model.
-        decode: beam size and limits.
+        decode: the search, which follows these options alone: nothing of the model's own ``generation_config``.
         window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
             which then answers each line, else 2000.
         pivot: the language in which the two directions meet, where there are several; they are combined then for
             directions that the model knows as well.
 
     Raises:
-        ValueError: a pivot for a model that computes the same for every direction.
+        ValueError: a pivot for a model that computes the same for every direction; a beam that is wider than the
+            vocabulary allows.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Translator:
         self._parts: dict[str, tuple[str, str]] = {}  # of directions that are combined
         embeddings: Any = model.get_input_embeddings()
         self._spare = list(range(len(tokenizer), embeddings.num_embeddings))  # they only round the vocabulary up
+        check_beam(decode.beam, len(tokenizer))
 
     def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
         """One line out for each line in, in order; a blank line for a blank line.
@@ -151,43 +155,29 @@ class Translator:
 
     def _generate(self, sources: list[list[int]], target: int) -> list[str]:
         width = max(map(len, sources))
-        pad, end = self.tokenizer.pad_token_id, end_id(self.tokenizer)
+        pad = self.tokenizer.pad_token_id
         ids = torch.tensor([s + [pad] * (width - len(s)) for s in sources])
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
-        generated = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            generation_config=self._search(self._limit(width), target),
+        generated = search(
+            self.model,
+            ids.to(self.model.device),
+            mask.to(self.model.device),
+            [self._limit(len(source)) for source in sources],
+            self.decode,
+            self._tokens(target),
         )
         texts = []
-        for source, tokens in zip(sources, generated.tolist()):
-            # A short line shares its batch's limit while it is translated, not in what comes out: so its translation
-            # does not depend on its neighbours. The first token only starts the decoder.
-            tokens = tokens[1 : 1 + self._limit(len(source))]
-            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        for tokens in generated:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             texts.append(" ".join(str(text).splitlines()).strip())
         return texts
 
     def _limit(self, source_tokens: int) -> int:
+        """Most tokens of a translation, its tag and the end of the sentence included."""
         most = self.model.config.max_position_embeddings
-        return min(int(self.decode.max_length_ratio * source_tokens) + _ROOM, most)
+        return int(min(self.decode.max_length_ratio * source_tokens + _ROOM, most))
 
-    def _search(self, limit: int, target: int) -> GenerationConfig:
-        beams = {}
-        if self.decode.beam > 1:
-            # Ends, as in fairseq, when there are as many finished translations as beams.
-            beams = {"length_penalty": self.decode.length_penalty, "early_stopping": True}
-        return GenerationConfig(
-            num_beams=self.decode.beam,
-            max_length=1 + limit,  # what starts the decoder counts here
-            forced_bos_token_id=target,
-            decoder_start_token_id=self.model.config.decoder_start_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=end_id(self.tokenizer),
-            bos_token_id=self.tokenizer.bos_token_id,
-            suppress_tokens=self._spare or None,
-            do_sample=False,
-            use_cache=True,
-            **beams,
-        )
+    def _tokens(self, target: int) -> SpecialTokens:
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        end = end_id(self.tokenizer)
+        return SpecialTokens(end if start is None else start, target, end, self.tokenizer.pad_token_id, self._spare)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-from nspec.files import read_json
 from nspec.mt.config import Config, TrainConfig
 from nspec.mt.systems import KINDS, VARIED, config_of, kind_of, masked_systems, system_names, variants_of
 from nspec.mt.values import check_option, cut, each_option, show
@@ -94,7 +91,17 @@ def _layers(config: Config) -> None:
     if config.model.pretrained:
         return
     counts = {"encoder": config.model.encoder_layers, "decoder": config.model.decoder_layers}
-    names = [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
+    check_layers(
+        config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
+    )
+
+
+def check_layers(config: Config, names: list[str]) -> None:
+    """Checks that every masked system keeps some of the feed-forward layers ``names``, and of its half of the model.
+
+    Raises:
+        ValueError: a system, its patterns and what they match.
+    """
     for system in masked_systems(config):
         patterns, side = config_of(config, system).select.layers, kind_of(config, system).side
         try:
@@ -102,22 +109,9 @@ def _layers(config: Config) -> None:
         except ValueError as error:
             raise ValueError(cut(f"select.layers of {system}: {error}", _LONGEST)) from None
         if side and not any(side in name.split(".") for name in kept):
-            raise ValueError(f"select.layers of {system}: expected a layer of the {side}, found {show(patterns)}")
-
-
-def _activation(config: Config) -> None:
-    """A pretrained model without ReLU cannot be specialised; where its folder is at hand, that shows before training."""
-    path = Path(config.model.pretrained, "config.json")
-    masked = list(masked_systems(config))
-    if not config.model.pretrained or not masked or not os.path.isfile(path):
-        return
-    found = read_json(path)
-    name = found.get("activation_function", "relu") if isinstance(found, dict) else "relu"
-    if name != "relu":
-        raise ValueError(
-            f"model.pretrained: neuron masks ({', '.join(masked)}) need a model with ReLU, found {show(name)} in {path}; "
-            f"take another model, or run.systems without them"
-        )
+            raise ValueError(
+                f"select.layers of {system}: expected a layer of the {side}, found {show(patterns or kept)}"
+            )
 
 
 def _varied(config: Config) -> None:
@@ -155,9 +149,9 @@ def validate(config: Config) -> None:
         )
     _training(config, "train")
     _varied(config)
-    if not model.pretrained and config.decode.beam > config.tokenizer.vocab_size:
-        most = f"tokenizer.vocab_size ({config.tokenizer.vocab_size})"
-        raise ValueError(f"decode.beam: expected at most {most}, found {config.decode.beam}")
+    beam, vocabulary = config.decode.beam, config.tokenizer.vocab_size
+    if 2 * beam > vocabulary and not model.pretrained:
+        raise ValueError(f"decode.beam: expected at most half of tokenizer.vocab_size ({vocabulary}), found {beam}")
     known = dict.fromkeys([*KINDS, *system_names(config)])
     if config.score.baseline not in known:
         raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {show(config.score.baseline)}")
@@ -169,4 +163,3 @@ def validate(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _layers(config)
-    _activation(config)

@@ -7,7 +7,8 @@ class there that takes any set of languages, and ``spm.model``, the same model f
   class insists on it). Pieces have the same ids in SentencePiece.
 - A tag is written ``__de__``, as M2M100 does. A bare ``de`` could not be told from the piece ``de``, which nearly every
   vocabulary has. So with plain transformers ``tokenizer.src_lang = "__de__"``, ``tokenizer.tgt_lang = "__en__"`` and
-  ``generate(forced_bos_token_id=tokenizer.convert_tokens_to_ids("__en__"))``; :func:`language_tag` finds the spelling.
+  ``generate(forced_bos_token_id=tokenizer.convert_tokens_to_ids("__en__"))``;
+  :mod:`nspec.mt.language_tags` finds the spelling.
 - Encoder input: ``[source tag] pieces </s>``; labels: ``[target tag] pieces </s>``; the decoder starts with ``</s>``.
 - ``</s>``, ``<pad>`` or ``__de__`` standing in a text are spelled in pieces like any other text.
 - Normalisation: none but white space. Every white-space character and U+2581, SentencePiece's own sign for a space, is
@@ -38,6 +39,8 @@ import numpy as np
 from nspec.files import replacing, sha256, write_json
 from nspec.mt.config import TokenizerConfig
 from nspec.mt.corpus.base import clean
+from nspec.mt.language_tags import language_id, languages_of, tag
+from nspec.mt.model_files import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,30 +55,6 @@ _UNKNOWN_SIGN = "\u2585"
 # All that str.isspace() knows, so that a text is read the same whether or not clean() has seen it.
 _SPACES = [*range(0x09, 0x0E), *range(0x1C, 0x20), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]
 _SPACES += [0x2028, 0x2029, 0x202F, 0x205F, 0x3000, ord(_SPACE_SIGN)]
-
-_OURS = re.compile(r"__(\w+?)__")  # also M2M100's
-_FLORES = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-_MBART = re.compile(r"[a-z]{2,3}_[A-Z]{2}")
-
-# What NLLB calls the languages of two-letter codes; where it has several scripts or varieties, the usual one.
-_FLORES_TABLE = """
-    af:afr_Latn ak:aka_Latn am:amh_Ethi ar:arb_Arab as:asm_Beng ay:ayr_Latn az:azj_Latn ba:bak_Cyrl be:bel_Cyrl
-    bg:bul_Cyrl bm:bam_Latn bn:ben_Beng bo:bod_Tibt bs:bos_Latn ca:cat_Latn ceb:ceb_Latn cs:ces_Latn cy:cym_Latn
-    da:dan_Latn de:deu_Latn dz:dzo_Tibt ee:ewe_Latn el:ell_Grek en:eng_Latn eo:epo_Latn es:spa_Latn et:est_Latn
-    eu:eus_Latn fa:pes_Arab fi:fin_Latn fj:fij_Latn fo:fao_Latn fr:fra_Latn ga:gle_Latn gd:gla_Latn gl:glg_Latn
-    gn:grn_Latn gu:guj_Gujr ha:hau_Latn he:heb_Hebr hi:hin_Deva hr:hrv_Latn ht:hat_Latn hu:hun_Latn hy:hye_Armn
-    id:ind_Latn ig:ibo_Latn ilo:ilo_Latn is:isl_Latn it:ita_Latn ja:jpn_Jpan jv:jav_Latn ka:kat_Geor kk:kaz_Cyrl
-    km:khm_Khmr kn:kan_Knda ko:kor_Hang ku:kmr_Latn ky:kir_Cyrl lb:ltz_Latn lg:lug_Latn li:lim_Latn ln:lin_Latn
-    lo:lao_Laoo lt:lit_Latn lv:lvs_Latn mg:plt_Latn mi:mri_Latn mk:mkd_Cyrl ml:mal_Mlym mn:khk_Cyrl mr:mar_Deva
-    ms:zsm_Latn mt:mlt_Latn my:mya_Mymr ne:npi_Deva nl:nld_Latn nn:nno_Latn no:nob_Latn nb:nob_Latn ns:nso_Latn
-    ny:nya_Latn oc:oci_Latn om:gaz_Latn or:ory_Orya pa:pan_Guru pl:pol_Latn ps:pbt_Arab pt:por_Latn qu:quy_Latn
-    rn:run_Latn ro:ron_Latn ru:rus_Cyrl rw:kin_Latn sa:san_Deva sc:srd_Latn sd:snd_Arab sg:sag_Latn si:sin_Sinh
-    sk:slk_Latn sl:slv_Latn sm:smo_Latn sn:sna_Latn so:som_Latn sq:als_Latn sr:srp_Cyrl ss:ssw_Latn st:sot_Latn
-    su:sun_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu tg:tgk_Cyrl th:tha_Thai ti:tir_Ethi tk:tuk_Latn
-    tl:tgl_Latn tn:tsn_Latn tr:tur_Latn ts:tso_Latn tt:tat_Cyrl ug:uig_Arab uk:ukr_Cyrl ur:urd_Arab uz:uzn_Latn
-    vi:vie_Latn wo:wol_Latn xh:xho_Latn yi:ydd_Hebr yo:yor_Latn zh:zho_Hans zu:zul_Latn
-    """
-_FLORES_CODES = dict(entry.split(":") for entry in _FLORES_TABLE.split())
 
 
 def check_model_type(config: TokenizerConfig) -> None:
@@ -272,11 +251,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no tokenizer can be loaded from {folder}: {reason}") from error
+    with reading("tokenizer", folder, "; it needs tokenizer.json and tokenizer_config.json, whole and of one another"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tags = languages_of(tokenizer)
     if not tags:
         raise ValueError(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no language tags such as __de__")
@@ -287,47 +263,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             "expected the language tag first and the end of sentence last"
         )
     return tokenizer
-
-
-def tag(language: str) -> str:
-    """The tag of a language in a vocabulary of ours: ``de`` gives ``__de__``."""
-    return f"__{language}__"
-
-
-def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The language tags of a tokenizer: by what they name (``de``, ``deu_Latn``, ``de_DE``) the token itself."""
-    found = {}
-    listed = getattr(tokenizer, "lang_code_to_token", {}).values()  # M2M100's need not be among the special tokens
-    for token in [*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *listed]:
-        if match := _OURS.fullmatch(token):
-            found[match[1]] = token
-        elif _FLORES.fullmatch(token) or _MBART.fullmatch(token):
-            found[token] = token
-    return found
-
-
-def language_tag(tokenizer: PreTrainedTokenizerBase, language: str) -> str:
-    """The tag token of a language.
-
-    In this order: ``__de__`` (ours, M2M100); the code itself where it is a tag (``deu_Latn``); NLLB's code of a
-    two-letter one (``de``: ``deu_Latn``); the only tag ``de_..`` with a country (mBART).
-
-    Raises:
-        ValueError: none of these is there; the message names those present.
-    """
-    tags = languages_of(tokenizer)
-    countries = [name for name in tags if _MBART.fullmatch(name) and name.split("_")[0] == language]
-    for name in [language, _FLORES_CODES.get(language, ""), *(countries if len(countries) == 1 else [])]:
-        if name in tags:
-            return tags[name]
-    raise ValueError(f"the vocabulary has no tag for the language {language!r}; it has {', '.join(sorted(tags))}")
-
-
-def language_id(tokenizer: PreTrainedTokenizerBase, language: str) -> int:
-    """The token id of a language's tag; see :func:`language_tag`."""
-    token_id = tokenizer.convert_tokens_to_ids(language_tag(tokenizer, language))
-    assert isinstance(token_id, int)  # of one token, not of a list
-    return token_id
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

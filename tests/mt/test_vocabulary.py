@@ -25,6 +25,7 @@ from nspec.files import write_json
 from nspec.mt import vocabulary
 from nspec.mt.config import TokenizerConfig
 from nspec.mt.corpus.base import clean
+from nspec.mt.language_tags import language_id, language_tag, tag
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LANGUAGES = ["de", "en", "kn", "mt", "ti"]  # three of them are in no fixed list of transformers
@@ -256,9 +257,9 @@ def test_source_and_target_tags_stand_where_transformers_puts_them(folder, piece
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert isinstance(tokenizer, NllbTokenizer)
     for source, target in [("kn", "mt"), ("ti", "en")]:
-        tokenizer.src_lang, tokenizer.tgt_lang = vocabulary.tag(source), vocabulary.tag(target)
+        tokenizer.src_lang, tokenizer.tgt_lang = tag(source), tag(target)
         batch = tokenizer(TEXT[0], text_target=TEXT[200])
-        ids = {language: vocabulary.language_id(tokenizer, language) for language in LANGUAGES}
+        ids = {language: language_id(tokenizer, language) for language in LANGUAGES}
         assert batch["input_ids"] == [ids[source], *pieces.encode(TEXT[0]), 2]
         assert batch["labels"] == [ids[target], *pieces.encode(TEXT[200]), 2]
         assert vocabulary.encode_source(tokenizer, TEXT[0], source) == batch["input_ids"]
@@ -278,7 +279,7 @@ def test_a_piece_spelled_like_a_language_code_is_no_tag(folder, pieces):
     tokenizer = vocabulary.load_tokenizer(folder)
     assert pieces.piece_to_id("a") > 3
     with pytest.raises(ValueError, match="no tag for the language 'a'; it has de, en, kn, mt, ti"):
-        vocabulary.language_id(tokenizer, "a")
+        language_id(tokenizer, "a")
 
 
 def test_no_piece_can_be_a_tag():
@@ -333,12 +334,12 @@ def test_m2m100_tags_are_found(model, tmp_path, listed):
     write_json(tmp_path / "tokenizer_config.json", settings)
     tokenizer = vocabulary.load_tokenizer(tmp_path)
     assert type(tokenizer) is M2M100Tokenizer
-    assert vocabulary.language_tag(tokenizer, "de") == "__de__"
+    assert language_tag(tokenizer, "de") == "__de__"
     tokenizer.src_lang = "de"
     assert tokenizer(TEXT[0]).input_ids == vocabulary.encode_source(tokenizer, TEXT[0], "de")
     assert vocabulary.encode(tokenizer, ["a </s> __de__ b"]) == [pieces.encode("a </s> __de__ b")]
     with pytest.raises(ValueError, match="no tag for the language 'mt'; it has af, am, ar, ast, "):
-        vocabulary.language_id(tokenizer, "mt")
+        language_id(tokenizer, "mt")
 
 
 @pytest.mark.parametrize(
@@ -353,8 +354,8 @@ def test_m2m100_tags_are_found(model, tmp_path, listed):
 )
 def test_tags_of_nllb_and_mbart_are_found_by_two_letter_codes(tags, language, expected):
     tokenizer = NllbTokenizer(extra_special_tokens=tags, src_lang=tags[0])
-    assert vocabulary.language_tag(tokenizer, language) == expected
-    assert vocabulary.language_id(tokenizer, language) == tokenizer.convert_tokens_to_ids(expected)
+    assert language_tag(tokenizer, language) == expected
+    assert language_id(tokenizer, language) == tokenizer.convert_tokens_to_ids(expected)
 
 
 def test_a_tokenizer_that_puts_the_tag_last_is_refused(folder, tmp_path):

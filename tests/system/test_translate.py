@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from nspec import NeuronMasks, cli
+from nspec.mt.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,3 +141,118 @@ def test_nothing_to_translate_is_nothing(tiny: Tiny, tmp_path: Path, monkeypatch
         monkeypatch.setattr(sys, "stdin", nothing)
         assert cli.main(["translate", *arguments]) == 0
     assert output.read_bytes() == b""
+
+
+def translated(tiny: Tiny, *arguments: object) -> int:
+    """The exit status of the dense system's translation, greedy."""
+    model = ["--task", "de-en", "--model", tiny.folder / "systems/dense/model", "--beam", "1", "--threads", "1"]
+    return cli.main(["translate", *map(str, [*model, *arguments])])
+
+
+def test_a_byte_order_mark_is_no_text(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{line}\n" for line in sources(tiny)[:2])
+    (tmp_path / "plain").write_text(text, encoding="utf-8")
+    (tmp_path / "marked").write_text(text, encoding="utf-8-sig")
+    for name in ("plain", "marked"):
+        assert translated(tiny, "--input", tmp_path / name, "--output", tmp_path / f"{name}.out") == 0
+    with open(tmp_path / "marked", encoding="utf-8") as marked:
+        monkeypatch.setattr(sys, "stdin", marked)
+        assert translated(tiny, "--output", tmp_path / "stdin.out") == 0
+    expected = (tmp_path / "plain.out").read_bytes()
+    assert (tmp_path / "marked.out").read_bytes() == (tmp_path / "stdin.out").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-length-ratio", "inf"], "decode.max_length_ratio: expected a number from 0 to 1000, found inf"),
+        (["--max-length-ratio", "nan"], "decode.max_length_ratio: expected more than 0, found nan"),
+        (["--length-penalty", "nan"], "decode.length_penalty: expected a number from -1 to 10, found nan"),
+        (["--length-penalty", "1e308"], "decode.length_penalty: expected a number from -1 to 10, found 1e+308"),
+        (["--beam", "1000000"], "decode.beam: expected a number from 1 to 1000, found 1000000"),
+        (["--no-repeat-ngram-size", "-1"], "decode.no_repeat_ngram_size: expected at least 0, found -1"),
+        (["--repetition-penalty", "0"], "decode.repetition_penalty: expected more than 0, found 0.0"),
+        (["--beam", "900"], "a beam of 900 needs a vocabulary of at least 1800"),
+        (["--output", "nowhere/x"], "--output nowhere/x: there is no folder "),
+        (["--output", "/"], "--output / is a folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_translated(
+    tiny: Tiny, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.folder / "systems/dense/model"
+    assert refused(capsys, "translate", "--task", "de-en", "--model", model, *arguments).startswith(message)
+
+
+def test_every_option_of_the_search_reaches_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nspec.mt import translate
+
+    seen: list[Any] = []
+    monkeypatch.setattr(translate, "search", lambda *given: seen.append(given[4]) or [[] for _ in given[3]])
+    (tmp_path / "in").write_text("eins\n")
+    given = ["--length-penalty", "0.5", "--max-length-ratio", "3", "--no-repeat-ngram-size", "4"]
+    given += ["--repetition-penalty", "1.5", "--batch-tokens", "99", "--beam", "7"]
+    assert translated(tiny, "--input", tmp_path / "in", "--output", tmp_path / "out", *given) == 0
+    assert seen == [DecodeConfig(7, 0.5, 3.0, 4, 1.5, 99)]
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(DecodeConfig)}
+    assert {name.removeprefix("--") for name in given[::2]} == fields
+
+
+def test_a_masked_system_without_what_makes_it_is_not_translated_as_the_dense_one(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny.folder / "systems", run / "systems")
+    shutil.copy(tiny.folder / "config.yaml", run)
+    (run / "systems/forward/model/nspec.json").unlink()
+    arguments = ["translate", "--task", "de-en", "--run", run]
+    assert "nspec.json is not there, but masks/ is" in refused(capsys, *arguments, "--system", "forward")
+    shutil.rmtree(run / "systems/forward/model/masks")
+    message = refused(capsys, *arguments, "--system", "forward")
+    assert (
+        "is a dense model (nspec.json is not there), but config.yaml of the run says masks in mode forward" in message
+    )
+    (run / "systems/forward").rename(run / "systems/old")
+    assert "config.yaml does not say what it is" in refused(capsys, *arguments, "--system", "old")
+
+
+def test_a_pipe_gets_each_line_as_it_is_there(tiny: Tiny, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "nspec.cli", "translate", "--task", "de-en", "--beam", "1", "--output", str(pipe)]
+    command += ["--model", str(tiny.folder / "systems/dense/model")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
+    assert process.stdin is not None
+    try:
+        with open(pipe, "rb") as reader:
+            process.stdin.write(f"{sources(tiny)[0]}\n".encode())
+            process.stdin.flush()
+            assert reader.readline().endswith(b"\n")
+            process.stdin.close()
+            assert reader.read() == b""
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/full"])
+def test_a_device_is_written_to(tiny: Tiny, tmp_path: Path, path: str) -> None:
+    if not os.path.exists(path):
+        pytest.skip(f"there is no {path}")
+    (tmp_path / "in").write_text("eins\n")
+    command = [sys.executable, "-m", "nspec.cli", "translate", "--task", "de-en", "--beam", "1", "--output", path]
+    command += ["--model", str(tiny.folder / "systems/dense/model"), "--input", str(tmp_path / "in")]
+    with open(tmp_path / "out", "wb") as out:
+        out.write(b"before\n")
+        out.flush()
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, cwd=ROOT, timeout=120, text=True)
+    written = (tmp_path / "out").read_bytes()
+    if path == "/dev/stdout":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert written.startswith(b"before\n")
+        assert written.count(b"\n") == 2
+    else:
+        assert done.returncode == 2
+        assert done.stderr == f"nspec: error: [Errno 28] cannot write {path}: No space left on device\n"
+        assert written == b"before\n"

@@ -1,0 +1,77 @@
+"""Whether a pretrained model suits the systems of a run: found out before hours of training, not after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nspec.mt.config import Config
+from nspec.mt.systems import kind_of, masked_systems, system_names
+from nspec.mt.validation import check_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_architecture(config: Config, architecture: Any) -> None:
+    """Checks what the configuration of ``model.pretrained`` says, before any text is read.
+
+    Raises:
+        ValueError: neurons are to be counted and the activation is not ReLU.
+    """
+    activation = getattr(architecture, "activation_function", None)
+    masked = list(masked_systems(config))
+    if masked and activation not in (None, "relu"):
+        raise ValueError(
+            f"model.pretrained {config.model.pretrained} has the activation {activation}, and {', '.join(masked)} count "
+            "neurons with an output above 0, which needs relu: take a ReLU model (M2M100, NLLB), or leave these systems "
+            "out of run.systems"
+        )
+
+
+def check_model(config: Config, model: nn.Module) -> None:
+    """Tries on a few tokens what the systems of the run will do with a model; its weights stay as they are.
+
+    Raises:
+        ValueError: it has no feed-forward layers that are found or chosen, they are not ReLU, or adapters or masks of
+            weights find no layers.
+    """
+    import torch
+
+    from nspec.baselines import adapters, lass
+
+    methods = {kind_of(config, system).method for system in system_names(config)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if "masks" in methods:
+                _try_masks(config, model)
+            if "adapters" in methods:
+                adapters.add_adapters(model, {"any": "any"}, 1)
+                adapters.remove_adapters(model)
+            if "weight_masks" in methods:
+                lass.prunable_layers(model)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained {config.model.pretrained} does not suit run.systems: {error}") from error
+
+
+def _try_masks(config: Config, model: Any) -> None:
+    import torch
+
+    import nspec
+
+    ids = torch.full((1, 4), int(model.config.eos_token_id))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    counts = nspec.profile(model, {"any": [batch]})
+    check_layers(config, counts.layers)
+    if not any(kind_of(config, system).mode == "forward" for system in masked_systems(config)):
+        return
+    half = {name: torch.arange(len(counts["any"][name])) % 2 == 0 for name in counts.layers}
+    nspec.specialize(model, nspec.NeuronMasks({"any": half}), mode="forward")
+    training = model.training
+    try:
+        with torch.no_grad(), nspec.task(model, "any"):
+            for mode in (True, False):  # dropout between fc1 and fc2 shows in training alone
+                model.train(mode)(**batch)
+    finally:
+        model.train(training)
+        nspec.despecialize(model)

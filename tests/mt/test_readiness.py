@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_translation import Toy
+
+from nspec.mt.config import Config
+from nspec.mt.model import save_system
+from nspec.mt.options import set_option
+from nspec.mt.pipeline import Pipeline
+from nspec.mt.prepare import prepare
+from nspec.mt.readiness import check_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(*systems: str) -> Config:
+    made = Config()
+    made.run.systems = ["dense", *systems]
+    made.model.pretrained = "FOLDER"
+    return made
+
+
+@pytest.mark.parametrize("systems", [("forward", "random"), ("update",), ("adapters",), ("lass",)])
+def test_a_model_that_suits_is_left_as_it_was(toy: Toy, systems: tuple[str, ...]) -> None:
+    model = toy.model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random, parameters = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    check_model(config(*systems), model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(type(module).__module__.split(".")[0] != "nspec" for module in model.modules())
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == parameters
+
+
+def gelu(model: Any) -> None:
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        layer.activation_fn = torch.nn.GELU()
+
+
+def hidden_gelu(model: Any) -> None:
+    """As a layer whose activation has a name that nobody looks at."""
+    layer = model.model.decoder.layers[0]
+    del layer.activation_fn
+    layer.__dict__["activation_fn"] = lambda x: torch.nn.functional.gelu(x)
+
+
+def dropout(model: Any) -> None:
+    model.model.encoder.layers[0].activation_dropout = 0.3
+
+
+def renamed(model: Any) -> None:
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        layer.first = layer.__dict__["_modules"].pop("fc1")
+
+
+@pytest.mark.parametrize(
+    ("change", "systems", "message"),
+    [
+        (gelu, ("forward",), "the activation is GELU, expected ReLU"),
+        (gelu, ("update",), "the activation is GELU, expected ReLU"),
+        (hidden_gelu, ("random",), "ReLU"),
+        (dropout, ("forward",), "activation_dropout is 0.3, expected 0"),
+        (renamed, ("forward",), "no feed-forward pair found"),
+        (renamed, ("adapters",), "no feed-forward pair found"),
+        (renamed, ("lass",), "no feed-forward pair found"),
+    ],
+)
+def test_a_model_that_does_not_suit_is_an_error(toy: Toy, change: Any, systems: tuple[str, ...], message: str) -> None:
+    model = copy.deepcopy(toy.model())
+    change(model)
+    with pytest.raises(ValueError, match=rf"model.pretrained FOLDER does not suit run.systems: .*{message}"):
+        check_model(config(*systems), model)
+
+
+def test_layers_that_are_chosen_must_be_there(toy: Toy) -> None:
+    chosen = config("forward")
+    chosen.select.layers = ["decoder.layers.7"]
+    with pytest.raises(ValueError, match="select.layers of forward: .*decoder.layers.7"):
+        check_model(chosen, toy.model())
+
+
+def test_a_run_refuses_a_gelu_model_before_it_reads_text_and_before_it_trains(toy: Toy, tmp_path: Path) -> None:
+    save_system(toy.model(), toy.data.tokenizer, tmp_path / "model")
+    described = json.loads((tmp_path / "model/config.json").read_text()) | {"activation_function": "gelu"}
+    (tmp_path / "model/config.json").write_text(json.dumps(described))
+    run = toy.config()
+    set_option(run, f"model.pretrained={tmp_path / 'model'}")
+    run.run.systems, run.run.folder = ["dense", "forward"], str(tmp_path / "run")
+    with pytest.raises(ValueError, match="has the activation gelu, and forward count neurons"):
+        prepare(run, tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+    run.run.systems = ["dense", "continued"]  # as a run whose systems were others when the text was prepared
+    with Pipeline(run) as pipeline:
+        pipeline.prepare()
+    run.run.systems = ["dense", "forward"]
+    with pytest.raises(ValueError, match="does not suit run.systems: .*GELU"), Pipeline(run) as pipeline:
+        pipeline.train()
+    assert not (tmp_path / "run/systems/dense/log.jsonl").exists()
