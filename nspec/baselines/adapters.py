@@ -152,6 +152,7 @@ class TaskAdapters(nn.Module, TaskSwitched):
                 f"the layer's output is {x.shape[-1]} wide, its adapters {self.width}, as the last feed-forward layer "
                 "inside is: expected the hidden state; name other layers with layers=[...]"
             )
+        self.check_thread()
         # The bottleneck itself says what a pass used, so that two tasks of a group may share a backward pass.
         use: Any = (None if self._task is None else self._of(self._task), self._batch)
         running = backward_pass()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from .weight_masks import PackedMask, WeightMasks
 
 # Modules that compute with the weights of their linear layers and do not always call them: a mask would be passed by.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_STATE = ("_masks", "_task", "_mask", "_batch", "_set_in", "_passes", "_unpacked", "_product", "_product_of")
+_STATE = ("_masks", "_task", "_mask", "_batch", "_set_in", "_passes", "_unpacked", "_product", "_block")
 
 
 def prunable_layers(model: nn.Module) -> list[str]:
@@ -272,8 +273,7 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
 
     _masks: dict[str, PackedMask]
     _unpacked: dict[PackedMask, Tensor]
-    _product: Tensor | None
-    _product_of: tuple[Any, ...]
+    _product: tuple[tuple[Any, ...], weakref.ref[Tensor], Tensor] | None  # of what, of which weight; set at once
 
     def attach(self, masks: dict[str, PackedMask]) -> None:
         """Sets the mask of each task, ``[out_features, in_features]``; the layer is dense then."""
@@ -313,7 +313,7 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
     def restore(self, state: WeightState) -> None:
         """Switches back to an earlier state."""
         self._task, self._mask, self._batch, self._set_in = state
-        self._product, self._product_of = None, ()
+        self._product = None
 
     def again(self, state: WeightState) -> WeightState:
         """The same, set in the backward pass that is running."""
@@ -356,6 +356,7 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
         use: Any = (self._mask, self._batch)
         if torch.compiler.is_compiling():
             return use, x, self.weight, self.bias
+        self.check_thread()
         running = backward_pass()
         if running >= 0 and running != self._set_in:
             use = self._passes.recomputed()
@@ -388,20 +389,23 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
         # What follows a training pass is an update, and wrappers write weights unseen. A graph makes its own product.
         may = not (torch.is_grad_enabled() or self.weight.is_inference() or capturing(weight.device))
         if not may:
-            self._product, self._product_of = None, ()
+            self._product = None
         return may
 
     def _masked(self, weight: Tensor, mask: PackedMask) -> Tensor:
         """The masked weight, made once: a decoding step has few rows and would be mostly masking."""
-        # A version counts in-place changes, a pointer changes with .data.
+        # A version counts in-place changes, a pointer changes with .data, and another weight may come to lie there.
         of = (mask, self.weight.data_ptr(), self.weight._version, weight.dtype, weight.device)
-        if self._product is None or self._product_of != of:
-            self._product, self._product_of = torch.where(self._on(mask, weight.device), weight, 0.0), of
-        return self._product
+        known = self._product
+        if known is not None and known[0] == of and known[1]() is self.weight:
+            return known[2]
+        product = torch.where(self._on(mask, weight.device), weight, 0.0)
+        self._product = of, weakref.ref(self.weight), product
+        return product
 
     def extra_repr(self) -> str:
         """Adds the number of tasks and the current one to what ``nn.Linear`` shows."""
         return f"{super().extra_repr()}, tasks={len(self._masks)}, task={self._task}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__) | {"_unpacked": {}, "_product": None, "_product_of": ()}
+        return dict(self.__dict__) | {"_unpacked": {}, "_product": None}

@@ -287,18 +287,6 @@ def test_the_home_folder_is_written_out_in_variants(monkeypatch: pytest.MonkeyPa
         options.load(None, ["run.variants=[news = forward profile.path=~nobody-at-all/x]"])
 
 
-def test_a_pretrained_model_without_relu_cannot_have_neuron_masks(tmp_path: Path) -> None:
-    given = [f"model.pretrained={tmp_path}"]
-    (tmp_path / "config.json").write_text('{"activation_function": "relu"}', encoding="utf-8")
-    options.load(None, given)
-    (tmp_path / "config.json").write_text('{"activation_function": "gelu"}', encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"^model\.pretrained: neuron masks \(forward, .*\) need a model with ReLU, found"
-    ):
-        options.load(None, given)
-    options.load(None, [*given, "run.systems=[dense, continued, adapters]"])
-
-
 def test_a_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(b"run:\n  folder: caf\xe9\n")
