@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,20 +93,11 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             WeightMasks.load(tmp_path)
     bits = {"x": torch.tensor([[255, 1]], dtype=torch.uint8)}
-    for change, message in (
-        ({"tasks": None}, "tasks are None, expected a list of different names"),
-        ({"tasks": "a"}, "tasks are 'a', expected a list of different names"),
-        ({"tasks": [["a"]]}, "tasks are .*, expected a list of different names"),
-        ({"tasks": ["a", "a"]}, "tasks are .*, expected a list of different names"),
-        ({"shapes": ["x"]}, "shapes are .*, expected an object"),
-        ({"shapes": {"x": 9}}, r"shape of x is 9, expected \[out, in\]"),
-        ({"shapes": {"x": [3, 3.0]}}, r"shape of x is \[3, 3.0\]"),
-        ({"shapes": {"x": [-3, -3]}}, r"shape of x is \[-3, -3\]"),
-        ({"shapes": {"x": [10**10, 10**10]}}, r"expected torch.uint8 \[1, 12500000000000000000\]"),
-        ({"shapes": {"y": [3, 3]}}, "is broken"),
-    ):
+    changes: list[dict[str, Any]] = [{"tasks": tasks} for tasks in (None, "a", [["a"]], ["a", "a"], [])]
+    changes += [{"shapes": {"x": shape}} for shape in (9, [3, 3.0], [-3, -3], [10**10, 10**10])]
+    for change in [*changes, {"shapes": ["x"]}, {"shapes": {"y": [3, 3]}}]:
         save_file(bits, path, metadata={"nspec": json.dumps(about | change)})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="weight_masks.safetensors is broken: .*write it again"):
             WeightMasks.load(tmp_path)
     save_file({"x": torch.ones(1)}, path, metadata={"nspec": json.dumps(about | {"kind": "masks"})})
     with pytest.raises(ValueError, match="holds masks, expected weight_masks"):
