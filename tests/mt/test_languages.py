@@ -41,7 +41,7 @@ def test_what_is_no_code_is_none(text):
 
 
 @pytest.mark.parametrize("other", ["en", "fil", "deu_Latn", "sr-Cyrl", "pt-BR"])
-@pytest.mark.parametrize("text", set(CODES) - {"de", "pt_BR"})
+@pytest.mark.parametrize("text", sorted(set(CODES) - {"de", "pt_BR"}))
 def test_every_pair_of_codes_is_read_in_one_way_in_either_order(text, other):
     one, two = language_code(text), language_code(other)
     if one != two:
