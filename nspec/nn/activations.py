@@ -28,7 +28,6 @@ _DROPOUT = (
     torch.feature_dropout,
     torch.alpha_dropout,
 )
-_SAME_BITS = ("contiguous", "clone", "view_as", "reshape_as", "requires_grad_")
 
 
 class Activations:
@@ -45,13 +44,39 @@ class Activations:
 
     Attributes:
         dtype: the dtype that fc1 would compute in.
+        grad: whether gradients were on where fc1 ran.
+        autocast: the dtype of autocast there; None outside of it.
+        versions: of the inputs.
     """
 
     def __init__(self, fc1: Any, use: tuple[Any, Any], inputs: tuple[Tensor, Tensor, Tensor | None], rectified: bool):
         self.fc1, self.use, self.inputs, self.rectified = fc1, use, inputs, rectified
         self.dtype, device = inputs[0].dtype, inputs[0].device.type
-        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
-            self.dtype = torch.get_autocast_dtype(device)
+        self.grad = torch.is_grad_enabled()
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if self.autocast is not None and self.dtype != torch.float64:
+            self.dtype = self.autocast
+        self.versions = _versions(inputs)
+
+    def copy(self) -> Activations:
+        """Another value that stands for the same activations."""
+        other = Activations(self.fc1, self.use, self.inputs, self.rectified)
+        other.dtype, other.grad, other.autocast, other.versions = self.dtype, self.grad, self.autocast, self.versions
+        return other
+
+    def check(self) -> None:
+        """Whether the activations are still what fc1 would have computed: they are computed when fc2 takes them.
+
+        Raises:
+            ValueError: gradients or autocast were switched since, or what fc1 read was changed in place.
+        """
+        device = self.inputs[0].device.type
+        if torch.is_grad_enabled() != self.grad:
+            self.refuse(f"it switches gradients {'off' if self.grad else 'on'} between the two")
+        if (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None) != self.autocast:
+            self.refuse("it switches autocast between the two")
+        if _versions(self.inputs) != self.versions:
+            self.refuse("it changes the input or a parameter of fc1 in place between the two")
 
     @property
     def shape(self) -> torch.Size:
@@ -96,29 +121,43 @@ class Activations:
 
     def relu(self) -> Activations:
         """The same with ReLU applied."""
-        return Activations(self.fc1, self.use, self.inputs, True)
+        return self.copy().relu_()
 
     def relu_(self) -> Activations:
         """ReLU in place."""
+        self.check()
         self.rectified = True
         return self
+
+    def contiguous(self, **_: Any) -> Activations:
+        """Itself."""
+        return self
+
+    def clone(self, **_: Any) -> Activations:
+        """Another value, which ReLU in place on this one does not change."""
+        return self.copy()
 
     def to(self, *args: Any, **kwargs: Any) -> Activations:
         """Itself, where it has that dtype and device.
 
+        Under autocast the next layer casts back what is widened here, so that this changes nothing either.
+
         Raises:
             ValueError: another dtype or device.
         """
-        wanted = [*args, kwargs.get("device"), kwargs.get("dtype")]
+        wanted, result = [*args, kwargs.get("device"), kwargs.get("dtype")], self
         for value in wanted:
             other = value.dtype if isinstance(value, (Tensor, Activations)) else value
             if isinstance(other, torch.dtype) and other != self.dtype:
-                self.refuse(f"to({other}), of activations in {self.dtype}")
+                if self.autocast is None or other != torch.float32:
+                    self.refuse(f"to({other}), of activations in {self.dtype}")
+                result = self.copy()
+                result.dtype = other
             if isinstance(other, (str, int, torch.device)) and not isinstance(other, bool):
                 device = torch.device(other)
                 if device.type != self.device.type or device.index not in (None, self.device.index):
                     self.refuse(f"to({device}), of activations on {self.device}")
-        return self
+        return result.copy() if kwargs.get("copy") else result
 
     def type_as(self, other: Any) -> Activations:
         """Itself, where ``other`` has its dtype and device."""
@@ -139,10 +178,9 @@ class Activations:
         kwargs = kwargs or {}
         if function is F.linear:
             return _linear(*args, **kwargs)
-        value = args[0] if args else kwargs.get("input")
+        value: Any = args[0] if args else kwargs.get("input")
         if not isinstance(value, cls):
-            value = _first((*args, *kwargs.values()))
-            value.refuse(f"it calls {function.__name__}")
+            _first((*args, *kwargs.values())).refuse(f"it calls {function.__name__}")
         if function in _RELU:
             inplace = function in _RELU_IN_PLACE or kwargs.get("inplace", len(args) > 1 and args[1])
             return value.relu_() if inplace else value.relu()
@@ -150,7 +188,7 @@ class Activations:
             rate, training = _dropout(args, kwargs)
             if rate > 0 and training:
                 value.refuse(
-                    f"it drops activations out, p={rate:g} ({function.__name__}); nspec.specialize with "
+                    f"it drops activations out, p={rate} ({function.__name__}); nspec.specialize with "
                     "activation_dropout=0 sets that to 0 in layers whose dropout it knows"
                 )
             return value
@@ -159,8 +197,6 @@ class Activations:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"'Activations' object has no attribute {name!r}")
-        if name in _SAME_BITS:
-            return lambda *args, **kwargs: self
         if callable(getattr(Tensor, name)):
             return lambda *args, **kwargs: self.refuse(f"it calls Tensor.{name}")
         return self.refuse(f"it reads Tensor.{name}")
@@ -178,8 +214,16 @@ def _linear(h: Any, weight: Any, bias: Any = None) -> Tensor:
         h.refuse("it hands them to fc2 without one")
     if weight.dim() != 2 or weight.shape[1] != h.shape[-1]:
         h.refuse(f"it calls linear with a weight of shape {list(weight.shape)}, expected [d_out, {h.shape[-1]}]")
+    h.check()
     y: Tensor = h.fc1.block(h, weight, bias)
     return y
+
+
+def _versions(tensors: Any) -> tuple[int, ...]:
+    """How often each tensor was written to; tensors of inference mode do not count it, nor do compiled graphs."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
 
 def _dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, bool]:

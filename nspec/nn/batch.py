@@ -39,6 +39,7 @@ class TaskBatch:
         tasks: of each sentence.
         batch_dim: the dimension of a layer's input along which sentences lie. There may be ``n * k`` rows for n
             sentences: those of a sentence follow one another (beams, or a batch flattened to tokens).
+        flattened: whether the rows of a matrix are the tokens of the batch, equally many of each sentence.
 
     Attributes:
         tasks: the same.
@@ -46,8 +47,8 @@ class TaskBatch:
         single: whether there is one only.
     """
 
-    def __init__(self, tasks: Sequence[str], batch_dim: int = 0) -> None:
-        self.tasks, self.batch_dim = tuple(tasks), batch_dim
+    def __init__(self, tasks: Sequence[str], batch_dim: int = 0, flattened: bool = False) -> None:
+        self.tasks, self.batch_dim, self.flattened = tuple(tasks), batch_dim, flattened
         self.names = tuple(dict.fromkeys(self.tasks))
         self.single = len(self.names) == 1
         numbers = {name: number for number, name in enumerate(self.names)}
@@ -92,26 +93,29 @@ class TaskBatch:
                 tokens = tokens * size
         return tokens
 
-    def check_against_others(self, x: Tensor, layer: str) -> None:
-        """Compares the input of a layer with those of the others that have had this batch.
+    def check_rows(self, x: Tensor, layer: str) -> None:
+        """Whether the rows of a layer's input can be those of the sentences, as far as the inputs of others show it.
 
         Raises:
-            ValueError: ``x`` is a matrix whose rows are not the tokens of any of them (they were routed), or the sizes say
-                that the model keeps time first.
+            ValueError: ``x`` is a matrix with neither a row for each sentence nor, as far as known, the tokens of the
+                batch; or the sizes say that the model keeps time first.
         """
-        lead, sentences = tuple(x.shape[:-1]), len(self.tasks)
-        if len(lead) == 1:
-            if self._shapes and lead[0] != sentences and lead[0] not in {math.prod(shape) for shape in self._shapes}:
+        sentences, compiling = self._order.shape[0], torch.compiler.is_compiling()  # no number that compiled code fixes
+        if x.dim() == 2:
+            tokens = x.shape[0]
+            known = {sentences} if compiling else {math.prod(shape) for shape in self._shapes} or {sentences}
+            if not self.flattened and tokens not in known and tokens > 0:
                 raise ValueError(
-                    f"{layer} gets {lead[0]} tokens, and no layer before it had as many of this batch of {sentences} "
-                    "sentences: tokens that a router chose do not say which sentence they are of. Run one task at a time, "
-                    "or leave the layer out of the masks"
+                    f"{layer} gets {tokens} tokens in one dimension, for {sentences} sentences, and nothing says which "
+                    "sentence each is of (a router may have chosen them, or padding is left out). Give flattened=True if "
+                    "they are the whole batch, equally many of each sentence; else run one task at a time, or leave the "
+                    "layer out of the masks"
                 )
-        elif lead not in self._shapes:
+        elif not compiling and (lead := tuple(x.shape[:-1])) not in self._shapes:
             self._shapes.add(lead)
-            seconds = {shape[1] for shape in self._shapes}
-            varies = len({shape[0] for shape in self._shapes}) > 1
-            if self.batch_dim == 0 and varies and len(seconds) == 1 and 1 not in seconds and lead[1] % sentences == 0:
+            firsts, seconds = {shape[0] for shape in self._shapes}, {shape[1] for shape in self._shapes}
+            beams = all(first % min(firsts) == 0 for first in firsts)
+            if self.batch_dim == 0 and not beams and len(seconds) == 1 and lead[1] > 1 and lead[1] % sentences == 0:
                 self._shapes.clear()
                 raise ValueError(
                     f"{layer}: along dimension 0 the layers' inputs differ in size, along dimension 1 they all have "

@@ -25,7 +25,8 @@ from .batch import TaskBatch, reorder
 from .captured import capturing, keep
 from .masked_linear import MaskedLinear, Mode
 from .recompute import Use, backward_pass
-from .switched import TaskSwitched
+from .steps import optimizer_steps
+from .switched import Shared, TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
 
@@ -45,39 +46,48 @@ class TaskLinear(MaskedLinear, TaskSwitched):
     _sets: dict[str, ActiveSet]
     _stacks: dict[tuple[str, ...], ActiveSet]
     _task: str | tuple[str, ...] | None
-    _told: list[bool]
     qualified_name: str
 
+    _shared: Shared
     _routed: bool
     _batch_dim: int | None
+    _flattens: bool
 
     def add_tasks(
         self,
         masks: dict[str, Tensor],
         name: str = "fc1",
         *,
-        told: list[bool] | None = None,
+        shared: Shared | None = None,
+        first: bool = True,
         routed: bool = False,
         batch_dim: int | None = None,
+        flattens: bool = False,
     ) -> None:
         """Sets the active neurons of each task, bool ``[out_features]``.
 
         Args:
             masks: of each task.
             name: of the layer in its model, for messages.
-            told: shared by the layers of a model, which warn once that a training pass has no task: whether they have.
+            shared: what the layers of a model have in common.
+            first: whether it is the first of them.
             routed: whether a router chooses the tokens of the layer, so that their sentences are not known.
             batch_dim: the dimension of sentences in the layer's input, where the model says it.
+            flattens: whether the model is known to flatten a batch to tokens before the layer.
         """
         self._sets = {task: ActiveSet(mask) for task, mask in masks.items()}
         self._stacks, self._task = {}, None
-        self.qualified_name, self._told = name, [False] if told is None else told
-        self._routed, self._batch_dim = routed, batch_dim
+        self.qualified_name, self._shared, self._first = name, shared or Shared(), first
+        self._routed, self._batch_dim, self._flattens = routed, batch_dim, flattens
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that this layer has masks of."""
         return list(self._sets)
+
+    def knows(self, task: str) -> bool:
+        """Whether the layer has a mask of the task."""
+        return task in self._sets
 
     @property
     def decodes_by_task(self) -> bool:
@@ -106,7 +116,10 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         if stack is None:
             if len(self._stacks) >= _STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            self._stacks[names] = stack = ActiveSet.stack([self._sets[name].on(self.weight.device) for name in names])
+            sets = [self._sets[name] for name in names]
+            if not self.weight.is_meta:  # weights that are offloaded come when the layer runs
+                sets = [one.on(self.weight.device) for one in sets]
+            self._stacks[names] = stack = ActiveSet.stack(sets)
         return stack
 
     def _begin(self, x: Tensor) -> Use:
@@ -114,8 +127,8 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         if self._batch is not None:
             self._check_rows(x, self._batch)
         use = super()._begin(x)
-        if use[0] is None and not torch.compiler.is_compiling() and not self._told[0] and self._trains_untold():
-            self._told[0] = True
+        if use[0] is None and not torch.compiler.is_compiling() and self._trains_untold():
+            self._shared.told = True
             warnings.warn(
                 f"{self.qualified_name} is specialised, and a training pass runs without a task: it is dense, and every "
                 "row is trained. Set the task of each batch (with nspec.task(model, name)), or say that the base is meant "
@@ -136,12 +149,14 @@ class TaskLinear(MaskedLinear, TaskSwitched):
                 f"batch_dim is {batch.batch_dim}, and {self.qualified_name} says batch_first={self._batch_dim == 0}: "
                 f"expected batch_dim={self._batch_dim}"
             )
-        if not torch.compiler.is_compiling():
-            batch.check_against_others(x, self.qualified_name)
+        if not self._flattens:
+            batch.check_rows(x, self.qualified_name)
 
     def _trains_untold(self) -> bool:
         """Whether this is a training pass of which nobody has said that it has no task."""
-        trains = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if self._shared.told or not self.training:
+            return False
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
         held = self._block is not None and self._block.open
         return trains and not held and backward_pass() < 0
 
@@ -187,7 +202,25 @@ class CompactFc1(TaskLinear):
         weight = self.note_use(use[0], self.weight)
         if use[0] is None:
             return F.linear(*self._noted(use, x, weight, self.bias))
+        if not torch.compiler.is_compiling():
+            self._check_hooks()
         return Activations(self, use, (x, weight, self.bias), rectified=False)
+
+    def _check_hooks(self) -> None:
+        """What hooks on the layer would miss without a word: they get what stands for the activations, and no gradient."""
+        if self._backward_hooks or self._backward_pre_hooks:
+            raise ValueError(
+                f"{self.qualified_name} has backward hooks, and there is no gradient of its activations under a task in "
+                "mode 'forward': take them off, or use mode='update'"
+            )
+        if self._forward_hooks and not self._shared.hooked:
+            self._shared.hooked = True
+            warnings.warn(
+                f"{self.qualified_name} has forward hooks, which get a value that stands for its activations under a task "
+                "in mode 'forward': its shape, dtype and device can be read, all else is an error, and a hook that looks "
+                "whether it got a tensor did not. Use mode='update' for activations. This is said once",
+                stacklevel=2,
+            )
 
     def block(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
         """What fc2 gives for the activations ``h``: ``[..., d_out]``.
@@ -231,7 +264,7 @@ class CompactFc1(TaskLinear):
         order, inverse, offsets = batch.layout(x)
         tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
         y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
-        return reorder(y, inverse, order).view(*x.shape[:-1], -1)
+        return reorder(y, inverse, order).view(*x.shape[:-1], w2.shape[0])
 
     def _without_grad(
         self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, batch: TaskBatch | None
@@ -252,14 +285,16 @@ class CompactFc1(TaskLinear):
             parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
             y = torch.cat([forward_packed(part, one)[0] for part, one in zip(parts, packed)])
             y = reorder(y, inverse, order)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _packed_weights(self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet) -> list[Packed]:
         device, given = x.device.type, [w for w in weights if w is not None]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # A version counts in-place changes, a pointer changes with .data; a task switch drops the packed weights too.
-        of = (active, x.dtype, autocast, *((w.data_ptr(), w._version) for w in given))
-        known = self._packed
+        # A version counts in-place changes, a pointer changes with .data, and fused optimisers tell of themselves alone. A
+        # task switch drops the packed weights too.
+        versions = (None if w.is_inference() else w._version for w in given)
+        of = (active, x.dtype, autocast, optimizer_steps(), *zip((w.data_ptr() for w in given), versions))
+        known = None if torch.jit.is_tracing() else self._packed
         if known is not None and known.of == of and all(ref() is w for ref, w in zip(known.weights, given)):
             return known.packed
         if capturing(x.device):
@@ -267,7 +302,8 @@ class CompactFc1(TaskLinear):
         _, w1, b1, w2, b2 = cast_inputs(x, *weights)
         packed = [pack(w1, b1, w2, b2, row) for row in active.index]
         # Only parameters last from pass to pass: what a hook makes anew may come to lie where the last one lay.
-        if all(isinstance(w, nn.Parameter) for w in given) and "forward" not in self.__dict__:
+        lasting = all(isinstance(w, nn.Parameter) and not w.is_inference() for w in given)
+        if lasting and "forward" not in self.__dict__ and not torch.jit.is_tracing():
             self.__dict__["_packed"] = _Kept(of, [weakref.ref(w) for w in given], packed)
         return packed
 

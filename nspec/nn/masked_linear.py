@@ -63,11 +63,26 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, active, rows, index, order, task_offsets = ctx.saved_tensors
-        dx = dy.index_select(1, rows) @ weight.index_select(0, rows) if ctx.masked else dy @ weight
+        if ctx.masked:
+            dx = dy.index_select(1, rows) @ weight.index_select(0, rows)
+        elif torch.is_grad_enabled():  # the masked rows are constants to a second derivative too
+            dx = _second(dy, weight, active, order, task_offsets)
+        else:
+            dx = dy @ weight
         if order is not None:  # the forward pass and dx do not mind the order of the tokens
             dy, x = dy.index_select(0, order), x.index_select(0, order)
         dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index, task_offsets=task_offsets)
         return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
+
+
+def _second(dy: Tensor, weight: Tensor, active: Tensor, order: Tensor | None, task_offsets: Tensor | None) -> Tensor:
+    """``dy @ weight``, through which a gradient reaches the rows of each token's own set alone."""
+    if task_offsets is None:
+        return dy @ torch.where(active[:, None], weight, weight.detach())
+    own = active.repeat_interleave(task_offsets.diff().to(active.device), 0)
+    if order is not None:
+        own = torch.empty_like(own).index_copy_(0, order, own)
+    return torch.where(own, dy, 0.0) @ weight + torch.where(own, 0.0, dy) @ weight.detach()
 
 
 def _composed(

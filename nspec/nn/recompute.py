@@ -35,6 +35,8 @@ class ForwardPasses:
 
     def __init__(self) -> None:
         self._marked: list[tuple[weakref.ref[Any], Use]] = []
+        self._unmarked: list[Use] = []  # of passes that no gradient reaches, since the last one was computed again
+        self._recomputed = False
         self._reentrant: weakref.WeakKeyDictionary[Any, Use] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> Any:
@@ -52,6 +54,8 @@ class ForwardPasses:
         alive = [(alive, use) for node, use in self._marked if (alive := node()) is not None]
         # A backward pass towards some inputs only leaves out nodes of a pass that it computes again.
         found = [use for node, use in alive if torch._C._will_engine_execute_node(node)] or [use for _, use in alive]
+        if not found:
+            found, self._recomputed = self._unmarked, True
         if not found:
             raise RuntimeError(
                 "a specialised layer runs inside a backward pass, and no forward pass under torch.utils.checkpoint is "
@@ -81,6 +85,10 @@ class ForwardPasses:
                 marked = _Mark.apply(tensor)
                 self._marked.append((weakref.ref(marked.grad_fn), use))
                 return (*tensors[:place], marked, *tensors[place + 1 :])
+        if self._recomputed:
+            self._unmarked, self._recomputed = [], False
+        if not any(_same(use, known) for known in self._unmarked):
+            self._unmarked.append(use)
         return tensors
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,25 +14,55 @@ from .batch import TaskBatch
 from .recompute import backward_pass
 
 
+class Holder(NamedTuple):
+    """Who switches or runs a model: a thread, and within it a task of asyncio."""
+
+    thread: threading.Thread
+    coroutine: Any
+
+    @classmethod
+    def present(cls) -> Holder:
+        """Whoever runs this code."""
+        coroutine = None
+        with contextlib.suppress(RuntimeError):  # no loop is running here
+            coroutine = asyncio.current_task()
+        return cls(threading.current_thread(), coroutine)
+
+    def elsewhere(self) -> bool:
+        """Whether it is not who runs this code, and still there."""
+        if self.thread is not threading.current_thread():
+            return self.thread.is_alive()
+        if self.coroutine is None or self.coroutine.done():
+            return False
+        return Holder.present().coroutine is not self.coroutine
+
+    def __str__(self) -> str:
+        within = "" if self.coroutine is None else f" (task {self.coroutine.get_name()} of asyncio)"
+        return f"thread {self.thread.name}{within}"
+
+
 class Block:
     """Who switched the layers of a model: a ``nspec.task`` block, or a call of ``nspec.set_task`` until the next.
 
     A model is switched by one thread at a time, since a pass goes through layer after layer: another thread that switched
-    it, or ran it meanwhile, would compute half of one task and half of another.
+    it, or ran it meanwhile, would compute half of one task and half of another. The same of tasks of asyncio.
 
     Attributes:
-        thread: the thread that entered the block.
-        lasting: made by ``set_task``: other threads may run the model, as nothing switches it back.
+        holder: who entered the block.
+        lasting: made by ``set_task``: others may run the model, as nothing switches it back.
         before: of each layer, by its id: the layer, its state and its block from before.
+        open: whether it has not ended.
     """
 
     def __init__(self, lasting: bool) -> None:
-        self.thread, self.lasting = threading.current_thread(), lasting
+        self.holder, self.lasting = Holder.present(), lasting
         self.before: dict[int, tuple[TaskSwitched, Any, Block | None]] = {}
         self.open = True
 
     def enter(self, layers: Iterable[TaskSwitched]) -> None:
         """Remembers what the layers are switched to, and holds them."""
+        layers = list(layers)
+        count_switch(layers)
         for layer in layers:
             self.before[id(layer)] = layer, layer.state(), layer._block
             layer.hold(self)
@@ -38,18 +70,49 @@ class Block:
     def leave(self) -> None:
         """Switches the layers back; those that a block holds which was entered later wait for it."""
         self.open = False
+        count_switch(layer for layer, _, _ in self.before.values())
         for key, (layer, _, _) in self.before.items():
-            while (block := layer._block) is not None and not block.open:
+            # A layer that was despecialised within the block has none.
+            while (block := layer.__dict__.get("_block")) is not None and not block.open:
                 _, state, outer = block.before[key]
                 layer.hold(outer)
                 layer.restore(state)
 
     def elsewhere(self) -> bool:
-        """Whether it belongs to another thread, which is still running."""
-        return self.thread is not threading.current_thread() and self.thread.is_alive()
+        """Whether it belongs to another thread, or task of asyncio, that is still running."""
+        return self.holder.elsewhere()
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of a model is in no block
+
+
+class Shared:
+    """What the specialised layers of a model have in common.
+
+    Attributes:
+        told: whether somebody was warned that a training pass has no task.
+        hooked: whether somebody was warned that hooks do not get activations.
+        switches: how often the layers were switched, and ``by`` the thread that did so last.
+    """
+
+    def __init__(self) -> None:
+        self.told, self.hooked, self.switches, self.by = False, False, 0, 0
+
+
+def count_switch(layers: Iterable[TaskSwitched]) -> None:
+    """Notes that this thread switches the layers, before it does."""
+    for shared in {layer.__dict__.get("_shared") for layer in layers} - {None}:
+        shared.switches, shared.by = shared.switches + 1, threading.get_ident()
+
+
+class _Passes(threading.local):
+    """In each thread, of each model that it ran: the number of switches that its last layer saw."""
+
+    def __init__(self) -> None:
+        self.of: dict[Shared, int] = {}
+
+
+_passes = _Passes()
 
 
 class TaskSwitched:
@@ -60,11 +123,17 @@ class TaskSwitched:
     """
 
     _block: Block | None = None
+    _shared: Shared | None = None
+    _first: bool = True  # whether a pass begins with it
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that the layer knows."""
         raise NotImplementedError
+
+    def knows(self, task: str) -> bool:
+        """Whether the layer knows the task."""
+        return task in self.tasks
 
     @property
     def decodes_by_task(self) -> bool:
@@ -101,13 +170,35 @@ class TaskSwitched:
         if torch.compiler.is_compiling():
             return
         block = self._block
+        self._check_same_pass()
         if block is None or block.lasting or not block.open or not block.elsewhere():
             return
-        if backward_pass() < 0 and not getattr(self, "_is_replica", False):
+        if not self._in_other_thread_of_torch():
             raise RuntimeError(
-                f"thread {threading.current_thread().name} runs a model that thread {block.thread.name} has switched with "
-                "nspec.task: a model is switched by one thread at a time. Enter nspec.task in the thread that runs the "
-                "model, and hold a lock around it; or set one task for all threads (nspec.set_task), run sentences of "
-                "several tasks in one batch (nspec.task(model, [names])), or give each task a model of its own "
-                "(nspec.merge(model, name))"
+                f"{Holder.present()} runs a model that {block.holder} has switched with nspec.task: a model is switched by "
+                "one thread at a time. Enter nspec.task in the thread that runs the model, and hold a lock around it; or "
+                "set one task for all threads (nspec.set_task), run sentences of several tasks in one batch "
+                "(nspec.task(model, [names])), or give each task a model of its own (nspec.merge(model, name))"
             )
+
+    def _in_other_thread_of_torch(self) -> bool:
+        return backward_pass() >= 0 or getattr(self, "_is_replica", False)
+
+    def _check_same_pass(self) -> None:
+        """Raises RuntimeError where another thread has switched the model since the last layer of this pass."""
+        shared = self._shared
+        if shared is None:
+            return
+        passes = _passes.of
+        before = passes.get(shared)
+        if before == shared.switches:
+            return
+        mine = before is None or self._first or shared.by == threading.get_ident()
+        if not mine and not self._in_other_thread_of_torch():
+            del passes[shared]
+            raise RuntimeError(
+                f"{Holder.present()} was in the middle of a pass when another thread switched the model to another task: "
+                "wait for the passes of other threads before a switch, run sentences of several tasks in one batch "
+                "(nspec.task(model, [names])), or give each task a model of its own (nspec.merge(model, name))"
+            )
+        passes[shared] = shared.switches

@@ -12,7 +12,7 @@ from torch import nn
 
 from nspec.nn.ffn import CompactFc1, TaskLinear
 from nspec.nn.masked_linear import Mode, check_mode
-from nspec.nn.switched import TaskSwitched
+from nspec.nn.switched import Shared, TaskSwitched
 
 from .layers import (
     Pair,
@@ -21,11 +21,12 @@ from .layers import (
     check_relu,
     fast_paths,
     find_pairs,
+    flattens,
     is_routed,
     nearest,
 )
 from .masks import NeuronMasks
-from .tasks import PLACES, check_task, refuse_other_threads, specialized_layers
+from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
 
 # What specialisation leaves on the modules, and despecialisation takes away.
 _STATE = (
@@ -40,9 +41,11 @@ _STATE = (
     "_stacks",
     "_task",
     "_packed",
-    "_told",
+    "_shared",
+    "_first",
     "_routed",
     "_batch_dim",
+    "_flattens",
     "_block",
     "qualified_name",
 )
@@ -105,15 +108,22 @@ def specialize(
         for module, name, value in (*fast_paths(model, pairs), *dropouts):
             module.__dict__.setdefault(_BEFORE, {}).setdefault(name, getattr(module, name))
             setattr(module, name, value)
-    told = [False]
+    shared = Shared()
     for pair in pairs:
         pair.fc1.__class__ = TaskLinear if mode == "update" else CompactFc1
         fc1 = pair.fc1
         assert isinstance(fc1, TaskLinear)
         fc1._attach(mode)
-        routed, batch_dim = is_routed(model, pair.name), batch_dim_of(pair)
         sets = {task: masks[task][pair.name] for task in masks.tasks}
-        fc1.add_tasks(sets, pair.name, told=told, routed=routed, batch_dim=batch_dim)
+        fc1.add_tasks(
+            sets,
+            pair.name,
+            shared=shared,
+            first=pair is pairs[0],
+            routed=is_routed(model, pair.name),
+            batch_dim=batch_dim_of(pair),
+            flattens=flattens(pair),
+        )
         _rebind(fc1)
         holder, _, attribute = pair.name.rpartition(".")
         model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = pair.name
@@ -130,10 +140,7 @@ def _check_plain(pair: Pair) -> None:
             else ""
         )
         raise ValueError(f"{pair.name} is {type(fc1).__name__}, expected a plain nn.Linear layer{way}")
-    if (
-        "forward" in fc1.__dict__
-        and getattr(fc1.__dict__.get("_old_forward"), "__func__", None) is not nn.Linear.forward
-    ):
+    if "forward" in fc1.__dict__ and not calls_its_class(fc1):
         raise ValueError(
             f"{pair.name} has a forward of its own, put on the module by something else, which would compute the dense "
             "layer: take it off first (del layer.forward), specialise, and put it on again"
@@ -203,8 +210,7 @@ def _check_undoable(layer: TaskLinear) -> None:
             f"{layer.qualified_name} is a {type(layer).__name__} now: take off what was put on it since "
             "(torch.nn.utils.parametrize.remove_parametrizations), then despecialise"
         )
-    forward = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
-    if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
+    if "forward" in layer.__dict__ and not calls_its_class(layer):
         raise ValueError(
             f"{layer.qualified_name} has a forward of its own, put on the module since it was specialised, which would go "
             "on calling the specialised one: take it off first (del layer.forward)"
@@ -224,7 +230,7 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     """
     if not isinstance(task, str):
         raise TypeError(f"task is {task!r}, expected the name of a task")
-    check_task(task, specialized_layers(model)[0].tasks)
+    check_task(task, specialized_layers(model))
     for module in model.modules():
         if isinstance(module, CompactFc1) and "weight" not in module._parameters:
             raise ValueError(

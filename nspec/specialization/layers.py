@@ -214,6 +214,11 @@ def batch_dim_of(pair: Pair) -> int | None:
     return None if batch_first is None else 0 if batch_first else 1
 
 
+def flattens(pair: Pair) -> bool:
+    """Whether the layer is one of a model that is known to flatten a batch ``[sentences, length, d]`` to tokens."""
+    return type(pair.parent).__name__ in ("OPTDecoderLayer",)
+
+
 def is_routed(model: nn.Module, name: str) -> bool:
     """Whether a router chooses the tokens of the layer of that name: it is an expert, or one of several beside a router."""
     parts = name.split(".")

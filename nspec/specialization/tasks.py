@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
-from nspec.nn.switched import Block, TaskSwitched
+from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch
 
 from .layers import nearest
 
@@ -26,6 +25,8 @@ def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
     Raises:
         ValueError: the model is not specialised, or something else stands where a specialised layer was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     layers: list[TaskSwitched] = []
     for module in model.modules():
         if isinstance(module, TaskSwitched):
@@ -51,18 +52,33 @@ def _check_places(parent: nn.Module, places: dict[str, str]) -> None:
                     "Adapters on other layers, such as those of attention, are fine"
                 )
             found = wrapped
+        if "forward" in found.__dict__ and not calls_its_class(found):
+            raise ValueError(
+                f"{name} has a forward of its own, put on the module since it was specialised, which may compute the dense "
+                "layer: take it off (del layer.forward)"
+            )
 
 
-def set_task(model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: int = 0) -> None:
+def calls_its_class(module: Any) -> bool:
+    """Whether a ``forward`` on the instance is a hook of accelerate around the one of the class."""
+    return getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def set_task(
+    model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: int = 0, flattened: bool = False
+) -> None:
     """Switches the model to the neurons of ``task``, or of the task of each sentence; None computes the dense model.
 
     Args:
         model: specialised.
         task: a name; or for batches of several tasks a sequence with the name of each sentence, in any order. A layer's
-            input may then have ``n * k`` rows for n sentences, those of a sentence together: beams, or a model that
-            flattens a batch to tokens. Layers whose tokens a router chooses (experts) take one task at a time.
+            input may then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a
+            router chooses (experts) take one task at a time.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
             time first.
+        flattened: with a sequence, whether layers whose input is a matrix ``[tokens, d_in]`` get the tokens of the whole
+            batch there, equally many of each sentence, one sentence after another. OPT does, and is known to; else such a
+            layer is an error unless it has a row for each sentence, or as many as a layer before it had tokens.
 
     A model is switched by one thread at a time: after this call any thread may run the model, and only this one may
     switch it, until it sets None or ends.
@@ -74,8 +90,9 @@ def set_task(model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: i
         RuntimeError: another thread has switched the model.
     """
     layers = specialized_layers(model)
-    switch = check_task(task, layers[0].tasks, batch_dim)
+    switch = check_task(task, layers, batch_dim, flattened)
     refuse_other_threads(layers)
+    count_switch(layers)
     for layer in layers:
         layer.set_task(switch)
     lasting = Block(lasting=True)
@@ -95,10 +112,9 @@ def refuse_other_threads(layers: Iterable[TaskSwitched]) -> None:
                 else "hold a lock around nspec.task"
             )
             raise RuntimeError(
-                f"thread {block.thread.name} has switched this model to {_shown(layer)}, and thread "
-                f"{threading.current_thread().name} switches it now: a model is switched by one thread at a time; {way}. "
-                "To serve several tasks at once, run their sentences in one batch (nspec.task(model, [names])), or give "
-                "each task a model of its own (nspec.merge(model, name))"
+                f"{block.holder} has switched this model to {_shown(layer)}, and {Holder.present()} switches it now: a "
+                f"model is switched by one thread at a time; {way}. To serve several tasks at once, run their sentences "
+                "in one batch (nspec.task(model, [names])), or give each task a model of its own (nspec.merge(model, name))"
             )
 
 
@@ -107,7 +123,9 @@ def _shown(layer: TaskSwitched) -> str:
     return "no task" if task is None else repr(task) if isinstance(task, str) else f"the tasks of {len(task)} sentences"
 
 
-def check_task(task: Any, known: list[str], batch_dim: int = 0) -> str | TaskBatch | None:
+def check_task(
+    task: Any, layers: Sequence[TaskSwitched], batch_dim: int = 0, flattened: bool = False
+) -> str | TaskBatch | None:
     """What layers are switched to: the task as given, or the batch of a sequence. Raises as :func:`set_task` does."""
     if task is None or isinstance(task, str):
         names = [] if task is None else [task]
@@ -118,18 +136,23 @@ def check_task(task: Any, known: list[str], batch_dim: int = 0) -> str | TaskBat
         for place, name in enumerate(names):
             if not isinstance(name, str):
                 raise TypeError(f"the task of sentence {place} is {name!r}, expected the name of a task")
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
+            raise TypeError(f"batch_dim is {batch_dim!r}, expected a whole number")
         if batch_dim < 0:
             raise ValueError(f"batch_dim is {batch_dim}, expected 0 or more")
     else:
         raise TypeError(f"task is {task!r}, expected the name of a task or None, or a name for each sentence")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"there are no masks of task {name!r}; {nearest(name, known)}")
-    return task if task is None or isinstance(task, str) else TaskBatch(names, batch_dim)
+    for name in dict.fromkeys(names):
+        for layer in layers:
+            if not layer.knows(name):
+                raise ValueError(f"there are no masks of task {name!r}; {nearest(name, layer.tasks)}")
+    return task if task is None or isinstance(task, str) else TaskBatch(names, batch_dim, flattened)
 
 
 @contextlib.contextmanager
-def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int = 0) -> Iterator[None]:
+def task(
+    model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int = 0, flattened: bool = False
+) -> Iterator[None]:
     """Within the block the model is switched to task ``name``; after it, to what it was before.
 
     A sequence gives the task of each sentence of a batch; see :func:`set_task`. The backward pass may run after the
@@ -137,9 +160,9 @@ def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int =
     (``nspec.checkpoint_contexts`` where one backward pass holds several tasks). Blocks may end in another order than they
     began: the one that began last holds.
 
-    The block belongs to its thread: another thread that runs or switches the model meanwhile gets a RuntimeError. A server
-    holds a lock around the block, runs the requests of several tasks as one batch, or gives each task a model
-    (``nspec.merge``).
+    The block belongs to its thread, and to its task of asyncio: another that runs or switches the model meanwhile gets a
+    RuntimeError. A server holds a lock around the block, runs the requests of several tasks as one batch, or gives each
+    task a model (``nspec.merge``).
 
     Example:
         with nspec.task(model, "en-de"):
@@ -151,7 +174,7 @@ def task(model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int =
         RuntimeError: another thread has switched the model.
     """
     layers = specialized_layers(model)
-    switch = check_task(name, layers[0].tasks, batch_dim)
+    switch = check_task(name, layers, batch_dim, flattened)
     with _block(layers):
         for layer in layers:
             layer.set_task(switch)
@@ -174,7 +197,7 @@ def task_by_layer(model: nn.Module, task_of: Callable[[str], str | None]) -> Ite
     """
     specialized_layers(model)  # raises where there are none
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskSwitched)}
-    tasks = {name: check_task(task_of(name), layer.tasks) for name, layer in layers.items()}
+    tasks = {name: check_task(task_of(name), [layer]) for name, layer in layers.items()}
     with _block(layers.values()):
         for name, layer in layers.items():
             layer.set_task(tasks[name])

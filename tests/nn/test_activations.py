@@ -143,3 +143,102 @@ def test_activations_that_a_hook_puts_in_their_place_go_through_fc2_as_they_are(
     model.fc1.register_forward_hook(lambda module, inputs, h: patch)
     with nspec.task(model, "a"):
         torch.testing.assert_close(model(torch.ones(5, 8).double()), F.linear(patch, model.fc2.weight, model.fc2.bias))
+
+
+def test_what_fc1_read_may_not_change_before_fc2_takes_it() -> None:
+    """The block is computed when fc2 is called: with other inputs or weights it would be another."""
+    changes: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+        "input": lambda model, x: x.add_(1),
+        "weight": lambda model, x: model.fc1.weight.mul_(2),
+        "bias": lambda model, x: model.fc1.bias.zero_(),
+    }
+    for what, change in changes.items():
+        x = torch.ones(5, 8).double()
+        model, _ = specialised(torch.relu)
+        model._between = lambda h, args=(model, x), change=change: (change(*args), h.relu())[1]
+        with nspec.task(model, "a"), torch.no_grad(), pytest.raises(ValueError, match="in place between the two"):
+            model(x)
+            pytest.fail(f"a changed {what} goes unnoticed")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_and_autocast_are_those_of_fc1(grad: bool) -> None:
+    model, _ = specialised(torch.relu)
+    x = torch.ones(5, 8).double()
+    with nspec.task(model, "a"):
+        with torch.set_grad_enabled(grad):
+            h = model.fc1(x)
+        with torch.set_grad_enabled(not grad), pytest.raises(ValueError, match="switches gradients"):
+            model.fc2(torch.relu(h))
+        h = model.fc1(x).relu()
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="switches autocast"):
+            model.fc2(h)
+
+
+def test_a_layer_that_widens_its_activations_under_autocast_is_as_without_that() -> None:
+    """T5 and its kin cast them to the dtype of fc2.weight, and autocast casts them back."""
+    found = []
+    for between in (torch.relu, lambda h: torch.relu(h).to(torch.float32)):
+        model, _ = specialised(between)
+        with nspec.task(model.float(), "a"), torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(model(torch.ones(5, 8)))
+    assert torch.equal(*found)
+
+
+def test_hooks_that_would_miss_their_values_are_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    model, _ = specialised(nn.ReLU())
+    x = torch.ones(5, 8).double()
+    for register in (model.fc1.register_full_backward_hook, model.fc1.register_full_backward_pre_hook):
+        handle = register(lambda *_: None)
+        with (
+            nspec.task(model, "a"),
+            pytest.raises(ValueError, match="^fc1 has backward hooks, and there is no gradient"),
+        ):
+            model(x)
+        handle.remove()
+    assert not recwarn.list
+    model.fc1.register_forward_hook(lambda module, inputs, h: h * 0 if isinstance(h, Tensor) else None)
+    for _ in range(3):
+        with nspec.task(model, "a"):
+            model(x)
+    assert ["which get a value that stands for its activations" in str(w.message) for w in recwarn] == [True]
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -dy
+
+
+def test_a_function_with_a_gradient_of_its_own_and_a_checkpoint_of_fc2_alone_are_refused() -> None:
+    model, _ = specialised(Reversal.apply)
+    x = torch.ones(5, 8).double()
+    with nspec.task(model, "a"):
+        with pytest.raises(ValueError, match="switches gradients"):
+            model(x)
+        for reentrant in (True, False):
+            h = torch.relu(model.fc1(x))
+            if not reentrant:
+                torch.utils.checkpoint.checkpoint(model.fc2, h, use_reentrant=False).sum().backward()
+                continue
+            with pytest.raises((ValueError, TypeError), match="gradients|save"):
+                torch.utils.checkpoint.checkpoint(model.fc2, h, use_reentrant=True)
+
+
+def test_a_copy_is_not_rectified_with_its_original() -> None:
+    for copy in (lambda h: h.clone(), lambda h: h.to(torch.float64, copy=True)):
+        model, _ = specialised(lambda h, copy=copy: [copy(h), F.relu_(h)][0])
+        with nspec.task(model, "a"), pytest.raises(ValueError, match="without one"):
+            model(torch.ones(5, 8).double())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_batch_without_tokens(grad: bool) -> None:
+    model, _ = specialised(torch.relu)
+    for switch in ("a", ["a", "a"]):
+        with nspec.task(model, switch), torch.set_grad_enabled(grad):
+            assert model(torch.ones(2, 0, 8).double()).shape == (2, 0, 8)

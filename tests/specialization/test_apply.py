@@ -359,3 +359,77 @@ def test_layers_without_masks_stay_dense() -> None:
     for layer in ("model.encoder.layers.0.fc1", "model.encoder.layers.1.fc1"):
         ours, theirs = model.get_submodule(layer).weight.grad, other.get_submodule(layer).weight.grad
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_passes_without_gradients_follow_fused_optimisers_and_compiled_training() -> None:
+    """Fused optimisers write into weights without raising their versions."""
+    torch._dynamo.reset()
+    for run in (lambda m: m, lambda m: torch.compile(m, backend="eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3))
+        masks, x = masks_for(model), torch.randn(5, 4)
+        nspec.specialize(model, masks)
+        nspec.set_task(model, "en-de")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        for _ in range(3):
+            with torch.no_grad():
+                before = model(x)
+            loss = run(model)(x).square().sum()
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), before)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                found = model(x)
+            torch.testing.assert_close(found, model(x).detach())
+            assert not torch.allclose(found, before)
+
+
+def test_weights_of_inference_mode_compute_too() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3))
+        nspec.specialize(model, masks_for(model))
+        with nspec.task(model, "en-de"):
+            first = model(torch.ones(2, 4))
+            model[0].weight.mul_(2)
+            assert not torch.equal(model(torch.ones(2, 4)), first)
+
+
+def test_despecialize_within_a_block_leaves_a_plain_model() -> None:
+    model = m2m100()
+    nspec.specialize(model, masks_for(model))
+    with nspec.task(model, "en-de"):
+        nspec.despecialize(model)
+    assert type(model.model.encoder.layers[0].fc1) is nn.Linear
+
+
+def test_parts_with_different_tasks_are_switched_together_or_not_at_all() -> None:
+    model = nn.ModuleList([nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4)) for _ in range(2)])
+    for part, tasks in zip(model, (("a", "b"), ("a",))):
+        nspec.specialize(part, masks_for(part, tasks))
+    nspec.set_task(model, "a")
+    for switch in (lambda: nspec.set_task(model, "b"), lambda: nspec.merge(model, "b")):
+        with pytest.raises(ValueError, match="no masks of task 'b'; known: a"):
+            switch()
+    assert [part[0].task for part in model] == ["a", "a"]
+
+
+def test_a_second_derivative_stays_in_the_rows_of_the_task_in_mode_update() -> None:
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3)).double()
+    masks = masks_for(model)
+    nspec.specialize(model, masks, mode="update")
+    x = torch.randn(4, 5, 4, dtype=torch.float64, requires_grad=True)
+    parts = {}
+    for switch in ("en-de", "de-en", ["de-en", "en-de", "de-en", "en-de"]):
+        model.zero_grad()
+        with nspec.task(model, switch):
+            (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        if isinstance(switch, str):
+            mine = slice(None) if switch is None else [i % 2 == (switch == "en-de") for i in range(4)]
+            g[mine].square().sum().backward()
+            parts[switch] = model[0].weight.grad.clone()
+            assert not parts[switch][~masks[switch]["0"]].any()
+            assert switch == "de-en" or parts[switch].any()
+        else:
+            g.square().sum().backward()
+            torch.testing.assert_close(model[0].weight.grad, parts["en-de"] + parts["de-en"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -160,7 +161,12 @@ def test_a_model_that_flattens_its_batch_to_tokens_has_rows_of_each_sentence_tog
     nspec.specialize(model, masks_for(model, ALL), mode=mode)
     x = torch.randn(len(TASKS), 5, 4, dtype=torch.float64)
     with nspec.task(model, TASKS):
-        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), model(x), rtol=0, atol=1e-12)
+        want = model(x)
+        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), want, rtol=0, atol=1e-12)
+    with nspec.task(model, TASKS, flattened=True):
+        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), want, rtol=0, atol=1e-12)
+    with nspec.task(model, TASKS), pytest.raises(ValueError, match="gets 30 tokens in one dimension, for 6 sentences"):
+        model(x.flatten(0, 1))
 
 
 def test_rows_that_are_no_multiple_of_the_sentences_are_an_error_that_names_both() -> None:
@@ -307,13 +313,23 @@ def test_a_list_of_tasks_on_routed_tokens_is_an_error_and_one_task_is_right(mode
     masks = masks_for(model, ("a", "b"))
     merged = nspec.merge(nspec.specialize(copy.deepcopy(model), masks), "a")
     nspec.specialize(model, masks, mode=mode)
+    refused = 0
     for length in range(3, 9):
         x = torch.randn(2, length, 8, dtype=torch.float64)
-        with nspec.task(model, ["a", "b"]), pytest.raises(ValueError, match="router|multiple of the 2 sentences"):
-            model(x)
+        try:
+            with nspec.task(model, ["a", "b"]):
+                mixed = model(x)
+        except ValueError as error:
+            assert re.search("router|multiple of the 2 sentences|one dimension", str(error))
+            refused += 1
+        else:  # an expert that gets all tokens gets them in order
+            for sentence, task in enumerate("ab"):
+                with nspec.task(model, task):
+                    torch.testing.assert_close(mixed[sentence], model(x[sentence : sentence + 1])[0])
         if mode == "forward":
             with nspec.task(model, "a"):
                 torch.testing.assert_close(model(x), merged(x))
+    assert refused >= 4
     only = masks.only(["dense"])
     with nspec.task(nspec.specialize(nspec.despecialize(model), only, mode=mode), ["a", "b"]):
         model(torch.randn(2, 4, 8, dtype=torch.float64))
@@ -345,11 +361,15 @@ def test_sizes_that_only_time_first_explains_are_an_error(mode: str) -> None:
         model[0](torch.randn(2, 6, 8)), model[1](torch.randn(8, 1, 8)), model[1](torch.randn(8, 1, 8))
 
 
-def test_a_head_of_one_token_a_sentence_and_a_flattened_batch_are_no_routed_tokens() -> None:
+def test_matrices_are_taken_where_their_rows_are_known() -> None:
     model = nn.ModuleList([nn.Sequential(nn.Linear(8, 72), nn.ReLU(), nn.Linear(72, 8)) for _ in range(3)])
     nspec.specialize(model, masks_for(model, ("a", "b")))
     with nspec.task(model, ["a", "b"]):
-        model[0](torch.randn(2, 6, 8)), model[1](torch.randn(12, 8)), model[2](torch.randn(2, 8))
+        model[0](torch.randn(2, 6, 8)), model[1](torch.randn(12, 8))
+        with pytest.raises(ValueError, match="2.0 gets 2 tokens in one dimension"):
+            model[2](torch.randn(2, 8))  # may be a head, or what a router chose
+    with nspec.task(model, ["a", "b"]):
+        model[2](torch.randn(2, 8))
 
 
 @BOTH

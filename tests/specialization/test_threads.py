@@ -164,3 +164,59 @@ def test_blocks_that_end_in_another_order_than_they_began_leave_no_task() -> Non
     assert fc1.task == ("en-de", "de-en", "en-de")
     third.__exit__(None, None, None)
     assert fc1.task == "en-de"
+
+
+def test_a_switch_in_the_middle_of_a_pass_of_another_thread_is_an_error_there() -> None:
+    model = specialised()
+    middle, switched, found = threading.Event(), threading.Event(), []
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread().name == "other":
+            middle.set()
+            switched.wait(20)
+
+    model.model.decoder.layers[0].register_forward_pre_hook(wait)
+    for task in ("en-de", None):
+        middle.clear(), switched.clear()
+        nspec.set_task(model, task)
+        thread = threading.Thread(target=lambda: found.append(in_same_thread(lambda: logits(model))), name="other")
+        thread.start()
+        assert middle.wait(20)
+        nspec.set_task(model, "de-en")
+        switched.set()
+        thread.join()
+        assert "in the middle of a pass when another thread switched" in str(found[-1])
+    assert torch.equal(in_thread(lambda: logits(model)), logits(model))  # a pass that begins afterwards
+
+
+def in_same_thread(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except RuntimeError as error:
+        return error
+
+
+def test_tasks_of_asyncio_are_right_or_refused() -> None:
+    import asyncio
+
+    model = specialised()
+    want = {}
+    for task in ("en-de", "de-en"):
+        with nspec.task(model, task):
+            want[task] = logits(model)
+
+    async def serve(task: str) -> Any:
+        try:
+            with nspec.task(model, task):
+                await asyncio.sleep(0)
+                return torch.equal(logits(model), want[task])
+        except RuntimeError as error:
+            return str(error)
+
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(serve(task) for task in ("en-de", "de-en", "en-de")))
+
+    found = asyncio.run(several())
+    assert found[0] is True
+    assert all("of asyncio) switches it now" in one for one in found[1:])
+    assert model.model.encoder.layers[0].fc1.task is None
