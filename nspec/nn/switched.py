@@ -101,8 +101,10 @@ class Shared:
 
 def count_switch(layers: Iterable[TaskSwitched]) -> None:
     """Notes that this thread switches the layers, before it does."""
-    for shared in {layer.__dict__.get("_shared") for layer in layers} - {None}:
-        shared.switches, shared.by = shared.switches + 1, threading.get_ident()
+    of_models: set[Shared | None] = {layer.__dict__.get("_shared") for layer in layers}
+    for shared in of_models:
+        if shared is not None:
+            shared.switches, shared.by = shared.switches + 1, threading.get_ident()
 
 
 class _Passes(threading.local):
