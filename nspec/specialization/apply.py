@@ -103,11 +103,12 @@ def specialize(
         _check_plain(pair)
         if mode == "forward":
             check_relu(pair, dropout=activation_dropout is None)
+    changes = fast_paths(model, pairs)
     if mode == "forward":
-        dropouts = [(module, name, 0.0) for pair in pairs for module, name, _ in activation_dropouts(pair)]
-        for module, name, value in (*fast_paths(model, pairs), *dropouts):
-            module.__dict__.setdefault(_BEFORE, {}).setdefault(name, getattr(module, name))
-            setattr(module, name, value)
+        changes += [(module, name, 0.0) for pair in pairs for module, name, _ in activation_dropouts(pair)]
+    for module, name, value in changes:
+        module.__dict__.setdefault(_BEFORE, {}).setdefault(name, getattr(module, name))
+        setattr(module, name, value)
     shared = Shared()
     for pair in pairs:
         pair.fc1.__class__ = TaskLinear if mode == "update" else CompactFc1
@@ -135,11 +136,11 @@ def _check_plain(pair: Pair) -> None:
     fc1: Any = pair.fc1
     if type(fc1) is not nn.Linear:
         way = (
-            ": make its weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+            "make its weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
             if hasattr(fc1, "parametrizations")
-            else ""
+            else "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
         )
-        raise ValueError(f"{pair.name} is {type(fc1).__name__}, expected a plain nn.Linear layer{way}")
+        raise ValueError(f"{pair.name} is {type(fc1).__name__}, expected a plain nn.Linear layer: {way}")
     if "forward" in fc1.__dict__ and not calls_its_class(fc1):
         raise ValueError(
             f"{pair.name} has a forward of its own, put on the module by something else, which would compute the dense "

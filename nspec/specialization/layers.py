@@ -24,6 +24,7 @@ PAIR_NAMES = (
 _ACTIVATIONS = ("activation_fn", "activation", "act_fn", "act", "activation_function", "activation_func")
 _GATES = ("gate_proj", "wi_1", "w3", "gate")
 _ROUTERS = ("router", "gate", "gating", "gate_network", "wg", "switch")
+_TIME_FIRST = ("transformers.models.fsmt.", "fairseq.modules.")  # layers that do not say so themselves
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -57,15 +58,43 @@ def find_pairs(model: nn.Module, layers: Iterable[str | tuple[str, str]] | None 
     """
     found = list(_pairs_by_structure(model)) if layers is None else [_named_pair(model, layer) for layer in layers]
     if not found:
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        shown = ", ".join(linears[:12]) + (f", ... ({len(linears)} in all)" if len(linears) > 12 else "")
         raise ValueError(
             f"no feed-forward pair found in {type(model).__name__}: looked for linear layers named "
             f"{', '.join('/'.join(names) for names in PAIR_NAMES)} in one module, and for Linear-ReLU-Linear sequences. "
-            f"Its linear layers: {shown or 'none'}. Name them with layers=[(fc1, fc2), ...]"
+            + _what_there_is(model)
         )
     _check_not_shared(model, found)
     return found
+
+
+def _what_there_is(model: nn.Module) -> str:
+    """For a message where no pair was found: why not, or what to name."""
+    modules = list(model.named_modules())
+    gated = [name for name, m in modules if any(isinstance(getattr(m, gate, None), nn.Linear) for gate in _GATES)]
+    if gated:
+        return f"Its blocks are gated, such as {gated[0]}: the method needs one layer with ReLU"
+    for name, module in modules:
+        for first, _ in PAIR_NAMES:
+            one = getattr(module, first, None)
+            if isinstance(one, nn.Module) and not isinstance(one, nn.Linear):
+                kind = f"{type(one).__module__}.{type(one).__name__}"
+                way = (
+                    "; specialise before adapters are put on, or merge them first" if hasattr(one, "base_layer") else ""
+                )
+                return f"{name}.{first} is a {kind}, expected nn.Linear{way}"
+    linears = [(name, m) for name, m in modules if isinstance(m, nn.Linear)]
+    likely = [
+        f"({n1!r}, {n2!r})"
+        for (n1, one), (n2, two) in zip(linears, linears[1:])
+        if one.out_features == two.in_features > one.in_features
+    ]
+    if likely:
+        return f"Name them with layers=[...], perhaps {', '.join(likely[:3])}{', ...' if len(likely) > 3 else ''}"
+    return (
+        f"Its {len(linears)} linear layers have no two of which the first widens for the second"
+        if linears
+        else ("It has no linear layers (nn.Linear)")
+    )
 
 
 def _pairs_by_structure(model: nn.Module) -> Iterator[Pair]:
@@ -128,6 +157,11 @@ def check_relu(pair: Pair, dropout: bool = True) -> None:
         pair: the layer.
         dropout: whether an activation dropout above 0 is an error. It breaks the constant output of a masked neuron.
     """
+    if gates := [gate for gate in _GATES if isinstance(getattr(pair.parent, gate, None), nn.Module)]:
+        raise ValueError(
+            f"{pair.name}: the block is gated ({', '.join(gates)} beside it), expected one layer with ReLU: masks of a "
+            "gated block are not supported; leave its layers out, or use mode='update' with masks of your own"
+        )
     for attribute in _ACTIVATIONS:
         activation = getattr(pair.parent, attribute, None)
         if activation is not None and not _is_relu(activation):
@@ -209,6 +243,8 @@ def without_fast_path(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[None]
 
 def batch_dim_of(pair: Pair) -> int | None:
     """The dimension of sentences in the layer's input, where the module around it says so (``batch_first``)."""
+    if type(pair.parent).__module__.startswith(_TIME_FIRST):
+        return 1
     attention = getattr(pair.parent, "self_attn", None)
     batch_first = getattr(attention, "batch_first", None) if isinstance(attention, nn.MultiheadAttention) else None
     return None if batch_first is None else 0 if batch_first else 1

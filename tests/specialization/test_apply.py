@@ -323,7 +323,7 @@ class OtherNames(nn.Module):
 
 def test_layers_with_other_names_are_profiled_and_specialised_when_they_are_given() -> None:
     model, names, x = OtherNames(), [("inner", "outer")], torch.randn(30, 4)
-    with pytest.raises(ValueError, match=r"no feed-forward pair found in OtherNames.*inner, outer"):
+    with pytest.raises(ValueError, match=r"no feed-forward pair found in OtherNames.*\('inner', 'outer'\)"):
         nspec.profile(model, {"t": [x]})
     masks = nspec.select(nspec.profile(model, {"t": [x]}, layers=names), k=0.5)
     want = masked_copy(model, masks, "t")(x)
@@ -433,3 +433,48 @@ def test_a_second_derivative_stays_in_the_rows_of_the_task_in_mode_update() -> N
         else:
             g.square().sum().backward()
             torch.testing.assert_close(model[0].weight.grad, parts["en-de"] + parts["de-en"])
+
+
+class Gated(nn.Module):
+    """A block whose up projection is multiplied by a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 80), nn.Linear(4, 80), nn.Linear(80, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_where_nothing_is_found_the_message_says_why() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    adapted = nn.Module()
+    adapted.fc1, adapted.fc2 = nn.Identity(), nn.Linear(80, 4)
+    adapted.fc1.base_layer = nn.Linear(4, 80)
+    conv = nn.Module()
+    conv.c_fc, conv.c_proj = Conv1D(80, 4), Conv1D(4, 80)
+    for model, why in (
+        (nn.Sequential(Gated()), "blocks are gated, such as 0: the method needs one layer with ReLU"),
+        (nn.Sequential(adapted), "0.fc1 is a .*Identity, expected nn.Linear; specialise before adapters are put on"),
+        (nn.Sequential(conv), "0.c_fc is a transformers.*Conv1D, expected nn.Linear"),
+        (nn.Sequential(nn.Linear(4, 4)), "no two of which the first widens"),
+        (nn.Identity(), "no linear layers"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            nspec.profile(model, {"t": [torch.randn(3, 4)]})
+    masks = nspec.NeuronMasks({"t": {"up_proj": torch.ones(80, dtype=torch.bool)}})
+    with pytest.raises(ValueError, match="^up_proj: the block is gated"):
+        nspec.specialize(Gated(), masks, layers=[("up_proj", "down_proj")])
+
+
+def test_checkpoints_of_an_evaluated_torch_encoder_in_mode_update() -> None:
+    """Its fused path, which calls no layer, is taken where gradients are off: in a reentrant checkpoint."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 96, dropout=0.0, batch_first=True), 1).eval()
+    masks = masks_for(model)
+    nspec.specialize(model, masks, mode="update")
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    with nspec.task(model, "en-de"):
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).square().sum().backward()
+    assert not model.layers[0].linear1.weight.grad[~masks["en-de"]["layers.0.linear1"]].any()
