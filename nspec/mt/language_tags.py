@@ -44,8 +44,9 @@ _FLORES_CODES = dict(entry.split(":") for entry in _FLORES_TABLE.split())
 _OTHER_TABLE = """
     iw:he in:id ji:yi jw:jv mo:ro fil:tl nb:no nob:no nor:no nso:ns cmn:zh zho:zh ara:ar fas:fa msa:ms swa:sw lav:lv est:et
     ekk:et aze:az uzb:uz mlg:mg mon:mn orm:om pus:ps que:qu sqi:sq yid:yi nep:ne kur:ku aym:ay ori:or srd:sc fuv:ff ful:ff
-    kas:ks knc:kr kau:kr kik:ki fry:fy bre:br twi:tw kon:kg aka:ak grn:gn tgl:tl hye:hy alb:sq arm:hy baq:eu bur:my chi:zh cze:cs dut:nl fre:fr
-    geo:ka ger:de gre:el ice:is mac:mk mao:mi may:ms per:fa rum:ro slo:sk tib:bo wel:cy
+    fry:fy bre:br twi:tw kon:kg aka:ak grn:gn tgl:tl hye:hy alb:sq arm:hy baq:eu bur:my chi:zh cze:cs dut:nl fre:fr
+    geo:ka ger:de gre:el ice:is mac:mk mao:mi may:ms per:fa rum:ro slo:sk tib:bo wel:cy kas:ks knc:kr kau:kr
+    kik:ki
     """
 _SAME = {name.partition("_")[0]: code for code, name in _FLORES_CODES.items() if code not in ("no", "nb", "ns")}
 _SAME |= {"nno": "nn"} | dict(entry.split(":") for entry in _OTHER_TABLE.split())

@@ -72,7 +72,7 @@ def check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def _check_record(folder: Path) -> None:
-    for line in (folder / RECORD).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in (folder / RECORD).read_text(encoding="utf-8", errors="replace").splitlines() or [""]:
         found = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
         if not found:
             raise ValueError(f"{folder / RECORD} has a line {line[:80]!r}, expected a SHA-256 and a file; {_AGAIN}")
@@ -159,7 +159,7 @@ def check_special(tokenizer: PreTrainedTokenizerBase, config: Any, source: str |
         if expected is None or found == expected or (isinstance(found, list) and expected in found):
             continue
         shown = "null" if found is None else found
-        starts = ", which starts the decoder" if name == "decoder_start" else ""
+        starts = ", which starts the decoder," if name == "decoder_start" else ""
         raise ValueError(
             f"{source}: {file} says {key} {shown}, but the {token}_token of the tokenizer{starts} is "
             f"{getattr(tokenizer, f'{token}_token')} with id {expected}; {_AGAIN}"

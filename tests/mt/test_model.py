@@ -116,9 +116,9 @@ def test_a_specialised_system_loads_in_plain_transformers_as_its_dense_model(toy
     before = {name: value.clone() for name, value in model.state_dict().items()}
     nspec.specialize(model, toy.masks(), mode="forward")
     save_system(model, toy.data.tokenizer, tmp_path / "model", NeuronSpecialization(toy.masks(), "forward"))
-    plain = AutoModelForSeq2SeqLM.from_pretrained(toy, tmp_path / "model")
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     assert same(plain.state_dict(), before)
-    assert len(AutoTokenizer.from_pretrained(toy, tmp_path / "model")) == len(toy.data.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == len(toy.data.tokenizer)
 
 
 def test_a_kill_while_saving_leaves_the_old_system(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
