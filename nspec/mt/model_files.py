@@ -29,9 +29,8 @@ _OBJECTS = (
     "tokenizer.json",
     "special_tokens_map.json",
 )
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_COUNTERS = ("position_ids", "num_batches_tracked")  # buffers that old files hold, whole numbers and no weights
 _CODE = "comes with code of its own, which nspec does not run; take a model whose class transformers has"
 _NAMED = 3  # names of weights in a message, at most
 
@@ -83,7 +82,7 @@ def check_files(source: Source) -> None:
 
     Raises:
         ValueError: one that is not JSON, holds something else than an object, is no whole safetensors file, or has
-            weights that are no floating-point numbers, with their names.
+            weights that are no floating-point numbers of 16 bits or more, with their names.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -216,10 +215,10 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             f"{file} cannot be read as safetensors: {error}; copy or write the model folder again"
         ) from error
     other = [f"{name} is {kind}" for name, kind in types.items() if kind not in _FLOATS]
-    if other := [each for each in other if not each.split(" ")[0].endswith(_COUNTERS)]:
+    if other:
         raise ValueError(
-            f"{file} has weights that are no floating-point numbers: {_some(other)}; expected one of {', '.join(_FLOATS)}: "
-            "take the model as it was trained, not quantised"
+            f"{file} has weights of a type that is not computed with: {_some(other)}; expected {', '.join(_FLOATS)}: take "
+            "the model as it was trained, not quantised"
         )
     return shapes
 

@@ -336,7 +336,7 @@ def test_a_language_that_a_pretrained_vocabulary_lacks_is_an_error(pretrained, t
 
 def test_a_pretrained_model_that_is_not_there_is_one_clear_line(tmp_path):
     config = config_with(model__pretrained=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nowhere") as caught:
+    with pytest.raises(ValueError, match="nowhere: there is no such folder") as caught:
         prepare_corpus(Invented(), TASKS, config, tmp_path / "prepared")
     assert "\n" not in str(caught.value)
 
