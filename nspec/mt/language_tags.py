@@ -101,6 +101,13 @@ def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return found
 
 
+def tag_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of all language tags of a tokenizer."""
+    ids = tokenizer.convert_tokens_to_ids(list(languages_of(tokenizer).values()))
+    assert isinstance(ids, list)
+    return ids
+
+
 def is_ours(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer is one that :func:`nspec.mt.vocabulary.export_tokenizer` makes.
 

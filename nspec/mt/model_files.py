@@ -60,7 +60,7 @@ def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
     """
     check_files(source)
     folder = Path(source).is_dir()
-    if not folder and (isinstance(source, Path) or Path(source).is_absolute() or not _HUB_NAME.fullmatch(source)):
+    if not folder and not (isinstance(source, str) and _HUB_NAME.fullmatch(source)):
         raise ValueError(f"no {what} can be loaded from {source}: there is no such folder")
     try:
         yield

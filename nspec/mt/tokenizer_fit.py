@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.files import read_json, sha256
-from nspec.mt.language_tags import is_ours, languages_of
+from nspec.mt.language_tags import is_ours, tag_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +33,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     ``len(tokenizer)`` need not count the tags: those of a plain ``M2M100Tokenizer`` lie beyond it.
     """
-    tags = tokenizer.convert_tokens_to_ids(list(languages_of(tokenizer).values()))
-    assert isinstance(tags, list)
-    return sorted({*tokenizer.get_vocab().values(), *tokenizer.all_special_ids, *tags})
+    return sorted({*tokenizer.get_vocab().values(), *tokenizer.all_special_ids, *tag_ids(tokenizer)})
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,7 +15,7 @@ import nspec
 from nspec.mt import zero_shot
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
-from nspec.mt.language_tags import language_id, languages_of
+from nspec.mt.language_tags import language_id, tag_ids
 from nspec.mt.languages import normalized_code, normalized_task
 from nspec.mt.search import SpecialTokens, check_beam, search
 from nspec.mt.tokenizer_fit import token_ids
@@ -79,7 +79,7 @@ class Translator:
         # Rows that only round the vocabulary up.
         self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
         check_beam(decode.beam, len(known))
-        self._tag_ids = set(tokenizer.convert_tokens_to_ids(list(languages_of(tokenizer).values())))
+        self._tag_ids = frozenset(tag_ids(tokenizer))
 
     def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
         """One line out for each line in, in order; a blank line for a blank line.
