@@ -57,8 +57,10 @@ def score(
     A folder has en-de.hyp.txt (.ref.txt, .src.txt), en-de.txt or en-de.de (sources: en-de.en) for each direction.
     """
     from nspec.mt.display import show
+    from nspec.mt.languages import normalized_code
     from nspec.mt.score_files import score_files
 
+    pivot = normalized_code(pivot)
     if out:
         check_output("--out", out, folder=True)
     options = {"baseline": baseline, "pivot": pivot, "groups": groups, "out": out, "comet": comet, "sources": sources}
@@ -108,8 +110,10 @@ def translate(
     Lines keep their order and are written as soon as a batch of them is done. A direction that a system with masks or
     adapters was not trained on takes those of two others, which meet in one language.
     """
+    from nspec.mt.languages import normalized_task
     from nspec.mt.options import validate
 
+    task = normalized_task(task)
     given = {
         "beam": beam,
         "length_penalty": length_penalty,

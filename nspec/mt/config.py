@@ -133,7 +133,7 @@ class ModelConfig:
     decoder_layers: int = option(6, "decoder layers", least=1, most=1000)
     dropout: float = option(0.1, "dropout of embeddings and residual branches", least=0, below=1)
     attention_dropout: float = option(0.1, "dropout of attention weights", least=0, below=1)
-    max_positions: int = option(256, "longest sequence in tokens", least=1, most=2**20)
+    max_positions: int = option(256, "longest sequence in tokens", least=4, most=2**20)
 
 
 @dataclass

@@ -45,7 +45,8 @@ _OTHER_TABLE = """
     iw:he in:id ji:yi jw:jv mo:ro fil:tl nb:no nob:no nor:no nso:ns cmn:zh zho:zh ara:ar fas:fa msa:ms swa:sw lav:lv est:et
     ekk:et aze:az uzb:uz mlg:mg mon:mn orm:om pus:ps que:qu sqi:sq yid:yi nep:ne kur:ku aym:ay ori:or srd:sc fuv:ff ful:ff
     fry:fy bre:br twi:tw kon:kg aka:ak grn:gn tgl:tl hye:hy alb:sq arm:hy baq:eu bur:my chi:zh cze:cs dut:nl fre:fr
-    geo:ka ger:de gre:el ice:is mac:mk mao:mi may:ms per:fa rum:ro slo:sk tib:bo wel:cy
+    geo:ka ger:de gre:el ice:is mac:mk mao:mi may:ms per:fa rum:ro slo:sk tib:bo wel:cy kas:ks knc:kr kau:kr
+    kik:ki
     """
 _SAME = {name.partition("_")[0]: code for code, name in _FLORES_CODES.items() if code not in ("no", "nb", "ns")}
 _SAME |= {"nno": "nn"} | dict(entry.split(":") for entry in _OTHER_TABLE.split())
@@ -98,6 +99,22 @@ def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         elif _FLORES.fullmatch(token) or _MBART.fullmatch(token):
             found[token] = token
     return found
+
+
+def tag_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of all language tags of a tokenizer."""
+    ids = tokenizer.convert_tokens_to_ids(list(languages_of(tokenizer).values()))
+    assert isinstance(ids, list)
+    return ids
+
+
+def is_ours(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is one that :func:`nspec.mt.vocabulary.export_tokenizer` makes.
+
+    That is one of NLLB's class with tags like ``__de__``, which no published one has.
+    """
+    tags = languages_of(tokenizer).values()
+    return type(tokenizer).__name__.startswith("Nllb") and all(map(_OURS.fullmatch, tags))
 
 
 def language_tag(tokenizer: PreTrainedTokenizerBase, language: str) -> str:

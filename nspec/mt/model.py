@@ -18,14 +18,11 @@ from nspec.mt.config import ModelConfig
 from nspec.mt.methods import NSPEC_FILE, Method, load_method
 from nspec.mt.model_files import load_config, load_dense, load_weights, quiet_transformers, stored_shapes
 from nspec.mt.systems import Kind
+from nspec.mt.tokenizer_fit import check_fit, check_same, check_special, rows_of, write_record
 from nspec.mt.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUND_VOCABULARY = 8
-"""A new model's vocabulary is rounded up to a multiple of this, for tensor cores; the extra rows are not used."""
-
-_SPARE_ROWS = 128  # pretrained models round their vocabulary too (M2M100 to 8, others to 64 or 128)
 _OFF = ("activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -45,8 +42,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         seed: of the initialisation.
 
     Raises:
-        ValueError: a width that heads do not divide; a pretrained model whose vocabulary is not the tokenizer's, that is
-            a system with masks or adapters, or that cannot be read whole (:func:`nspec.mt.model_files.load_dense`).
+        ValueError: a width that heads do not divide; a pretrained model whose vocabulary is not the tokenizer's, or
+            that of the tokenizer beside it (:mod:`nspec.mt.tokenizer_fit`), that is a system with masks or adapters, or
+            that cannot be read whole (:func:`nspec.mt.model_files.load_dense`).
     """
     if config.pretrained:
         return _pretrained(config, tokenizer)
@@ -55,9 +53,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
             f"model.d_model is {config.d_model} and model.heads is {config.heads}; "
             "expected a width of 4 or more that the number of heads divides"
         )
-    rows = -(-len(tokenizer) // ROUND_VOCABULARY) * ROUND_VOCABULARY
     architecture = M2M100Config(
-        vocab_size=rows,
+        vocab_size=rows_of(tokenizer),
         d_model=config.d_model,
         encoder_layers=config.encoder_layers,
         decoder_layers=config.decoder_layers,
@@ -95,6 +92,9 @@ def _pretrained(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             "model, or one specialised in mode update"
         )
     architecture = load_config(config.pretrained)
+    own = load_tokenizer(config.pretrained)
+    check_fit(own, architecture, config.pretrained)
+    check_same(tokenizer, own, config.pretrained)
     for name in _OFF:
         if getattr(architecture, name, 0):
             logger.info("%s: %s is set from %g to 0", config.pretrained, name, getattr(architecture, name))
@@ -102,13 +102,7 @@ def _pretrained(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     architecture.dropout = config.dropout
     architecture.attention_dropout = config.attention_dropout
     model = load_dense(config.pretrained, architecture)
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings
-    if not len(tokenizer) <= rows < len(tokenizer) + _SPARE_ROWS:
-        raise ValueError(
-            f"{config.pretrained} has a vocabulary of {rows} and the tokenizer one of {len(tokenizer)}; "
-            "prepare the text with the tokenizer of the pretrained model"
-        )
+    check_special(own, model.generation_config, config.pretrained, "generation_config.json")
     return model
 
 
@@ -129,7 +123,7 @@ def save_system(
             model.save_pretrained(part)
         finally:
             model.config.use_cache = cached
-        tokenizer.save_pretrained(part)
+        write_record(part, tokenizer.save_pretrained(part))
         if method is not None:
             method.save(part)
 
@@ -149,8 +143,8 @@ def load_system(
 
     Raises:
         ValueError: no model or no tokenizer in the folder, one that is broken or incomplete (see
-            :func:`nspec.mt.model_files.load_dense` and :func:`nspec.mt.methods.load_method`), or another system than
-            ``kind``.
+            :func:`nspec.mt.model_files.load_dense` and :func:`nspec.mt.methods.load_method`), the tokenizer of another
+            model (:mod:`nspec.mt.tokenizer_fit`), or another system than ``kind``.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -159,8 +153,11 @@ def load_system(
     if kind is not None:
         _check_kind(folder, method, kind)
     own_weights = method is not None and method.has_weights
-    model: Any = load_dense(folder, extra=own_weights)  # transformers wraps Module.to in a type of its own
+    config = load_config(folder)
     tokenizer = load_tokenizer(folder)
+    check_fit(tokenizer, config, folder)
+    model: Any = load_dense(folder, config, extra=own_weights)  # transformers wraps Module.to in a type of its own
+    check_special(tokenizer, model.generation_config, folder, "generation_config.json")
     if method is not None:
         method.check(folder, stored_shapes(folder) if own_weights else {})
         method.attach(model)

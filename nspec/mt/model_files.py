@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ _OBJECTS = (
     "tokenizer.json",
     "special_tokens_map.json",
 )
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CODE = "comes with code of its own, which nspec does not run; take a model whose class transformers has"
 _NAMED = 3  # names of weights in a message, at most
 
@@ -56,6 +59,9 @@ def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
     named before the block is entered.
     """
     check_files(source)
+    folder = Path(source).is_dir()
+    if not folder and not (isinstance(source, str) and _HUB_NAME.fullmatch(source)):
+        raise ValueError(f"no {what} can be loaded from {source}: there is no such folder")
     try:
         yield
     except MemoryError:
@@ -67,14 +73,16 @@ def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
             reason = (
                 "it comes with code of its own, which nspec does not run; take a model whose class transformers has"
             )
-        raise ValueError(f"no {what} can be loaded from {source}: {reason}{hint}") from error
+        place = "" if folder else "there is no such folder here, and as a model of the hub: "
+        raise ValueError(f"no {what} can be loaded from {source}: {place}{reason}{hint}") from error
 
 
 def check_files(source: Source) -> None:
     """Checks the files of a local folder that can be checked alone; a hub name passes.
 
     Raises:
-        ValueError: one that is not JSON, holds something else than an object, or is no whole safetensors file.
+        ValueError: one that is not JSON, holds something else than an object, is no whole safetensors file, or has
+            weights that are no floating-point numbers of 16 bits or more, with their names.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -111,6 +119,7 @@ def load_config(source: Source) -> PreTrainedConfig:
 
     with reading("model configuration", source):
         found: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        found.return_dict = True  # as all code here reads results by name
     return found
 
 
@@ -198,11 +207,20 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
     try:
         with safe_open(file, "pt") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no mapping)
+            parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 (no mapping)
+            shapes: dict[str, list[int]] = {name: part.get_shape() for name, part in parts.items()}
+            types: dict[str, str] = {name: str(part.get_dtype()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as safetensors: {error}; copy or write the model folder again"
         ) from error
+    other = [f"{name} is {kind}" for name, kind in types.items() if kind not in _FLOATS]
+    if other:
+        raise ValueError(
+            f"{file} has weights of a type that is not computed with: {_some(other)}; expected {', '.join(_FLOATS)}: take "
+            "the model as it was trained, not quantised"
+        )
+    return shapes
 
 
 def check_finite(model: nn.Module, source: Source) -> None:

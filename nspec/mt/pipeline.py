@@ -154,10 +154,11 @@ class Pipeline:
             from nspec.mt.model import build_model
             from nspec.mt.readiness import check_model
             from nspec.mt.search import check_beam
+            from nspec.mt.tokenizer_fit import token_ids
             from nspec.mt.training import train_system
 
             data = self._data()
-            check_beam(self.config.decode.beam, len(data.tokenizer))
+            check_beam(self.config.decode.beam, len(token_ids(data.tokenizer)))
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
             if self.config.model.pretrained:
                 check_model(self.config, model)

@@ -26,7 +26,8 @@ from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.language_tags import language_id, language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
 from nspec.mt.model_files import load_config
-from nspec.mt.readiness import check_architecture
+from nspec.mt.readiness import check_architecture, check_pretrained
+from nspec.mt.tokenizer_fit import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,12 +58,14 @@ def prepare(config: Config, folder: Path, progress: Progress | None = None) -> N
 
     Raises:
         ValueError: options that do not go together, a malformed corpus (:class:`~nspec.mt.corpus.base.CorpusError`), a
-            direction without text in one of the splits, a language that a pretrained vocabulary does not have.
+            direction without text in one of the splits, a language that a pretrained vocabulary does not have, a
+            pretrained model that cannot be read or does not suit the systems.
     """
     from nspec.mt.corpus import open_corpus
 
     if config.model.pretrained:
         check_architecture(config, load_config(config.model.pretrained))
+        check_pretrained(config)
     else:
         vocabulary.check_model_type(config.tokenizer)
     corpus = open_corpus(config.corpus, config.run.seed)
@@ -158,7 +161,7 @@ class _Preparation:
         self._each("read", self._read_training)
         self.progress("vocabulary", 0, 1)
         self.tokenizer = self._tokenizer()
-        self.dtype = np.dtype(np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
         self.progress("vocabulary", 1, 1)
         self._each("encode", self._encode)
         shutil.rmtree(self.folder / _SPOOL)
@@ -331,7 +334,7 @@ class _Preparation:
     def _facts(self) -> dict[str, Any]:
         """What batches need of the tokenizer, so that they can be made without loading it."""
         return {
-            "size": len(self.tokenizer),
+            "size": len(token_ids(self.tokenizer)),
             "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
             "pad_id": self.tokenizer.pad_token_id,
             "end_id": vocabulary.end_id(self.tokenizer),

@@ -28,6 +28,19 @@ def check_architecture(config: Config, architecture: Any) -> None:
         )
 
 
+def check_pretrained(config: Config) -> None:
+    """Loads ``model.pretrained`` and tries what the run will do with it, before any text is read.
+
+    Raises:
+        ValueError: what :func:`nspec.mt.model.build_model` and :func:`check_model` raise, and no tokenizer.
+    """
+    from nspec.mt.model import build_model
+    from nspec.mt.vocabulary import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.pretrained)
+    check_model(config, build_model(config.model, tokenizer, config.run.seed))
+
+
 def check_model(config: Config, model: nn.Module) -> None:
     """Tries on a few tokens what the systems of the run will do with a model; its weights stay as they are.
 

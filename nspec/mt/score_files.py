@@ -26,6 +26,7 @@ from nspec.mt.config import ScoreConfig
 from nspec.mt.corpus.base import FILE_CODE
 from nspec.mt.corpus.lines import read_lines
 from nspec.mt.display import Display
+from nspec.mt.languages import normalized_code
 from nspec.mt.options import read_lists
 from nspec.mt.scoring import average_groups, score_system
 from nspec.mt.values import check_range
@@ -75,7 +76,7 @@ def score_files(
         OSError: a file cannot be read.
         ImportError: COMET is asked for and not installed.
     """
-    folders = _systems(systems)
+    folders, pivot = _systems(systems), normalized_code(pivot)
     if baseline and baseline not in folders:
         raise ValueError(f"--baseline {baseline}: there are the systems {', '.join(folders)}")
     if bool(comet) != bool(sources):

@@ -13,6 +13,7 @@ import numpy as np
 from nspec.mt import significance
 from nspec.mt.bleu_tokenizer import AUTO, SPBLEU, bleu_tokenizer, check_tokenizer, of_language, why_not
 from nspec.mt.config import ScoreConfig
+from nspec.mt.languages import normalized_code, normalized_task
 from nspec.mt.significance import Floats
 from nspec.mt.values import check_range
 
@@ -113,6 +114,11 @@ def score_system(
     return {"signatures": signatures, "tasks": tasks, "average": average, "groups": given, "warnings": said}
 
 
+def _spelled(name: str, known: set[str]) -> str:
+    """A language or direction as it is known: ``zh-Hans`` is ``zh_Hans``."""
+    return next((each for each in (name, normalized_code(name), normalized_task(name)) if each in known), name)
+
+
 def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = None) -> dict[str, list[str]]:
     """The directions of each average.
 
@@ -128,7 +134,8 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
         ``<group>/to_<pivot>``: papers give both, as translation from and into a small language differ.
 
     Raises:
-        ValueError: a group is empty, has the name of another average, or names what is not scored, or the pivot.
+        ValueError: a group is empty, has the name of another average or one that no table takes, or names what is not
+            scored, or the pivot.
     """
     tasks = list(tasks)
     sides = {}
@@ -137,7 +144,12 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
         sides[f"to_{pivot}"] = [task for task in tasks if task.endswith(f"-{pivot}")]
     found = {"all": tasks} | {side: members for side, members in sides.items() if members}
     languages = sorted({code for task in tasks for code in task.split("-")})
-    for group, names in (groups or {}).items():
+    for group, given in (groups or {}).items():
+        names = [_spelled(name, {*languages, *tasks, pivot}) for name in given]
+        if not group.strip() or not group.isprintable():
+            raise ValueError(
+                f"group {group!r}: expected a name of printable characters, as it stands in tables; rename it"
+            )
         if group == "all" or group.startswith(("from_", "to_")) or "/" in group:
             raise ValueError(
                 f"group {group}: all, from_..., to_... and names with / are those of other averages; rename it"

@@ -77,7 +77,7 @@ def bleu(statistics: Floats) -> Floats:
         match, total = matches[..., order], np.maximum(totals[..., order], 1.0)
         smoothing = np.where(match == 0, smoothing * 2.0, smoothing)
         log_precision += np.log(np.where(match == 0, 1.0 / smoothing, match) / total)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # no words in the hypothesis, or in both
         brevity = np.where(hypothesis > 0, np.minimum(1.0 - reference / hypothesis, 0.0), -np.inf)
     score = 100.0 * np.exp(brevity + log_precision / _BLEU_ORDER)
     # no match at all, or a corpus without any n-gram of some order, is 0 by definition

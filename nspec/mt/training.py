@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from nspec.mt.model import save_system
 from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.resuming import ResumePoint, resume_point
 from nspec.mt.sampling import TaskBatchSampler
-from nspec.mt.supervision import Supervisor, stopping_on_sigterm
+from nspec.mt.supervision import Supervisor, TrainingDiverged, stopping_on_sigterm
 from nspec.mt.trainer import TaskTrainer, precision_note, resolve_precision
 from nspec.mt.world import World
 
@@ -66,7 +67,8 @@ def train_system(
     Raises:
         ValueError: settings that contradict each other, a task that the method does not know, checkpoints of another
             training, or none that is whole.
-        TrainingDiverged: a loss or gradient is not finite; the checkpoints are intact.
+        TrainingDiverged: a loss or gradient is not finite, that of a model taken as it is too; the checkpoints are
+            intact.
         SystemExit: SIGTERM came (single process); a checkpoint was saved and the next call goes on from it.
     """
     folder = Path(folder)
@@ -137,6 +139,11 @@ def _measure(
     """A model that is taken as it is: its validation is the only line of the log."""
     cast(nn.Module, model).to(device)
     measured = Validator(model, data, settings, config.decode, precision=precision).measure()
+    if not math.isfinite(measured["valid_loss"]):
+        raise TrainingDiverged(
+            f"the validation loss of the model that is taken as it is (train.updates is 0) is {measured['valid_loss']} in "
+            f"{precision}: it computes numbers that are not finite; take another model, or train.precision=fp32"
+        )
     state.best_value = measured[f"valid_{settings.best}"]
     if distributed.rank() == 0:
         log = TrainingLog(folder, 0)

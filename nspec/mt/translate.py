@@ -15,8 +15,10 @@ import nspec
 from nspec.mt import zero_shot
 from nspec.mt.config import DecodeConfig
 from nspec.mt.data import languages_of_task
-from nspec.mt.language_tags import language_id
+from nspec.mt.language_tags import language_id, tag_ids
+from nspec.mt.languages import normalized_code, normalized_task
 from nspec.mt.search import SpecialTokens, check_beam, search
+from nspec.mt.tokenizer_fit import token_ids
 from nspec.mt.vocabulary import encode, end_id
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.tasks import specialized_layers
@@ -70,11 +72,14 @@ class Translator:
                 f"pivot {pivot}: this model computes the same for every direction, so there is nothing to combine; leave "
                 "the pivot out"
             )
-        self.pivot = pivot
+        self.pivot = normalized_code(pivot)
         self._parts: dict[str, tuple[str, str]] = {}  # of directions that are combined
         embeddings: Any = model.get_input_embeddings()
-        self._spare = list(range(len(tokenizer), embeddings.num_embeddings))  # they only round the vocabulary up
-        check_beam(decode.beam, len(tokenizer))
+        known = set(token_ids(tokenizer))
+        # Rows that only round the vocabulary up.
+        self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
+        check_beam(decode.beam, len(known))
+        self._tag_ids = frozenset(tag_ids(tokenizer))
 
     def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
         """One line out for each line in, in order; a blank line for a blank line.
@@ -89,6 +94,7 @@ class Translator:
         Raises:
             ValueError: a direction or language that the model does not know; at once, before any line is read.
         """
+        task = normalized_task(task)
         source, target = self._tags(task)
         window = self.window or (1 if getattr(lines, "isatty", lambda: False)() else WINDOW)
         return self._windows(iter(lines), window, task, source, target)
@@ -168,6 +174,7 @@ class Translator:
         )
         texts = []
         for tokens in generated:
+            tokens = [token for token in tokens if token not in self._tag_ids]  # M2M100's need not be special tokens
             text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             texts.append(" ".join(str(text).splitlines()).strip())
         return texts

@@ -41,6 +41,7 @@ from nspec.mt.config import TokenizerConfig
 from nspec.mt.corpus.base import clean
 from nspec.mt.language_tags import language_id, languages_of, tag
 from nspec.mt.model_files import reading
+from nspec.mt.tokenizer_fit import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -247,12 +248,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Loads a tokenizer folder: ours, or that of a pretrained model (or its hub name).
 
     Raises:
-        ValueError: there is no tokenizer, or one that is not made for ``[tag] tokens </s>`` on both sides.
+        ValueError: there is no tokenizer, one that is broken or not the one that was saved there
+            (:func:`nspec.mt.tokenizer_fit.check_tokenizer_files`), or one that is not made for ``[tag] tokens </s>`` on
+            both sides.
     """
     from transformers import AutoTokenizer
 
     with reading("tokenizer", folder, "; it needs tokenizer.json and tokenizer_config.json, whole and of one another"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_tokenizer_files(Path(folder), tokenizer)
     tags = languages_of(tokenizer)
     if not tags:
         raise ValueError(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no language tags such as __de__")

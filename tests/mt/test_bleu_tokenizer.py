@@ -15,7 +15,7 @@ PROPER = {
     "zh": "zh zh_CN zh-TW zh_Hans ZH_hant zh_hant_HK zho_Hans zho_Hant chi zht cmn_Hans cmn_Hant yue yue_Hant wuu lzh gan "
     "hak nan nan_Hant zh_classical zh_min_nan vi_Hani cn",
     "13a": "de pt_BR sr_Latn sr_Cyrl en_XX zho_Latn zh_Latn_pinyin nan_Latn cdo_Latn dng_Cyrl ja_Latn kor_Latn th_Latn "
-    "jav_Latn vi bo_Latn ko@latin x",
+    "jav_Latn vi bo_Latn ko@latin x su_Sund",  # today's Sundanese script has spaces, unlike that of Java and Bali
     "ja-mecab": "ja jpn ja_JP ja_XX jpn_Jpan ja-Jpan ja_Hani JA jp",
     "ko-mecab": "ko kor ko_KR kor_Hang ko_Kore",
     "char": "th tha_Thai th_TH lo lao_Laoo km khm_Khmr km_KH my mya_Mymr my_MM bo bod_Tibt dzo_Tibt shn_Mymr pi_Thai "

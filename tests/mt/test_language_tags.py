@@ -101,6 +101,8 @@ def test_tags_with_a_country_are_found_too(code: str, tag: str) -> None:
         ("mbart", "zh_TW", "the nearest: zh_CN"),
         ("mbart", "de_AT", "the nearest: de_DE"),
         ("nllb", "kas", "the language 'kas' may be kas_Arab or kas_Deva in this vocabulary"),
+        ("nllb", "ks", "the language 'ks' may be kas_Arab or kas_Deva in this vocabulary"),
+        ("nllb", "kr", "may be knc_Arab or knc_Latn"),
         ("nllb", "min", "may be min_Arab or min_Latn"),
         ("scripts", "sr", "may be sr_Cyrl or sr_Latn"),
         ("scripts", "pt", "may be pt_BR or pt_PT"),

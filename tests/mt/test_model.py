@@ -54,12 +54,12 @@ def test_heads_that_do_not_divide_the_width_are_an_error(toy: Toy, sizes: dict[s
         build_model(ModelConfig(**sizes), toy.data.tokenizer, 1)
 
 
-def pretrained(folder: Path, rows: int) -> str:
+def pretrained(toy: Toy, folder: Path, rows: int) -> str:
     config = M2M100Config(
         vocab_size=rows, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, activation_dropout=0.3,
     )  # fmt: skip
-    M2M100ForConditionalGeneration(config).half().save_pretrained(folder)
+    save_system(M2M100ForConditionalGeneration(config).half(), toy.data.tokenizer, folder)
     return str(folder)
 
 
@@ -67,7 +67,7 @@ def test_a_pretrained_model_comes_in_float32_without_what_hinders_specialisation
     toy: Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = toy.data.tokenizer
-    place = pretrained(tmp_path / "big", len(tokenizer) + 40)
+    place = pretrained(toy, tmp_path / "big", len(tokenizer) + 40)
     with caplog.at_level("INFO", logger="nspec"):
         model = build_model(ModelConfig(pretrained=place, dropout=0.25), tokenizer, 1)
     assert model.dtype == torch.float32
@@ -84,7 +84,7 @@ def test_a_pretrained_model_with_another_vocabulary_is_an_error_with_both_sizes(
     toy: Toy, tmp_path: Path, more: int
 ) -> None:
     tokenizer = toy.data.tokenizer
-    place = pretrained(tmp_path / "other", len(tokenizer) + more)
+    place = pretrained(toy, tmp_path / "other", len(tokenizer) + more)
     with pytest.raises(
         ValueError, match=rf"vocabulary of {len(tokenizer) + more} and the tokenizer .*{len(tokenizer)}"
     ):

@@ -15,8 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 from nspec.mt.config import ModelConfig
 from nspec.mt.methods import Adapters, NeuronSpecialization
 from nspec.mt.model import build_model, load_system, save_system
-from nspec.mt.model_files import load_weights
+from nspec.mt.model_files import load_config, load_weights
 from nspec.mt.systems import KINDS
+from nspec.mt.vocabulary import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +70,28 @@ def test_weights_that_are_not_the_models_are_an_error_with_their_names(
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="lacks|has, with no|another shape|not finite"):
         load_weights(toy.model(), folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_another_type_are_an_error_with_their_names(folder: Path, kind: Any) -> None:
+    change_weights(folder, lambda w: w.update({FC2: w[FC2].to(kind)}))
+    with pytest.raises(
+        ValueError, match=rf"weights of a type that is not computed with: {FC2} is [A-Z0-9_]+; expected F64"
+    ):
+        load_system(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_another_precision_are_taken(folder: Path, kind: Any) -> None:
+    change_weights(folder, lambda w: w.update({name: value.to(kind) for name, value in w.items()}))
+    assert load_system(folder)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("place", ["/tmp/nowhere/x", "./x", "no where", "a/b/c", Path("x")])
+def test_a_folder_that_is_not_there_is_said_to_be_that(place: Any) -> None:
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ValueError, match=r"no .* can be loaded from .*: there is no such folder$"):
+            load(place)
 
 
 def test_a_configuration_with_one_more_layer_is_an_error(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_translation import Toy
 
 from nspec.mt.config import Config
@@ -105,3 +106,47 @@ def test_a_run_refuses_a_gelu_model_before_it_reads_text_and_before_it_trains(to
     with pytest.raises(ValueError, match="does not suit run.systems: .*GELU"), Pipeline(run) as pipeline:
         pipeline.train()
     assert not (tmp_path / "run/systems/dense/log.jsonl").exists()
+
+
+def no_layers(folder: Path) -> None:
+    change(folder / "config.json", encoder_layers=2)
+
+
+def more(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors") | {"more": torch.ones(2)}, folder / "model.safetensors")
+
+
+def other_tokenizer(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", unk_token="<pad>")
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (no_layers, "lacks model.encoder.layers.1"),
+        (more, "no place for it in the model, more"),
+        (other_tokenizer, "saved"),
+    ],
+)
+def test_a_broken_pretrained_model_is_seen_before_text_is_read(
+    toy: Toy, tmp_path: Path, breaks: Any, message: str
+) -> None:
+    save_system(toy.model(), toy.data.tokenizer, tmp_path / "model")
+    breaks(tmp_path / "model")
+    run = toy.config()
+    run.model.pretrained, run.corpus.path = str(tmp_path / "model"), "/nowhere"
+    with pytest.raises(ValueError, match=message):
+        prepare(run, tmp_path / "prepared")
+
+
+def test_layers_that_a_pretrained_model_has_not_are_seen_before_text_is_read(toy: Toy, tmp_path: Path) -> None:
+    save_system(toy.model(), toy.data.tokenizer, tmp_path / "model")
+    run = toy.config()
+    run.model.pretrained, run.corpus.path = str(tmp_path / "model"), "/nowhere"
+    run.run.systems, run.select.layers = ["dense", "forward"], ["decoder.layers.7"]
+    with pytest.raises(ValueError, match="select.layers of forward: .*decoder.layers.7"):
+        prepare(run, tmp_path / "prepared")

@@ -254,6 +254,25 @@ def test_wrong_options_are_one_line(
     assert not (place / "o").exists(), "an error comes before anything is written"
 
 
+def test_a_code_with_a_hyphen_is_the_one_with_an_underscore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, end in (("refs", "ref"), ("ours", "hyp")):
+        write(tmp_path / name, {f"{task}.{end}.txt": WORDS for task in ("zh_Hans-de", "de-zh_Hans", "de-en")})
+    (tmp_path / "g.yaml").write_text("han: [zh-Hans-de]\n")
+    given = ["--references", tmp_path / "refs", "--system", f"a={tmp_path / 'ours'}", "--groups", tmp_path / "g.yaml"]
+    given += ["--pivot", "zh-Hans", "--bootstrap", SAMPLES, "--out", tmp_path / "out"]
+    assert cli.main(["score", *map(str, given)]) == 0
+    averages = json.loads((tmp_path / "out" / "a" / "scores.json").read_text())["average"]
+    assert list(averages) == ["all", "from_zh_Hans", "to_zh_Hans", "han"]
+    capsys.readouterr()
+
+
+def test_a_group_that_would_break_the_table_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "tab.yaml").write_text('"a\\tb": [de]\n')
+    given = ["--references", place / "refs", "--system", f"a={place / 'ours'}", "--groups", place / "tab.yaml"]
+    assert cli.main(["score", *map(str, given)]) == 2
+    assert "group 'a\\tb': expected a name of printable characters" in capsys.readouterr().err
+
+
 def test_the_verb_shows_tables_and_writes_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "groups.yaml").write_text("low: [de]\ninto: [en-de]\n")
     arguments = ["--references", place / "refs", "--system", f"theirs={place / 'theirs'}"]

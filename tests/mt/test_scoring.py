@@ -149,6 +149,20 @@ def test_groups_are_averaged_over_their_directions() -> None:
     assert list(average_groups(["en-de", "de-en"], "", {"high": ["de"]})) == ["all", "high"]
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\tb", "a\nb", "a\u2028b", "\0"])
+def test_names_of_groups_that_would_break_a_table_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected a name of printable characters"):
+        average_groups(["en-de"], "", {name: ["de"]})
+
+
+def test_codes_in_groups_may_have_hyphens() -> None:
+    tasks = ["en-zh_Hans", "zh_Hans-en", "en-de"]
+    for given in (["zh-Hans"], ["zh_Hans"], ["en-zh-Hans", "zh_Hans-en"]):
+        assert average_groups(tasks, "", {"han": given})["han"] == tasks[:2]
+    with pytest.raises(ValueError, match="zh-Hant is not a language or direction"):
+        average_groups(tasks, "", {"han": ["zh-Hant"]})
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [

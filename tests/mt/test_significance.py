@@ -188,6 +188,14 @@ def test_samples_do_not_depend_on_how_many_are_held_in_memory(monkeypatch: pytes
     assert np.array_equal(significance.resample(statistics, 101), whole)
 
 
+@pytest.mark.filterwarnings("error")
+def test_lines_that_are_blank_on_both_sides_are_zero_and_no_warning() -> None:
+    _, statistics = significance.measure(BLEU(references=[["", "", "a b c d"]]), ["", "", "a b c d"])
+    assert significance.bleu(statistics).tolist() == pytest.approx([0.0, 0.0, 100.0])
+    _, statistics = significance.measure(CHRF(word_order=2, references=[["", "", "a b c d"]]), ["", "", "a b c d"])
+    assert significance.chrf(statistics).tolist() == pytest.approx([0.0, 0.0, 100.0])
+
+
 def test_a_metric_with_other_settings_is_refused() -> None:
     references, hypotheses = corpus(10, 0.7)
     with pytest.raises(RuntimeError, match=r"CHRF.*constraints"):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from nspec.mt import checkpoints, training
 from nspec.mt.config import TrainConfig
 from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.model import load_system
+from nspec.mt.supervision import TrainingDiverged
 from nspec.mt.trainer import build_optimizer, inverse_square_root, resolve_precision
 from nspec.mt.training import train_system
 
@@ -94,6 +96,15 @@ def test_a_training_that_has_begun_is_not_mistaken_for_a_model_to_be_kept(toy: T
     (folder / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"has a training of 4 updates; expected none"):
         toy.train("begun", updates=0)
+
+
+def test_a_model_that_computes_no_numbers_is_not_taken_as_it_is(toy: Toy, tmp_path: Path) -> None:
+    model = toy.model()
+    model.model.decoder.layer_norm.weight.data.fill_(3e38)  # finite, and more than the sums have room for
+    config = toy.config(updates=0)
+    with pytest.raises(TrainingDiverged, match=r"validation loss of the model .* is nan in fp32"):
+        train_system("dense", config, config.train, toy.data, model, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_finished_training_goes_on_when_it_is_given_more_updates(toy: Toy) -> None:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from sacrebleu.metrics import BLEU
 from toy_translation import ALPHABETS, Toy, spell
 
 import nspec
-from nspec.mt.config import DecodeConfig
-from nspec.mt.model import load_system
+from nspec import cli
+from nspec.mt.config import DecodeConfig, TokenizerConfig
+from nspec.mt.methods import NeuronSpecialization
+from nspec.mt.model import build_model, load_system, save_system
 from nspec.mt.translate import WINDOW, Translator
+from nspec.mt.vocabulary import export_tokenizer, load_tokenizer, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,3 +257,43 @@ def test_the_model_is_left_in_training_mode_and_without_a_task(own_system: Any) 
     assert model.training
     assert all(module.task is None for module in model.modules() if hasattr(module, "task"))
     assert first == list(Translator(model.eval(), tokenizer, GREEDY).translate(lines(4), "en-de"))
+
+
+def test_a_direction_is_taken_with_hyphens_in_its_codes(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_tokenizer(
+        train_sentencepiece(["a b c"] * 9, TokenizerConfig(vocab_size=9)), ["en", "zh_Hans"], tmp_path / "t"
+    )
+    tokenizer = load_tokenizer(tmp_path / "t")
+    model = build_model(toy.config().model, tokenizer, 1)
+    tasks = ["en-zh_Hans", "zh_Hans-en"]
+    method = NeuronSpecialization(masks(tasks), "forward")
+    method.attach(model)
+    save_system(model, tokenizer, tmp_path / "model", method)
+    (tmp_path / "in.txt").write_text("a b\n")
+    given = ["translate", "--model", str(tmp_path / "model"), "--input", str(tmp_path / "in.txt"), "--threads", "1"]
+    outputs = []
+    for task in ("en-zh-Hans", "en-zh_Hans"):
+        assert cli.main([*given, "--device", "cpu", "--task", task]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    model, tokenizer = load_system(tmp_path / "model")
+    assert [*Translator(model, tokenizer, DecodeConfig()).translate(["a b"], "en-zh-Hans")] == outputs[0].splitlines()
+    combined = Translator(model, tokenizer, DecodeConfig(), pivot="zh-Hans").translate(["a b"], "en-en")
+    assert len([*combined]) == 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_another_tokenizer_is_one_line_before_text_is_read(
+    copier: tuple[Toy, Path], tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(copier[1] / "model", tmp_path / "model")
+    with open(tmp_path / "model" / file, "a") as changed:
+        changed.write(" ")
+    (tmp_path / "in.txt").write_text("a b\n")
+    given = ["--model", tmp_path / "model", "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt"]
+    assert cli.main(["translate", "--task", "en-de", "--device", "cpu", "--threads", "1", *map(str, given)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'model' / file} is not the one that was saved with the model" in line
+    assert not (tmp_path / "out.txt").exists()
