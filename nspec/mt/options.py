@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,12 +29,19 @@ __all__ = [
     "flatten",
     "load",
     "parse",
+    "parse_given",
     "read_lists",
     "read_text",
     "render",
+    "render_complete",
     "set_option",
     "validate",
 ]
+
+# The first line of the configuration of a run: cut off later, it would give the defaults instead of what is lost.
+_COMPLETE_LINE = "The configuration of a run, whole. Options:"
+_COMPLETE = re.compile(rf"# {re.escape(_COMPLETE_LINE)} ([0-9]{{1,9}})\n")
+WRITE_ANEW = "put it back, or write it anew with `nspec report` and the configuration that the run was started with"
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -84,7 +92,15 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
     Raises:
         ValueError: not YAML, an unknown or repeated option, a value of the wrong type or outside the choices.
     """
+    return parse_given(text, name, config)[0]
+
+
+def parse_given(
+    text: str, name: str = "the configuration", config: Config | None = None
+) -> tuple[Config, frozenset[str]]:
+    """:func:`parse`, and the full names of the options that the text gives."""
     config = config or Config()
+    given: set[str] = set()
     with yaml_errors(name, text):
         loader = Loader(text)
         root = loader.get_single_node()
@@ -98,7 +114,20 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
                 _check_name(option, f" in {at}")
                 found = convert(option, _value(loader, value, option, at), f" ({at})")
                 setattr(getattr(config, section), key, found)
-    return config
+                given.add(option)
+    _check_complete(text, name, len(given))
+    return config, frozenset(given)
+
+
+def _check_complete(text: str, name: str, given: int) -> None:
+    """ValueError where a text says that it holds more options than it does: it has been cut off."""
+    said = _COMPLETE.match(text)
+    if said and (given < int(said[1]) or not text.endswith("\n")):
+        found = f"has {given}" if given < int(said[1]) else "ends within a line"
+        raise ValueError(
+            f"{name} is damaged: it says that it holds {said[1]} options and {found}; {WRITE_ANEW} (in a copy that is "
+            "to leave options to their defaults, remove the first line)"
+        )
 
 
 def _value(loader: Loader, node: yaml.Node, name: str, at: str) -> Any:
@@ -243,6 +272,11 @@ def render(config: Config, header: str = "") -> str:
             wide = isinstance(value, list) and len(line) > 120
             lines += [f"  {key}:", *(f"    - {one_line(each)}" for each in value)] if wide else [line]
     return "\n".join(lines) + "\n"
+
+
+def render_complete(config: Config) -> str:
+    """:func:`render` with a first line that says how many options there are: :func:`parse` then takes no part of it."""
+    return render(config, f"{_COMPLETE_LINE} {len(flatten(config))}")
 
 
 def find_config(name: str) -> Path:

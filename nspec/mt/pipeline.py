@@ -19,7 +19,7 @@ from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems,
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
 from nspec.mt.machine import check_machine, check_threads
-from nspec.mt.options import render
+from nspec.mt.options import render_complete
 from nspec.mt.stages import Run
 from nspec.mt.systems import (
     config_of,
@@ -68,7 +68,7 @@ class Pipeline:
             self.run.check(again)
             for folder in self.run.set_aside(again):
                 self.display.line(f"the old results are kept in {folder}")
-            write_text(self.folder / "config.yaml", render(self.config))
+            write_text(self.folder / "config.yaml", render_complete(self.config))
         except BaseException:
             self.run.__exit__()
             raise
