@@ -20,7 +20,7 @@ import yaml
 from nspec.files import expand_path
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
-from nspec.mt.values import convert, cut, each_option, fields, range_of, show, types
+from nspec.mt.values import bare, convert, cut, each_option, fields, is_utf8, range_of, show, types
 from nspec.mt.yaml_text import Loader, items, one_line, problem, read, yaml_errors
 
 __all__ = [
@@ -68,7 +68,7 @@ def _check_name(name: str, where: str) -> None:
     if key in known.get(section, ()):
         return
     options = [f"{section}.{key}" for section, keys in known.items() for key in keys]
-    section, key, name = cut(section), cut(key), cut(name)
+    section, key, name, shown = cut(section), cut(key), cut(name), bare(name)
     if not key:  # a section, or an option whose section was forgotten
         nearest = difflib.get_close_matches(section, known, n=1)
         nearest = nearest or [option for option in options if option.endswith(f".{section}")]
@@ -78,7 +78,7 @@ def _check_name(name: str, where: str) -> None:
     else:
         nearest = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "`nspec config` shows every option"
-    raise ValueError(f"unknown option {name}{where}; {hint}")
+    raise ValueError(f"unknown option {shown}{where}; {hint}")
 
 
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:
@@ -134,7 +134,7 @@ def _value(loader: Loader, node: yaml.Node, name: str, at: str) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"{cut(name)}: {problem(error)} ({at})") from error
+        raise ValueError(f"{bare(name)}: {problem(error)} ({at})") from error
 
 
 def set_option(config: Config, assignment: str) -> None:
@@ -148,7 +148,7 @@ def set_option(config: Config, assignment: str) -> None:
     name, equals, text = assignment.partition("=")
     if name != name.rstrip():  # key = value, as one writes it elsewhere
         text = text.strip()
-    name, shown = name.strip(), cut(assignment)
+    name, shown = name.strip(), bare(assignment)
     if not equals:
         raise ValueError(f"--set {shown}: expected section.key=value, such as train.lr=3e-4")
     where = f" (--set {shown})"
@@ -225,7 +225,11 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         for name, node, at in items(loader, root, "", str(path)):
             value = _value(loader, node, name, at)
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                raise ValueError(f"{cut(name)}: expected a list of texts such as [is, mt], found {show(value)} ({at})")
+                raise ValueError(f"{bare(name)}: expected a list of texts such as [is, mt], found {show(value)} ({at})")
+            if not all(map(is_utf8, [name, *value])):
+                raise ValueError(
+                    f"{bare(name)}: expected text in UTF-8, found half a character in {show(value)} ({at})"
+                )
             lists[name] = value
     return lists
 

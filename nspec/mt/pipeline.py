@@ -146,6 +146,15 @@ class Pipeline:
 
             resolve_precision("fp16", resolve_device(self.config.run.device), 0)
 
+    def _check_other_texts(self) -> None:
+        """Text to profile that cannot be read would be an error after the training of the dense model."""
+        paths = [config_of(self.config, name).profile.path for name in masked_systems(self.config)]
+        if any(paths) and self.run.finished("prepare"):
+            from nspec.mt.other_text import check_other_texts
+
+            data = self._data()
+            self.world.lead(functools.partial(check_other_texts, self.config, data.languages, data.tasks))
+
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""
         self._check_score()
@@ -165,6 +174,7 @@ class Pipeline:
 
         if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
             check_machine(self.config)
+            self._check_other_texts()
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:
