@@ -156,7 +156,8 @@ def translate(
 def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config, Kind | None]:
     """The folder with the model, the settings that belong to it, and what a system of a run must be."""
     from nspec.mt.config import Config
-    from nspec.mt.options import load
+    from nspec.mt.options import expand_paths, validate
+    from nspec.mt.run_files import check_written, read_config
     from nspec.mt.systems import KINDS, kind_of, system_names
 
     if bool(model) == bool(run):
@@ -176,18 +177,25 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
         found = f"--system {system}" if system else "no --system"
         names = ", ".join(sorted({*folders, *each})) or "none"
         raise ValueError(f"{found}: {run} has the trained systems {names}")
-    config = load(Path(run) / "config.yaml")
+    config, _ = read_config(Path(run))
+    expand_paths(config)
+    validate(config)
     if system not in [*KINDS, *system_names(config)]:
         raise ValueError(
             f"--system {system}: {run}/config.yaml does not say what it is; give its folder as --model to take it as it is"
         )
     kind = kind_of(config, system)
-    if kind.method != "each":
-        return systems / system / "model", config, kind
-    if task not in each.get(system, {}):
+    if kind.method == "each" and task not in each.get(system, {}):
         known = ", ".join(each.get(system, {})) or "none"
         raise ValueError(f"--system {system} has a model for each of {known}, none for {task}")
-    return each[system][task], config, kind
+    folder = each[system][task] if kind.method == "each" else systems / system / "model"
+    stage = "train" if system == "dense" else f"specialize:{system}"
+    remedy = (
+        f"put it back as it was, or make it anew with `nspec run` and --redo {stage}; --model {folder} takes the folder as "
+        "it is"
+    )
+    check_written(folder, systems / system / "stage.json", remedy)
+    return folder, config, kind
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:

@@ -6,10 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes it; two that belong together are one character
 
 
 def expand_path(path: str) -> str:
@@ -88,13 +91,26 @@ def check_output(option: str, path: str | os.PathLike[str], *, folder: bool = Fa
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text through :func:`replacing`."""
+    """Writes UTF-8 text through :func:`replacing`.
+
+    Raises:
+        OSError: see there.
+        ValueError: the text has half a character; what was there is unchanged.
+    """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cannot write {path}: the text has {_half(error)}") from None
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    return f"half a character (the lone surrogate U+{ord(error.object[error.start]):04X})"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes indented UTF-8 JSON through :func:`replacing`."""
+    """Writes indented UTF-8 JSON; see :func:`write_text`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -103,10 +119,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON; the message names the file.
+        ValueError: the file is not JSON, or has half a character, which no text that is made of it could hold; the
+            message names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} has {_half(error)}; write it anew") from None
     except (ValueError, RecursionError) as error:  # also numbers of too many digits, and brackets within brackets
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 

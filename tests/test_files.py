@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nspec import files
 from nspec.files import check_output, replacing, write_text
 
 
@@ -79,3 +81,26 @@ def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nope/x")
     with pytest.raises(ValueError, match="there is no folder .*nope"):
         check_output("--output", tmp_path / "link")
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["a\udfff"], {"\udce9": 1}, {"a": {"b": "\udc00\ud800"}}])
+def test_half_a_character_is_refused_where_json_is_read_and_written(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "x.json"
+    files.write_json(path, "old")
+    with pytest.raises(
+        ValueError, match=rf"^cannot write {path}: the text has half a character \(the lone surrogate U\+D"
+    ):
+        files.write_json(path, value)
+    assert files.read_json(path) == "old"
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=rf"^{path} has half a character \(the lone surrogate U\+D[8-F]"):
+        files.read_json(path)
+
+
+def test_characters_beyond_16_bits_are_whole_however_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text in (json.dumps("😀"), json.dumps("😀", ensure_ascii=False)):
+        path.write_text(text, encoding="utf-8")
+        assert files.read_json(path) == "😀"
+    path.write_text(json.dumps(r"\ud800"))  # the six characters of an escape
+    assert files.read_json(path) == r"\ud800"

@@ -17,6 +17,9 @@ INT_MAX = 2**31 - 1
 FLOAT_MAX = 1e30
 """No number may be larger: it must stay finite in float32 when it is multiplied."""
 
+FLOAT_MIN = 1e-30
+"""No number but 0 may be nearer to 0: it must not become 0 in float32, also when it is multiplied."""
+
 
 def option(
     default: Any,
@@ -166,7 +169,8 @@ class TrainConfig:
         "adamw", "row_sparse_adamw leaves rows outside the task alone", ("adamw", "row_sparse_adamw")
     )
     betas: list[float] = option([0.9, 0.98], "of Adam", least=0, below=1)
-    eps: float = option(1e-6, "of Adam", above=0, most=1)
+    # Squares of gradients below 1e-23 are 0 in float32, and the step is the gradient divided by eps alone.
+    eps: float = option(1e-6, "of Adam", least=1e-20, most=1)
     weight_decay: float = option(0.0, "decoupled weight decay", least=0, most=1000)
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", least=0)
     precision: str = option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 from nspec.files import expand_path
 from nspec.mt.config import Config
 from nspec.mt.validation import validate
-from nspec.mt.values import convert, cut, each_option, fields, range_of, show, types
+from nspec.mt.values import bare, convert, cut, each_option, fields, is_utf8, range_of, show, types
 from nspec.mt.yaml_text import Loader, items, one_line, problem, read, yaml_errors
 
 __all__ = [
@@ -28,12 +29,19 @@ __all__ = [
     "flatten",
     "load",
     "parse",
+    "parse_given",
     "read_lists",
     "read_text",
     "render",
+    "render_complete",
     "set_option",
     "validate",
 ]
+
+# The first line of the configuration of a run: cut off later, it would give the defaults instead of what is lost.
+_COMPLETE_LINE = "The configuration of a run, whole. Options:"
+_COMPLETE = re.compile(rf"# {re.escape(_COMPLETE_LINE)} ([0-9]{{1,9}})\n")
+WRITE_ANEW = "put it back, or write it anew with `nspec report` and the configuration that the run was started with"
 
 SECTIONS = {
     "run": "where, on what and which systems",
@@ -60,7 +68,7 @@ def _check_name(name: str, where: str) -> None:
     if key in known.get(section, ()):
         return
     options = [f"{section}.{key}" for section, keys in known.items() for key in keys]
-    section, key, name = cut(section), cut(key), cut(name)
+    section, key, name, shown = cut(section), cut(key), cut(name), bare(name)
     if not key:  # a section, or an option whose section was forgotten
         nearest = difflib.get_close_matches(section, known, n=1)
         nearest = nearest or [option for option in options if option.endswith(f".{section}")]
@@ -70,7 +78,7 @@ def _check_name(name: str, where: str) -> None:
     else:
         nearest = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "`nspec config` shows every option"
-    raise ValueError(f"unknown option {name}{where}; {hint}")
+    raise ValueError(f"unknown option {shown}{where}; {hint}")
 
 
 def parse(text: str, name: str = "the configuration", config: Config | None = None) -> Config:
@@ -84,7 +92,15 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
     Raises:
         ValueError: not YAML, an unknown or repeated option, a value of the wrong type or outside the choices.
     """
+    return parse_given(text, name, config)[0]
+
+
+def parse_given(
+    text: str, name: str = "the configuration", config: Config | None = None
+) -> tuple[Config, frozenset[str]]:
+    """:func:`parse`, and the full names of the options that the text gives."""
     config = config or Config()
+    given: set[str] = set()
     with yaml_errors(name, text):
         loader = Loader(text)
         root = loader.get_single_node()
@@ -98,14 +114,27 @@ def parse(text: str, name: str = "the configuration", config: Config | None = No
                 _check_name(option, f" in {at}")
                 found = convert(option, _value(loader, value, option, at), f" ({at})")
                 setattr(getattr(config, section), key, found)
-    return config
+                given.add(option)
+    _check_complete(text, name, len(given))
+    return config, frozenset(given)
+
+
+def _check_complete(text: str, name: str, given: int) -> None:
+    """ValueError where a text says that it holds more options than it does: it has been cut off."""
+    said = _COMPLETE.match(text)
+    if said and (given < int(said[1]) or not text.endswith("\n")):
+        found = f"has {given}" if given < int(said[1]) else "ends within a line"
+        raise ValueError(
+            f"{name} is damaged: it says that it holds {said[1]} options and {found}; {WRITE_ANEW} (in a copy that is "
+            "to leave options to their defaults, remove the first line)"
+        )
 
 
 def _value(loader: Loader, node: yaml.Node, name: str, at: str) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except yaml.YAMLError as error:
-        raise ValueError(f"{cut(name)}: {problem(error)} ({at})") from error
+        raise ValueError(f"{bare(name)}: {problem(error)} ({at})") from error
 
 
 def set_option(config: Config, assignment: str) -> None:
@@ -119,7 +148,7 @@ def set_option(config: Config, assignment: str) -> None:
     name, equals, text = assignment.partition("=")
     if name != name.rstrip():  # key = value, as one writes it elsewhere
         text = text.strip()
-    name, shown = name.strip(), cut(assignment)
+    name, shown = name.strip(), bare(assignment)
     if not equals:
         raise ValueError(f"--set {shown}: expected section.key=value, such as train.lr=3e-4")
     where = f" (--set {shown})"
@@ -196,7 +225,11 @@ def read_lists(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         for name, node, at in items(loader, root, "", str(path)):
             value = _value(loader, node, name, at)
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                raise ValueError(f"{cut(name)}: expected a list of texts such as [is, mt], found {show(value)} ({at})")
+                raise ValueError(f"{bare(name)}: expected a list of texts such as [is, mt], found {show(value)} ({at})")
+            if not all(map(is_utf8, [name, *value])):
+                raise ValueError(
+                    f"{bare(name)}: expected text in UTF-8, found half a character in {show(value)} ({at})"
+                )
             lists[name] = value
     return lists
 
@@ -243,6 +276,11 @@ def render(config: Config, header: str = "") -> str:
             wide = isinstance(value, list) and len(line) > 120
             lines += [f"  {key}:", *(f"    - {one_line(each)}" for each in value)] if wide else [line]
     return "\n".join(lines) + "\n"
+
+
+def render_complete(config: Config) -> str:
+    """:func:`render` with a first line that says how many options there are: :func:`parse` then takes no part of it."""
+    return render(config, f"{_COMPLETE_LINE} {len(flatten(config))}")
 
 
 def find_config(name: str) -> Path:

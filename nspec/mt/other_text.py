@@ -3,59 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from nspec.mt import vocabulary
 from nspec.mt.config import Config
-from nspec.mt.corpus.base import CorpusError
+from nspec.mt.corpus.base import CorpusError, Pair
 from nspec.mt.corpus.files import open_files
 from nspec.mt.data import Ids, PreparedData
 from nspec.mt.languages import languages_of_task, pair_of_task
+from nspec.mt.systems import config_of, masked_systems
+
+
+def read_other_text(config: Config, languages: list[str], tasks: list[str]) -> Iterator[tuple[str, list[Pair]]]:
+    """Yields each pair of a run, such as ``de-en``, with its text in ``profile.path``.
+
+    Args:
+        config: the folder is ``profile.path`` and the part ``profile.path_split``, as ``corpus.path`` and
+            ``corpus.valid_split`` would be.
+        languages: of the run.
+        tasks: its directions.
+
+    Raises:
+        ValueError: a pair without text there, or a malformed file.
+    """
+    part = config.profile.path_split
+    options = dataclasses.replace(
+        config.corpus,
+        type="files",
+        path=config.profile.path,
+        languages=languages,
+        directions=tasks,
+        valid_split=part,
+        test_split=part,
+        valid_sentences=0,
+        test_sentences=0,
+    )
+    # Not open_corpus, which asks for every split.
+    try:
+        corpus = open_files(options, config.run.seed, evaluation=True)
+    except CorpusError as error:  # which names the options of the run's own text
+        text = str(error).replace("corpus.valid_split", "profile.path_split").replace("corpus.path", "profile.path")
+        raise CorpusError(text) from None
+    for pair in sorted({pair_of_task(task) for task in tasks}):
+        codes = languages_of_task(pair)
+        if codes not in corpus.pairs:
+            raise CorpusError(f"profile.path {config.profile.path} has no text of {pair}, which the run translates")
+        texts = list(corpus.read(codes, "valid")) or list(corpus.read(codes, "test"))  # both are the same part
+        if not texts:
+            raise CorpusError(f"profile.path {config.profile.path} has no {part} text of {pair}")
+        yield pair, texts
+
+
+def check_other_texts(config: Config, languages: list[str], tasks: list[str]) -> None:
+    """Reads what the systems of a run will be profiled on, before hours of training.
+
+    Raises:
+        ValueError: as :func:`read_other_text`.
+    """
+    texts = {}
+    for system in masked_systems(config):
+        own = config_of(config, system)
+        if own.profile.path:
+            texts[own.profile.path, own.profile.path_split] = own
+    for own in texts.values():
+        for _ in read_other_text(own, languages, tasks):
+            pass
 
 
 class OtherText:
     """What :class:`~nspec.mt.data.PreparedData` offers for counting activations, of the text in ``profile.path``.
 
     Args:
-        config: the folder is ``profile.path`` and the part ``profile.path_split``, as ``corpus.path`` and
-            ``corpus.valid_split`` would be; languages and directions are those of the run.
-        data: the run's own text, whose vocabulary and limits hold.
+        config: see :func:`read_other_text`.
+        data: the run's own text, whose vocabulary, languages, directions and limits hold.
 
     Raises:
         ValueError: a direction of the run without text there, or a malformed file.
     """
 
     def __init__(self, config: Config, data: PreparedData) -> None:
-        part = config.profile.path_split
-        options = dataclasses.replace(
-            config.corpus,
-            type="files",
-            path=config.profile.path,
-            languages=data.languages,
-            directions=data.tasks,
-            valid_split=part,
-            test_split=part,
-            valid_sentences=0,
-        )
-        # Not open_corpus, which asks for every split.
-        try:
-            corpus = open_files(options, config.run.seed, evaluation=True)
-        except CorpusError as error:  # which names the options of the run's own text
-            text = str(error).replace("corpus.valid_split", "profile.path_split").replace("corpus.path", "profile.path")
-            raise CorpusError(text) from None
         self.tasks, self.pad_id, self.end_id = data.tasks, data.pad_id, data.end_id
         self._tags = {code: data.language_id(code) for code in data.languages}
         longest = int(data.meta["max_positions"]) - 2
         self._sides: dict[tuple[str, str], list[Ids]] = {}
-        for pair in sorted({pair_of_task(task) for task in data.tasks}):
-            codes = languages_of_task(pair)
-            if codes not in corpus.pairs:
-                raise CorpusError(f"profile.path {config.profile.path} has no text of {pair}, which the run translates")
-            texts = list(corpus.read(codes, "valid")) or list(corpus.read(codes, "test"))  # both are the same part
-            if not texts:
-                raise CorpusError(f"profile.path {config.profile.path} has no {part} text of {pair}")
-            for number, code in enumerate(codes):
+        for pair, texts in read_other_text(config, data.languages, data.tasks):
+            for number, code in enumerate(languages_of_task(pair)):
                 ids = vocabulary.encode(data.tokenizer, [both[number] for both in texts])
                 self._sides[pair, code] = [self._framed(code, line[:longest]) for line in ids]
 

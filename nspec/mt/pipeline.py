@@ -19,7 +19,7 @@ from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems,
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
 from nspec.mt.machine import check_machine, check_threads
-from nspec.mt.options import render
+from nspec.mt.options import render_complete
 from nspec.mt.stages import Run
 from nspec.mt.systems import (
     config_of,
@@ -68,7 +68,7 @@ class Pipeline:
             self.run.check(again)
             for folder in self.run.set_aside(again):
                 self.display.line(f"the old results are kept in {folder}")
-            write_text(self.folder / "config.yaml", render(self.config))
+            write_text(self.folder / "config.yaml", render_complete(self.config))
         except BaseException:
             self.run.__exit__()
             raise
@@ -146,6 +146,15 @@ class Pipeline:
 
             resolve_precision("fp16", resolve_device(self.config.run.device), 0)
 
+    def _check_other_texts(self) -> None:
+        """Text to profile that cannot be read would be an error after the training of the dense model."""
+        paths = [config_of(self.config, name).profile.path for name in masked_systems(self.config)]
+        if any(paths) and self.run.finished("prepare"):
+            from nspec.mt.other_text import check_other_texts
+
+            data = self._data()
+            self.world.lead(functools.partial(check_other_texts, self.config, data.languages, data.tasks))
+
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""
         self._check_score()
@@ -166,6 +175,7 @@ class Pipeline:
 
         if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
             check_machine(self.config)
+            self._check_other_texts()
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:

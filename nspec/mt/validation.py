@@ -49,6 +49,11 @@ def _languages(config: Config) -> None:
                 raise ValueError(f"corpus.directions: {direction} needs {language}, which is not in corpus.languages")
     if corpus.type == "files" and not corpus.path:
         raise ValueError("corpus.path: a corpus of type files needs the folder with the text; give corpus.path")
+    if corpus.valid_split == corpus.test_split:
+        raise ValueError(
+            f"corpus.test_split: expected another one than corpus.valid_split, which picks the checkpoint, found "
+            f"{show(corpus.test_split)} for both"
+        )
     if corpus.type == "hub" and not corpus.name:
         raise ValueError("corpus.name: a corpus of type hub needs the name of the dataset; give corpus.name")
     if corpus.max_ratio and corpus.max_ratio < 1:

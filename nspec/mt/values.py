@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nspec.mt.config import FLOAT_MAX, INT_MAX, Config
+from nspec.mt.config import FLOAT_MAX, FLOAT_MIN, INT_MAX, Config
 
 Option = dataclasses.Field[Any]
 
@@ -46,6 +46,16 @@ def each_option(sections: Iterable[str] | None = None) -> Iterator[tuple[str, st
 def cut(text: str, width: int = _WIDTH) -> str:
     """The beginning of a text that is too long for a message."""
     return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: YAML, JSON and the command line can give half of a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def bare(text: str) -> str:
+    """A text without quotes, cut to a message, on one line: what cannot be printed is escaped."""
+    return cut(text if text.isprintable() else repr(text[:_WIDTH])[1:-1])
 
 
 def show(value: Any) -> str:
@@ -109,6 +119,8 @@ def convert(name: str, value: Any, where: str = "", error: type[Exception] = Val
     for each, before in zip(converted, given):
         if isinstance(each, float) and not math.isfinite(each):
             raise ValueError(f"{name}: expected a finite number, found {show(before)}{where}")
+        if isinstance(each, str) and not is_utf8(each):
+            raise ValueError(f"{name}: expected text in UTF-8, found {show(before)} with half a character{where}")
     if spelled:
         converted = [spelled(each) for each in converted]
     result = converted if isinstance(value, list) else converted[0]
@@ -152,6 +164,11 @@ def check_range(name: str, value: Any, called: str = "") -> None:
         most = largest if most is None and below is None else most
         low = (least is None or each >= least) and (above is None or each > above) and each >= -largest
         if low and (most is None or each <= most) and (below is None or each < below):
+            if isinstance(each, float) and 0 < abs(each) < FLOAT_MIN:
+                zero = "0 or " if (least is None or least <= 0) and above is None else ""
+                raise ValueError(
+                    f"{called or name}: expected {zero}a number not nearer to 0 than {FLOAT_MIN:g}, found {show(each)}"
+                )
             continue
         expected = range_of(fields(section)[key])
         if expected.startswith("in "):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import yaml
 from yaml.reader import ReaderError
 
-from nspec.mt.values import cut, show
+from nspec.mt.values import bare, cut, show
 
 _MOST_DEPTH = 20  # brackets in brackets: a configuration has three levels
 _MOST_ALIASED = 10_000  # values that aliases stand for: lists of lists of aliases grow without bound
@@ -177,7 +177,7 @@ def items(loader: Loader, node: yaml.Node, name: str, file: str) -> list[tuple[s
         full = f"{name}.{key.value}" if name else str(key.value)
         if full in first:
             line = first[full].start_mark.line + 1
-            raise ValueError(f"{cut(full)} is given twice in {file}, at lines {line} and {key.start_mark.line + 1}")
+            raise ValueError(f"{bare(full)} is given twice in {file}, at lines {line} and {key.start_mark.line + 1}")
         first[full] = key
     loader.flatten_mapping(node)
     return [(str(key.value), value, at(file, key)) for key, value in node.value]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.analysis import order_tasks
-from nspec.files import read_json, sha256
-from nspec.mt import options
+from nspec.files import read_json
 from nspec.mt.config import Config
+from nspec.mt.run_files import check_written, read_config
 from nspec.mt.systems import KINDS, Variant, masks_folder, system_names, variants_of
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def load_run(run: Path) -> RunData:
     config_file = run / "config.yaml"
     if not config_file.is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml; `nspec run` makes one")
-    config_text = options.read_text(config_file)
-    config = options.parse(config_text, str(config_file))
+    config, config_text = read_config(run)
     systems = {name: _system(run, name) for name in _system_names(run, config)}
     masks = _masks(run / "masks")
     scored = [system.scores for system in systems.values() if system.scores is not None]
@@ -138,8 +137,10 @@ def _system_names(run: Path, config: Config) -> list[str]:
 def _system(run: Path, name: str) -> System:
     folder = run / "systems" / name
     system, scores = System(name), run / "scores" / name / "scores.json"
-    _as_written(folder / "summary.json", folder / "stage.json", f"put it back, or `nspec run --redo {_training(name)}`")
-    _as_written(scores, scores.with_name("stage-score.json"), "`nspec evaluate` makes it anew")
+    check_written(
+        folder / "summary.json", folder / "stage.json", f"put it back, or `nspec run --redo {_training(name)}`"
+    )
+    check_written(scores, scores.with_name("stage-score.json"), "`nspec evaluate` makes it anew")
     if (folder / "summary.json").is_file():
         system.summary = _summary(folder / "summary.json")
     if (folder / "log.jsonl").is_file():
@@ -160,18 +161,6 @@ def _dictionary(path: Path) -> dict[str, Any]:
 
 def _training(system: str) -> str:
     return "train" if system == "dense" else f"specialize:{system}"
-
-
-def _as_written(path: Path, record: Path, remedy: str) -> None:
-    """Raises ValueError where a finished step wrote a file that is not there as it was."""
-    outputs = _dictionary(record).get("outputs") if record.is_file() else None
-    before = outputs.get(path.name) if isinstance(outputs, dict) else None
-    if before is None:
-        return  # of an older version, or not finished
-    if not path.is_file():
-        raise ValueError(f"{path} is gone: {remedy}")
-    if sha256(path) != before:
-        raise ValueError(f"{path} has changed since it was written: {remedy}")
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -27,17 +27,19 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
     Raises:
         ValueError: the text or the model is not there.
     """
-    from nspec.mt import options
     from nspec.mt.collate import collate
     from nspec.mt.data import PairDataset, PreparedData
     from nspec.mt.display import Display
     from nspec.mt.distributed import resolve_device
     from nspec.mt.model import load_system
+    from nspec.mt.run_files import check_written, read_config
     from nspec.mt.sampling import evaluation_batches
 
-    config = options.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+    config, _ = read_config(run)
     data = PreparedData(run / "prepared")
-    model, _ = load_system(run / "systems" / "dense" / "model", resolve_device(config.run.device))
+    dense = run / "systems" / "dense"
+    check_written(dense / "model", dense / "stage.json", "put it back as it was, or `nspec run --redo train`")
+    model, _ = load_system(dense / "model", resolve_device(config.run.device))
     pairs, tokens = PairDataset(data, "valid"), config.train.batch_tokens
     plans = {task: evaluation_batches(data, "valid", task, tokens, limit=sentences) for task in data.tasks}
 

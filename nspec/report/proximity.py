@@ -170,10 +170,10 @@ def script_control(codes: Sequence[str]) -> Floats | None:
 
 
 def _pivot(run: Path) -> str:
-    from nspec.mt import options
+    from nspec.mt.run_files import read_config
 
     path = run / "config.yaml"
-    pivot = options.parse(options.read_text(path), str(path)).corpus.pivot if path.is_file() else ""
+    pivot = read_config(run)[0].corpus.pivot if path.is_file() else ""
     if not pivot:
         why = f"{path} names no pivot" if path.is_file() else f"{run} has no config.yaml"
         raise ValueError(f"{why}: give the language that directions come from and go to, such as --pivot en")

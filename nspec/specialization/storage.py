@@ -30,6 +30,7 @@ from .tensors import is_name
 
 FORMAT = 1
 _LARGEST = 2**31 - 1  # of a dimension of a layer: more is no layer, and its product may not fit into 64 bits
+_RESERVED = "__metadata__"
 _DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _DTYPES |= {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -67,7 +68,13 @@ def save_stacked(folder: Path, kind: Kind, stacked: Stacked, readable: Mapping[s
 
     Raises:
         OSError: the files cannot be written; what was there is unchanged.
+        ValueError: a layer has the name that safetensors keeps for itself.
     """
+    if _RESERVED in stacked.tensors:
+        raise ValueError(
+            f"no layer can be called {_RESERVED} in {folder / kind.name}.safetensors: the format has the name for itself; "
+            "rename the module"
+        )
     about = {"format": FORMAT, "kind": kind.name, "tasks": stacked.tasks, kind.entry: stacked.sizes}
     tensors = {layer: tensor.contiguous() for layer, tensor in stacked.tensors.items()}
     about["sha256"] = _digest(about, tensors)
@@ -106,11 +113,18 @@ def reading(folder: Path, kind: Kind) -> Iterator[Stacked]:
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is broken, of another kind, or of a newer format, or its tensors are not those that it names.
+        ValueError: it is broken, of another kind, or of a newer format, or its tensors are not those that it names; or
+            its path is not UTF-8.
     """
     path = folder / f"{kind.name}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a folder that {kind.name}.save(folder) wrote")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{str(path)!r} cannot be read where it is: safetensors takes no path that is not UTF-8; rename the folder"
+        ) from None
     try:
         with safe_open(path, framework="pt") as file:
             about = _about(file.metadata(), path, kind)
@@ -118,7 +132,7 @@ def reading(folder: Path, kind: Kind) -> Iterator[Stacked]:
             _check_tensors(file, path, kind, tasks, sizes)
             tensors = {layer: file.get_tensor(layer) for layer in sizes}
     except SafetensorError as error:
-        raise ValueError(f"{path} is broken: {error}; write it again") from error
+        raise ValueError(f"{path} is broken: {_shown_name(str(error), 300)}; write it again") from error
     if "sha256" in about and about["sha256"] != _digest(about, tensors):
         raise ValueError(
             f"{path} is broken: its contents are not those that were written, by their SHA-256; write it again, or take "
@@ -135,6 +149,12 @@ def reading(folder: Path, kind: Kind) -> Iterator[Stacked]:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shown_name(text: str, width: int = 80) -> str:
+    """A name that a file gives, which may be of any length and hold line breaks, for a message."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def _about(metadata: Mapping[str, str] | None, path: Path, kind: Kind) -> dict[str, Any]:
@@ -162,10 +182,10 @@ def _about(metadata: Mapping[str, str] | None, path: Path, kind: Kind) -> dict[s
     need(isinstance(sizes, dict) and len(sizes) > 0, kind.entry, sizes, "an object with one layer or more")
     for layer, size in sizes.items():
         if kind.entry == "d_ff":
-            need(_whole(size, 1), f"d_ff of {layer}", size, f"a whole number from 1 to {_LARGEST}")
+            need(_whole(size, 1), f"d_ff of {_shown_name(layer)}", size, f"a whole number from 1 to {_LARGEST}")
         else:
             fits = isinstance(size, list) and len(size) == 2 and all(_whole(side, 0) for side in size)
-            need(fits, f"the shape of {layer}", size, f"two whole numbers from 0 to {_LARGEST}")
+            need(fits, f"the shape of {_shown_name(layer)}", size, f"two whole numbers from 0 to {_LARGEST}")
     # Without its digest a file is one of an older version, which wrote these entries only.
     other = sorted(set(about) - {"format", "kind", "tasks", kind.entry, "sha256"})
     need("sha256" in about or not other, "its metadata", other, f"format, kind, tasks, {kind.entry} and sha256")
@@ -185,10 +205,12 @@ def _check_tensors(file: Any, path: Path, kind: Kind, tasks: list[str], sizes: M
     names = set(file.keys())
     if missing := [layer for layer in sizes if layer not in names]:
         raise ValueError(
-            f"{path} is broken: it has no tensor {missing[0]}, which its {kind.entry} names; write it again"
+            f"{path} is broken: it has no tensor {_shown_name(missing[0])}, which its {kind.entry} names; write it again"
         )
     if extra := sorted(names - set(sizes)):
-        raise ValueError(f"{path} is broken: its tensor {extra[0]} is not in its {kind.entry}; write it again")
+        raise ValueError(
+            f"{path} is broken: its tensor {_shown_name(extra[0])} is not in its {kind.entry}; write it again"
+        )
     for layer, size in sizes.items():
         tensor, expected = file.get_slice(layer), [len(tasks), kind.columns(_values(kind, size))]
         dtype, shape = tensor.get_dtype(), list(tensor.get_shape())
@@ -196,8 +218,8 @@ def _check_tensors(file: Any, path: Path, kind: Kind, tasks: list[str], sizes: M
             wanted = " or ".join(f"torch.{_DTYPES[name]}" for name in kind.dtypes)
             found = f"torch.{_DTYPES[dtype]}" if dtype in _DTYPES else dtype
             raise ValueError(
-                f"{path} is broken: {layer} is {found} {shape}, expected {wanted} {expected} ({len(tasks)} tasks, "
-                f"{kind.entry} {size}); write it again"
+                f"{path} is broken: {_shown_name(layer)} is {found} {shape}, expected {wanted} {expected} "
+                f"({len(tasks)} tasks, {kind.entry} {size}); write it again"
             )
 
 
@@ -206,4 +228,4 @@ def _check_spare(path: Path, kind: Kind, layer: str, rows: Tensor, size: Any) ->
     spare = -_values(kind, size) % 8
     if kind.bits and spare and bool((rows[:, -1] >= 1 << (8 - spare)).any()):
         what = "neuron" if kind.entry == "d_ff" else "weight"
-        raise ValueError(f"{path} is broken: {layer} has bits after its last {what}; write it again")
+        raise ValueError(f"{path} is broken: {_shown_name(layer)} has bits after its last {what}; write it again")

@@ -134,6 +134,14 @@ def test_set_takes_yaml_and_plain_text() -> None:
         ("train.lr=fast", "train.lr: expected a number, found 'fast' (--set train.lr=fast)"),
         ("train.lr=", "train.lr: expected a number, found nothing (--set train.lr=)"),
         ("train.betas=[1", "--set train.betas=[1: '[1' is not valid YAML; quote it"),
+        ("train\nlr", r"--set train\nlr: expected section.key=value, such as train.lr=3e-4"),
+        ("train.lr=a\n\nb", r"train.lr: expected a number, found 'a\nb' (--set train.lr=a\n\nb)"),
+        ("train.\nlr=3", r"unknown option train.\nlr in --set; did you mean train.lr?"),
+        ("train.betas=[\x1b", r"--set train.betas=[\x1b: '[\x1b' is not valid YAML; quote it"),
+        (
+            f"train.lr={'x' * 500}",
+            f"train.lr: expected a number, found '{'x' * 76}' ... (--set train.lr={'x' * 67} ...)",
+        ),
     ],
 )
 def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
@@ -182,6 +190,9 @@ def test_set_errors_show_the_assignment(assignment: str, message: str) -> None:
         ("corpus: {directions: [en-en]}", "corpus.directions"),
         ("corpus: {languages: [en, de], directions: [en-fr]}", "corpus.directions"),
         ("corpus: {max_ratio: 0.5}", "corpus.max_ratio"),
+        ("corpus: {type: files, path: x, valid_split: dev, test_split: dev}", "corpus.test_split"),
+        ("corpus: {type: hub, name: x, valid_split: dev, test_split: dev}", "corpus.test_split"),
+        ("corpus: {type: cldr, valid_split: dev, test_split: dev}", "corpus.test_split"),
         ("corpus: {test_sentences: -1}", "corpus.test_sentences"),
         ("tokenizer: {character_coverage: 0}", "tokenizer.character_coverage"),
         ("tokenizer: {character_coverage: 0.97}", "tokenizer.character_coverage"),
@@ -317,3 +328,13 @@ def test_the_configs_that_come_along_are_complete_and_valid(path: Path) -> None:
 
 def test_there_are_configs() -> None:
     assert {path.stem for path in CONFIGS} >= {"cldr8", "multi30k"}
+
+
+def test_half_a_character_in_lists_of_texts_is_named_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "groups.yaml"
+    for text in ('low: [is]\n"\\ud800": [mt]', 'low: [is]\nhigh: [de, "\\udfff"]'):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"expected text in UTF-8, found half a character in .*groups\.yaml line 2"
+        ):
+            options.read_lists(path)

@@ -9,7 +9,8 @@ import pytest
 from toy_translation import Toy
 
 from nspec.mt.config import ProfileConfig
-from nspec.mt.other_text import OtherText
+from nspec.mt.other_text import OtherText, check_other_texts
+from nspec.mt.pipeline import Pipeline
 from nspec.mt.profiling import profile_tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,3 +66,55 @@ def test_a_folder_without_a_direction_of_the_run_is_an_error(toy: Toy, tmp_path:
         (tmp_path / f"valid.de-en.{side}").write_text("a b\n")
     with pytest.raises(ValueError, match=r"the valid text in .*fr"):
         other(toy, tmp_path)
+
+
+def test_the_limits_of_the_own_text_are_not_those_of_another(toy: Toy, tmp_path: Path) -> None:
+    for language in ("de", "fr"):
+        for side in (language, "en"):
+            shutil.copy(toy.folder / "corpus" / f"valid.{language}-en.{side}", tmp_path)
+    config = toy.config()
+    config.profile.path, config.corpus.valid_sentences, config.corpus.test_sentences = str(tmp_path), 1, 1
+    assert OtherText(config, toy.data).size("valid", "en-de") == toy.data.size("valid", "en-de") > 1
+
+
+BROKEN = {
+    "no text of the part": ("news", "valid.de-en.de", "a\n", r"has no news text for "),
+    "one side is longer": ("valid", "valid.fr-en.fr", "a\n" * 999, "en has 40 lines and .*fr has 999"),
+    "no UTF-8": ("valid", "valid.fr-en.en", "\udce9\n", r"valid\.fr-en\.en, line 1: not valid UTF-8"),
+    "empty": ("valid", "valid.fr-en.en", "\n", "has 1 lines"),
+}
+
+
+@pytest.mark.parametrize("system", ["forward", "a variant"])
+@pytest.mark.parametrize("wrong", BROKEN)
+def test_what_profiling_will_read_is_read_before_training(toy: Toy, tmp_path: Path, system: str, wrong: str) -> None:
+    for path in (toy.folder / "corpus").glob("valid.*"):
+        shutil.copy(path, tmp_path)
+    config = toy.config()
+    part, file, content, message = BROKEN[wrong]
+
+    def choose(part: str) -> None:
+        if system == "forward":
+            config.profile.path, config.profile.path_split = str(tmp_path), part
+        else:
+            config.run.systems = ["dense"]
+            config.run.variants = [f"other = update profile.path={tmp_path} profile.path_split={part}"]
+
+    choose("valid")
+    check_other_texts(config, toy.data.languages, toy.data.tasks)
+    choose(part)
+    (tmp_path / file).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        check_other_texts(config, toy.data.languages, toy.data.tasks)
+    config.run.folder = str(tmp_path / "run")
+    with Pipeline(config) as pipeline:
+        pipeline.run.do("prepare", lambda folder: shutil.copytree(toy.folder / "prepared", folder, dirs_exist_ok=True))
+        with pytest.raises(ValueError, match=message):
+            pipeline.train()
+    assert not (tmp_path / "run" / "systems").exists()
+
+
+def test_what_no_system_profiles_is_not_read(toy: Toy, tmp_path: Path) -> None:
+    config = toy.config()
+    config.run.systems, config.profile.path = ["dense", "continued"], str(tmp_path)
+    check_other_texts(config, toy.data.languages, toy.data.tasks)

@@ -86,11 +86,20 @@ def test_every_number_has_a_lower_end() -> None:
     [
         ("decode.beam", 0, "decode.beam: expected at least 1, found 0"),
         ("decode.beam", 1_000_000, "decode.beam: expected at most 1000, found 1000000"),
-        ("decode.length_penalty", 1e29, "decode.length_penalty: expected at most 5, found 1e+29"),
+        ("decode.length_penalty", 1e29, "decode.length_penalty: expected at most 10, found 1e+29"),
         ("train.betas", [0.9, 1.0], "train.betas: expected a number in [0, 1), found 1.0"),
         ("train.updates", 2**63, "train.updates: expected at most 100000000, found 9223372036854775808"),
         ("train.warmup", 2**31, "train.warmup: expected at most 2147483647, found 2147483648"),
         ("train.clip_norm", 1e31, "train.clip_norm: expected at most 1e+30, found 1e+31"),
+        ("train.eps", 1e-300, "train.eps: expected a number in [1e-20, 1], found 1e-300"),
+        ("train.lr", 1e-44, "train.lr: expected a number not nearer to 0 than 1e-30, found 1e-44"),
+        ("adapters.lr", 5e-324, "adapters.lr: expected a number not nearer to 0 than 1e-30, found 5e-324"),
+        ("train.clip_norm", 1e-40, "train.clip_norm: expected 0 or a number not nearer to 0 than 1e-30, found 1e-40"),
+        (
+            "decode.length_penalty",
+            -1e-40,
+            "decode.length_penalty: expected 0 or a number not nearer to 0 than 1e-30",
+        ),
         ("train.lr", 10**400, "train.lr: expected a finite number, found 1000"),
         (
             "train.updates",
@@ -111,6 +120,40 @@ def test_values_that_code_gives_are_checked_like_text(name: str, value: Any, mes
         options.validate(config)
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_number_is_0_in_float32_that_is_none(name: str) -> None:
+    section, key = name.split(".")
+    for value in (1e-300, 1e-46, 1e-38):
+        config = Config()
+        if values.types()[section][key] in (float, list[float]):
+            setattr(getattr(config, section), key, [value, value] if key == "betas" else value)
+            with pytest.raises(ValueError, match=f"^{name}: expected "):
+                options.validate(config)
+
+
+TEXTS = [
+    (name, kind) for name in OPTIONS if (kind := values.types()[(p := name.split("."))[0]][p[1]]) in (str, list[str])
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), TEXTS)
+@pytest.mark.parametrize("half", ["\ud800", "a\udce9b"])
+def test_half_a_character_is_no_text_of_an_option(name: str, kind: Any, half: str) -> None:
+    section, key = name.split(".")
+    written = '"' + half.encode("unicode-escape").decode() + '"'
+    written = f"[{written}]" if kind is not str else written
+    message = f"^{name}: expected text in UTF-8, found '.*' with half a character"
+    with pytest.raises(ValueError, match=message + r" \(f\.yaml line 2\)$"):
+        options.parse(f"{section}:\n  {key}: {written}", "f.yaml")
+    with pytest.raises(ValueError, match=message) as caught:
+        options.set_option(Config(), f"{name}={half if kind is str else written}")
+    str(caught.value).encode()
+    config = Config()
+    setattr(getattr(config, section), key, half if kind is str else [half])
+    with pytest.raises(ValueError, match=message):
+        options.validate(config)
 
 
 @pytest.mark.parametrize(("key", "value"), [("updates", "7"), ("updates", True), ("lr", None), ("betas", 0.9)])

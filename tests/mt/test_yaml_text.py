@@ -20,12 +20,12 @@ TEXTS = [
     *("@", "`", "[]", "{}", "[a", "a]", "{a:", "#", "#x", "x#", "a:b", "a:", ":a", "-", "-a", "---", "..."),
     *("?", "?a", "2016", "2016-01-01", "2016-01-01T00:00:00Z", "~/x", "'", '"', "''", '""', "it's", "a\\b"),
     *("\\n", "", " ", " a", "a ", "a #b", "a: b", "- a", "? a", "a\nb", "\n", "a\n", "\r", "\t", "a\tb"),
-    *("\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\ufeffa", "\xa0", "a\u3000", "\ud800", "x\udce9"),
+    *("\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\ufeffa", "\xa0", "a\u3000"),
     *("\U0001f600", "ünï", "日本", "... a"),
     "x" * 300,
 ]
 
-texts = st.one_of(st.sampled_from(TEXTS), st.text(st.characters(), max_size=40))
+texts = st.one_of(st.sampled_from(TEXTS), st.text(st.characters(codec="utf-8"), max_size=40))
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = {
     str: texts,

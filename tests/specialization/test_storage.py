@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nspec import ActivationCounts, NeuronMasks
 from nspec.baselines.weight_masks import WeightMasks
@@ -153,3 +154,43 @@ def test_wrong_contents_are_errors() -> None:
         NeuronMasks({"a": {"x": torch.tensor([1])}})
     with pytest.raises(ValueError, match="layer x has a width of 0"):
         NeuronMasks({"a": {"x": torch.ones(0, dtype=torch.bool)}})
+
+
+@pytest.mark.parametrize("kind", [NeuronMasks, ActivationCounts, WeightMasks])
+def test_the_name_that_the_format_keeps_for_itself_is_no_layer(kind, tmp_path) -> None:
+    good = torch.ones(2, 3).bool() if kind is WeightMasks else torch.ones(3).bool()
+    good = good.long() if kind is ActivationCounts else good
+    with pytest.raises(ValueError, match="^no layer can be called __metadata__ in .*; rename the module"):
+        kind({"a": {"x": good, "__metadata__": good}}).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    kind({"__metadata__": {"x__metadata__": good}}).save(tmp_path)
+    assert kind.load(tmp_path).tasks == ["__metadata__"]
+
+
+def test_a_folder_that_is_not_utf8_is_not_called_broken(tmp_path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    some_masks().save(folder)
+    with pytest.raises(ValueError, match=r"caf\\udce9/masks.safetensors' cannot be read where it is: .* rename"):
+        NeuronMasks.load(folder)
+    folder.rename(tmp_path / "café")
+    assert NeuronMasks.load(tmp_path / "café").tasks
+
+
+@pytest.mark.parametrize("layer", ["x" * 5000, "a\nb" * 2000])
+@pytest.mark.parametrize("wrong", ["extra", "missing", "shape", "d_ff", "spare"])
+def test_a_long_name_in_a_file_is_a_short_message_on_one_line(tmp_path, layer: str, wrong: str) -> None:
+    about = {"format": 1, "kind": "masks", "tasks": ["a"], "d_ff": {layer: -1 if wrong == "d_ff" else 3}}
+    tensors = {layer: torch.zeros(1, 2 if wrong == "shape" else 1, dtype=torch.uint8)}
+    if wrong == "extra":
+        tensors[f"{layer}2"] = tensors[layer]
+    elif wrong == "missing":
+        tensors = {"other": tensors[layer]}
+    elif wrong == "spare":
+        tensors[layer] += 255
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "masks.safetensors", {"nspec": json.dumps(about)})
+    with pytest.raises(ValueError, match="masks.safetensors is broken: .*; write it again$") as caught:
+        NeuronMasks.load(tmp_path)
+    message = str(caught.value).removeprefix(str(tmp_path))
+    assert len(message) < 300
+    assert "\n" not in message

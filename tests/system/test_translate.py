@@ -206,6 +206,8 @@ def test_a_masked_system_without_what_makes_it_is_not_translated_as_the_dense_on
     shutil.copy(tiny.folder / "config.yaml", run)
     (run / "systems/forward/model/nspec.json").unlink()
     arguments = ["translate", "--task", "de-en", "--run", run]
+    assert "nspec.json is gone: put it back as it was" in refused(capsys, *arguments, "--system", "forward")
+    (run / "systems/forward/stage.json").unlink()  # as in a run of an older version
     assert "nspec.json is not there, but masks/ is" in refused(capsys, *arguments, "--system", "forward")
     shutil.rmtree(run / "systems/forward/model/masks")
     message = refused(capsys, *arguments, "--system", "forward")

@@ -24,9 +24,9 @@ first line of a TSV file may be a header of the two codes. A ``<name>`` is one o
 - anything else, such as ``Europarl`` in OPUS names (``Europarl.de-en.de``): training data, with a warning where it looks
   like an evaluation set (``flores-test``, ``IWSLT.dev``).
 
-Several files of one pair and split are read one after the other, in the order of their names. Where ``corpus.path`` is
-a file, its folder is read and the file says which kind is meant; that settles it when a folder holds two kinds. Files of
-languages that the options do not name are not looked at.
+Several files of one pair and split are read one after the other, in the order of the names of the files,
+capital letters first. Where ``corpus.path`` is a file, its folder is read and the file says which kind is meant; that
+settles it when a folder holds two kinds. Files of languages that the options do not name are not looked at.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ OTHER_EVALUATION = re.compile(r"(valid|validation|val|dev|devtest|test|tst|eval|
 LIKE_EVALUATION = re.compile(
     r"(.*[^A-Za-z])?(valid|validation|val|dev|devtest|test|tst|eval|newsdev|newstest)([^A-Za-z].*)?", re.I
 )
-PAIR_FILE = re.compile(r"(?P<name>.+)\.(?P<pair>\w+(-\w+)+)\.(?P<end>[\w-]+?)(\.gz)?", re.ASCII)
-MIXED_FILE = re.compile(r"(?P<name>.+)\.jsonl(\.gz)?")
-BARE_FILE = re.compile(r"(?P<name>[^.]+)\.(?P<end>[\w-]+)(\.gz)?", re.ASCII)
+# Of names without .gz (see _plain): in a pattern, an end that may have dots or hyphens could take it in.
+PAIR_FILE = re.compile(r"(?P<name>.+)\.(?P<pair>\w+(-\w+)+)\.(?P<end>[\w-]+)", re.ASCII)
+MIXED_FILE = re.compile(r"(?P<name>.+)\.jsonl")
+BARE_FILE = re.compile(r"(?P<name>[^.]+)\.(?P<end>[\w-]+)", re.ASCII)
 # Endings that look like language codes and are none in practice.
 NOT_LANGUAGES = frozenset(("bpe", "bz", "csv", "gz", "log", "md", "py", "sgm", "sh", "tsv", "txt", "xml", "xz", "zip"))
 Sources = dict[Pair, dict[str, list[Source]]]
@@ -71,13 +72,18 @@ class PairName:
         return pair_of(*self.codes)
 
 
+def _plain(name: str) -> str:
+    """The name of a file as it is when it is not compressed."""
+    return name.removesuffix(".gz")
+
+
 def pair_name(path: Path, config: CorpusConfig) -> PairName | None:
     """What the name of a file says of its pair, or None.
 
     Raises:
         CorpusError: it names a pair in a way that can be read as several, or as none.
     """
-    match = PAIR_FILE.fullmatch(path.name)
+    match = PAIR_FILE.fullmatch(_plain(path.name))
     if not match:
         return None
     one_file = match["end"] in ("tsv", "jsonl")
@@ -153,7 +159,7 @@ def _kinds(folder: Path, config: CorpusConfig) -> dict[str, list[Path]]:
         found = pair_name(path, config)
         if found:
             kinds.get(found.end, kinds["moses"]).append(path)
-        elif MIXED_FILE.fullmatch(path.name):
+        elif MIXED_FILE.fullmatch(_plain(path.name)):
             kinds["jsonl"].append(path)
         elif multiway.language_of_file(path):
             kinds["multiway"].append(path)
@@ -164,7 +170,7 @@ def _kinds(folder: Path, config: CorpusConfig) -> dict[str, list[Path]]:
 
 def _bare(path: Path, config: CorpusConfig) -> tuple[str, str] | None:
     """Name and language of a file such as train.de, or None."""
-    match = BARE_FILE.fullmatch(path.name)
+    match = BARE_FILE.fullmatch(_plain(path.name))
     splits = ("train", config.test_split, *_valid_names(config))
     code = plain_code(match["end"]) if match and match["end"] not in NOT_LANGUAGES else None
     return (match["name"], code) if match and code and match["name"] in splits else None
@@ -178,6 +184,9 @@ def _open_pairs(
     notes = (
         _add_moses(sources, config, files, wanted) if kind == "moses" else _add_single(sources, config, files, wanted)
     )
+    for splits in sources.values():
+        for each in splits.values():
+            each.sort(key=lambda source: min(path.name for path in source.paths))
     there = (pair for pair, splits in sources.items() if any(splits.get(split) for split in needed))
     present = sorted({code for pair in there for code in pair})
     what, stem = ("training data", "train") if "train" in needed else (f"{config.valid_split} text", config.valid_split)
@@ -210,7 +219,7 @@ def _taken_for_training(files: list[str], config: CorpusConfig) -> list[str]:
     """A warning for each name of training data that looks like that of an evaluation set."""
     found: dict[str, list[str]] = defaultdict(list)
     for file in sorted(set(files)):
-        match = PAIR_FILE.fullmatch(file) or MIXED_FILE.fullmatch(file)
+        match = PAIR_FILE.fullmatch(_plain(file)) or MIXED_FILE.fullmatch(_plain(file))
         if match and match["name"].partition(".")[0] != "train" and LIKE_EVALUATION.fullmatch(match["name"]):
             found[match["name"]].append(file)
     return [
@@ -263,7 +272,7 @@ def _add_single(sources: Sources, config: CorpusConfig, files: list[Path], wante
     seen: dict[tuple[str, Pair | None], Path] = {}
     mixed: dict[Path, str] = {}
     for path in files:
-        match, other = pair_name(path, config), MIXED_FILE.fullmatch(path.name)
+        match, other = pair_name(path, config), MIXED_FILE.fullmatch(_plain(path.name))
         name = match.name if match else other["name"] if other else ""
         pair = match.pair if match else None
         if wanted and pair and not set(pair) <= set(wanted):
@@ -284,7 +293,4 @@ def _add_single(sources: Sources, config: CorpusConfig, files: list[Path], wante
     for source in read:
         for found in source.pairs:
             sources[found][mixed[source.path]].append(source)
-    for splits in sources.values():  # in the order of the files' names
-        for each in splits.values():
-            each.sort(key=lambda source: source.paths[0].name)
     return notes

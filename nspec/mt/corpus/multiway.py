@@ -21,7 +21,7 @@ from nspec.mt.corpus.base import (
     requested_languages,
 )
 from nspec.mt.corpus.lines import read_columns
-from nspec.mt.corpus.parallel import parse_json, shown
+from nspec.mt.corpus.parallel import parse_json, shown, unique_keys
 from nspec.mt.languages import plain_code
 
 FILE = re.compile(r"(?P<lang>[\w-]+)\.tsv(\.gz)?", re.ASCII)
@@ -128,13 +128,7 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, number in Counter(name for name, _ in pairs).items():
-            if number > 1:
-                raise CorpusError(f"{path}: {name!r} stands there {number} times; keep one")
-        return dict(pairs)
-
-    value = parse_json(text, f"{path} is", once)
+    value = parse_json(text, f"{path} is", unique_keys(str(path)))
     if not isinstance(value, dict):
         raise CorpusError(f"{path}: expected an object of lists of ids, found a {type(value).__name__}")
     lists = {name: part for name, part in value.items() if isinstance(part, list)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ class JsonlSource(Source):
 
     def rows(self, pair: Pair) -> Iterator[tuple[int, str, str]]:
         for number, found in read_objects(self.path):
-            row = found if all(code in found for code in pair) else by_code(found, f"{self.path}, line {number}")
+            row = by_code(found, f"{self.path}, line {number}")
             missing = [code for code in pair if code not in row]
             if missing:
                 raise CorpusError(
@@ -121,7 +121,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if blank:
             raise CorpusError(f"{path}, line {blank}: not valid JSON (the line is blank, and not at the end)")
-        row = parse_json(line, f"{path}, line {number}:")
+        row = parse_json(line, f"{path}, line {number}:", unique_keys(f"{path}, line {number}"))
         if isinstance(row, dict) and "translation" in row:
             row = row["translation"]
         if not isinstance(row, dict):
@@ -152,6 +152,19 @@ def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], A
         raise
     except ValueError as error:  # Python reads no whole number of more than 4300 digits
         raise CorpusError(f"{where} not valid JSON (a number has too many digits)") from error
+
+
+def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """For :func:`parse_json`: objects as dicts, and a CorpusError where a key comes again, as JSON says nothing of that."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name, number = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise CorpusError(f"{where}: {shown(name)} stands there {number} times; keep one")
+        return found
+
+    return once
 
 
 def by_code(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -255,6 +255,58 @@ def test_codes_with_hyphens_are_read_from_names_of_every_kind(tmp_path, pair, en
                 assert list(corpus.read(codes, split)) == [(f"text {ends[0]}", f"text {ends[1]}")], kind
 
 
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("de", "en"), ("en", "zh-Hans"), ("pt-BR", "zh-Hans"), ("sr-Cyrl", "sr-Latn"), ("en", "zh_Hant"), ("de", "fr-CA")],
+)
+@pytest.mark.parametrize("named", ["named", "turned", "bare"])
+def test_moses_files_are_the_same_text_plain_and_compressed(tmp_path, first, second, named, gz):
+    pair = {"named": f".{first}-{second}", "turned": f".{second}-{first}", "bare": ""}[named]
+    for split in ("train", "dev", "test"):
+        for code in (first, second):
+            write_file(tmp_path / f"{split}{pair}.{code}{gz}", f"{split} {code}\n")
+    corpus = open_corpus(CorpusConfig(type="files", path=str(tmp_path), pivot=""), 1)
+    codes = (first.replace("-", "_"), second.replace("-", "_"))
+    assert corpus.pairs == [codes]
+    for split, name in {"train": "train", "valid": "dev", "test": "test"}.items():
+        assert list(corpus.read(codes, split)) == [(f"{name} {first}", f"{name} {second}")]
+
+
+@pytest.mark.parametrize("kind", ["moses", "tsv", "jsonl"])
+def test_files_of_a_split_are_read_in_the_order_of_their_names(tmp_path, kind):
+    names = ["train.a.de-en", "train.de-en", "train.en-de.de-en", "train.z.en-de", "Zeitung.de-en"]
+    for split in ("valid.de-en", "test.de-en", *names):
+        de, en = f"{split} de", f"{split} en"
+        if kind == "moses":
+            write_file(tmp_path / f"{split}.de{'.gz' if split == names[1] else ''}", f"{de}\n")
+            write_file(tmp_path / f"{split}.en", f"{en}\n")
+        elif kind == "tsv":
+            turned = split.endswith("en-de")
+            write_file(tmp_path / f"{split}.tsv", "\t".join((en, de) if turned else (de, en)) + "\n")
+        else:
+            jsonl(tmp_path, f"{split}.jsonl", {"de": de, "en": en})
+    read = list(open_corpus(CorpusConfig(type="files", path=str(tmp_path)), 1).read(("de", "en"), "train"))
+    assert read == [(f"{name} de", f"{name} en") for name in sorted(names)]
+
+
+@pytest.mark.parametrize("name", ["train.en-zh-Hans.jsonl", "train.jsonl"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"en": "a", "zh_Hans": "b", "zh-Hans": "c"}', "the keys zh_Hans and zh-Hans are the same language; keep one"),
+        ('{"translation": {"zh-Hans": "b", "en": "a", "zh_Hans": "b"}}', "the keys zh-Hans and zh_Hans are the same"),
+        ('{"en": "a", "zh_Hans": "b", "en": "c"}', "'en' stands there 2 times; keep one"),
+        ('{"translation": {"en": "a", "zh_Hans": "b", "zh_Hans": "b"}}', "'zh_Hans' stands there 2 times; keep one"),
+    ],
+)
+def test_a_language_that_a_row_has_twice_is_an_error_with_file_and_line(tmp_path, name, row, message):
+    for file in {name, name.replace("train", "valid"), name.replace("train", "test")}:
+        write_file(tmp_path / file, '{"en": "x", "zh_Hans": "y"}\n' + (f"{row}\n" if file == name else ""))
+    with pytest.raises(CorpusError, match=re.escape(f"{tmp_path / name}, line 2: {message}")):
+        list(open_corpus(CorpusConfig(type="files", path=str(tmp_path)), 1).read(("en", "zh_Hans"), "train"))
+
+
 @pytest.mark.parametrize("name", ["train.en-zh-foo.en", "test.en-de-fr.tsv", "Europarl.en-de-fr.jsonl"])
 def test_a_name_whose_languages_cannot_be_told_is_an_error(tmp_path, name):
     config = moses(tmp_path, "train", "valid", "test")
