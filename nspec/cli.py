@@ -284,6 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
     except _USAGE_ERROR as error:
         return _say(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and (reason := _broken_output()):
+            return _say(f"error: cannot write to standard output: {reason}", 2)
         if "--debug" in arguments or not _user_error(error):
             traceback.print_exc()
         if not _user_error(error):
@@ -291,6 +293,16 @@ def main(arguments: list[str] | None = None) -> int:
         if advice := _too_large(error):
             return _say(f"error: {advice} ({str(error) or type(error).__name__}); --debug shows where", 2)
         return _say(f"error: {error}", 2)
+
+
+def _broken_output() -> str:
+    """Why standard output takes nothing, such as a full disk; empty where it does."""
+    try:
+        sys.stdout.flush()  # what could not be written is still to be
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it closes the stream
+        return error.strerror or str(error)
+    return ""
 
 
 def _fill_closed_streams() -> None:

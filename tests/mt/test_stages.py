@@ -347,6 +347,7 @@ def test_a_longer_training_that_was_killed_goes_on_and_leaves_nothing_outdated(t
         longer.run.check()
 
         def killed(*_: Any, **__: Any) -> None:
+            longer.run.starting()
             raise KeyboardInterrupt
 
         if moment == "before its record":
