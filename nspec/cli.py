@@ -284,8 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     except _USAGE_ERROR as error:
         return _say(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None and (reason := _broken_output()):
-            return _say(f"error: cannot write to standard output: {reason}", 2)
+        if _is_of_output(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it closes the stream
+            return _say(f"error: cannot write to standard output: {error.strerror}", 2)  # type: ignore[attr-defined]
         if "--debug" in arguments or not _user_error(error):
             traceback.print_exc()
         if not _user_error(error):
@@ -295,14 +296,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(f"error: {error}", 2)
 
 
-def _broken_output() -> str:
-    """Why standard output takes nothing, such as a full disk; empty where it does."""
+def _is_of_output(error: Exception) -> bool:
+    """Whether an error came from writing to standard output: it names no file, and that takes nothing more."""
+    if not isinstance(error, OSError) or error.filename is not None or error.strerror != os.strerror(error.errno or 0):
+        return False
     try:
-        sys.stdout.flush()  # what could not be written is still to be
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it closes the stream
-        return error.strerror or str(error)
-    return ""
+        sys.stdout.flush()  # some of what could not be written may still be to come
+        os.write(1, b"")  # a device that is full says so of nothing, too
+        return os.fstatvfs(1).f_bavail == 0
+    except OSError:
+        return True
 
 
 def _fill_closed_streams() -> None:

@@ -80,7 +80,7 @@ def disk_error(error: BaseException, path: str | os.PathLike[str], kept: str = "
     if number == errno.ENOSPC or (number is None and ("no space left" in said.lower() or free < _FULL)):
         said, number = os.strerror(errno.ENOSPC), errno.ENOSPC
     if number in (errno.ENOSPC, errno.EDQUOT) and not is_special(path):
-        said = f"{said} ({free >> 20} MiB free on the disk of {place})"
+        said = f"{said} ({free >> 20} MiB free)"
     kind = type(error) if isinstance(error, OSError) else OSError
     text = f"cannot write {path}: {said}{kept}"
     return kind(text) if number is None else kind(number, text)
