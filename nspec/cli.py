@@ -284,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     except _USAGE_ERROR as error:
         return _say(f"error: {error.format_message()}", 2)  # type: ignore[attr-defined]
     except Exception as error:
+        if _is_of_output(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it closes the stream
+            return _say(f"error: cannot write to standard output: {error.strerror}", 2)  # type: ignore[attr-defined]
         if "--debug" in arguments or not _user_error(error):
             traceback.print_exc()
         if not _user_error(error):
@@ -291,6 +294,18 @@ def main(arguments: list[str] | None = None) -> int:
         if advice := _too_large(error):
             return _say(f"error: {advice} ({str(error) or type(error).__name__}); --debug shows where", 2)
         return _say(f"error: {error}", 2)
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether an error came from writing to standard output: it names no file, and that takes nothing more."""
+    if not isinstance(error, OSError) or error.filename is not None or error.strerror != os.strerror(error.errno or 0):
+        return False
+    try:
+        sys.stdout.flush()  # some of what could not be written may still be to come
+        os.write(1, b"")  # a device that is full says so of nothing, too
+        return os.fstatvfs(1).f_bavail == 0
+    except OSError:
+        return True
 
 
 def _fill_closed_streams() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,10 +57,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(part, place)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
+        raise disk_error(error, path, kept) from error
     finally:
         if not straight:
             part.unlink(missing_ok=True)
+
+
+_FULL = 1 << 20  # bytes; libraries stop with a file cut off at the last free block
+
+
+def disk_error(error: BaseException, path: str | os.PathLike[str], kept: str = "") -> OSError:
+    """What went wrong when ``path`` was written, as an OSError that names a full disk whatever a library said of it.
+
+    Args:
+        error: that was raised; one of an operating system or of a library.
+        path: of the file or folder that was being written.
+        kept: to add at the end, such as what is unchanged.
+    """
+    number = getattr(error, "errno", None)
+    place = Path(os.path.abspath(path))
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if number == errno.ENOSPC or (number is None and ("no space left" in said.lower() or free < _FULL)):
+        said, number = os.strerror(errno.ENOSPC), errno.ENOSPC
+    if number in (errno.ENOSPC, errno.EDQUOT) and not is_special(path):
+        said = f"{said} ({free >> 20} MiB free)"
+    kind = type(error) if isinstance(error, OSError) else OSError
+    text = f"cannot write {path}: {said}{kept}"
+    return kind(text) if number is None else kind(number, text)
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:

@@ -324,7 +324,7 @@ def test_a_full_disk_under_standard_output_is_one_line() -> None:
             [sys.executable, "-m", "nspec.cli", "config"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
     assert done.returncode == 2
-    assert done.stderr == "nspec: error: [Errno 28] No space left on device\n"
+    assert done.stderr == "nspec: error: cannot write to standard output: No space left on device\n"
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

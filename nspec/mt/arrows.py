@@ -194,6 +194,7 @@ def _masks(config: Config) -> list[Stage]:
 def _training(config: Config, system: str) -> Stage:
     """The stage that trains a system other than dense."""
     kind, own = kind_of(config, system), config_of(config, system)
+    raisable = _raisable("specialize")
     options: tuple[str, ...] = ("specialize", "run.seed", *_length(own, "specialize"))
     inputs: tuple[str, ...] = (*_PREPARED, *_weights(config, "dense"))
     after = ["train"]
@@ -210,9 +211,9 @@ def _training(config: Config, system: str) -> Stage:
         options += ("adapters",)
     elif kind.scratch:
         options = ("model", *_but_updates("train"), "bilingual", "run.seed", *_length(own, "train"))
-        inputs, after = _PREPARED, ["prepare"]
+        inputs, after, raisable = _PREPARED, ["prepare"], ("train.patience",)
     elif kind.method == "each":
-        options = (*_but_updates("specialize"), "finetune", *options[1:])
+        options, raisable = (*_but_updates("specialize"), "finetune", *options[1:]), ("specialize.patience",)
     return Stage(
         f"specialize:{system}",
         f"systems/{system}",
@@ -220,7 +221,8 @@ def _training(config: Config, system: str) -> Stage:
         inputs,
         tuple(after),
         resumable=True,
-        raisable=() if kind.method == "each" else _raisable("specialize"),  # those keep no checkpoints
+        raisable=raisable,
+        summaries="*/summary.json" if kind.method == "each" else "",  # those keep no checkpoints
         overrides=_overrides(config, system),
         outputs=(*_TRAINED, *(f"*/{part}" for part in _TRAINED)) if kind.method == "each" else _TRAINED,
     )

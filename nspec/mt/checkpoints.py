@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -12,12 +13,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from nspec.files import read_json, sha256, write_json, write_text
+from nspec.files import disk_error, read_json, sha256, write_json, write_text
 
 STATE_FILE = "nspec_state.json"
 """Written last: a checkpoint without it is a part of one and is never resumed from."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = "model*.safetensors"
+_ONLY_WEIGHTS = "weights_only"
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Progress:
     skipped_in_row: int = 0
     stopped: bool = False  # nothing is left to train
     options: dict[str, Any] = field(default_factory=dict)  # that must be the same when training goes on
+    log: dict[str, Any] = field(default_factory=dict)  # the lines of log.jsonl up to here: how many, and their SHA-256
     # Values of fields without the last line of the log and the last validation, where only the end of the training made
     # these: a longer training goes on with them.
     without_end: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +66,8 @@ def _stored(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     stored = read_json(file)
     if not isinstance(stored, dict):
         raise ValueError(f"{file} holds {stored!r:.60}; expected an object")
+    if "sha256" in stored and stored["sha256"] != _digest(stored):  # older versions wrote none
+        raise ValueError(f"{file} has other contents than were written")
     found = {f.name: stored[f.name] for f in fields(Progress) if f.name in stored}
     for f in fields(Progress):
         default = getattr(_FRESH, f.name)
@@ -79,6 +85,15 @@ def _stored(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 _FRESH = Progress()
 
 
+def _digest(state: dict[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    write_json(checkpoint / STATE_FILE, state | {"sha256": _digest(state)})
+
+
 def finish(checkpoint: Path, progress: Progress) -> None:
     """Makes a checkpoint whose other files are there a whole one; notes their sizes and SHA-256."""
     files = {
@@ -86,15 +101,40 @@ def finish(checkpoint: Path, progress: Progress) -> None:
         for path in sorted(checkpoint.iterdir())
         if path.is_file() and path.name != STATE_FILE and not path.name.startswith(".")
     }
-    write_json(checkpoint / STATE_FILE, asdict(progress) | {"files": files})
+    _write_state(checkpoint, asdict(progress) | {"files": files})
 
 
-def damage(checkpoint: Path, *names: str) -> str | None:
+def keep_weights(checkpoint: Path) -> None:
+    """Takes from a whole checkpoint all but its weights: a later training may need them, and does not go on from it."""
+    progress, files = _stored(checkpoint)
+    kept = {name: known for name, known in files.items() if Path(name).match(_WEIGHTS)}
+    _write_state(checkpoint, progress | {"files": kept, _ONLY_WEIGHTS: True})
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name not in {*kept, STATE_FILE}:
+            path.unlink()
+
+
+def adopt_weights(checkpoint: Path, model: Path, progress: Progress) -> None:
+    """Makes a checkpoint of weights alone from those in the folder of a model."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for file in sorted(model.glob(_WEIGHTS)):
+        shutil.copyfile(file, checkpoint / file.name)
+    finish(checkpoint, progress)
+    keep_weights(checkpoint)
+
+
+def weights_digest(model: Path) -> str:
+    """The SHA-256 of the weights in the folder of a model; of several files that of their SHA-256, in order."""
+    digests = [sha256(file) for file in sorted(model.glob(_WEIGHTS))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def damage(checkpoint: Path, *, weights: bool = False) -> str | None:
     """What is wrong with a checkpoint, in words that begin with the file; None for one that is as it was written.
 
     Args:
         checkpoint: its folder.
-        names: of the files to look at; none: all of them.
+        weights: look at these alone.
     """
     try:
         _, files = _stored(checkpoint)
@@ -104,7 +144,7 @@ def damage(checkpoint: Path, *names: str) -> str | None:
         return str(error)
     for name, known in files.items():
         path = checkpoint / name
-        if names and name not in names:
+        if weights and not Path(name).match(_WEIGHTS):
             continue
         if not path.is_file():
             return f"{path} is gone"
@@ -121,19 +161,58 @@ def step_of(checkpoint: Path) -> int:
 
 
 def whole(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that were written to the end, oldest first."""
+    """The checkpoints in a folder that were written to the end, oldest first; not those of weights alone."""
     found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(found) if is_stored(path) and not _has_only_weights(path)]
+
+
+def is_stored(checkpoint: Path) -> bool:
+    """Whether a checkpoint, or its weights alone, was written to the end."""
+    return (checkpoint / STATE_FILE).is_file()
+
+
+def _has_only_weights(checkpoint: Path) -> bool:
+    with contextlib.suppress(ValueError):  # a broken one is named where it is gone on from
+        state = read_json(checkpoint / STATE_FILE)
+        return isinstance(state, dict) and state.get(_ONLY_WEIGHTS) is True
+    return False
+
+
+def check_places(folder: Path) -> None:
+    """Raises ValueError where a file is in the place of a folder that a training writes in ``folder`` (of a system)."""
+    place = folder / "checkpoints"
+    for path in [place, *place.glob("checkpoint-*"), folder / "tensorboard", folder / "model"]:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file, and a training has a folder there; move it away")
+
+
+def with_best(checkpoints: Iterable[Path]) -> list[Path]:
+    """Checkpoints of a folder, and those of the best weights that each of them knows, also without its end."""
+    found: dict[Path, None] = dict.fromkeys(checkpoints)
+    for path in list(found):
+        with contextlib.suppress(ValueError):  # damaged since it was written: it will not be gone on from
+            state = Progress.read(path)
+            for step in (state.best_step, state.going_on().best_step):
+                found[path.with_name(f"checkpoint-{step}")] = None
+    return list(found)
 
 
 def needed(folder: Path) -> list[Path]:
     """What a training that is under way keeps: the last two checkpoints, and the best one that each of them knows."""
-    last = whole(folder)[-2:]
-    best = []
-    for path in last:
-        with contextlib.suppress(ValueError):  # damaged since it was written: it will not be gone on from
-            best.append(folder / f"checkpoint-{Progress.read(path).best_step}")
-    return list(dict.fromkeys([*last, *best]))
+    return with_best(whole(folder)[-2:])
+
+
+def keep_end(folder: Path) -> None:
+    """Keeps what a finished training can be gone on with: the last checkpoint, and the best weights that it knows.
+
+    The last is about three times the model, the weights are one each.
+    """
+    last = whole(folder)[-1:]
+    kept = with_best(last)
+    keep_only(folder, kept)
+    for path in kept:
+        if path not in last and is_stored(path):
+            keep_weights(path)
 
 
 def remove(checkpoint: Path) -> None:
@@ -160,12 +239,18 @@ class TrainingLog:
         folder: of the system.
         step: of that checkpoint.
         but: lines of ``step`` itself that have one of these keys are cut off too.
+
+    Raises:
+        ValueError: see :func:`read_log`.
     """
 
     def __init__(self, folder: Path, step: int, but: Collection[str] = ()) -> None:
         self.path = folder / "log.jsonl"
-        rows = [row for row in read_log(self.path) if row["step"] <= step]
-        rows = [row for row in rows if row["step"] < step or not row.keys() & set(but)]
+        rows = _rows_until(self.path, step, but)
+        self._all, self._kept = _Lines(), _Lines()
+        for row in rows:
+            self._all.add(row)
+            self._kept.add(row)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if step == 0:
@@ -178,10 +263,21 @@ class TrainingLog:
             kept = any(row["step"] == step for row in rows)
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + kept)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a line; ``row`` has "step" and numbers, or for each task in "tasks" a dict of numbers."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    def write(self, row: dict[str, Any], *, extra: bool = False) -> None:
+        """Adds a line; ``row`` has "step" and numbers, or for each task in "tasks" a dict of numbers.
+
+        Args:
+            row: the line.
+            extra: only the end of the training has brought it.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._all.add(row)
+        if not extra:
+            self._kept.add(row)
         if self._board is None:
             return
         for name, value in row.items():
@@ -196,29 +292,92 @@ class TrainingLog:
         if "tasks" in row:
             self._board.flush()
 
-    def close(self) -> None:
-        """Writes everything out."""
+    def noted(self, progress: Progress) -> None:
+        """Writes the lines out to the disk, and notes in the progress which there are, so that none is lost unseen."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        progress.log = self._all.known()
+        if self._kept.rows < self._all.rows:
+            progress.without_end = progress.without_end | {"log": self._kept.known()}
+
+    def close(self) -> None:
+        """Writes everything out."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class _Lines:
+    """How many lines there are, and their SHA-256."""
+
+    def __init__(self) -> None:
+        self.rows, self._hash = 0, hashlib.sha256()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self._hash.update(json.dumps(row).encode() + b"\n")
+
+    def known(self) -> dict[str, Any]:
+        return {"rows": self.rows, "sha256": self._hash.hexdigest()}
+
+
+def log_damage(folder: Path, progress: Progress, but: Collection[str] = ()) -> str | None:
+    """What the log of a system lacks that was there at a checkpoint, in words; None where nothing is known to.
+
+    Args:
+        folder: of the system.
+        progress: of the checkpoint that training goes on from.
+        but: as for :class:`TrainingLog`.
+
+    Raises:
+        ValueError: see :func:`read_log`.
+    """
+    path = folder / "log.jsonl"
+    lines, known = _Lines(), progress.log
+    for row in _rows_until(path, progress.step, but):
+        lines.add(row)
+    if not known or known == lines.known():  # older versions noted nothing
+        return None
+    there, then = lines.rows, known.get("rows", 0)
+    if there < then:
+        return f"{path} lacks {then - there} of the {then} rows that it had at update {progress.step}"
+    return f"{path} has other rows up to update {progress.step} than were written"
+
+
+def _rows_until(path: Path, step: int, but: Collection[str]) -> list[dict[str, Any]]:
+    rows = [row for row in read_log(path) if row["step"] <= step]
+    return [row for row in rows if row["step"] < step or not row.keys() & set(but)]
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a ``log.jsonl``, oldest first; the beginning of a line that a kill left at the end is left out.
 
     Raises:
-        ValueError: another line is not JSON, with the file and line number.
+        ValueError: another line is not UTF-8, not JSON or no row, with the file and line number.
     """
     path = Path(path)
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # the last piece has no newline: empty or cut off
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} line {number} is not UTF-8 text: {error}; put the file back as it was") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}; put the file back as it was") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(
+                f"{path} line {number} is {line.decode()[:60]!r}, expected an object with a step; put the file back as it "
+                "was"
+            )
+        rows.append(row)
     return rows

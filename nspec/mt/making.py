@@ -21,7 +21,14 @@ from nspec.mt.systems import KINDS, Kind, builtin_of, config_of, finetuned_syste
 from nspec.mt.training import train_system
 
 
-def make_system(system: str, config: Config, run: Path, data: PreparedData, folder: Path) -> None:
+def make_system(
+    system: str,
+    config: Config,
+    run: Path,
+    data: PreparedData,
+    folder: Path,
+    starting: Callable[[], None] | None = None,
+) -> None:
     """Trains a system other than dense to the end, or goes on with it.
 
     Args:
@@ -30,17 +37,18 @@ def make_system(system: str, config: Config, run: Path, data: PreparedData, fold
         run: the run folder, with the dense model and the masks.
         data: the prepared text.
         folder: of the system. One with a model for each direction has a folder for each in it.
+        starting: see :func:`~nspec.mt.training.train_system`.
 
     Raises:
         ValueError: see :func:`~nspec.mt.training.train_system`, or a language whose family is not known.
     """
     kind, own = kind_of(config, system), config_of(config, system)
     if kind.method == "each":
-        _make_each(system, own, kind, run, data, folder)
+        _make_each(system, own, kind, run, data, folder, starting)
         return
     method, settings = _method(system, config, own, kind, run, data)
     model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"])  # the trainer moves it
-    train_system(system, own, settings, data, model, folder, method=method)
+    train_system(system, own, settings, data, model, folder, method=method, starting=starting)
 
 
 def _method(
@@ -118,7 +126,15 @@ def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Pa
     tell("", len(data.tasks), len(data.tasks))
 
 
-def _make_each(system: str, own: Config, kind: Kind, run: Path, data: PreparedData, folder: Path) -> None:
+def _make_each(
+    system: str,
+    own: Config,
+    kind: Kind,
+    run: Path,
+    data: PreparedData,
+    folder: Path,
+    starting: Callable[[], None] | None,
+) -> None:
     """A model for each direction, in a folder for each; what is trained already is left as it is."""
     if kind.scratch:
         settings: TrainConfig = dataclasses.replace(own.train, updates=own.bilingual.updates)
@@ -131,7 +147,7 @@ def _make_each(system: str, own: Config, kind: Kind, run: Path, data: PreparedDa
             model = build_model(own.model, data.tokenizer, own.run.seed)
         else:
             model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"])
-        train_system(f"{system} {task}", own, settings, data.only(task), model, folder / task)
+        train_system(f"{system} {task}", own, settings, data.only(task), model, folder / task, starting=starting)
         if distributed.rank() == 0:  # an optimiser state for each direction would be three times the models
             shutil.rmtree(folder / task / "checkpoints", ignore_errors=True)
         distributed.barrier()

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import M2M100Config, M2M100ForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
 
+from nspec.files import disk_error
 from nspec.mt.config import ModelConfig
 from nspec.mt.methods import NSPEC_FILE, Method, load_method
 from nspec.mt.model_files import load_config, load_dense, load_weights, quiet_transformers, stored_shapes
@@ -115,7 +116,8 @@ def save_system(
     """Writes a system that :func:`load_system` and, as a dense model, ``AutoModelForSeq2SeqLM`` load.
 
     The weights are the dense ones under their usual names (those of adapters are added); what makes the system, such as
-    masks, stands beside them with ``nspec.json``. The folder appears at once: a kill leaves the old one or none.
+    masks, stands beside them with ``nspec.json``. The folder appears at once: a kill leaves the old one
+    (:func:`put_back` gives it its name again), the new one or none.
     """
     with _new_folder(Path(folder)) as part, quiet_transformers():
         cached, model.config.use_cache = model.config.use_cache, True  # off while training, wanted in decoding
@@ -181,20 +183,29 @@ def _check_kind(folder: Path, method: Method | None, kind: Kind) -> None:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of ``folder`` when the body has ended without an error."""
-    part = folder.with_name(f".{folder.name}.part")
-    old = folder.with_name(f".{folder.name}.old")
+    part, old = folder.with_name(f".{folder.name}.part"), _old(folder)
+    put_back(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
         if folder.exists():  # a folder with files in it cannot be renamed over
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(part, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {folder}: {error.strerror}") from error
-    except SafetensorError as error:
-        raise OSError(f"cannot write {folder}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, folder) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Puts the folder of a model back that a kill left aside when the new one was to take its place."""
+    if folder.exists():  # whole, as it comes by renaming
+        shutil.rmtree(_old(folder), ignore_errors=True)
+    elif _old(folder).is_dir():
+        os.rename(_old(folder), folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nspec.files import read_json, write_json, write_text
+from nspec.files import read_json, sha256, write_json, write_text
 from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
@@ -171,7 +171,7 @@ class Pipeline:
             model = build_model(self.config.model, data.tokenizer, self.config.run.seed)
             if self.config.model.pretrained:
                 check_model(self.config, model)
-            train_system("dense", self.config, self.config.train, data, model, folder)
+            train_system("dense", self.config, self.config.train, data, model, folder, starting=self.run.starting)
 
         if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
             check_machine(self.config)
@@ -246,7 +246,7 @@ class Pipeline:
     def _make(self, system: str, folder: Path) -> None:
         from nspec.mt.making import make_system
 
-        make_system(system, self.config, self.folder, self._data(), folder)
+        make_system(system, self.config, self.folder, self._data(), folder, self.run.starting)
 
     def _prune(self, system: str, folder: Path) -> None:
         from nspec.mt.making import prune
@@ -293,7 +293,8 @@ class Pipeline:
                     progress("", min(done * self.world.size, total), total)
                 write_text(folder / f"{task}.hyp.txt", "".join(f"{line}\n" for line in hypotheses))
                 # Last, as it says that the direction is done.
-                write_json(_decoded(folder, task), {"sentences": len(hypotheses), "seconds": time.monotonic() - begun})
+                facts = {"sentences": len(hypotheses), "seconds": time.monotonic() - begun}
+                write_json(_decoded(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 
     def _score(self, system: str, folder: Path) -> None:
         from nspec.analysis.languages import why_no_families
@@ -335,6 +336,8 @@ class Pipeline:
     def _hypotheses(self, system: str, data: PreparedData) -> dict[str, list[str]]:
         folder = self.folder / "scores" / system
         try:
+            for task in data.tasks:
+                _decoding(folder, task)
             return {task: _lines(folder, task, len(data.text("test", task)[0])) for task in data.tasks}
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; --redo evaluate:{system} translates it again") from error
@@ -404,7 +407,8 @@ def _decoding(folder: Path, task: str) -> dict[str, Any]:
     """What translating a direction left about itself.
 
     Raises:
-        ValueError: it is broken; the message names the file, what was found and what was expected.
+        ValueError: it is broken, or the translations are not those that it is of; the message names the file, what was
+            found and what was expected.
     """
     found = read_json(_decoded(folder, task))
     for key in ("sentences", "seconds"):
@@ -412,6 +416,9 @@ def _decoding(folder: Path, task: str) -> dict[str, Any]:
         if type(value) not in (int, float) or not 0 <= value < float("inf"):
             expected = '{"sentences": number, "seconds": number}'
             raise ValueError(f"{_decoded(folder, task)} holds {repr(found)[:60]}, expected {expected}")
+    known, path = found.get("sha256"), folder / f"{task}.hyp.txt"
+    if known is not None and path.is_file() and known != sha256(path):  # older versions wrote none
+        raise ValueError(f"{path} has other contents than were written")
     return dict(found)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from nspec.files import replacing, write_json, write_text
+from nspec.files import disk_error, replacing, write_json, write_text
 from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
@@ -407,7 +407,7 @@ def _writer(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         # The caller reads the corpus meanwhile, whose errors name their own file; these are of the file written here.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+            raise disk_error(error, path) from error
         raise
 
 

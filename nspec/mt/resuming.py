@@ -27,18 +27,29 @@ class ResumePoint(NamedTuple):
         checkpoint: to go on from; None: from the start.
         undone: keys of the lines in the log that only the former end of the training made.
         trained: nothing is left to do, and the model and its summary are there.
+        kept: the checkpoints that this needs; the others can be deleted.
+        best: folder of the best weights so far where these are not among the checkpoints, to be taken from there.
     """
 
     progress: Progress
     checkpoint: Path | None
     undone: tuple[str, ...] = ()
     trained: bool = False
+    kept: tuple[Path, ...] = ()
+    best: Path | None = None
+
+    def tidy(self, folder: Path) -> None:
+        """Deletes the checkpoints in ``folder`` that training does not go on from, and takes the best weights in."""
+        checkpoints.keep_only(folder, self.kept)
+        if self.best is not None:
+            state = Progress(self.progress.best_step, best_value=self.progress.best_value)
+            checkpoints.adopt_weights(folder / f"checkpoint-{state.step}", self.best, state)
 
 
 def resume_point(
     system: str, folder: Path, settings: TrainConfig, seed: int, method: Method | None = None
 ) -> ResumePoint:
-    """Where the training of a system goes on. Checkpoints that it does not go on from are deleted.
+    """Where the training of a system goes on. Nothing is changed: :meth:`ResumePoint.tidy` does that.
 
     A damaged checkpoint is named in a warning, and training goes on from the one before it.
 
@@ -51,8 +62,9 @@ def resume_point(
 
     Raises:
         ValueError: no checkpoint is whole, they are of a training with other options or with more updates than wanted,
-            or a finished training that is to go on has none.
+            or a finished training that is to go on has none; a file is in the place of a folder.
     """
+    checkpoints.check_places(folder)
     options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
     options |= {"seed": seed, "mode": None, "masks": None}
     if method is not None:
@@ -60,14 +72,11 @@ def resume_point(
     place, summary = folder / "checkpoints", _summary(folder)
     found = checkpoints.whole(place)
     if not found:
-        distributed.barrier()
-        if distributed.rank() == 0:
-            checkpoints.keep_only(place, [])
         return _without_checkpoints(folder, settings, options, summary)
     if summary is not None and (state := _left_alone(found[-1], settings)) is not None:
         _check(place, state, settings, options)
         # A kill may have come between the last checkpoint of a longer training and its model.
-        if summary.get("updates") == state.step:
+        if summary.get("updates") == state.step and _is_of(folder, summary):
             if state.step < settings.updates:
                 logger.warning(
                     "%s: %s stopped early after update %d, as %d validations had brought nothing better; a higher "
@@ -75,7 +84,6 @@ def resume_point(
                     *(system, folder, state.step, state.worse),
                 )
             return ResumePoint(state, found[-1], trained=True)
-    distributed.barrier()
     # Only one process looks, as each would read all files.
     looked = _newest_sound(folder, found, settings) if distributed.rank() == 0 else None
     chosen, damages = distributed.gather(looked)[0]
@@ -86,14 +94,13 @@ def resume_point(
                 f"delete {folder}, and it is trained anew; the model in it is that of {summary.get('updates')} updates"
             )
         raise ValueError(f"{'; '.join(damages)}. No checkpoint is whole, so that training cannot go on: {anew}")
+    state = Progress.read(chosen)
+    _check(place, state, settings, options)
     if distributed.rank() == 0:
         for damage in damages:
             logger.warning(
                 "%s: %s; training goes on from %s, and what came after is deleted", system, damage, chosen.name
             )
-        checkpoints.keep_only(place, found[: found.index(chosen) + 1])
-    state = Progress.read(chosen)
-    _check(place, state, settings, options)
     undone: tuple[str, ...] = ()
     if _goes_on(state, settings):
         lines = {"window_loss": "loss", "best_step": "valid_loss"}
@@ -102,7 +109,11 @@ def resume_point(
     if distributed.rank() > 0:
         state.tokens = state.window_tokens = 0  # the stored sums are those of all processes; rank 0 carries them on
         state.window_loss = 0.0
-    return ResumePoint(state, chosen, undone)
+    kept = checkpoints.with_best(found[: found.index(chosen) + 1])
+    stored = checkpoints.is_stored(place / f"checkpoint-{state.best_step}")
+    return ResumePoint(
+        state, chosen, undone, kept=tuple(kept), best=None if stored or state.best_step == 0 else folder / "model"
+    )
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:
@@ -122,11 +133,21 @@ def _without_checkpoints(
     if summary is None or done == 0 < settings.updates:  # a model that was taken as it is has nothing to go on from
         return ResumePoint(Progress(options=options), None)
     if done == settings.updates or summary.get("stopped_early"):
+        if not _is_of(folder, summary):
+            raise ValueError(
+                f"the weights in {folder / 'model'} are not those that {folder / 'summary.json'} is of; put them back as "
+                f"they were, or delete {folder}, and it is trained anew"
+            )
         return ResumePoint(Progress(options=options), None, trained=True)
     raise ValueError(
         f"{folder} was trained for {done} updates and has no checkpoint to go on from to {settings.updates}; take "
         f"{done} updates, or another folder"
     )
+
+
+def _is_of(folder: Path, summary: dict[str, Any]) -> bool:
+    """Whether the model is the one that the summary is of; older versions did not note it."""
+    return summary.get("weights_sha256") in (None, checkpoints.weights_digest(folder / "model"))
 
 
 def _goes_on(state: Progress, settings: TrainConfig) -> bool:
@@ -161,11 +182,11 @@ def _damage_of_best(folder: Path, checkpoint: Path, settings: TrainConfig) -> st
     best = checkpoint.with_name(f"checkpoint-{step}")
     if step in (0, state.step):
         return None
-    if best.is_dir():
-        return checkpoints.damage(best, "model.safetensors")
-    summary = _summary(folder)  # of a finished training the best weights are in the model's folder
+    if checkpoints.is_stored(best):
+        return checkpoints.damage(best, weights=True)
+    summary = _summary(folder)  # of a training that an older version finished they are in the model's folder alone
     if summary is not None and summary.get("best_step") == step:
-        return None
+        return None if _is_of(folder, summary) else f"{folder / 'model'} has other weights than were written"
     return f"{best}, the best up to {checkpoint.name}, is gone"
 
 

@@ -22,6 +22,7 @@ import fcntl
 import math
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -53,6 +54,8 @@ NEUTRAL = {
 _HASHED = 1 << 24  # bytes; what is larger are weights, which later stages hash as their inputs
 _CHECKPOINTS = "checkpoints/checkpoint-*/nspec_state.json"
 
+_PART = re.compile(r"\..+\.(\d+)\.part")  # of nspec.files.replacing
+
 _PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
 
 
@@ -73,6 +76,8 @@ class Stage:
         overrides: options that have another value here than in the configuration: those of a variant.
         record: file in the folder that says that it is finished; another where two stages share a folder.
         outputs: glob patterns inside its folder: what others read of what it writes.
+        summaries: glob pattern inside its folder, where it consists of trainings that keep no checkpoints: raisable options
+            may be raised as long as none of these summaries says that its training stopped early.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Stage:
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: str = "stage.json"
     outputs: tuple[str, ...] = ()
+    summaries: str = ""
 
 
 class Run:
@@ -104,6 +110,7 @@ class Run:
         self._defaults = flatten(Config())
         self._hashes: dict[tuple[str, int, int], str] = {}
         self._lock: Any = None
+        self._raising: Stage | None = None  # its work has not changed anything yet
 
     def __enter__(self) -> Run:
         if self.world.rank == 0:
@@ -123,6 +130,9 @@ class Run:
             with contextlib.suppress(OSError):
                 self._lock.write(f"process {os.getpid()} on {platform.node()}")
                 self._lock.flush()
+            for part in self.folder.glob(".*.part"):
+                if (owner := _PART.fullmatch(part.name)) and _is_gone(int(owner[1])):
+                    part.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,7 +221,12 @@ class Run:
 
     def _refuse(self, stage: Stage, verb: str, differences: list[str]) -> None:
         listed, hint = "; ".join(differences), ""
-        if stage.raisable and verb == "made":
+        if stage.summaries and stage.raisable:
+            hint = (
+                f"Its trainings keep no checkpoints: {' or '.join(stage.raisable)} may be raised alone, and where none of "
+                "them stopped early. "
+            )
+        elif stage.raisable and verb == "made":
             there = any((self.folder / stage.folder).glob(_CHECKPOINTS))
             lacking = "" if there else ", and from its last checkpoint, which is not there"
             hint = f"A finished training goes on where {' or '.join(stage.raisable)} alone is raised{lacking}. "
@@ -258,15 +273,21 @@ class Run:
             damage = self.damage(stage.name) if verb == "made" else []
             if (differences or damage) and stage.derived:
                 return "stale"
-            can_go_on = verb == "begun" or any(folder.glob(_CHECKPOINTS))
-            if differences and can_go_on and self._raised(stage, content, differences):
-                return "raised"
-            if differences:
+            raised = bool(differences) and self._raised(stage, content, differences) and self._can_go_on(stage, verb)
+            if differences and not raised:
                 self._refuse(stage, verb, differences)
-            if damage:
+            if damage:  # also where it is to go on, which would make what is damaged look whole
                 raise ValueError(f"{'; '.join(damage)}. Put it back as it was, or {_redo(stage)}")
+            if raised:
+                return "raised"
             return "done" if verb == "made" else "begun"
         return "new"
+
+    def _can_go_on(self, stage: Stage, verb: str) -> bool:
+        folder = self.folder / stage.folder
+        if stage.summaries:
+            return not any(_stopped_early(path) for path in folder.glob(stage.summaries))
+        return verb == "begun" or any(folder.glob(_CHECKPOINTS))
 
     def following(self, names: Iterable[str]) -> list[str]:
         """The stages of these names (or of all ``name:*``), and all that follow from them, in order.
@@ -316,7 +337,8 @@ class Run:
 
         Args:
             name: of the stage.
-            work: does it, given the stage's folder, in which it may find what an unfinished attempt left.
+            work: does it, given the stage's folder, in which it may find what an unfinished attempt left. That of a stage
+                that can be raised calls :meth:`starting`.
             everyone: every process of a torchrun calls ``work``; else only rank 0, and the others wait.
             tell: is told what happens, one line each.
 
@@ -340,6 +362,15 @@ class Run:
         self.world.lead(lambda: self._finish(stage, time.monotonic() - begun, tell))
         return True
 
+    def starting(self) -> None:
+        """A work that goes on with a finished stage has checked all that it can, and is about to change its folder.
+
+        Until then the stage counts as finished with the former options, so that a refusal leaves it as it was.
+        """
+        if self._raising is not None:
+            self._raise_end(self._raising)
+            self._raising = None
+
     def _begin(self, stage: Stage, tell: Callable[[str], None]) -> str:
         for before in stage.after:
             if not self.finished(before):
@@ -354,7 +385,7 @@ class Run:
                     "first (`nspec run` does every step), or take the former values"
                 )
         folder = self.folder / stage.folder
-        state = self._state(stage)
+        state, self._raising = self._state(stage), None
         if state == "stale" and (damage := self.damage(stage.name)):
             tell(f"{stage.name}: {'; '.join(damage)}; it is made anew")
         if state == "done":
@@ -363,13 +394,13 @@ class Run:
             return state
         if state == "partial" and not stage.derived:
             shutil.rmtree(folder)
-        elif state == "new" and not stage.derived and folder.is_dir() and any(folder.iterdir()):
+        elif state == "new" and not stage.derived and folder.is_dir() and not _holds_only_parts(folder):
             tell(f"{stage.name}: {folder} is of unknown origin, moved to {_set_aside(folder)}")
         for part in list(folder.glob("**/.*.part")):  # what a kill left of a file or folder that was being written
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if state == "raised":
             tell(f"{stage.name}: goes on to {self._ends(stage)}")
-            self._raise_end(stage)
+            self._raising = stage
             return state
         tell(f"{stage.name}: {'goes on' if state == 'begun' else 'starts'}")
         if state != "begun":
@@ -409,6 +440,7 @@ class Run:
 
     def _finish(self, stage: Stage, seconds: float, tell: Callable[[str], None]) -> None:
         folder = self.folder / stage.folder
+        self.starting()
         if stage.raisable:  # before it counts as finished, so that a kill in between does not leave others outdated
             for old in self.set_aside(self._outdated(stage)):
                 tell(f"  made from the model before: the old results are kept in {old}")
@@ -446,6 +478,33 @@ def _height(name: str, value: float) -> float:
 
 def _started(stage: Stage) -> str:
     return stage.record.replace("stage", "started")
+
+
+def _stopped_early(summary: Path) -> bool:
+    with contextlib.suppress(ValueError):
+        found = read_json(summary)
+        return not isinstance(found, dict) or found.get("stopped_early") is not False
+    return True  # a broken one does not say so
+
+
+def _holds_only_parts(folder: Path) -> bool:
+    return all(_is_part(path) for path in folder.iterdir())
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def _is_gone(process: int) -> bool:
+    if process == os.getpid():  # of an earlier process with the same number, as this one has written nothing yet
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _set_aside(folder: Path) -> Path:

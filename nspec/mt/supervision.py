@@ -150,6 +150,8 @@ class Supervisor(TrainerCallback):
         together = self._over_all_processes()
         distributed.barrier()  # every process has written its random state
         if distributed.rank() == 0:
+            if self.log is not None:
+                self.log.noted(together)
             checkpoints.finish(newest, together)
             checkpoints.keep_only(self.folder, checkpoints.needed(self.folder))
         self.saving = False
@@ -188,7 +190,7 @@ class Supervisor(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             row |= {"skipped": p.skipped, "loss_scale": self.trainer.accelerator.scaler.get_scale()}
         if self.log is not None:
-            self.log.write(row)
+            self.log.write(row, extra=extra)
         self._display.training = row
         self.progress.window_loss = self.progress.window_targets = 0.0
         self.progress.window_tokens, self.progress.window_start = 0, now
@@ -211,7 +213,7 @@ class Supervisor(TrainerCallback):
         else:
             progress.worse += 1
         if self.log is not None:
-            self.log.write({"step": progress.step, **measured})
+            self.log.write({"step": progress.step, **measured}, extra=extra)
         self._display.validated(measured, progress)
 
     def close(self) -> None:

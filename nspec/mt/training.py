@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
-from nspec.files import write_json
+from nspec.files import disk_error, write_json
 from nspec.mt import checkpoints, distributed
 from nspec.mt.checkpoints import Progress, TrainingLog
 from nspec.mt.collate import collate
@@ -23,7 +23,7 @@ from nspec.mt.config import Config, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData
 from nspec.mt.evaluation import Validator
 from nspec.mt.methods import Method
-from nspec.mt.model import save_system
+from nspec.mt.model import put_back, save_system
 from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.resuming import ResumePoint, resume_point
 from nspec.mt.sampling import TaskBatchSampler
@@ -46,6 +46,7 @@ def train_system(
     *,
     method: Method | None = None,
     progress: bool = True,
+    starting: Callable[[], None] | None = None,
 ) -> None:
     """Trains a system to the end, or goes on where an earlier call was stopped or killed.
 
@@ -63,10 +64,11 @@ def train_system(
         folder: gets ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and in the end ``model/`` and ``summary.json``.
         method: what makes the system other than dense; knows every task of ``data``.
         progress: show a bar on a terminal, else a line for each validation, on standard error.
+        starting: the first process calls it when all is checked, before it changes what is in ``folder``.
 
     Raises:
         ValueError: settings that contradict each other, a task that the method does not know, checkpoints of another
-            training, or none that is whole.
+            training, or none that is whole; a log that cannot be read. Nothing has been changed then.
         TrainingDiverged: a loss or gradient is not finite, that of a model taken as it is too; the checkpoints are
             intact.
         SystemExit: SIGTERM came (single process); a checkpoint was saved and the next call goes on from it.
@@ -76,35 +78,47 @@ def train_system(
     _check(settings, data, method)
     device = distributed.resolve_device(config.run.device)
     precision = resolve_precision(settings.precision, device, int(getattr(model.config, "hidden_size", 0)))
+    if distributed.rank() == 0:
+        put_back(folder / "model")
+    distributed.barrier()
     point = resume_point(system, folder, settings, config.run.seed, method)
-    state = point.progress
+    state, place = point.progress, folder / "checkpoints"
+    if (lost := checkpoints.log_damage(folder, state, point.undone)) and distributed.rank() == 0:
+        logger.warning("%s: %s; they are not in the curves of the report", system, lost)
     if point.trained:
         logger.info("%s: %s is trained already", system, folder)
+        distributed.barrier()
+        if distributed.rank() == 0:  # a kill may have come before this was done
+            checkpoints.keep_end(place)
         return
     if distributed.rank() == 0 and (note := precision_note(settings.precision, device)):
         logger.warning("%s: %s", system, note)
     dense = sum(p.numel() for p in model.parameters())
     if method is not None:
         method.attach(model)
+    distributed.barrier()  # every process has read what may be deleted now
+    if distributed.rank() == 0:
+        if starting is not None:
+            starting()
+        point.tidy(place)
+    distributed.barrier()
     if settings.updates == 0:
         _measure(config, settings, data, model, folder, state, device, precision)
     elif not state.stopped:
         shown = system if progress else None
         _train(config, settings, data, model, folder, point, device, precision, method, shown)
-    best = folder / "checkpoints" / f"checkpoint-{state.best_step}"
     if settings.updates:
-        load_weights(model, best if best.is_dir() else folder / "model")  # there when a finished training went on
+        load_weights(model, place / f"checkpoint-{state.best_step}")
     model.eval()
     (tokens,) = distributed.all_sum([state.tokens])
     if distributed.rank() == 0:
         save_system(model, data.tokenizer, folder / "model", method)
         summary = _summary(system, settings, model, state, int(tokens), method, device, precision)
+        summary["weights_sha256"] = checkpoints.weights_digest(
+            folder / "model"
+        )  # so that neither is taken for another's
         write_json(folder / "summary.json", summary | {"parameters_added": summary["parameters"] - dense})
-        # The whole state, about three times the model, so that it can be trained on for more updates.
-        kept = checkpoints.whole(folder / "checkpoints")[-1:]
-        if "best_step" in state.without_end:
-            kept.append(folder / "checkpoints" / f"checkpoint-{state.without_end['best_step']}")
-        checkpoints.keep_only(folder / "checkpoints", kept)
+        checkpoints.keep_end(place)  # so that it can be trained on for more updates
     distributed.barrier()
 
 
@@ -201,9 +215,8 @@ def _train(
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         except Exception as error:
             if supervisor.saving:  # a full disk comes as three different types from three libraries
-                raise OSError(
-                    f"cannot write checkpoint-{state.step} in {folder / 'checkpoints'}: {error}; those before it are intact"
-                ) from error
+                place = folder / "checkpoints" / f"checkpoint-{state.step}"
+                raise disk_error(error, place, "; those before it are intact") from error
             raise
         finally:
             supervisor.close()

@@ -99,3 +99,93 @@ def test_the_tensorboard_log_has_the_same_numbers(tmp_path: Path) -> None:
             "valid_bleu/en-de": 7.5,
         }
     )
+
+
+def test_a_state_that_was_changed_is_not_believed_and_one_without_checksum_is(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 7, best_value=2.5, best_step=4)
+    file = path / checkpoints.STATE_FILE
+    state = json.loads(file.read_text())
+    for name, value in {"best_value": 2.25, "worse": 1, "without_end": {"best_step": 1}, "files": {}}.items():
+        file.write_text(json.dumps(state | {name: value}))
+        assert checkpoints.damage(path) == f"{file} has other contents than were written"
+        with pytest.raises(ValueError, match="nspec_state.json has other contents than were written"):
+            Progress.read(path)
+    file.write_text(json.dumps(dict(reversed(state.items()))))  # in another order it says the same
+    assert checkpoints.damage(path) is None
+    del state["sha256"], state["log"]  # as older versions wrote it
+    file.write_text(json.dumps(state))
+    assert Progress.read(path).best_value == 2.5
+
+
+def test_of_a_finished_training_the_last_checkpoint_and_the_weights_of_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 11):
+        checkpoint(tmp_path, step, whole=False)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("twice as large")
+        best = {"best_step": 9, "without_end": {"best_step": 6}} if step == 11 else {}
+        checkpoints.finish(tmp_path / f"checkpoint-{step}", Progress(step=step, **best))  # type: ignore[arg-type]
+    for _ in range(2):  # also after a kill
+        checkpoints.keep_end(tmp_path)
+        assert checkpoints.whole(tmp_path) == [tmp_path / "checkpoint-11"]
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-9", "checkpoint-11"}
+        assert {path.name for path in (tmp_path / "checkpoint-6").iterdir()} == {
+            "model.safetensors",
+            "nspec_state.json",
+        }
+    assert (tmp_path / "checkpoint-11" / "optimizer.pt").exists()
+    assert checkpoints.damage(tmp_path / "checkpoint-6", weights=True) is None
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_text("Weights")
+    assert "has other contents" in str(checkpoints.damage(tmp_path / "checkpoint-6", weights=True))
+
+
+def test_rows_of_the_log_that_are_gone_or_others_are_told(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path, 0)
+    for step in (5, 10):
+        log.write({"step": step, "loss": 1.0})
+    log.write({"step": 10, "valid_loss": 1.5}, extra=True)
+    progress = Progress(step=10)
+    log.noted(progress)
+    log.write({"step": 15, "loss": 1.0})
+    log.close()
+    path = tmp_path / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    longer = progress.going_on()
+    assert checkpoints.log_damage(tmp_path, progress) is None
+    for kept in (4, 3, 2):  # the last ones are after the checkpoint, and of its end alone
+        path.write_text("".join(lines[:kept]))
+        assert checkpoints.log_damage(tmp_path, longer, ["valid_loss"]) is None
+    path.write_text(lines[0])
+    assert checkpoints.log_damage(tmp_path, longer, ["valid_loss"]) == (
+        f"{path} lacks 1 of the 2 rows that it had at update 10"
+    )
+    path.write_text("".join([lines[0].replace("1.0", "2.0"), *lines[1:]]))
+    assert checkpoints.log_damage(tmp_path, progress) == f"{path} has other rows up to update 10 than were written"
+    path.unlink()
+    assert checkpoints.log_damage(tmp_path, progress) == f"{path} lacks 3 of the 3 rows that it had at update 10"
+    assert checkpoints.log_damage(tmp_path, Progress(step=10)) is None, "older versions noted nothing"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"[1]", r"'\[1\]', expected an object with a step"),
+        (b"7", "expected an object with a step"),
+        (b'{"loss": 1}', "expected an object with a step"),
+        (b'{"step": "1"}', "expected an object with a step"),
+        (b"", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_line_of_the_log_that_is_no_row_is_named(tmp_path: Path, line: bytes, what: str) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=rf"log\.jsonl line 2 .*{what}") as caught:
+        read_log(tmp_path / "log.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/checkpoint-99", "tensorboard", "model"])
+def test_a_file_in_the_place_of_a_folder_is_one_clear_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("x")
+    with pytest.raises(ValueError, match=f"{tmp_path / place} is a file, and a training has a folder there"):
+        checkpoints.check_places(tmp_path)

@@ -161,3 +161,25 @@ def test_an_unknown_mode_in_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "nspec.json").write_text('{"mode": "sideways"}')
     with pytest.raises(ValueError, match="sideways"):
         load_method(tmp_path)
+
+
+def test_a_kill_between_the_two_renames_loses_no_system(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_system(toy.model(seed=1), toy.data.tokenizer, tmp_path / "model")
+    before = load_system(tmp_path / "model")[0].state_dict()
+    rename = os.rename
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target).name == "model":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(model_module.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_system(toy.model(seed=2), toy.data.tokenizer, tmp_path / "model")
+    monkeypatch.undo()
+    assert not (tmp_path / "model").exists()
+    model_module.put_back(tmp_path / "model")
+    assert same(load_system(tmp_path / "model")[0].state_dict(), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

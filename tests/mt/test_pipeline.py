@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nspec
+from nspec.files import sha256, write_json
 from nspec.mt import options, pipeline
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
@@ -267,3 +268,24 @@ def test_progress_is_told_on_standard_error_only(capsys: pytest.CaptureFixture[s
     written = capsys.readouterr()
     assert written.out == ""
     assert written.err == "train: [starts] " + "x" * 200 + "\n"
+
+
+def test_translations_that_changed_since_they_were_written_are_not_scored(tmp_path: Path) -> None:
+    hypotheses = tmp_path / "en-de.hyp.txt"
+    hypotheses.write_text("eins\nzwei\n")
+    facts = {"sentences": 2, "seconds": 0.5}
+    write_json(tmp_path / "en-de.decode.json", facts | {"sha256": sha256(hypotheses)})
+    assert pipeline._decoding(tmp_path, "en-de")["seconds"] == 0.5
+    hypotheses.write_text("eins\ndrei\n")
+    with pytest.raises(ValueError, match=r"en-de\.hyp\.txt has other contents than were written"):
+        pipeline._decoding(tmp_path, "en-de")
+    write_json(tmp_path / "en-de.decode.json", facts)  # as older versions wrote it
+    assert pipeline._decoding(tmp_path, "en-de") == facts
+
+
+@pytest.mark.parametrize(("system", "section"), [("finetuned", "specialize"), ("bilingual", "train")])
+def test_models_of_single_directions_may_be_given_more_patience(system: str, section: str) -> None:
+    stage = stages("dense", system)[f"specialize:{system}"]
+    assert f"{section}.patience" in stage.options
+    assert stage.raisable == (f"{section}.patience",)
+    assert stage.summaries == "*/summary.json"

@@ -347,6 +347,7 @@ def test_a_longer_training_that_was_killed_goes_on_and_leaves_nothing_outdated(t
         longer.run.check()
 
         def killed(*_: Any, **__: Any) -> None:
+            longer.run.starting()
             raise KeyboardInterrupt
 
         if moment == "before its record":
@@ -369,3 +370,79 @@ def test_a_training_that_has_begun_may_be_given_a_later_end(tmp_path: Path) -> N
         chain.run.do("train", killed)
     assert Trained(config_of(tmp_path, train_updates=9))()[0] == "train"
     assert read_json(tmp_path / "two/stage.json")["options"]["train.updates"] == 9
+
+
+def test_what_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
+    def with_outputs(config: Config) -> Trained:
+        chain = Trained(config, result="better" if config.train.updates > 5 else "x")
+        stages = [
+            dataclasses.replace(s, outputs=("model", "log.jsonl")) if s.name == "train" else s
+            for s in chain.run.stages.values()
+        ]
+        chain.run = Run(config, stages)
+        return chain
+
+    with_outputs(config_of(tmp_path, train_updates=5))()
+    (tmp_path / "two/model").write_text("y")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"two/model has changed since it was written\. Put it back"):
+        with_outputs(config_of(tmp_path, train_updates=9))()
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "two/model").write_text("x")
+    assert with_outputs(config_of(tmp_path, train_updates=9))()[0] == "train"
+
+
+def test_a_longer_training_that_is_refused_leaves_the_finished_one(tmp_path: Path) -> None:
+    Trained(config_of(tmp_path, train_updates=5))()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    longer = Trained(config_of(tmp_path, train_updates=9))
+
+    def refused(folder: Path) -> None:
+        raise ValueError("checkpoint-5 is of another training")
+
+    with longer.run, pytest.raises(ValueError, match="checkpoint-5 is of another"):
+        longer.run.do("train", refused)
+    assert before == {path: path.read_bytes() for path in before}
+    assert Trained(config_of(tmp_path, train_updates=5))() == []
+
+
+@pytest.mark.parametrize(("stopped", "goes_on"), [([False, False], True), ([False, True], False)])
+def test_trainings_without_checkpoints_get_more_patience_where_none_stopped_early(
+    tmp_path: Path, stopped: list[bool], goes_on: bool
+) -> None:
+    def each(patience: int) -> Trained:
+        chain = Trained(config_of(tmp_path, train_patience=patience), checkpoint=False)
+        stages = [
+            dataclasses.replace(s, summaries="*/summary.json", raisable=("train.patience",)) if s.name == "train" else s
+            for s in chain.run.stages.values()
+        ]
+        chain.run = Run(chain.run.config, stages)
+        return chain
+
+    each(1)()
+    for number, early in enumerate(stopped):
+        write_text(tmp_path / f"two/{number}/summary.json", json.dumps({"stopped_early": early}))
+    if goes_on:
+        assert each(3)() == ["train"]
+        assert each(3)() == []
+    else:
+        with pytest.raises(
+            ValueError, match=r"patience was 1, is 3\. Its trainings keep no checkpoints: .*--redo train"
+        ):
+            each(3)()
+
+
+def test_what_dead_processes_left_half_written_is_removed_and_of_no_unknown_origin(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = tmp_path / f".config.yaml.{dead.pid}.part"
+    living = tmp_path / ".config.yaml.1.part"
+    (tmp_path / "one").mkdir()
+    for part in (stale, living, tmp_path / "one" / f".started.json.{dead.pid}.part"):
+        part.write_text("half")
+    chain = Chain(config_of(tmp_path))
+    assert chain() == ALL
+    assert not stale.exists()
+    assert living.exists()
+    assert not [line for line in chain.told if "unknown origin" in line]
+    assert not list(tmp_path.glob("*.old-*"))
