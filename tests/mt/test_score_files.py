@@ -217,10 +217,10 @@ def test_files_that_do_not_fit_are_one_error_that_names_them(place: Path, change
         (["--system", ".={p}/ours", "--out", "{p}/o"], "--system .={p}/ours: expected NAME=FOLDER"),
         (["--system", "..={p}/ours", "--out", "{p}/o"], "--system ..={p}/ours: expected NAME=FOLDER"),
         (["--system", "a/b={p}/ours", "--out", "{p}/o"], "--system a/b={p}/ours: expected NAME=FOLDER"),
-        (["--system", "a={p}/ours", "--out", "{p}/g.yaml"], "--out {p}/g.yaml: {p}/g.yaml is there and is no folder"),
+        (["--system", "a={p}/ours", "--out", "{p}/g.yaml"], "--out {p}/g.yaml is not a folder"),
         (
             ["--system", "a={p}/ours", "--out", "{p}/g.yaml/o"],
-            "--out {p}/g.yaml/o: {p}/g.yaml is there and is no folder",
+            "--out {p}/g.yaml/o: there is no folder {p}/g.yaml",
         ),
         (["--system", "g.yaml={p}/ours", "--out", "{p}"], "--out {p}: {p}/g.yaml is there and is no folder"),
         (["--system", "a={p}/ours", "--out", "{p}/table"], "--out {p}/table: {p}/table/scores.tsv is a folder"),

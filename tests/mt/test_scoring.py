@@ -212,7 +212,7 @@ def test_a_baseline_that_does_not_fit_is_named() -> None:
 
 def test_too_few_bootstrap_samples_are_refused() -> None:
     hypotheses, references = texts(["en-de"])
-    with pytest.raises(ValueError, match=r"score.bootstrap: expected 40 .* to 100000, found 10"):
+    with pytest.raises(ValueError, match=r"score.bootstrap: expected at least 40, found 10"):
         score_system(hypotheses, references, ScoreConfig(bootstrap=10), "en")
 
 

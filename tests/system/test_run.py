@@ -135,7 +135,8 @@ def test_other_options_are_refused_before_anything_is_written(tiny: Tiny, capsys
     message = refused(capsys, "run", tiny.config, "--set", "train.lr=1e-3", "--set", "train.warmup=9")
     assert message.startswith(
         f"{tiny.folder / 'systems/dense'} was made with other settings: train.lr was 0.003, is 0.001; "
-        "train.warmup was 3, is 9. Give another folder"
+        "train.warmup was 3, is 9. A finished training goes on where train.updates or train.patience alone is raised. Give "
+        "another folder"
     )
     assert "--redo train" in message
     message = refused(capsys, "report", tiny.config, "--set", "decode.beam=3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -125,6 +126,8 @@ def test_masks_without_a_direction_do_not_train(tiny: Tiny, tmp_path: Path, caps
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     masks = NeuronMasks.load(tiny.folder / "masks")
     NeuronMasks({"en-de": masks["en-de"]}).save(tmp_path / "run/masks")
+    record = json.loads((tmp_path / "run/masks/stage.json").read_text())
+    (tmp_path / "run/masks/stage.json").write_text(json.dumps(record | {"outputs": {}}))  # as older versions left it
     for folder in ["random_masks", "scores/forward", "scores/update", "scores/random"]:
         shutil.rmtree(tmp_path / "run" / folder)
     capsys.readouterr()
@@ -165,13 +168,13 @@ def test_a_byte_order_mark_is_no_text(tiny: Tiny, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-length-ratio", "inf"], "decode.max_length_ratio: expected a number from 0 to 1000, found inf"),
-        (["--max-length-ratio", "nan"], "decode.max_length_ratio: expected more than 0, found nan"),
-        (["--length-penalty", "nan"], "decode.length_penalty: expected a number from -1 to 10, found nan"),
-        (["--length-penalty", "1e308"], "decode.length_penalty: expected a number from -1 to 10, found 1e+308"),
-        (["--beam", "1000000"], "decode.beam: expected a number from 1 to 1000, found 1000000"),
+        (["--max-length-ratio", "inf"], "decode.max_length_ratio: expected a finite number, found inf"),
+        (["--max-length-ratio", "nan"], "decode.max_length_ratio: expected a finite number, found nan"),
+        (["--length-penalty", "nan"], "decode.length_penalty: expected a finite number, found nan"),
+        (["--length-penalty", "1e308"], "decode.length_penalty: expected at most 10, found 1e+308"),
+        (["--beam", "1000000"], "decode.beam: expected at most 1000, found 1000000"),
         (["--no-repeat-ngram-size", "-1"], "decode.no_repeat_ngram_size: expected at least 0, found -1"),
-        (["--repetition-penalty", "0"], "decode.repetition_penalty: expected more than 0, found 0.0"),
+        (["--repetition-penalty", "0"], "decode.repetition_penalty: expected a number in (0, 100], found 0.0"),
         (["--beam", "900"], "a beam of 900 needs a vocabulary of at least 1800"),
         (["--output", "nowhere/x"], "--output nowhere/x: there is no folder "),
         (["--output", "/"], "--output / is a folder"),
