@@ -116,8 +116,8 @@ def save_system(
     """Writes a system that :func:`load_system` and, as a dense model, ``AutoModelForSeq2SeqLM`` load.
 
     The weights are the dense ones under their usual names (those of adapters are added); what makes the system, such as
-    masks, stands beside them with ``nspec.json``. The folder appears at once: a kill leaves the old one
-    (:func:`put_back` gives it its name again), the new one or none.
+    masks, stands beside them with ``nspec.json``; ``tokenizer.sha256`` says which tokenizer is the model's. The folder
+    appears at once: a kill leaves the old one (:func:`put_back` gives it its name again), the new one or none.
     """
     with _new_folder(Path(folder)) as part, quiet_transformers():
         cached, model.config.use_cache = model.config.use_cache, True  # off while training, wanted in decoding

@@ -126,7 +126,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, config: Any, source: str | Pat
         return
     folder = Path(source)
     exact = is_ours(tokenizer) and folder.is_dir() and not (folder / RECORD).is_file()  # as older versions wrote it
-    fits = rows == rows_of(tokenizer) if exact else count <= rows < count + _SPARE_ROWS
+    fits = rows in (count, rows_of(tokenizer)) if exact else count <= rows < count + _SPARE_ROWS
     if not fits:
         raise ValueError(
             f"the model in {source} has a vocabulary of {rows} and the tokenizer beside it one of {count}; it is the "

@@ -254,7 +254,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with reading("tokenizer", folder, "; it needs tokenizer.json and tokenizer_config.json, whole and of one another"):
+    hint = (
+        "; it needs tokenizer.json (or what its class has: vocab.json, sentencepiece.bpe.model) and tokenizer_config.json, "
+        "whole and of one another"
+    )
+    with reading("tokenizer", folder, hint):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_tokenizer_files(Path(folder), tokenizer)
     tags = languages_of(tokenizer)

@@ -246,9 +246,7 @@ def flat(row: dict[str, Any]) -> dict[str, float]:
     return {**row, **{f"{t}/{name}": value for t, values in tasks.items() for name, value in values.items()}}
 
 
-def test_training_stops_when_validation_stops_getting_better(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = training.Validator.measure  # on a busy machine a loss may differ in its last bit
-    monkeypatch.setattr(training.Validator, "measure", lambda self: {**measure(self), "valid_loss": 3.0})
+def test_training_stops_when_validation_stops_getting_better(toy: Toy) -> None:
     folder = toy.train("patient", lr=0.0, updates=100, valid_every=2, patience=3)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["updates"] == 8
