@@ -75,7 +75,7 @@ class HubCorpus(Corpus):
         data = self.loaded[self.subsets[pair]]
         wanted = {"train": "train", "valid": self.config.valid_split, "test": self.config.test_split}[split]
         for name in VALID_NAMES if wanted == "valid" else (wanted,):
-            if name in data:
+            if name in data and (split == "test" or name != self.config.test_split):  # never one part for both
                 return data[name]
         return None
 
@@ -94,7 +94,15 @@ class HubCorpus(Corpus):
         part = self._part(pair, split)
         nested = part is not None and "translation" in part.features
         present = _keys(part) if part is not None else []
-        keys = {normalized_code(key): key for key in present} | {key: key for key in present}
+        keys: dict[str, str] = {}
+        for key in present:
+            code = normalized_code(key)
+            if code in keys and code in pair:
+                raise CorpusError(
+                    f"data set {self.config.name}, subset {self.subsets[pair]!r}: {keys[code]} and {key} are the same "
+                    "language; keep one"
+                )
+            keys[code] = key
         # Only what is needed is decoded: a wide multiway table has dozens of columns.
         needed = ["translation"] if nested else [keys[code] for code in pair if code in keys]
         rows = part.select_columns(needed) if part is not None else []

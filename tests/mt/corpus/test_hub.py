@@ -160,3 +160,18 @@ def test_the_fingerprint_follows_the_data(tmp_path):
         write(tmp_path / name, "de-en", rows)
     prints = [open_corpus(config(tmp_path / name, "de"), 1).fingerprint() for name in ("first", "first", "second")]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_two_columns_of_one_language_are_an_error(tmp_path, nested):
+    row = {"en": "a", "zh_Hans": "b", "zh-Hans": "c"}
+    write(tmp_path / "data", "en-zh_Hans", [{"translation": row} if nested else row])
+    with pytest.raises(CorpusError, match=r"zh(_|-)Hans and zh(-|_)Hans are the same language; keep one"):
+        list(open_corpus(config(tmp_path / "data", "zh_Hans"), 1).read(("en", "zh_Hans"), "train"))
+
+
+def test_the_test_split_is_not_the_validation_split_under_another_name(tmp_path):
+    write(tmp_path / "data", "de-en", splits=("train", "validation"))
+    with pytest.raises(CorpusError, match=r"has the splits train, validation; corpus\.valid_split names the split"):
+        corpus = open_corpus(config(tmp_path / "data", "de", test_split="validation"), 1)
+        corpus.check(("de", "en"))
