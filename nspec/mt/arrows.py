@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from nspec.mt.config import Config, TrainConfig
-from nspec.mt.stages import Stage
+from nspec.mt.records import Stage
 from nspec.mt.systems import (
     config_of,
     finetuned_system,

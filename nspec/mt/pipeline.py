@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nspec.files import read_json, sha256, write_json, write_text
 from nspec.mt.arrows import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.mt.config import Config
+from nspec.mt.decoded import decoding, record_of, translations
 from nspec.mt.display import Display, duration
 from nspec.mt.machine import check_machine, check_threads
 from nspec.mt.options import render_complete
@@ -294,7 +295,7 @@ class Pipeline:
                 write_text(folder / f"{task}.hyp.txt", "".join(f"{line}\n" for line in hypotheses))
                 # Last, as it says that the direction is done.
                 facts = {"sentences": len(hypotheses), "seconds": time.monotonic() - begun}
-                write_json(_decoded(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
+                write_json(record_of(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 
     def _score(self, system: str, folder: Path) -> None:
         from nspec.analysis.languages import why_no_families
@@ -317,17 +318,17 @@ class Pipeline:
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
         for warning in scores["warnings"]:
             self.display.line(f"  warning, {system} ({', '.join(warning['directions'])}): {warning['text']}")
-        seconds = sum(_decoding(folder, task)["seconds"] for task in data.tasks)
+        seconds = sum(decoding(folder, task)["seconds"] for task in data.tasks)
         decode = vars(self.config.decode)
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})
 
     def _is_translated(self, folder: Path, task: str, data: PreparedData) -> bool:
         """Whether an earlier attempt has translated a direction; what it left broken is translated again."""
-        if not _decoded(folder, task).is_file():
+        if not record_of(folder, task).is_file():
             return False
         try:
-            _decoding(folder, task)
-            _lines(folder, task, len(data.text("test", task)[0]))
+            decoding(folder, task)
+            translations(folder, task, len(data.text("test", task)[0]))
         except (ValueError, OSError) as error:
             self.display.line(f"  {task} is translated again: {error}")
             return False
@@ -337,8 +338,8 @@ class Pipeline:
         folder = self.folder / "scores" / system
         try:
             for task in data.tasks:
-                _decoding(folder, task)
-            return {task: _lines(folder, task, len(data.text("test", task)[0])) for task in data.tasks}
+                decoding(folder, task)
+            return {task: translations(folder, task, len(data.text("test", task)[0])) for task in data.tasks}
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; --redo evaluate:{system} translates it again") from error
 
@@ -397,42 +398,6 @@ class Pipeline:
                 "add forward, update or random"
             )
         return dict(sorted(found.items(), key=lambda item: "/" in item[0]))
-
-
-def _decoded(folder: Path, task: str) -> Path:
-    return folder / f"{task}.decode.json"
-
-
-def _decoding(folder: Path, task: str) -> dict[str, Any]:
-    """What translating a direction left about itself.
-
-    Raises:
-        ValueError: it is broken, or the translations are not those that it is of; the message names the file, what was
-            found and what was expected.
-    """
-    found = read_json(_decoded(folder, task))
-    for key in ("sentences", "seconds"):
-        value: Any = found.get(key) if isinstance(found, dict) else None
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
-            expected = '{"sentences": number, "seconds": number}'
-            raise ValueError(f"{_decoded(folder, task)} holds {repr(found)[:60]}, expected {expected}")
-    known, path = found.get("sha256"), folder / f"{task}.hyp.txt"
-    if known is not None and path.is_file() and known != sha256(path):  # older versions wrote none
-        raise ValueError(f"{path} has other contents than were written")
-    return dict(found)
-
-
-def _lines(folder: Path, task: str, sentences: int) -> list[str]:
-    """The translations of a direction.
-
-    Raises:
-        ValueError: there are not as many as sentences.
-    """
-    path = folder / f"{task}.hyp.txt"
-    lines = path.read_bytes().decode().split("\n")[:-1]  # read_text would end a line at a carriage return too
-    if len(lines) != sentences:
-        raise ValueError(f"{path} has {len(lines)} lines, expected the {sentences} sentences of the test set")
-    return lines
 
 
 def quieten(threads: int = 0) -> None:

@@ -17,23 +17,32 @@ Stages that only derive files from others in seconds (scores, the report) are ma
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
-import math
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib import metadata
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from nspec import __version__
-from nspec.files import read_json, sha256, write_json
+from nspec.files import sha256, write_json
 from nspec.mt.config import Config
 from nspec.mt.options import flatten
+from nspec.mt.records import (
+    Stage,
+    height,
+    holds_only_parts,
+    is_gone,
+    move_aside,
+    read_record,
+    redo_hint,
+    started_name,
+    stopped_early,
+    versions,
+    was_made_of,
+)
 from nspec.mt.world import World
 
 # These change where, how fast or how verbosely something is computed, not what: results agree to rounding.
@@ -55,43 +64,6 @@ _HASHED = 1 << 24  # bytes; what is larger are weights, which later stages hash 
 _CHECKPOINTS = "checkpoints/checkpoint-*/nspec_state.json"
 
 _PART = re.compile(r"\..+\.(\d+)\.part")  # of nspec.files.replacing
-
-_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One arrow of a run.
-
-    Attributes:
-        name: for the terminal and ``--redo``, such as ``train`` or ``specialize:forward``.
-        folder: inside the run folder.
-        options: names of the options, or whole sections (``corpus``), that its result depends on.
-        inputs: glob patterns inside the run folder; what they match is hashed.
-        after: names of the stages whose results it reads; all of them must be finished.
-        resumable: an unfinished one goes on, instead of starting over.
-        raisable: names of options with which it goes on where they are raised after it has finished (patience 0 is the
-            highest), from one of its checkpoints.
-        derived: cheap and wholly made from its inputs, so that it is made anew where they or the options changed.
-        overrides: options that have another value here than in the configuration: those of a variant.
-        record: file in the folder that says that it is finished; another where two stages share a folder.
-        outputs: glob patterns inside its folder: what others read of what it writes.
-        summaries: glob pattern inside its folder, where it consists of trainings that keep no checkpoints: raisable options
-            may be raised as long as none of these summaries says that its training stopped early.
-    """
-
-    name: str
-    folder: str
-    options: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    resumable: bool = False
-    raisable: tuple[str, ...] = ()
-    derived: bool = False
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    record: str = "stage.json"
-    outputs: tuple[str, ...] = ()
-    summaries: str = ""
 
 
 class Run:
@@ -131,7 +103,7 @@ class Run:
                 self._lock.write(f"process {os.getpid()} on {platform.node()}")
                 self._lock.flush()
             for part in self.folder.glob(".*.part"):
-                if (owner := _PART.fullmatch(part.name)) and _is_gone(int(owner[1])):
+                if (owner := _PART.fullmatch(part.name)) and is_gone(int(owner[1])):
                     part.unlink(missing_ok=True)
         return self
 
@@ -168,7 +140,7 @@ class Run:
         """What the stage wrote, by path inside its folder: the SHA-256, or the bytes of a large file."""
         folder = self.folder / stage.folder
         found = {path for pattern in stage.outputs for path in folder.glob(pattern) if path.is_file()}
-        own = {folder / stage.record, folder / _started(stage)}
+        own = {folder / stage.record, folder / started_name(stage)}
         return {path.relative_to(folder).as_posix(): self._fingerprint(path) for path in sorted(found - own)}
 
     def _fingerprint(self, path: Path) -> str | int:
@@ -180,7 +152,7 @@ class Run:
         stage = self.stages[name]
         folder, found = self.folder / stage.folder, []
         try:
-            outputs = _record(folder / stage.record)["outputs"]
+            outputs = read_record(folder / stage.record)["outputs"]
         except ValueError as error:
             return [str(error)]
         for part, before in outputs.items():
@@ -217,7 +189,7 @@ class Run:
         changed = [name for name in now if before.get(name, self._defaults[name]) != now[name]]
         if len(changed) < len(differences) or not set(changed) <= set(stage.raisable):  # inputs have changed, or others
             return False
-        return all(_height(name, now[name]) > _height(name, before.get(name, self._defaults[name])) for name in changed)
+        return all(height(name, now[name]) > height(name, before.get(name, self._defaults[name])) for name in changed)
 
     def _refuse(self, stage: Stage, verb: str, differences: list[str]) -> None:
         listed, hint = "; ".join(differences), ""
@@ -232,7 +204,7 @@ class Run:
             hint = f"A finished training goes on where {' or '.join(stage.raisable)} alone is raised{lacking}. "
         raise ValueError(
             f"{self.folder / stage.folder} was {verb} with other settings: {listed}. {hint}Give another folder "
-            f"(--set run.folder=...), or {_redo(stage)}"
+            f"(--set run.folder=...), or {redo_hint(stage)}"
         )
 
     # Before work
@@ -258,17 +230,17 @@ class Run:
         (start over) or ``new``.
         """
         folder = self.folder / stage.folder
-        for record, verb in [(stage.record, "made"), (_started(stage), "begun")]:
+        for record, verb in [(stage.record, "made"), (started_name(stage), "begun")]:
             if not (folder / record).is_file():
                 continue
             if verb == "begun" and not stage.resumable:
                 return "partial"
             try:
-                content = _record(folder / record)
+                content = read_record(folder / record)
             except ValueError as error:
                 if stage.derived:
                     return "stale"
-                raise ValueError(f"{error}. Put it back as it was, or {_redo(stage)}") from error
+                raise ValueError(f"{error}. Put it back as it was, or {redo_hint(stage)}") from error
             differences = self._differences(stage, content, to_come)
             damage = self.damage(stage.name) if verb == "made" else []
             if (differences or damage) and stage.derived:
@@ -277,7 +249,7 @@ class Run:
             if differences and not raised:
                 self._refuse(stage, verb, differences)
             if damage:  # also where it is to go on, which would make what is damaged look whole
-                raise ValueError(f"{'; '.join(damage)}. Put it back as it was, or {_redo(stage)}")
+                raise ValueError(f"{'; '.join(damage)}. Put it back as it was, or {redo_hint(stage)}")
             if raised:
                 return "raised"
             return "done" if verb == "made" else "begun"
@@ -286,7 +258,7 @@ class Run:
     def _can_go_on(self, stage: Stage, verb: str) -> bool:
         folder = self.folder / stage.folder
         if stage.summaries:
-            return not any(_stopped_early(path) for path in folder.glob(stage.summaries))
+            return not any(stopped_early(path) for path in folder.glob(stage.summaries))
         return verb == "begun" or any(folder.glob(_CHECKPOINTS))
 
     def following(self, names: Iterable[str]) -> list[str]:
@@ -320,7 +292,7 @@ class Run:
             if stage.derived:
                 (folder / stage.record).unlink(missing_ok=True)
             elif folder.exists():
-                moved.append(_set_aside(folder))
+                moved.append(move_aside(folder))
         return moved
 
     # Work
@@ -389,13 +361,13 @@ class Run:
         if state == "stale" and (damage := self.damage(stage.name)):
             tell(f"{stage.name}: {'; '.join(damage)}; it is made anew")
         if state == "done":
-            (folder / _started(stage)).unlink(missing_ok=True)
+            (folder / started_name(stage)).unlink(missing_ok=True)
             tell(f"{stage.name}: done, skipped")
             return state
         if state == "partial" and not stage.derived:
             shutil.rmtree(folder)
-        elif state == "new" and not stage.derived and folder.is_dir() and not _holds_only_parts(folder):
-            tell(f"{stage.name}: {folder} is of unknown origin, moved to {_set_aside(folder)}")
+        elif state == "new" and not stage.derived and folder.is_dir() and not holds_only_parts(folder):
+            tell(f"{stage.name}: {folder} is of unknown origin, moved to {move_aside(folder)}")
         for part in list(folder.glob("**/.*.part")):  # what a kill left of a file or folder that was being written
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if state == "raised":
@@ -405,7 +377,7 @@ class Run:
         tell(f"{stage.name}: {'goes on' if state == 'begun' else 'starts'}")
         if state != "begun":
             record = {"stage": stage.name, "options": self._options(stage), "inputs": self._inputs(stage), "seconds": 0}
-            write_json(folder / _started(stage), record)
+            write_json(folder / started_name(stage), record)
         return state
 
     def _ends(self, stage: Stage) -> str:
@@ -414,10 +386,10 @@ class Run:
     def _raise_end(self, stage: Stage) -> None:
         """Makes a finished training one that has begun, with the present options."""
         folder = self.folder / stage.folder
-        place = next(folder / name for name in (stage.record, _started(stage)) if (folder / name).is_file())
-        record = _record(place)
+        place = next(folder / name for name in (stage.record, started_name(stage)) if (folder / name).is_file())
+        record = read_record(place)
         kept = {"stage": stage.name, "inputs": record["inputs"], "seconds": record["seconds"]}
-        write_json(folder / _started(stage), kept | {"options": self._options(stage)})
+        write_json(folder / started_name(stage), kept | {"options": self._options(stage)})
         (folder / stage.record).unlink(missing_ok=True)  # last: with both the finished one counts
 
     def _outdated(self, stage: Stage) -> list[str]:
@@ -425,18 +397,12 @@ class Run:
         changed = []
         for name in self.following([stage.name]):
             other = self.stages[name]
-            for record in (other.record, _started(other)):
+            for record in (other.record, started_name(other)):
                 place = self.folder / other.folder / record
-                if other is not stage and place.is_file() and not self._was_made_of(place, self._inputs(other)):
+                if other is not stage and place.is_file() and not was_made_of(place, self._inputs(other)):
                     changed.append(name)
                     break
         return self.following(changed)
-
-    @staticmethod
-    def _was_made_of(record: Path, inputs: dict[str, str]) -> bool:
-        with contextlib.suppress(ValueError):  # a broken one does not say so
-            return bool(_record(record)["inputs"] == inputs)
-        return False
 
     def _finish(self, stage: Stage, seconds: float, tell: Callable[[str], None]) -> None:
         folder = self.folder / stage.folder
@@ -444,81 +410,7 @@ class Run:
         if stage.raisable:  # before it counts as finished, so that a kill in between does not leave others outdated
             for old in self.set_aside(self._outdated(stage)):
                 tell(f"  made from the model before: the old results are kept in {old}")
-        record = _record(folder / _started(stage))
+        record = read_record(folder / started_name(stage))
         record["seconds"] = round(record["seconds"] + seconds, 3)
         write_json(folder / stage.record, record | {"outputs": self._outputs(stage), "versions": versions()})
-        (folder / _started(stage)).unlink()
-
-
-def _redo(stage: Stage) -> str:
-    return f"--redo {stage.name} to make it and all that follows from it anew (the old folders are kept as *.old-N)"
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What a stage wrote of itself.
-
-    Raises:
-        ValueError: it is no record; the message names the file, what was found and what was expected.
-    """
-    record = read_json(path)
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds {repr(record)[:40]}, expected an object with stage, options and inputs")
-    record.setdefault("outputs", {})  # older versions wrote none
-    for key in ("options", "inputs", "outputs"):
-        if not isinstance(record.get(key), dict):
-            raise ValueError(f"{path}: {key} is {repr(record.get(key))[:40]}, expected an object")
-    if type(record.get("seconds")) not in (int, float):
-        raise ValueError(f"{path}: seconds is {repr(record.get('seconds'))[:40]}, expected a number")
-    return record
-
-
-def _height(name: str, value: float) -> float:
-    return math.inf if name.endswith(".patience") and value == 0 else value  # 0: training never stops early
-
-
-def _started(stage: Stage) -> str:
-    return stage.record.replace("stage", "started")
-
-
-def _stopped_early(summary: Path) -> bool:
-    with contextlib.suppress(ValueError):
-        found = read_json(summary)
-        return not isinstance(found, dict) or found.get("stopped_early") is not False
-    return True  # a broken one does not say so
-
-
-def _holds_only_parts(folder: Path) -> bool:
-    return all(_is_part(path) for path in folder.iterdir())
-
-
-def _is_part(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".part")
-
-
-def _is_gone(process: int) -> bool:
-    if process == os.getpid():  # of an earlier process with the same number, as this one has written nothing yet
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
-
-
-def _set_aside(folder: Path) -> Path:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, those that are installed."""
-    found = {"nspec": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+        (folder / started_name(stage)).unlink()

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from scored_files import texts, write
 from toy_translation import Toy
 
 
@@ -38,3 +39,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Folders ``refs``, ``theirs`` and ``ours``."""
+    references, theirs, ours = texts()
+    write(tmp_path / "refs", {f"{task}.ref.txt": lines for task, lines in references.items()})
+    write(tmp_path / "theirs", {f"{task}.{task[3:]}": lines for task, lines in theirs.items()})
+    write(tmp_path / "ours", {f"{task}.hyp.txt": lines for task, lines in ours.items()})
+    (tmp_path / "ours" / "scores.json").write_text("{}")  # a run's folder has more than translations
+    (tmp_path / "ours" / "en-de.decode.json").write_text("{}")
+    return tmp_path

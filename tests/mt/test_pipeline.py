@@ -13,10 +13,11 @@ import torch
 
 import nspec
 from nspec.files import sha256, write_json
-from nspec.mt import options, pipeline
+from nspec.mt import decoded, options, pipeline
 from nspec.mt.config import Config
 from nspec.mt.display import Display, duration
-from nspec.mt.stages import NEUTRAL, Stage
+from nspec.mt.records import Stage
+from nspec.mt.stages import NEUTRAL
 from nspec.mt.systems import KINDS, variants_of
 from nspec.mt.world import World, _portable
 
@@ -275,12 +276,12 @@ def test_translations_that_changed_since_they_were_written_are_not_scored(tmp_pa
     hypotheses.write_text("eins\nzwei\n")
     facts = {"sentences": 2, "seconds": 0.5}
     write_json(tmp_path / "en-de.decode.json", facts | {"sha256": sha256(hypotheses)})
-    assert pipeline._decoding(tmp_path, "en-de")["seconds"] == 0.5
+    assert decoded.decoding(tmp_path, "en-de")["seconds"] == 0.5
     hypotheses.write_text("eins\ndrei\n")
     with pytest.raises(ValueError, match=r"en-de\.hyp\.txt has other contents than were written"):
-        pipeline._decoding(tmp_path, "en-de")
+        decoded.decoding(tmp_path, "en-de")
     write_json(tmp_path / "en-de.decode.json", facts)  # as older versions wrote it
-    assert pipeline._decoding(tmp_path, "en-de") == facts
+    assert decoded.decoding(tmp_path, "en-de") == facts
 
 
 @pytest.mark.parametrize(("system", "section"), [("finetuned", "specialize"), ("bilingual", "train")])

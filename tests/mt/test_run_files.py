@@ -11,8 +11,9 @@ from nspec import cli_tools
 from nspec.files import sha256, write_json, write_text
 from nspec.mt import options
 from nspec.mt.config import Config
+from nspec.mt.records import Stage
 from nspec.mt.run_files import check_written, read_config
-from nspec.mt.stages import Run, Stage
+from nspec.mt.stages import Run
 
 
 def made(run: Path, header: bool = True, record: bool = True) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +48,12 @@ def masks_for(model: nn.Module, tasks: tuple[str, ...] = ("en-de", "de-en"), sha
     drawn[tasks[-1]][pairs[0].name].fill_(False)
     drawn[tasks[-1]][pairs[-1].name].fill_(True)
     return nspec.NeuronMasks(drawn)
+
+
+def masked_copy(model: nn.Module, masks: nspec.NeuronMasks, task: str) -> nn.Module:
+    """The definition: the same model with fc1.weight multiplied by the mask."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, mask in masks[task].items():
+            other.get_submodule(layer).weight.mul_(mask[:, None])
+    return other

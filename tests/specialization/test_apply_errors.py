@@ -1,0 +1,139 @@
+"""What cannot be specialised, and layers with other names: what is said then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import m2m100, masked_copy, masks_for
+from torch import nn
+
+import nspec
+
+
+def test_masks_of_another_model_are_named_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match=r"model.encoder.layers.0.fc1 has d_ff=200 in the masks, 128 in the model"):
+        nspec.specialize(m2m100(d_ff=128), masks_for(m2m100()))
+
+
+def test_masks_with_other_layer_names_give_the_nearest() -> None:
+    masks = nspec.NeuronMasks({"a": {"encoder.layers.0.fc1": torch.ones(200, dtype=torch.bool)}})
+    with pytest.raises(
+        ValueError, match=r"'encoder.layers.0.fc1', which the model does not have; known: model.encoder"
+    ):
+        nspec.specialize(m2m100(), masks)
+
+
+def test_a_wrapped_model_is_named_as_such() -> None:
+    model = m2m100()
+    wrapped = nn.Sequential()
+    wrapped.module = model
+    with pytest.raises(ValueError, match="the model is wrapped: specialise it first"):
+        nspec.specialize(wrapped, masks_for(model))
+
+
+def test_activation_dropout_and_other_activations_are_refused() -> None:
+    model = m2m100(activation_dropout=0.1)
+    with pytest.raises(ValueError, match=r"activation_dropout is 0.1, expected 0 in mode 'forward'"):
+        nspec.specialize(model, masks_for(model))
+    nspec.specialize(model, masks_for(model), mode="update")
+    gelu = m2m100(activation_function="gelu")
+    with pytest.raises(ValueError, match="expected ReLU"):
+        nspec.specialize(gelu, masks_for(gelu))
+
+
+class Secretive(nn.Module):
+    """Says nothing of what it computes between fc1 and fc2."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self._between = nn.Linear(4, 80), nn.Linear(80, 4), between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self._between(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.functional.gelu, lambda h: nn.functional.dropout(torch.relu(h), 0.1), lambda h: torch.relu(h) * 2, lambda h: h],
+)
+def test_what_a_layer_does_in_secret_is_found_by_the_first_pass(between) -> None:
+    model = Secretive(between)
+    nspec.specialize(model, masks_for(model))
+    with nspec.task(model, "en-de"), pytest.raises(ValueError, match="is not ReLU alone"):
+        model(torch.randn(30, 4))
+
+
+def test_relu_in_secret_is_fine() -> None:
+    model = Secretive(torch.relu)
+    nspec.specialize(model, masks_for(model))
+    with nspec.task(model, "en-de"):
+        model(torch.randn(30, 4)).sum().backward()
+
+
+class OtherNames(nn.Module):
+    """A feed-forward block whose attributes have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 80), nn.Linear(80, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+def test_layers_with_other_names_are_profiled_and_specialised_when_they_are_given() -> None:
+    model, names, x = OtherNames(), [("inner", "outer")], torch.randn(30, 4)
+    with pytest.raises(ValueError, match=r"no feed-forward pair found in OtherNames.*\('inner', 'outer'\)"):
+        nspec.profile(model, {"t": [x]})
+    masks = nspec.select(nspec.profile(model, {"t": [x]}, layers=names), k=0.5)
+    want = masked_copy(model, masks, "t")(x)
+    nspec.specialize(model, masks, layers=names)
+    with nspec.task(model, "t"):
+        torch.testing.assert_close(model(x), want)
+    with pytest.raises(ValueError, match="outer has 4 outputs, but outer has 80 inputs"):
+        nspec.specialize(OtherNames(), masks, layers=[("outer", "outer")])
+
+
+def test_specialising_twice_and_undoing_nothing_are_errors() -> None:
+    model = m2m100()
+    with pytest.raises(ValueError, match="is not specialised"):
+        nspec.despecialize(model)
+    masks = masks_for(model)
+    nspec.specialize(model, masks)
+    with pytest.raises(ValueError, match="specialised already"):
+        nspec.specialize(model, masks)
+    with pytest.raises(ValueError, match="mode is 'both'"):
+        nspec.specialize(m2m100(), masks, mode="both")
+
+
+class Gated(nn.Module):
+    """A block whose up projection is multiplied by a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 80), nn.Linear(4, 80), nn.Linear(80, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_where_nothing_is_found_the_message_says_why() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    adapted = nn.Module()
+    adapted.fc1, adapted.fc2 = nn.Identity(), nn.Linear(80, 4)
+    adapted.fc1.base_layer = nn.Linear(4, 80)
+    conv = nn.Module()
+    conv.c_fc, conv.c_proj = Conv1D(80, 4), Conv1D(4, 80)
+    for model, why in (
+        (nn.Sequential(Gated()), "blocks are gated, such as 0: the method needs one layer with ReLU"),
+        (nn.Sequential(adapted), "0.fc1 is a .*Identity, expected nn.Linear; specialise before adapters are put on"),
+        (nn.Sequential(conv), "0.c_fc is a transformers.*Conv1D, expected nn.Linear"),
+        (nn.Sequential(nn.Linear(4, 4)), "no two of which the first widens"),
+        (nn.Identity(), "no linear layers"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            nspec.profile(model, {"t": [torch.randn(3, 4)]})
+    masks = nspec.NeuronMasks({"t": {"up_proj": torch.ones(80, dtype=torch.bool)}})
+    with pytest.raises(ValueError, match="^up_proj: the block is gated"):
+        nspec.specialize(Gated(), masks, layers=[("up_proj", "down_proj")])
