@@ -277,6 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _say("interrupted; the same command goes on from here", 130)
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            if error.code == 143:
+                _say("terminated; the same command goes on from here", 143)
             raise
         # Who read our output has what they wanted. Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -133,6 +133,8 @@ def translate(
         check_output("--output", output)
     with contextlib.ExitStack() as files:
         # Before the slow imports: a wrong name shows at once.
+        if input != "-" and not os.path.exists(input):
+            raise ValueError(f"--input {input}: there is no such file")
         source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
 
         from nspec.mt.distributed import resolve_device
@@ -173,6 +175,8 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
     for path in sorted(systems.glob("*/*/model")):
         each.setdefault(path.parents[1].name, {})[path.parent.name] = path
     folders = {path.parent.name: path for path in systems.glob("*/model")}
+    if not (Path(run) / "config.yaml").is_file():
+        raise ValueError(f"--run {run}: there is no run in that folder, as it has no config.yaml")
     if system not in folders and system not in each:
         found = f"--system {system}" if system else "no --system"
         names = ", ".join(sorted({*folders, *each})) or "none"

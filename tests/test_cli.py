@@ -114,7 +114,7 @@ def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         (["translate", "--task", "en-de"], "translate needs either --model FOLDER or --run RUN --system NAME"),
         (["translate", "--model", "x"], "Missing option '--task'."),
         (["translate", "--task", "en-de", "--model", "nowhere"], "--model nowhere: there is no such folder"),
-        (["translate", "--task", "en-de", "--run", "nowhere"], "no --system: nowhere has the trained systems none"),
+        (["translate", "--task", "en-de", "--run", "nowhere"], "--run nowhere: there is no run in that folder"),
         (["config", "--set", "decode.beam=0"], "decode.beam: expected at least 1, found 0"),
         (["config", "--set", "train.lr=1" + "0" * 400], "train.lr: expected a finite number, found 1000"),
         (["config", "--set", "model.encoder_layers=1000000000"], "model.encoder_layers: expected at most 1000, found"),

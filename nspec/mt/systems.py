@@ -121,7 +121,8 @@ def _variant(text: str) -> Variant:
             set_option(scratch, assignment)
             expand_paths(scratch)
         except ValueError as error:
-            raise ValueError(f"run.variants: {str(error).replace('--set ', '')} in {show(text)}") from None
+            said = str(error).replace(" in --set", "").replace("--set ", "")
+            raise ValueError(f"run.variants: {said} (in {show(text)})") from None
         if name.partition(".")[0] not in VARIED:
             raise ValueError(
                 f"run.variants: {name} is shared by all systems of a run; a variant may change options of "

@@ -224,7 +224,9 @@ def _train(
                 vars(model).pop(name, None)
             model._compiled_call_impl = None
             model.zero_grad(set_to_none=True)
-    if supervisor.terminated and not state.stopped:
+    if (
+        supervisor.terminated
+    ):  # also where that was the last update: its checkpoint is there, and becomes the model next time
         raise SystemExit(143)
 
 

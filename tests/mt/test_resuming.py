@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -336,3 +337,25 @@ def test_processes_agree_on_the_checkpoint_before_a_damaged_one(toy: Toy) -> Non
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "checkpoint-8/rng_state_1.pth has other contents than were written. No checkpoint is whole" in errors
+
+
+def test_sigterm_in_the_last_validation_ends_the_process_and_loses_nothing(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = toy.train("to the end")
+    measure, times = training.Validator.measure, []
+
+    def terminated(self: Any) -> Any:
+        times.append(1)
+        if len(times) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # handled while a training runs
+        return measure(self)
+
+    monkeypatch.setattr(training.Validator, "measure", terminated)
+    with pytest.raises(SystemExit) as ended:
+        toy.train("terminated at last")
+    assert ended.value.code == 143
+    assert len(times) == 3
+    folder = toy.train("terminated at last")
+    assert len(times) == 3
+    assert same_bits(folder / "model", right / "model")
