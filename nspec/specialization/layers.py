@@ -90,11 +90,10 @@ def _what_there_is(model: nn.Module) -> str:
     ]
     if likely:
         return f"Name them with layers=[...], perhaps {', '.join(likely[:3])}{', ...' if len(likely) > 3 else ''}"
-    return (
-        f"Its {len(linears)} linear layers have no two of which the first widens for the second"
-        if linears
-        else ("It has no linear layers (nn.Linear)")
-    )
+    if not linears:
+        return "It has no linear layers (nn.Linear)"
+    names = ", ".join(name for name, _ in linears[:3]) + (", ..." if len(linears) > 3 else "")
+    return f"Its linear layers ({len(linears)}: {names}) have no two of which the first widens for the second"
 
 
 def _pairs_by_structure(model: nn.Module) -> Iterator[Pair]:

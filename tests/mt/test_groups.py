@@ -113,7 +113,7 @@ def test_the_score_stage_averages_and_tests_levels_and_families(tmp_path: Path) 
     run.run = SimpleNamespace(finished=lambda stage: True)
     run._data = lambda: SimpleNamespace(
         tasks=tasks,
-        text=lambda split, task: ([], references[task]),
+        text=lambda split, task: ([""] * 8, references[task]),
         size=lambda split, task: 1000 if "de" in task else 10,
     )
     run._score("forward", tmp_path / "scores" / "forward")
