@@ -155,11 +155,6 @@ def damage(checkpoint: Path, *, weights: bool = False) -> str | None:
     return None
 
 
-def step_of(checkpoint: Path) -> int:
-    """The update after which a checkpoint was written, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def whole(folder: Path) -> list[Path]:
     """The checkpoints in a folder that were written to the end, oldest first; not those of weights alone."""
     found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
