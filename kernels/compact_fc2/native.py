@@ -154,4 +154,4 @@ def _together(
     for total, (start, stop) in zip(by_task, segments):
         torch.sum(dy[start:stop], 0, dtype=torch.float32, out=total)
     dc = torch.where(own, torch.zeros(()), by_task @ w.float())
-    return (dc if len(constant) > 1 else dc.sum(0, keepdim=True)).to(h.dtype), dw, s
+    return (dc.sum(0, keepdim=True) if len(constant) == 1 else dc).to(h.dtype), dw, s
