@@ -359,3 +359,13 @@ def test_wrong_arguments_are_named() -> None:
         compact_fc1(x, w, b, active.long())
     with pytest.raises(TypeError, match="expected one dtype"):
         compact_fc1(x.double(), w, b, active)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(on_gpu: Any, no_waiting: Any) -> None:
+    tensors = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in ((300, 64), (200, 64), (200,))]
+    active, offsets = torch.rand(3, 200, device="cuda") < 0.5, torch.tensor([0, 100, 100, 300])
+    index = active_index(active)
+    dz = torch.randn(300, index.shape[1], device="cuda").bfloat16()
+    for where in (offsets, offsets.cuda()):
+        no_waiting(lambda where=where: run(tensors, dz, active, task_offsets=where, index=index))

@@ -366,3 +366,14 @@ def test_wrong_arguments_are_named() -> None:
             compact_fc2(*args, **options)
     with pytest.raises(TypeError, match="expected one dtype"):
         compact_fc2(h.double(), c, w, b, active)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(on_gpu: Any, no_waiting: Any) -> None:
+    active, offsets = torch.rand(3, 200, device="cuda") < 0.5, torch.tensor([0, 100, 100, 300])
+    index = active_index(active)
+    shapes = ((300, index.shape[1]), (200,), (40, 200), (40,))
+    tensors = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    dy = torch.randn(300, 40, device="cuda").bfloat16()
+    for where in (offsets, offsets.cuda()):
+        no_waiting(lambda where=where: run(tensors, dy, active, task_offsets=where, index=index))
