@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.triton_launch import Shipped, launch, pointer
 from ..common.triton_tasks import DTYPES
 
-_LAUNCH = {"BLOCK": 1024, "num_warps": 4}
+_LAUNCH = {"BLOCK": 2048, "num_warps": 4}  # 16 bytes for each thread of the wider wavefronts of AMD too
 _KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
