@@ -88,6 +88,10 @@ class _Kernels(TorchDispatchMode):
 
             with self:
                 return OPDEFS[f"{func.namespace}::{func._opname}"]._init_fn(*args, **(kwargs or {}))
+        with self:  # inside an operator of ours those that are made of others arrive whole
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         name = func._schema.name.removeprefix("aten::")
         overload = name if func._overloadname == "default" else f"{name}.{func._overloadname}"
         if not func.is_view and name not in _ALLOCATIONS and overload not in PRODUCTS:
