@@ -1,54 +1,64 @@
-"""What the GPU path costs the host: launches, library products, other kernels, and microseconds of Python. Needs no GPU.
+"""What the GPU path costs the host: launches, library products, other kernels, microseconds of Python. Needs no GPU.
 
-    python -m bench.host                           # the table; -v names the kernels
-    python -m bench.host --only compact_ffn        # rows whose name contains this
+    python -m bench.host                           # the table; -v names what is counted
+    python -m bench.host --only compact_ffn        # the rows whose name contains this
     python -m bench.host --profile compact_ffn     # where the time of one row goes, by function
     python -m bench.host --counts                  # the counts as tests/bench/test_host.py holds them
 
-A kernel that is launched late leaves the GPU idle: small shapes run as fast as the host calls. Here that part runs alone,
-on one CPU thread, with a GPU that computes nothing (:mod:`bench.fake_gpu`), for ours and for PyTorch's dense block alike. The microseconds
-are of this core, without the driver's calls (a few more per launch, product and kernel), so read the ratio to the dense
-block, which is measured in turn with each row, and the counts, which are exact.
+A GPU that waits for its next launch idles: small shapes run as fast as the host calls. Here the host runs alone, on one
+thread, with a GPU that computes nothing (bench/fake_gpu.py). The microseconds are this core's, of processor time, without
+the driver's calls (a few more for each launch, product and kernel). So read the counts, which are exact, and the ratio to
+PyTorch's dense block, which runs in turn with each row.
 
-Shapes are the smallest that go the way of large ones: a compact layout, whole blocks, several tiles of nothing. float16
-stands for both 16-bit dtypes. What depends on the size alone is not seen (choosing the chunks of the tokens of several
-tasks, 8 candidates instead of one).
+Shapes are the smallest that go the way of large ones, with a compact layout and without padding. float16 stands for both
+16-bit dtypes: they go the same way, and the backend takes no bfloat16 on a CPU. What depends on the size alone is not seen
+(for several tasks, up to 8 ways to cut the tokens into chunks are compared).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import cProfile
 import functools
+import gc
 import io
+import itertools
 import pstats
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
-from bench.machine import device_name
+from bench.machine import device_name, stamp
 from bench.rows import Row, Writer
-from bench.timing import interleaved, paired, spread
+from bench.timing import paired, spread
+
+if TYPE_CHECKING:
+    from nspec.nn.masked_linear import Mode
 
 CPU = torch.device("cpu")
-BATCH, LENGTH, D_MODEL, D_FF, ACTIVE = 3, 8, 16, 128, 50
-"""Sentences, tokens of each, and the block; active neurons of a task: 64 columns when packed."""
+SENTENCES = (0, 1, 2, 0)
+"""The task of each sentence of a batch of several tasks: not sorted, as in a training."""
+TASKS = len(set(SENTENCES))
+LENGTH, D_MODEL, D_FF, ACTIVE = 4, 16, 128, 50
+"""Tokens of a sentence, and the block; active neurons of a task: 64 columns when packed."""
 MATRICES = 12
 """In a step of AdamW."""
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DENSE, DENSE_AUTOCAST = "dense block", "dense block, autocast"
+_SEVERAL = f", {TASKS} tasks"
 
-_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view")
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_NO_KERNEL = _ALLOCATIONS | {"_unsafe_view"}
 
 Call = Callable[[], object]
 
@@ -94,7 +104,7 @@ class _Kernels(TorchDispatchMode):
             return parts
         name = func._schema.name.removeprefix("aten::")
         overload = name if func._overloadname == "default" else f"{name}.{func._overloadname}"
-        if not func.is_view and name not in _ALLOCATIONS and overload not in PRODUCTS:
+        if not func.is_view and name not in _NO_KERNEL and overload not in PRODUCTS:
             self.found[overload] += 1
         return func(*args, **(kwargs or {}))
 
@@ -126,12 +136,12 @@ def _made(dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def _active() -> Tensor:
-    """bool ``[3, d_ff]``, the sets of three tasks."""
-    noise = torch.rand(BATCH, D_FF, generator=torch.Generator().manual_seed(0))
+    """The sets of all tasks, bool ``[tasks, d_ff]``."""
+    noise = torch.rand(TASKS, D_FF, generator=torch.Generator().manual_seed(0))
     return noise.argsort(1) < ACTIVE
 
 
-def _passes(name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor], gradient: Tensor) -> dict[str, Measured]:
+def _passes(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> dict[str, Measured]:
     """Both passes, and each alone; the backward pass always of the same graph."""
     held: list[Tensor] = []
 
@@ -154,24 +164,33 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
     from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
     from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
-    make, tokens = _made(dtype), BATCH * LENGTH
+    make, tokens = _made(dtype), len(SENTENCES) * LENGTH
     x, dy, dh = make(tokens, D_MODEL), make(tokens, D_MODEL), make(tokens, D_FF)
     weights = make(D_FF, D_MODEL), make(D_FF), make(D_MODEL, D_FF), make(D_MODEL)
     total = torch.zeros(D_FF, D_MODEL)
     leaves = [tensor.requires_grad_() for tensor in (x.clone(), *weights)]
-    sets, found = _active(), {}
-    for label, active, offsets in (("", sets[0], None), (", 3 tasks", sets, torch.arange(BATCH + 1) * LENGTH)):
+    sets = _active()
+    found: dict[str, Measured] = {}
+    starts = torch.tensor([0, *itertools.accumulate(SENTENCES.count(task) * LENGTH for task in range(TASKS))])
+    for label, active, offsets in (("", sets[0], None), (_SEVERAL, sets, starts)):
         options: dict[str, Any] = {"index": active_index(active), "task_offsets": offsets}
-        count = functools.partial(linear_relu_count, *leaves[:3], task_offsets=offsets)
-        block = functools.partial(compact_ffn, *leaves, active, **options)
-        found |= _passes(f"linear_relu_count{label}", lambda count=count: count()[0], leaves[:3], dh)
+
+        def count(offsets: Tensor | None = offsets) -> Tensor:
+            return linear_relu_count(*leaves[:3], task_offsets=offsets)[0]
+
+        def block(active: Tensor = active, options: dict[str, Any] = options) -> Tensor:
+            return compact_ffn(*leaves, active, **options)  # type: ignore[call-arg]
+
+        found |= _passes(f"linear_relu_count{label}", count, leaves[:3], dh)
         wgrad = functools.partial(row_sparse_wgrad, dh, x, active, **options)
         found[f"row_sparse_wgrad{label}"] = Measured(wgrad)
         found[f"row_sparse_wgrad{label}, added"] = Measured(functools.partial(wgrad, add_to=total))
         found |= _passes(f"compact_ffn{label}", block, leaves, dy)
-    lists = [[torch.rand(D_FF, D_MODEL) for _ in range(MATRICES)] for _ in range(4)]
-    step = functools.partial(row_sparse_adamw_, *lists, [sets[0]] * MATRICES, step=1, lr=1e-3)
-    found[f"row_sparse_adamw_, {MATRICES} matrices"] = Measured(step)
+    params, grads, means, squares = ([torch.rand(D_FF, D_MODEL) for _ in range(MATRICES)] for _ in range(4))
+    rows = [sets[0]] * MATRICES
+    found[f"row_sparse_adamw_, {MATRICES} matrices"] = Measured(
+        lambda: row_sparse_adamw_(params, grads, means, squares, rows, step=1, lr=1e-3)
+    )
     return found
 
 
@@ -181,8 +200,8 @@ def _model() -> nn.Sequential:
 
 def _step(model: nn.Module, dtype: torch.dtype, autocast: bool) -> Call:
     """Forward and backward pass, gradients fresh, of the input too: it is the layer before that makes it."""
-    make = _made(torch.float32 if autocast else dtype)
-    x, dy = make(BATCH, LENGTH, D_MODEL).requires_grad_(), _made(dtype)(BATCH, LENGTH, D_MODEL)
+    make, shape = _made(torch.float32 if autocast else dtype), (len(SENTENCES), LENGTH, D_MODEL)
+    x, dy = make(*shape).requires_grad_(), _made(dtype)(*shape)
     model.to(x.dtype)
     tensors = [x, *model.parameters()]
 
@@ -207,24 +226,49 @@ def _blocks(dtype: torch.dtype) -> dict[str, Measured]:
     import nspec
     from nspec.nn.masked_linear import MODES
 
-    masks = nspec.NeuronMasks({"task": {"0": _active()[0]}})
+    names = [f"task-{number}" for number in range(TASKS)]
+    masks = nspec.NeuronMasks({name: {"0": active} for name, active in zip(names, _active())})
     found = {}
-    for mode in MODES:
-        for autocast in (False, True) if dtype != torch.float32 else (False,):
-            model = nspec.specialize(copy.deepcopy(_model()), masks, mode=mode)
-            nspec.set_task(model, "task")
-            name = f"block in mode {mode}{', autocast' if autocast else ''}"
-            found[name] = Measured(_step(model, dtype, autocast), DENSE_AUTOCAST if autocast else DENSE)
+    one, several = names[0], [names[task] for task in SENTENCES]
+    kinds: list[tuple[str, str | list[str], bool]] = [("", one, False), (", autocast", one, True)]
+    kinds.append((_SEVERAL, several, False))
+    for mode, (label, task, autocast) in itertools.product(MODES, kinds):
+        if autocast and dtype == torch.float32:
+            continue
+        model = nspec.specialize(_model(), masks, mode=cast("Mode", mode))
+        nspec.set_task(model, task)
+        baseline = DENSE_AUTOCAST if autocast else DENSE
+        found[f"block in mode {mode}{label}"] = Measured(_step(model, dtype, autocast), baseline)
     return found
+
+
+def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> list[list[float]]:
+    """Seconds of each call in each round, of processor time: what other programs get of the core is not counted.
+
+    As in :func:`bench.timing.interleaved`, no call is always first.
+    """
+    for _, call in itertools.product(range(warmup), calls):
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            for place in range(len(calls)):
+                which = (number + place) % len(calls)
+                began = time.thread_time()
+                calls[which]()
+                times[which].append(time.thread_time() - began)
+    finally:
+        gc.enable()
+    return times
 
 
 def measure(name: str, row: Measured, baseline: Measured, fake: FakeGpu, rounds: int) -> Row:
     """Counts and times one row, in turn with its baseline."""
     counted = counts(row.call, fake)
-    calls = {"row": lambda _: row.call(), "baseline": lambda _: baseline.call()}
-    times = interleaved(calls, CPU, rounds=rounds, least_seconds=0.0, warmup=20)
-    microseconds = spread([1e6 * value for value in times["row"]])
-    ratio = paired(times["row"], times["baseline"])
+    seconds, dense = processor_seconds([row.call, baseline.call], rounds)
+    microseconds, ratio = spread([1e6 * value for value in seconds]), paired(seconds, dense)
     launches, products, kernels = counted.numbers
     return {
         "kind": "host",
@@ -251,8 +295,8 @@ def measure(name: str, row: Measured, baseline: Measured, fake: FakeGpu, rounds:
 def show(row: Row, names: bool) -> None:
     """Prints one row."""
     ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-    numbers = f"{row['launches']:8} {row['products']:9} {row['kernels']:8} {row['microseconds']:8.0f}"
-    print(f"{row['name']:<32} {numbers}  {ratio}", flush=True)
+    numbers = f"{row['launches']:8} {row['products']:8} {row['kernels']:8} {row['microseconds']:8.0f}"
+    print(f"{row['name']:<36} {numbers}  {ratio}", flush=True)
     if names:
         for kind, found in row["names"].items():
             if found:
@@ -286,12 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", metavar="NAME", help="profile the row of this name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file that rows are appended to")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     try:
         fake = install()
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     every = rows(DTYPES[args.dtype])
     if args.profile is not None:
@@ -307,10 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f'    "{name}": {counts(row.call, fake).numbers},', flush=True)
         return 0
     write = Writer(args.json, CPU)
-    print(f"{device_name(CPU)}, torch {torch.__version__}, Triton {write({'kind': 'host'})['triton']}, {args.dtype}")
-    print("a fake GPU: microseconds are of this core's Python and PyTorch, without kernels and without the driver's calls")
-    print("ratio: to the dense block's forward and backward pass, median of paired ratios [middle 80 % of the rounds]")
-    print(f"{'':<32} {'launches':>8} {'products':>9} {'kernels':>8} {'us':>8}  of dense")
+    print(f"{device_name(CPU)}, torch {torch.__version__}, Triton {stamp(CPU)['triton']}, {args.dtype}, a fake GPU")
+    print("us: Python and PyTorch on this core, without kernels and the driver's calls; median of the rounds")
+    print("of dense: of the dense block's forward + backward; median of paired ratios [middle 80 % of the rounds]")
+    print("launches: of Triton; products: of the library; kernels: PyTorch's others")
+    print(f"{'':<36} launches products  kernels       us  of dense")
     for name, row in chosen.items():
         show(write({**measure(name, row, every[row.baseline], fake, args.rounds), "dtype": args.dtype}), args.names)
     return 0
