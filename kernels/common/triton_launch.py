@@ -131,9 +131,11 @@ def launch(
     Args:
         kernel: the function under ``triton.jit``.
         grid: programs along each axis.
-        device: of the tensors among ``args``.
+        device: of the tensors among the arguments.
+        args: of the kernel, by position.
         workspace: whether the kernel makes tensor descriptors, whose memory then comes from PyTorch's allocator; a user's
             ``triton.set_allocator`` holds again afterwards.
+        keywords: of the kernel, and the compiler's options.
     """
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):

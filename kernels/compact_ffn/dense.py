@@ -33,8 +33,8 @@ LEAST_TOKENS = {torch.float32: 128, torch.bfloat16: 400, torch.float16: 400}
 
 
 #: The same on a GPU, where what costs is the host: a compact block keeps it busy for some 0.15 ms longer than a dense one,
-#: forward and backward (``python -m bench.host``), and the device does six products of these multiplications at 600 TFLOP/s in
-#: 16 bits, 60 in float32. Arithmetic, NOT YET MEASURED: ``python -m bench.gpu.probe --only E6``.
+#: forward and backward (``python -m bench.host``), and the device does six products of these multiplications at
+#: 600 TFLOP/s in 16 bits, 60 in float32. Arithmetic, NOT YET MEASURED: ``python -m bench.gpu.probe --only E6``.
 LEAST_SAVED_ON_GPU = {torch.float32: 1e9, torch.bfloat16: 1e10, torch.float16: 1e10}
 
 
@@ -47,7 +47,9 @@ def reason(x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None = N
         least = LEAST_SAVED_ON_GPU.get(x.dtype)
         if least is None or tasks > 1 or saved >= least or torch.cuda.is_current_stream_capturing():
             return None  # the launches of a graph cost the host nothing
-        return f"its launches would cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.0e})"
+        return (
+            f"its launches cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.0e})"
+        )
     least = LEAST_SAVED.get(x.dtype)
     if x.device.type != "cpu" or least is None:
         return None

@@ -35,7 +35,6 @@ from ..common.triton_launch import (
 from ..common.triton_tasks import (
     Tasks,
     Tile,
-    column_sums,
     columns_launch,
     compact_width,
     pack_columns,
