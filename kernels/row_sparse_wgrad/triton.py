@@ -46,8 +46,8 @@ from ..common.triton_tasks import (
 )
 from ..common.triton_tile import tile_order
 
-#: (1 - width / d_ff) d_in from which packing pays for one task: its pass takes as long as 200 to 320 multiplications of each
-#: value (16384 tokens, H100, arithmetic). NOT YET MEASURED: ``python -m bench.gpu.probe --only E5``.
+#: (1 - width / d_ff) d_in from which packing pays for one task: its pass takes as long as 200 to 320 multiplications of
+#: each value (16384 tokens, H100, arithmetic). NOT YET MEASURED: ``python -m bench.gpu.probe --only E5``.
 SAVED = 320
 MOST_SPLITS = 8  # chunks of a task of average size
 ROWS, COLUMNS = 64, 32  # block of the result in the sum over parts; with twice that it spills for 8.0
@@ -171,8 +171,9 @@ def expand_kernel(
 ):
     """Rows of the result from the parts of all tasks, zero where no task has the neuron.
 
-    WHOLE: the parts have a row for every neuron, not for every place. CONSTANT: where a task has not the neuron, it adds ``relu(bias[neuron]) sums[task]``, its rank-one part (see
-    ``compact_ffn/reference.py``). ADD: adds to what is there, and leaves the rows that no task has.
+    WHOLE: the parts have a row for every neuron, not for every place. CONSTANT: where a task has not the neuron, it adds
+    ``relu(bias[neuron]) sums[task]``, its rank-one part (see ``compact_ffn/reference.py``). ADD: adds to what is there, and
+    leaves the rows that no task has.
     """
     neuron = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
