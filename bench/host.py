@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
@@ -88,28 +87,33 @@ class Counts:
         return len(self.launches), len(self.products), self.kernels.total()
 
 
-class _Kernels(TorchDispatchMode):
-    """Counts the operations of PyTorch that launch a kernel: all but views, allocations and products."""
+def kernels_of(call: Call) -> Counter[str]:
+    """The operations of PyTorch in a call that launch a kernel: all but views, allocations and products.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
+    By the profiler, since a dispatch mode would be seen by the operators. An operation that is defined by others is
+    counted by those; what else the CPU calls inside an operation is its own affair.
+    """
+    found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "aten":  # an operator of ours: what is inside it is counted
-            from torch._library.custom_ops import OPDEFS
+    def add(event: Any) -> None:
+        if event.name.startswith("aten::"):
+            name = event.name.removeprefix("aten::")
+            full = f"{name}.{event.overload_name}" if event.overload_name else name
+            operation = getattr(getattr(torch.ops.aten, name), event.overload_name or "default")
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
+                if not operation.is_view and name not in _NO_KERNEL and full not in PRODUCTS:
+                    found[full] += 1
+                return
+        for part in event.cpu_children:
+            add(part)
 
-            with self:
-                return OPDEFS[f"{func.namespace}::{func._opname}"]._init_fn(*args, **(kwargs or {}))
-        with self:  # inside an operator of ours those that are made of others arrive whole
-            parts = func.decompose(*args, **(kwargs or {}))
-        if parts is not NotImplemented:
-            return parts
-        name = func._schema.name.removeprefix("aten::")
-        overload = name if func._overloadname == "default" else f"{name}.{func._overloadname}"
-        if not func.is_view and name not in _NO_KERNEL and overload not in PRODUCTS:
-            self.found[overload] += 1
-        return func(*args, **(kwargs or {}))
+    named = torch._C._profiler._ExperimentalConfig(capture_overload_names=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=named) as seen:
+        call()
+    for event in seen.events() or ():
+        if event.cpu_parent is None:
+            add(event)
+    return found
 
 
 def counts(call: Call, fake: FakeGpu) -> Counts:
@@ -122,11 +126,10 @@ def counts(call: Call, fake: FakeGpu) -> Counts:
     fake.take()
     call()
     plain = fake.take()
-    with _Kernels() as kernels:
-        call()
+    kernels = kernels_of(call)
     if (watched := fake.take()) != plain:
         raise RuntimeError(f"launches and products are {watched} while kernels are counted and {plain} else")
-    return Counts(*plain, kernels.found)
+    return Counts(*plain, kernels)
 
 
 def rows(dtype: torch.dtype) -> dict[str, Measured]:
@@ -161,7 +164,7 @@ def _passes(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], grad
 
 
 def _operators(dtype: torch.dtype) -> dict[str, Measured]:
-    from nspec.kernels.common.active import active_index
+    from nspec.kernels.common.active import active_index, places_of
     from nspec.kernels.compact_ffn import compact_ffn
     from nspec.kernels.linear_relu_count import linear_relu_count
     from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
@@ -176,13 +179,16 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     starts = torch.tensor([0, *itertools.accumulate(SENTENCES.count(task) * LENGTH for task in range(TASKS))])
     for label, active, offsets in (("", sets[0], None), (_SEVERAL, sets, starts)):
-        options: dict[str, Any] = {"index": active_index(active), "task_offsets": offsets}
+        index = active_index(active)
+        options: dict[str, Any] = {"index": index, "task_offsets": offsets}
 
         def count(offsets: Tensor | None = offsets) -> Tensor:
             return linear_relu_count(*leaves[:3], task_offsets=offsets)[0]
 
-        def block(active: Tensor = active, options: dict[str, Any] = options) -> Tensor:
-            return compact_ffn(*leaves, active, **options)  # type: ignore[call-arg]
+        kept = {**options, "places": places_of(index, D_FF)}  # as a layer keeps them
+
+        def block(active: Tensor = active, kept: dict[str, Any] = kept) -> Tensor:
+            return compact_ffn(*leaves, active, **kept)  # type: ignore[call-arg]
 
         found |= _passes(f"linear_relu_count{label}", count, leaves[:3], dh)
         wgrad = functools.partial(row_sparse_wgrad, dh, x, active, **options)
