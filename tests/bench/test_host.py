@@ -1,6 +1,6 @@
 """bench.host: what each operator and block puts on a GPU, counted without one, and that the counting is right.
 
-Where a change of the kernels or the modules is meant to change ``COUNTS``, ``python -m bench.host --counts`` prints it anew.
+Where a change of kernels or modules is meant to change ``COUNTS``, ``python -m bench.host --counts`` prints it anew.
 """
 
 from __future__ import annotations
