@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
@@ -52,6 +51,9 @@ LENGTH, D_MODEL, D_FF, ACTIVE = 4, 16, 128, 50
 """Tokens of a sentence, and the block; active neurons of a task: 64 columns when packed."""
 MATRICES = 12
 """In a step of AdamW."""
+CALLS = 3
+"""In a row, of which the last is timed, as the layers of a model follow one another: right after another call, the dense
+block takes a third longer."""
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DENSE, DENSE_AUTOCAST = "dense block", "dense block, autocast"
@@ -85,28 +87,33 @@ class Counts:
         return len(self.launches), len(self.products), self.kernels.total()
 
 
-class _Kernels(TorchDispatchMode):
-    """Counts the operations of PyTorch that launch a kernel: all but views, allocations and products."""
+def kernels_of(call: Call) -> Counter[str]:
+    """The operations of PyTorch in a call that launch a kernel: all but views, allocations and products.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
+    By the profiler, since a dispatch mode would be seen by the operators. An operation that is defined by others is
+    counted by those; what else the CPU calls inside an operation is its own affair.
+    """
+    found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "aten":  # an operator of ours: what is inside it is counted
-            from torch._library.custom_ops import OPDEFS
+    def add(event: Any) -> None:
+        if event.name.startswith("aten::"):
+            name = event.name.removeprefix("aten::")
+            full = f"{name}.{event.overload_name}" if event.overload_name else name
+            operation = getattr(getattr(torch.ops.aten, name), event.overload_name or "default")
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
+                if not operation.is_view and name not in _NO_KERNEL and full not in PRODUCTS:
+                    found[full] += 1
+                return
+        for part in event.cpu_children:
+            add(part)
 
-            with self:
-                return OPDEFS[f"{func.namespace}::{func._opname}"]._init_fn(*args, **(kwargs or {}))
-        with self:  # inside an operator of ours those that are made of others arrive whole
-            parts = func.decompose(*args, **(kwargs or {}))
-        if parts is not NotImplemented:
-            return parts
-        name = func._schema.name.removeprefix("aten::")
-        overload = name if func._overloadname == "default" else f"{name}.{func._overloadname}"
-        if not func.is_view and name not in _NO_KERNEL and overload not in PRODUCTS:
-            self.found[overload] += 1
-        return func(*args, **(kwargs or {}))
+    named = torch._C._profiler._ExperimentalConfig(capture_overload_names=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=named) as seen:
+        call()
+    for event in seen.events() or ():
+        if event.cpu_parent is None:
+            add(event)
+    return found
 
 
 def counts(call: Call, fake: FakeGpu) -> Counts:
@@ -119,11 +126,10 @@ def counts(call: Call, fake: FakeGpu) -> Counts:
     fake.take()
     call()
     plain = fake.take()
-    with _Kernels() as kernels:
-        call()
+    kernels = kernels_of(call)
     if (watched := fake.take()) != plain:
         raise RuntimeError(f"launches and products are {watched} while kernels are counted and {plain} else")
-    return Counts(*plain, kernels.found)
+    return Counts(*plain, kernels)
 
 
 def rows(dtype: torch.dtype) -> dict[str, Measured]:
@@ -158,7 +164,7 @@ def _passes(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], grad
 
 
 def _operators(dtype: torch.dtype) -> dict[str, Measured]:
-    from nspec.kernels.common.active import active_index
+    from nspec.kernels.common.active import active_index, places_of
     from nspec.kernels.compact_ffn import compact_ffn
     from nspec.kernels.linear_relu_count import linear_relu_count
     from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
@@ -173,13 +179,16 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     starts = torch.tensor([0, *itertools.accumulate(SENTENCES.count(task) * LENGTH for task in range(TASKS))])
     for label, active, offsets in (("", sets[0], None), (_SEVERAL, sets, starts)):
-        options: dict[str, Any] = {"index": active_index(active), "task_offsets": offsets}
+        index = active_index(active)
+        options: dict[str, Any] = {"index": index, "task_offsets": offsets}
 
         def count(offsets: Tensor | None = offsets) -> Tensor:
             return linear_relu_count(*leaves[:3], task_offsets=offsets)[0]
 
-        def block(active: Tensor = active, options: dict[str, Any] = options) -> Tensor:
-            return compact_ffn(*leaves, active, **options)  # type: ignore[call-arg]
+        kept = {**options, "places": places_of(index, D_FF)}  # as a layer keeps them
+
+        def block(active: Tensor = active, kept: dict[str, Any] = kept) -> Tensor:
+            return compact_ffn(*leaves, active, **kept)  # type: ignore[call-arg]
 
         found |= _passes(f"linear_relu_count{label}", count, leaves[:3], dh)
         wgrad = functools.partial(row_sparse_wgrad, dh, x, active, **options)
@@ -245,7 +254,7 @@ def _blocks(dtype: torch.dtype) -> dict[str, Measured]:
 def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> list[list[float]]:
     """Seconds of each call in each round, of processor time: what other programs get of the core is not counted.
 
-    As in :func:`bench.timing.interleaved`, no call is always first.
+    A sample is the last of ``CALLS`` in a row. As in :func:`bench.timing.interleaved`, no call is always first.
     """
     for _, call in itertools.product(range(warmup), calls):
         call()
@@ -256,6 +265,8 @@ def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> l
         for number in range(rounds):
             for place in range(len(calls)):
                 which = (number + place) % len(calls)
+                for _ in range(CALLS - 1):
+                    calls[which]()
                 began = time.thread_time()
                 calls[which]()
                 times[which].append(time.thread_time() - began)
@@ -295,7 +306,8 @@ def measure(name: str, row: Measured, baseline: Measured, fake: FakeGpu, rounds:
 def show(row: Row, names: bool) -> None:
     """Prints one row."""
     ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-    numbers = f"{row['launches']:8} {row['products']:8} {row['kernels']:8} {row['microseconds']:8.0f}"
+    numbers = f"{row['launches']:8} {row['products']:8} {row['kernels']:8}"
+    numbers += f" {row['microseconds']:8.0f} {row['microseconds_low']:8.0f}"
     print(f"{row['name']:<36} {numbers}  {ratio}", flush=True)
     if names:
         for kind, found in row["names"].items():
@@ -322,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=300, help="of each row and the dense block (default: 300)")
+    parser.add_argument("--rounds", type=int, default=200, help="of each row and the dense block (default: 200)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: float16)")
     parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name contains this")
     parser.add_argument("-v", "--names", action="store_true", help="name what is counted")
@@ -352,10 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     write = Writer(args.json, CPU)
     print(f"{device_name(CPU)}, torch {torch.__version__}, Triton {stamp(CPU)['triton']}, {args.dtype}, a fake GPU")
-    print("us: Python and PyTorch on this core, without kernels and the driver's calls; median of the rounds")
+    print("us: Python and PyTorch on this core, without kernels and the driver's calls: median, and fastest tenth")
     print("of dense: of the dense block's forward + backward; median of paired ratios [middle 80 % of the rounds]")
     print("launches: of Triton; products: of the library; kernels: PyTorch's others")
-    print(f"{'':<36} launches products  kernels       us  of dense")
+    print(f"{'':<36} launches products  kernels       us  fastest  of dense")
     for name, row in chosen.items():
         show(write({**measure(name, row, every[row.baseline], fake, args.rounds), "dtype": args.dtype}), args.names)
     return 0
