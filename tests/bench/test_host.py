@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import host
+from bench import fake_gpu, host
 from bench.fake_gpu import FakeGpu
+from nspec.kernels.linear_relu_count import op
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,6 +139,12 @@ def test_every_call_is_timed_once_a_round_after_calls_of_its_own() -> None:
     times = host.processor_seconds([note("a"), note("b")], rounds=4, warmup=0)
     assert [len(one) for one in times] == [4, 4]
     assert "".join(seen) == "".join(name * host.CALLS for name in "abbaabba")
+
+
+def test_an_operator_that_would_not_reach_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "BACKENDS", op.BACKENDS[1:])
+    with pytest.raises(RuntimeError, match="linear_relu_count has 0 backends 'triton', expected one"):
+        fake_gpu._admit_cpu_tensors()
 
 
 def test_interpreted_kernels_are_not_measured(
