@@ -104,8 +104,8 @@ def task_in(row: Mapping[str, Any], column: str, labels: Sequence[str] | None, w
     """The task of a row as it stands there, by its name where the column has ``labels``. ValueError without the column."""
     if column not in row:
         raise ValueError(
-            f"{where} has no column {column!r}, only {', '.join(map(str, row)) or 'none'}: give each row one with its task, "
-            "or None for the base"
+            f"{where} has no column {column!r}, only {', '.join(map(str, row)) or 'none'}: give each row one with its "
+            "task, or None for the base"
         )
     task = row[column]
     task = task.tolist() if hasattr(task, "tolist") else task
@@ -152,7 +152,9 @@ def check_column(dataset: Any, column: str, tasks: Sequence[str], what: str) -> 
             if not (isinstance(task, str) and task in seen):
                 known_name(task, tasks, f"row {place} of {what}, column {column!r}")
                 seen.add(task)
-    elif hasattr(dataset, "unique") and dataset.format["type"] != "custom":  # no transform makes its rows
+    elif (
+        hasattr(dataset, "unique") and hasattr(dataset, "column_names") and dataset.format["type"] != "custom"
+    ):  # no transform makes its rows
         if column not in dataset.column_names:
             task_in(dict.fromkeys(dataset.column_names), column, None, what)
         try:

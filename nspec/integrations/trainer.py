@@ -34,6 +34,7 @@ class TaskTrainerMixin(_Trainer):
 
     Attributes:
         task_column: the name of the column.
+        task_options: of ``nspec.task`` for a batch of several tasks: ``batch_dim``, ``flattened``.
 
     Raises:
         ValueError: in ``train``, ``evaluate`` or ``predict``: the model is not specialised, a row has no task or one that
@@ -55,11 +56,13 @@ class TaskTrainerMixin(_Trainer):
         >>> rows = [{"input_ids": [5, 6], "labels": [7, 8], "task": task} for task in ("en-de", "en-fr")]
         >>> options = dict(max_steps=2, disable_tqdm=True, use_cpu=True, report_to=[], save_strategy="no")
         >>> arguments = TrainingArguments(tempfile.mkdtemp(), logging_strategy="no", **options)
-        >>> MyTrainer(model, arguments, train_dataset=rows).train().global_step
+        >>> MyTrainer(model, arguments, train_dataset=rows).train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
         2
     """
 
     task_column: str = "task"
+    task_options: Mapping[str, Any] = {}
     _signature_columns: Any
     _under_task: bool = False
 
@@ -153,7 +156,7 @@ class TaskTrainerMixin(_Trainer):
             )
         self._under_task = True
         try:
-            with task(model, tasks if mixed or not tasks else tasks[0]):
+            with task(model, tasks if mixed or not tasks else tasks[0], **self.task_options):
                 yield rest
         finally:
             self._under_task = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 import nspec
+import nspec.integrations.collator
 from nspec.integrations.collator import check_column
 
 ROWS = [{"x": 1.0, "task": "b"}, {"x": 2.0, "task": None}, {"x": 3.0, "task": "a"}]
@@ -61,3 +63,8 @@ def test_a_list_of_rows_is_looked_through(last: dict[str, Any], error: type[Exce
     check_column(ROWS, "task", ["a", "b"], "rows")
     with pytest.raises(error, match=message):
         check_column([*ROWS, last], "task", ["a", "b"], "rows")
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    found = doctest.testmod(nspec.integrations.collator, extraglobs={"nspec": nspec, "torch": torch})
+    assert (found.failed, found.attempted > 3) == (0, True)

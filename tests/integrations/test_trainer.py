@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from training import TASKS, MyTrainer, all_right, arguments, rows, specialised, 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Seq2SeqTrainer, Trainer, TrainerCallback
 
 import nspec
+import nspec.integrations.trainer
 
 MIXED = ["en-de", "de-en", "de-en", "en-fr", None, "en-fr", "en-de"]
 PAIRED = ["en-de", "en-de", "en-fr", "en-fr", "de-en", "de-en", "en-de"]  # the last batch has one row
@@ -216,6 +218,24 @@ def test_a_trainer_that_sets_no_task_is_warned_of(tmp_path: Path) -> None:
     assert len([one for one in told if "without a task" in str(one.message)]) == 1
 
 
+def test_a_collator_that_sets_the_task_is_refused(tmp_path: Path) -> None:
+    model, padded = specialised(), padding(None)
+
+    def collate(given: list[dict[str, Any]]) -> Any:
+        nspec.set_task(model, [row.pop("task") for row in given])
+        return padded([{name: row[name] for name in ("input_ids", "labels")} for row in given])
+
+    options = arguments(tmp_path, remove_unused_columns=False)
+    trainer = Seq2SeqTrainer(model, options, train_dataset=rows(MIXED), data_collator=collate)
+    with pytest.raises(RuntimeError, match="fetches one ahead: the task is that of the next batch"):
+        trainer.train()
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    found = doctest.testmod(nspec.integrations.trainer, extraglobs={"nspec": nspec, "torch": torch})
+    assert (found.failed, found.attempted > 5) == (0, True)
+
+
 def test_several_gpus_in_one_process_take_one_task_at_a_time(tmp_path: Path) -> None:
     model = specialised()
     trainer = MyTrainer(model, arguments(tmp_path), train_dataset=rows(MIXED))
@@ -234,8 +254,8 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(rows(["en-de", None, "de-en", "en-fr", "en-de", "en-de", "en-fr"]))  # the last batch is not full
 
-made = {}
-for name, data in {"list": rows(["en-de", None, "de-en", "en-fr", "en-de", "en-de", "de-en", None]), "stream": Stream()}.items():
+made, listed = {}, rows(["en-de", None, "de-en", "en-fr", "en-de", "en-de", "de-en", None])
+for name, data in {"list": listed, "stream": Stream()}.items():
     model = specialised()
     seen = spied(model)
     options = {"ddp_backend": "gloo", "predict_with_generate": True, "generation_max_length": 5, "max_steps": 2}
