@@ -21,14 +21,14 @@ class MyTrainer(nspec.TaskTrainerMixin, Seq2SeqTrainer):
 
 def specialised(mode: str = "forward") -> nn.Module:
     torch.manual_seed(0)
-    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 40))}
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 40))}
     off = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"), 0.0)
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_layerdrop": 0.0}
     config = M2M100Config(vocab_size=40, d_model=8, max_position_embeddings=32, **sizes, **off, **heads)
     model = M2M100ForConditionalGeneration(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
-    layers = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in (0, 1)]
+    layers = [f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")]
     drawn = {task: {layer: torch.rand(40) < 0.4 for layer in layers} for task in TASKS}
     return nspec.specialize(model, nspec.NeuronMasks(drawn), mode=mode)
 
