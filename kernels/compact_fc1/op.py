@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import reference
 from .layout import index_for
 
@@ -67,6 +67,24 @@ def _gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _compact_fc1.register_autograd(_gradient, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as ten launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Any, x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+    ) -> Tensor:
+        ctx.backend, ctx.has_b = backend, b is not None
+        ctx.save_for_backward(x, w, index, task_offsets)
+        return torch.as_tensor(backend.forward(x, w, b, index, task_offsets))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.backend.backward(dz, *ctx.saved_tensors, ctx.has_b)
+        return None, dx, dw, db if ctx.has_b else None, None, None
 
 
 @explainable
@@ -126,6 +144,9 @@ def compact_fc1(
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("compact_fc1", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         z = reference.forward(flat, w, b, index, task_offsets)
-    else:
+    elif opaque(flat, w, b, index, task_offsets):
         z = _compact_fc1(flat, w, b, index, task_offsets)
+    else:
+        args = (flat, w, b, index, task_offsets)
+        z = torch.as_tensor(_Eager.apply(choose("compact_fc1", BACKENDS, *args), *args))
     return z.view(*x.shape[:-1], index.shape[1])
