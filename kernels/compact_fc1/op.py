@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..common import checks, gpu, native
+from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import reference
-from .layout import index_for
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", gpu.why_not),
@@ -109,8 +109,7 @@ def compact_fc1(
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
             ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
-        index: ``active_index(active)`` or, as :func:`index_for` may choose, the in-place one, for callers that keep it;
-            ``index_for(x, w, active)`` when None.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
 
     Returns:
         ``z [..., width]`` in the layout of the index (``kernels/common/active.py``). Compact, its padding repeats an
@@ -137,7 +136,7 @@ def compact_fc1(
     checks.active_sets(active, d_ff, task_offsets)
     x, w, b = cast_inputs(x, w, b)
     if index is None:
-        index = index_for(x, w, active)
+        index = active_index(active)
     checks.shape("index", index, [active.shape[0] if active.dim() == 2 else 1, None])
     flat = x.reshape(-1, d_in)
     by_torch = requested("compact_fc1") == "auto" and not torch.compiler.is_compiling()

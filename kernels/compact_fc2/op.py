@@ -12,7 +12,6 @@ from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
-from ..compact_fc1.layout import in_place_index
 from . import reference
 
 BACKENDS = (
@@ -127,7 +126,7 @@ def compact_fc2(
         b: fc2.bias, ``[d_out]`` or None.
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: as for ``compact_fc1``.
-        index: that of ``compact_fc1``; when None, the one of ``active`` that has the width of h.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
 
     Returns:
         ``y [..., d_out]``. Differentiable once in h, constant, w and b; columns of the gradient of ``w`` that no task
@@ -159,7 +158,7 @@ def compact_fc2(
         elif constant.dim() > 2:
             raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
     if index is None:
-        index = in_place_index(active) if h.dim() and h.shape[-1] == d_ff else active_index(active)
+        index = active_index(active)
     checks.shape("index", index, [tasks, None])
     checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
     h, constant, w, b = cast_inputs(h, constant, w, b)
