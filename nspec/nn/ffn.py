@@ -1,8 +1,8 @@
-"""The specialised feed-forward pair: fc1 and fc2 of a layer whose code is not touched, computed as one block.
+"""The specialised feed-forward block: the layers of a block whose code is not touched, over the active neurons alone.
 
-A Transformer layer computes ``fc2(relu(fc1(x)))`` in its own code. Under a task fc1 returns :class:`Activations`, a value
-that stands for its output; the layer's own ReLU marks it; fc2, which stays the plain linear layer that it is, takes it,
-and with that the whole compact block is computed at once.
+A Transformer layer computes ``fc2(f(fc1(x)))`` or ``fc2(f(gate(x)) * up(x))`` in its own code. Under a task fc1, and up
+beside it, return :class:`Activations`, a value that stands for their output; the layer's own functions work on it; fc2,
+which stays the layer that it is, takes it. Where the function is ReLU the whole block is computed at once there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import weakref
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.kernels.common.autocast import cast_inputs
+from nspec.kernels.compact_fc1 import compact_fc1
+from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
-from .activations import Activations
+from .activations import Activations, GateAndUp
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
-from .masked_linear import MaskedLinear, Mode
+from .masked_linear import Masked, MaskedLinear, Mode
 from .recompute import Use, backward_pass
 from .steps import optimizer_steps
 from .switched import Shared, TaskSwitched
@@ -40,8 +41,14 @@ class TaskState(NamedTuple):
     set_in: int
 
 
-class TaskLinear(MaskedLinear, TaskSwitched):
-    """A masked layer that knows the active sets of several tasks. ``nn.Linear`` modules are turned into it in place."""
+class TaskLayer(Masked, TaskSwitched):
+    """A masked layer that knows the active sets of several tasks. Layers are turned into one of its kinds in place.
+
+    Attributes:
+        gated: whether it is one of the two projections of a gated block, or both in one.
+    """
+
+    gated: bool = False
 
     _sets: dict[str, ActiveSet]
     _stacks: dict[tuple[str, ...], ActiveSet]
@@ -63,6 +70,7 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         routed: bool = False,
         batch_dim: int | None = None,
         flattens: bool = False,
+        with_layer: TaskLayer | None = None,
     ) -> None:
         """Sets the active neurons of each task, bool ``[out_features]``.
 
@@ -74,9 +82,15 @@ class TaskLinear(MaskedLinear, TaskSwitched):
             routed: whether a router chooses the tokens of the layer, so that their sentences are not known.
             batch_dim: the dimension of sentences in the layer's input, where the model says it.
             flattens: whether the model is known to flatten a batch to tokens before the layer.
+            with_layer: another projection of the same block, whose sets are used and masks ignored.
         """
-        self._sets = {task: ActiveSet(mask) for task, mask in masks.items()}
-        self._stacks, self._task = {}, None
+        if with_layer is not None:
+            self._sets, self._stacks = with_layer._sets, with_layer._stacks
+        else:
+            twice = self.doubled and self.mode == "update"
+            self._sets = {task: ActiveSet(mask.repeat(2) if twice else mask) for task, mask in masks.items()}
+            self._stacks = {}
+        self._task = None
         self.qualified_name, self._shared, self._first = name, shared or Shared(), first
         self._routed, self._batch_dim, self._flattens = routed, batch_dim, flattens
 
@@ -175,6 +189,31 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         return state._replace(set_in=backward_pass())
 
 
+class TaskLinear(TaskLayer, MaskedLinear):
+    """A linear layer of that kind."""
+
+
+class TransposedFeatures:
+    """The sizes of a layer whose weight is ``[in_features, out_features]``."""
+
+    transposed = True
+    weight: Tensor
+
+    @property
+    def in_features(self) -> int:
+        """The size of each input."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """The number of neurons."""
+        return self.weight.shape[1]
+
+
+class TaskConv1D(TransposedFeatures, TaskLayer):
+    """The same of a ``Conv1D``, a linear layer with the weight transposed."""
+
+
 class _Kept(NamedTuple):
     """Packed weights, and what they were made of."""
 
@@ -183,8 +222,8 @@ class _Kept(NamedTuple):
     packed: list[Packed]
 
 
-class CompactFc1(TaskLinear):
-    """fc1 of a specialised pair in mode ``forward``. Without a task it is an ordinary linear layer."""
+class CompactLayer(TaskLayer):
+    """fc1 or up of a specialised block in mode ``forward``. Without a task it is the layer that it was."""
 
     _packed: _Kept | None
 
@@ -197,14 +236,28 @@ class CompactFc1(TaskLinear):
         self.__dict__["_packed"] = None
 
     def forward(self, x: Tensor) -> Any:
-        """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for ReLU and fc2."""
+        """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for the activation and fc2."""
         use = self._begin(x)
-        weight = self.note_use(use[0], self.weight)
         if use[0] is None:
-            return F.linear(*self._noted(use, x, weight, self.bias))
+            return self._dense(use, x)
+        weight, bias = self.note_use(use[0], self.weight), self.bias
         if not torch.compiler.is_compiling():
             self._check_hooks()
-        return Activations(self, use, (x, weight, self.bias), rectified=False)
+        if self.transposed:
+            weight = weight.t()
+        if not self.gated:
+            return Activations(self, use, (x, weight, bias), rectified=False)
+        if not self.doubled:
+            value = Activations(self, use, (x, weight, bias), rectified=False)
+            value.compute()
+            return value
+        biases = (None, None) if bias is None else bias.unflatten(0, (2, -1)).unbind()
+        halves = [
+            Activations(self, use, (x, half, b), False) for half, b in zip(weight.unflatten(0, (2, -1)).unbind(), biases)
+        ]
+        for value in halves:
+            value.compute()
+        return GateAndUp(*halves)
 
     def _check_hooks(self) -> None:
         """What hooks on the layer would miss without a word: they get what stands for the activations, and no gradient."""
@@ -222,6 +275,44 @@ class CompactFc1(TaskLinear):
                 stacklevel=2,
             )
 
+    def pre_activations(self, h: Activations) -> tuple[Tensor, Tensor | None]:
+        """What the layer gives, before any activation: the active columns, and the others' constants, their biases.
+
+        Returns:
+            ``[..., width]`` in the layout of the index of the set (``[tokens, width]``, sorted by task, of several tasks),
+            and ``[d_ff]``, or None without a bias.
+
+        Raises:
+            RuntimeError: the layer is sharded; or a CUDA graph is being captured, and the layer has not run in this way.
+        """
+        (active, batch), (x, w, b) = h.use, h.inputs
+        self._check_whole(w)
+        x, w, b = self._noted(h.use, x, w, b)
+        active = self._on_device(active, x, w)
+        if batch is None:
+            z = compact_fc1(x, w, b, active.active, index=active.index)
+            if h.lead != x.shape[:-1]:
+                z = z.view(*h.lead, z.shape[-1])
+        else:
+            order, inverse, offsets = batch.layout(x)
+            tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+            z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, index=active.index)
+        return z, b if b is None or b.dtype == z.dtype else b.to(z.dtype)
+
+    def _check_whole(self, *weights: Tensor) -> None:
+        if any(hasattr(self.weight, "placements") != hasattr(weight, "placements") for weight in weights):
+            raise RuntimeError(
+                f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
+                "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
+            )
+
+    def _on_device(self, active: ActiveSet, x: Tensor, weight: Tensor) -> ActiveSet:
+        if capturing(x.device) and not active.is_on(weight.device):
+            _refuse_capture()  # the set is copied from the host
+        active = active.on(weight.device)
+        keep(x.device, active)
+        return active
+
     def block(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
         """What fc2 gives for the activations ``h``: ``[..., d_out]``.
 
@@ -229,7 +320,7 @@ class CompactFc1(TaskLinear):
         updates of them.
 
         Args:
-            h: what :meth:`forward` returned, after ReLU.
+            h: what :meth:`forward` returned, after the activation.
             w2: fc2.weight, ``[d_out, d_ff]``.
             b2: fc2.bias, ``[d_out]`` or None.
 
@@ -238,33 +329,46 @@ class CompactFc1(TaskLinear):
                 the layer has not run in this way before.
         """
         (active, batch), (x, w1, b1) = h.use, h.inputs
-        if not hasattr(self.weight, "placements") == hasattr(w1, "placements") == hasattr(w2, "placements"):
-            raise RuntimeError(
-                f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
-                "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
-            )
+        self._check_whole(w1, w2)
         if w1.device != w2.device:
             raise RuntimeError(
                 f"{self.qualified_name} is on {w1.device} and its fc2 on {w2.device}, and mode 'forward' computes both in "
                 "one: put them on one device"
             )
+        if h.active is not None or not h.rectified:
+            return self._second(h, w2, b2)
+        h.check()
         x, w1, b1, w2, b2 = self._noted(h.use, x, w1, b1, w2, b2)
-        if capturing(x.device) and not active.is_on(w1.device):
-            _refuse_capture()  # the set is copied from the host
-        active = active.on(w1.device)
-        keep(x.device, active)
+        active = self._on_device(active, x, w1)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return self._without_grad(x, (w1, b1, w2, b2), active, batch)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_packed"] = (
-                None  # what follows a training pass is an update, and wrappers write weights unseen
-            )
+            y = self._without_grad(x, (w1, b1, w2, b2), active, batch)
+        else:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_packed"] = (
+                    None  # what follows a training pass is an update, and wrappers write weights unseen
+                )
+            if batch is None:
+                y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
+            else:
+                order, inverse, offsets = batch.layout(x)
+                tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+                y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
+                y = reorder(y, inverse, order)
+        return y if y.shape[:-1] == h.lead else y.view(*h.lead, w2.shape[0])
+
+    def _second(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
+        """fc2 of activations that are computed."""
+        computed, (active, batch), x = h.compute(), h.use, h.inputs[0]
+        active = self._on_device(active, x, w2)
+        constant = h.constant
+        if constant is not None and (constant.device, constant.dtype) != (computed.device, computed.dtype):
+            constant = constant.to(computed.device, computed.dtype)
         if batch is None:
-            return compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
+            return compact_fc2(computed, constant, w2, b2, active.active, index=active.index)
         order, inverse, offsets = batch.layout(x)
-        tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
-        y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
-        return reorder(y, inverse, order).view(*x.shape[:-1], w2.shape[0])
+        options = {"task_offsets": offsets, "index": active.index}
+        y: Tensor = compact_fc2(computed, constant, w2, b2, active.active, **options)
+        return reorder(y, inverse, order).view(*h.lead, w2.shape[0])
 
     def _without_grad(
         self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, batch: TaskBatch | None
@@ -276,7 +380,7 @@ class CompactFc1(TaskLinear):
         """
         packed = self._packed_weights(x, weights, active)
         keep(x.device, packed)
-        tokens = x.reshape(-1, self.in_features).to(packed[0].w1.dtype)
+        tokens = x.reshape(-1, x.shape[-1]).to(packed[0].w1.dtype)
         if batch is None:
             y, _ = forward_packed(tokens, packed[0])
         else:
@@ -285,7 +389,7 @@ class CompactFc1(TaskLinear):
             parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
             y = torch.cat([forward_packed(part, one)[0] for part, one in zip(parts, packed)])
             y = reorder(y, inverse, order)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     def _packed_weights(self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet) -> list[Packed]:
         device, given = x.device.type, [w for w in weights if w is not None]
@@ -309,6 +413,14 @@ class CompactFc1(TaskLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_packed": None}
+
+
+class CompactFc1(CompactLayer, TaskLinear):
+    """A linear layer of that kind."""
+
+
+class CompactConv1D(TransposedFeatures, CompactLayer):
+    """The same of a ``Conv1D``, a linear layer with the weight transposed."""
 
 
 def _refuse_capture() -> NoReturn:
