@@ -31,14 +31,13 @@ def test_a_wrapped_model_is_named_as_such() -> None:
         nspec.specialize(wrapped, masks_for(model))
 
 
-def test_activation_dropout_and_other_activations_are_refused() -> None:
+def test_activation_dropout_is_refused_and_other_activations_are_not() -> None:
     model = m2m100(activation_dropout=0.1)
     with pytest.raises(ValueError, match=r"activation_dropout is 0.1, expected 0 in mode 'forward'"):
         nspec.specialize(model, masks_for(model))
     nspec.specialize(model, masks_for(model), mode="update")
     gelu = m2m100(activation_function="gelu")
-    with pytest.raises(ValueError, match="expected ReLU"):
-        nspec.specialize(gelu, masks_for(gelu))
+    nspec.specialize(gelu, masks_for(gelu))
 
 
 class Secretive(nn.Module):
@@ -52,14 +51,11 @@ class Secretive(nn.Module):
         return self.fc2(self._between(self.fc1(x)))
 
 
-@pytest.mark.parametrize(
-    "between",
-    [nn.functional.gelu, lambda h: nn.functional.dropout(torch.relu(h), 0.1), lambda h: torch.relu(h) * 2, lambda h: h],
-)
+@pytest.mark.parametrize("between", [nn.Softmax(-1), lambda h: nn.functional.dropout(torch.relu(h), 0.1)])
 def test_what_a_layer_does_in_secret_is_found_by_the_first_pass(between) -> None:
     model = Secretive(between)
     nspec.specialize(model, masks_for(model))
-    with nspec.task(model, "en-de"), pytest.raises(ValueError, match="is not ReLU alone"):
+    with nspec.task(model, "en-de"), pytest.raises(ValueError, match="is not elementwise"):
         model(torch.randn(30, 4))
 
 
@@ -134,6 +130,3 @@ def test_where_nothing_is_found_the_message_says_why() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             nspec.profile(model, {"t": [torch.randn(3, 4)]})
-    masks = nspec.NeuronMasks({"t": {"up_proj": torch.ones(80, dtype=torch.bool)}})
-    with pytest.raises(ValueError, match="^up_proj: the block is gated"):
-        nspec.specialize(Gated(), masks, layers=[("up_proj", "down_proj")])

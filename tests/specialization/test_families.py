@@ -52,8 +52,8 @@ def test_it_equals_the_masked_model_in_both_modes_merged_mixed_and_undone(family
     blocks = blocks_of(family, model)
     assert blocks
     masks = masks_of(blocks)
-    classes = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     dense, dense_gradients = results(family, model, given)
+    classes = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     wanted: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for task in "ab":
         other = copy.deepcopy(model)
