@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, native
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, requested
 from . import reference
 from .layout import index_for
 
-BACKENDS = (Backend("reference", f"{__package__}.reference"),)
+BACKENDS = (
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -38,15 +41,17 @@ def _(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tenso
 
 @torch.library.custom_op("nspec::compact_fc1_backward", mutates_args=())
 def _compact_fc1_backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None
+    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = choose("compact_fc1", BACKENDS, x, w, None, index, task_offsets)
-    return backend.backward(dz, x, w, index, task_offsets)
+    return backend.backward(dz, x, w, index, task_offsets, has_b)
 
 
 @_compact_fc1_backward.register_fake
-def _(dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1])
+def _(
+    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,7 +61,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw, db = _compact_fc1_backward(dz, *ctx.saved_tensors)
+    dx, dw, db = _compact_fc1_backward(dz, *ctx.saved_tensors, ctx.has_b)
     return dx, dw, db if ctx.has_b else None, None, None
 
 

@@ -52,9 +52,9 @@ def _forward_one(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor) -> Tenso
 
 
 def backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None
+    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``w`` and ``b`` by the formulas above, summed over tasks."""
+    """Gradients of ``x``, ``w`` and ``b`` (``[0]`` without one) by the formulas above, summed over tasks."""
     segments = checks.segments(task_offsets, x.shape[0])
     # Sums over tasks are kept in float32 at least, so that the number of tasks costs no precision.
     wide = x.dtype if len(segments) == 1 else torch.promote_types(x.dtype, torch.float32)
@@ -66,4 +66,4 @@ def backward(
         dx[start:stop] = own @ w.index_select(0, rows)
         dw.index_add_(0, rows, (own.t() @ part).to(wide))
         db.index_add_(0, rows, own.sum(0).to(wide))
-    return dx, dw.to(x.dtype), db.to(x.dtype)
+    return dx, dw.to(x.dtype), db.to(x.dtype) if has_b else x.new_empty(0)

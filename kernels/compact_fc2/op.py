@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, requested
 from ..compact_fc1.layout import in_place_index
 from . import reference
 
-BACKENDS = (Backend("reference", f"{__package__}.reference"),)
+BACKENDS = (
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -44,18 +47,18 @@ def _(
 
 @torch.library.custom_op("nspec::compact_fc2_backward", mutates_args=())
 def _compact_fc2_backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None
+    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend = choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
-    return backend.backward(dy, h, constant, w, index, task_offsets)
+    return backend.backward(dy, h, constant, w, index, task_offsets, has_b)
 
 
 @_compact_fc2_backward.register_fake
 def _(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None
+    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dc = w.new_empty(0 if constant is None else constant.shape)
-    return h.new_empty(h.shape), dc, w.new_empty(w.shape), w.new_empty(w.shape[:1])
+    return h.new_empty(h.shape), dc, w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -65,8 +68,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dh, dc, dw, db = _compact_fc2_backward(dy, *ctx.saved_tensors)
     has_constant, has_b = ctx.given
+    dh, dc, dw, db = _compact_fc2_backward(dy, *ctx.saved_tensors, has_b)
     return dh, dc if has_constant else None, dw, db if has_b else None, None, None
 
 

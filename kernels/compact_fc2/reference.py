@@ -46,9 +46,12 @@ def forward(
 
 
 def backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None
+    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``h``, ``constant`` (``[0]`` without one), ``w`` and ``b`` by the formulas above, summed over tasks."""
+    """Gradients of ``h``, ``constant``, ``w`` and ``b`` by the formulas above, summed over tasks.
+
+    That of what is not given is ``[0]``.
+    """
     segments = checks.segments(task_offsets, h.shape[0])
     # Sums over tasks are kept in float32 at least, so that the number of tasks costs no precision.
     wide = h.dtype if len(segments) == 1 else torch.promote_types(h.dtype, torch.float32)
@@ -66,4 +69,4 @@ def backward(
             others, of = others_of(rows, w.shape[1]), task if constant.shape[0] > 1 else 0
             dc[of].index_add_(0, others, (s @ w.index_select(1, others)).to(wide))
             dw.index_add_(1, others, torch.outer(s, constant[of].index_select(0, others)).to(wide))
-    return dh, dc.to(h.dtype), dw.to(h.dtype), db.to(h.dtype)
+    return dh, dc.to(h.dtype), dw.to(h.dtype), db.to(h.dtype) if has_b else h.new_empty(0)
