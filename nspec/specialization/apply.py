@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,19 @@ from nspec.nn.ffn import CompactFc1, TaskLinear
 from nspec.nn.masked_linear import Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
 
+from .feed_forward import FeedForward
 from .layers import (
-    Pair,
     activation_dropouts,
     batch_dim_of,
     check_relu,
     fast_paths,
-    find_pairs,
+    find_blocks,
     flattens,
     is_routed,
-    nearest,
 )
 from .masks import NeuronMasks
+from .naming import Layer
+from .patterns import alike, nearest
 from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
 
 # What specialisation leaves on the modules, and despecialisation takes away.
@@ -57,7 +58,7 @@ def specialize(
     masks: NeuronMasks,
     mode: Mode = "forward",
     *,
-    layers: Iterable[str | tuple[str, str]] | None = None,
+    layers: Iterable[Layer] | None = None,
     activation_dropout: float | None = None,
 ) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
@@ -77,7 +78,7 @@ def specialize(
         mode: ``forward``: only active neurons are computed, in training and decoding, as in Tan et al. 2024; equals
             multiplying the mask into the rows of fc1.weight. ``update``: the forward pass is dense, and only the
             gradient of fc1.weight is masked.
-        layers: as in ``find_pairs`` and ``profile``, for layers that are not found by structure and name. Masks may name
+        layers: as in ``find_blocks`` and ``profile``, for layers that are not found by structure and name. Masks may name
             fewer layers than are given or found; those without masks stay dense.
         activation_dropout: 0 sets the dropouts between fc1 and fc2 that are known by structure and name to 0 in mode
             ``forward``, until ``despecialize``; None: one above 0 is an error.
@@ -98,7 +99,9 @@ def specialize(
         raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
     if any(isinstance(module, TaskLinear) for module in model.modules()):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
-    pairs = _matching_pairs(model, masks, layers)
+    known = {block.name: block for block in find_blocks(model, layers)}
+    masks = _fitting(model, masks, known)
+    pairs = [known[layer] for layer in masks.layers]
     for pair in pairs:
         _check_plain(pair)
         if mode == "forward":
@@ -131,7 +134,7 @@ def specialize(
     return model
 
 
-def _check_plain(pair: Pair) -> None:
+def _check_plain(pair: FeedForward) -> None:
     """Raises ValueError unless fc1 is an ``nn.Linear`` that computes what its class says."""
     fc1: Any = pair.fc1
     if type(fc1) is not nn.Linear:
@@ -154,24 +157,24 @@ def _rebind(module: nn.Linear) -> None:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-def _matching_pairs(model: nn.Module, masks: NeuronMasks, layers: Iterable[str | tuple[str, str]] | None) -> list[Pair]:
-    """The model's layers that the masks name; every named layer must be there, equally wide."""
-    known = {pair.name: pair for pair in find_pairs(model, layers)}
+def _fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
+    """The masks by the model's own names of layers; every named layer must be there, equally wide."""
     modules = dict(model.named_modules())
+    if wrapped := [n for n in masks.layers if f"module.{n}" in modules or f"_orig_mod.{n}" in modules]:
+        raise ValueError(f"the model is wrapped: specialise it first, then wrap or compile it ({wrapped[0]} is inside)")
+    names = alike(masks.layers, known)
+    if missing := [layer for layer in masks.layers if layer not in names]:
+        raise ValueError(
+            f"masks name layer {missing[0]!r}, which the model does not have; {nearest(missing[0], known)}"
+        )
+    masks = masks.renamed(names)
     for layer in masks.layers:
-        pair = known.get(layer)
-        if pair is None:
-            if f"module.{layer}" in modules or f"_orig_mod.{layer}" in modules:
-                raise ValueError(
-                    f"the model is wrapped: specialise it first, then wrap or compile it ({layer} is inside)"
-                )
-            raise ValueError(f"masks name layer {layer!r}, which the model does not have; {nearest(layer, known)}")
         width = len(masks[masks.tasks[0]][layer])
-        if width != pair.d_ff:
+        if width != known[layer].d_ff:
             raise ValueError(
-                f"masks are of another model: {layer} has d_ff={width} in the masks, {pair.d_ff} in the model"
+                f"masks are of another model: {layer} has d_ff={width} in the masks, {known[layer].d_ff} in the model"
             )
-    return [known[layer] for layer in masks.layers]
+    return masks
 
 
 def despecialize(model: nn.Module) -> nn.Module:

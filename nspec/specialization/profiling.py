@@ -14,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nspec.nn.ffn import TaskLinear
 
+from .candidates import experts_not_taken
 from .counting import Counters, Masks
 from .counts import ActivationCounts
-from .layers import check_relu, find_pairs, without_fast_path
+from .feed_forward import FeedForward
+from .layers import computes_linear, find_blocks, without_fast_path
+from .naming import Layer
 from .padding import RealTokens, rows_are_samples
 from .tasks import task as switched_to
 
@@ -25,7 +28,7 @@ def profile(
     model: nn.Module,
     batches: Mapping[str, Iterable[Any]],
     *,
-    layers: Iterable[str | tuple[str, str]] | None = None,
+    layers: Iterable[Layer] | None = None,
     padding: str = "exclude",
     valid: Callable[[str, Any], Tensor | None] | None = None,
     progress: Callable[[str, int], None] | None = None,
@@ -40,7 +43,7 @@ def profile(
             DistributedDataParallel are passed by, and compiled code runs uncompiled.
         batches: for each task the batches to run: what ``model(**batch)`` takes (a mapping), or ``model(*batch)`` (a
             tuple, named or not, or list), or one tensor. Tensors are moved to the model's device. Iterated once.
-        layers: as in ``find_pairs``; None takes all.
+        layers: as in ``find_blocks``; None takes all.
         padding: ``exclude``: only real tokens count. ``include``: padded positions count too, as in the release of Tan
             et al. 2024.
         valid: ``valid(layer, batch)`` gives the bool mask of real tokens of a layer, in the shape of the leading
@@ -78,14 +81,18 @@ def profile(
         )
     if not batches:
         raise ValueError("no task: batches is empty")
-    pairs = find_pairs(model, layers)
-    for pair in pairs:
-        check_relu(pair, dropout=False)  # dropout is off in eval mode
-    names = [pair.name for pair in pairs]
+    blocks = find_blocks(model, layers)
+    for block in blocks:
+        _check_countable(block)
+    if layers is None and (experts := experts_not_taken(model)):
+        warnings.warn(experts, UserWarning, stacklevel=2)
+    names = [block.name for block in blocks]
     real = RealTokens(model)
-    counters = Counters(pairs)
+    counters = Counters(model, blocks)
     warned = padding == "include" or valid is not None
-    counts = {}
+    counts: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, dict[str, int]] = {}
+    silent_layers: list[str] = []
     for task, task_batches in batches.items():
         counters.start(task)
         done = 0
@@ -94,7 +101,7 @@ def profile(
             masks: Masks = dict.fromkeys(names)
             if padding == "exclude":
                 masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
-            with torch.no_grad(), _evaluating(model), without_fast_path(model, pairs), _uncompiled(model):
+            with torch.no_grad(), _evaluating(model), without_fast_path(model, blocks), _uncompiled(model):
                 alone = functools.partial(_run_alone, model, batch) if real.follows_transformers else None
                 counters.count(functools.partial(_run, model, batch), masks, alone)
             if not warned:
@@ -107,8 +114,36 @@ def profile(
                 progress(task, done)
         if not done:
             raise ValueError(f"task {task} has no batches: there is nothing to profile it on")
-        counts[task] = counters.totals()
-    return ActivationCounts(counts)
+        counts[task], tokens[task] = counters.totals()
+        if not silent_layers and (silent_layers := counters.did_not_run()):
+            warnings.warn(
+                f"the batches of task {task} did not run {_shown(silent_layers)}: their counts are 0; leave them out with "
+                "layers=[...]",
+                UserWarning,
+                stacklevel=2,
+            )
+    return ActivationCounts(counts, tokens)
+
+
+def _check_countable(block: FeedForward) -> None:
+    """ValueError where a block's layers compute something else than their weights say, or its gate is cut anew."""
+    for layer in (block.fc1, block.up, block.fc2):
+        if layer is None or isinstance(layer, TaskLinear):
+            continue
+        if why := computes_linear(layer):
+            raise ValueError(
+                f"{block.name}: {'fc2' if layer is block.fc2 else 'up' if layer is block.up else 'fc1'} of this block is a "
+                f"{type(layer).__name__}, expected one that computes what nn.Linear does: {why}"
+            )
+    if (cut := getattr(block.parent, "activation_sparsity", 0)) and cut > 0:
+        raise ValueError(
+            f"{block.name}: the block cuts its gate off at a threshold over the layer's neurons (activation_sparsity "
+            f"{cut}), expected a function of each: leave such layers out with layers=[...]"
+        )
+
+
+def _shown(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
 
 
 def _several(task: str, batches: Any) -> Iterable[Any]:
@@ -133,11 +168,10 @@ def _given(valid: Callable[[str, Any], Tensor | None], names: Sequence[str], bat
 
 
 def _nothing_to_exclude(task: str, layers: Sequence[str], inputs: Mapping[str, Any]) -> str:
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
-        f"task {task}: nothing in a batch says which positions of {shown} are padding, so all of them count. Looked for "
-        "masks (attention_mask, decoder_attention_mask, src_key_padding_mask, tgt_key_padding_mask and the like), labels "
-        f"and token ids with a known padding id; the batch has {', '.join(inputs) or 'unnamed inputs'}. Give "
+        f"task {task}: nothing in a batch says which positions of {_shown(layers)} are padding, so all of them count. "
+        "Looked for masks (attention_mask, decoder_attention_mask, src_key_padding_mask, tgt_key_padding_mask and the "
+        f"like), labels and token ids with a known padding id; the batch has {', '.join(inputs) or 'unnamed inputs'}. Give "
         "valid=, or padding='include' where there is no padding"
     )
 
