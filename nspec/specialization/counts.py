@@ -20,8 +20,8 @@ class ActivationCounts(TaskTensors):
     """``counts[task][layer]`` is an int64 tensor ``[d_ff]``: the number of tokens that fired each neuron.
 
     A neuron fires for a token where its pre-activation (of a gated block, that of its gate) is above 0. ReLU, GELU, SiLU,
-    squared ReLU and their like are above 0 there and nowhere else; of activations that are never 0 (the sigmoid) it is the
-    definition.
+    squared ReLU and their like are above 0 there and nowhere else (but for subnormal numbers, half of which may be rounded
+    to 0); of activations that are never 0 (the sigmoid) it is the definition.
 
     A mapping of tasks. ``counts + counts`` adds them up (batches of one task that were counted apart) and joins tasks.
 

@@ -172,37 +172,38 @@ def computes_linear(module: nn.Module) -> str | None:
     A subclass, or a ``forward`` that was put on the instance, is run on random numbers and compared, as in training and in
     evaluation. What cannot be run here (weights that are elsewhere) is believed.
     """
-    kind = type(module)
-    own = kind.forward is not nn.Linear.forward and not (kind.__name__ == "Conv1D" and is_transposed(module))
-    if not own and "forward" not in vars(module):
-        return None
     if hasattr(module, "parametrizations"):
         return (
-            "its weight is parametrised; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+            "its weight is parametrised: make it permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    if weight.is_meta or weight.numel() == 0:
+    own = type(module).forward is not nn.Linear.forward and type(module).__name__ != "Conv1D"
+    if not own and "forward" not in vars(module):
+        return None
+    d_in, width = features(module)
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if weight.is_meta or not weight.numel():
         return None
     if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, expected a floating-point one (not quantised)"
-    if list(weight.shape) != [*features(module)][:: 1 if is_transposed(module) else -1]:
-        return f"its weight has shape {list(weight.shape)}, expected {[*features(module)][::-1]}"
-    x = torch.randn(3, features(module)[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    training, wide = module.training, torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return f"its weight is {weight.dtype}, expected floating point (not quantised)"
+    matrix = weight.t() if is_transposed(module) else weight
+    if list(matrix.shape) != [width, d_in]:
+        return f"its weight has shape {list(weight.shape)}, expected {[width, d_in]}"
+    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    training = module.training
     try:
         with torch.no_grad():
-            matrix = weight.t() if is_transposed(module) else weight
-            want = nn.functional.linear(x.to(wide), matrix.to(wide), None if bias is None else bias.to(wide))  # type: ignore[arg-type]
+            want = nn.functional.linear(x.to(exact), matrix.to(exact), None if bias is None else bias.to(exact))
+            most = float(want.abs().max()) * min(0.04, 8 * torch.finfo(weight.dtype).eps * d_in**0.5)  # by rounding
             for mode in (True, False):
                 got = module.train(mode).forward(x)
                 if not isinstance(got, Tensor) or got.shape != want.shape:
                     return "its output has another shape than that of nn.Linear"
-                off, size = float((got.to(wide) - want).abs().max()), float(want.abs().max())
-                if not off <= 16 * torch.finfo(weight.dtype).eps * max(1.0, size) * features(module)[0] ** 0.5:
+                if not (off := float((got.to(exact) - want).abs().max())) <= most:
                     return f"it computes something else than nn.Linear with its weight and bias (off by {off:.2g})"
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"it does not run on a tensor of {features(module)[0]} numbers ({str(error).splitlines()[0]})"
+        return f"it does not run on a tensor of {d_in} numbers ({str(error).splitlines()[0]})"
     finally:
         module.train(training)
     return None

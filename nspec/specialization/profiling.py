@@ -20,7 +20,7 @@ from .counts import ActivationCounts
 from .feed_forward import FeedForward
 from .layers import computes_linear, find_blocks, without_fast_path
 from .naming import Layer
-from .padding import RealTokens, rows_are_samples
+from .padding import RealTokens, check_tensor, rows_are_samples
 from .tasks import task as switched_to
 
 
@@ -33,14 +33,19 @@ def profile(
     valid: Callable[[str, Any], Tensor | None] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> ActivationCounts:
-    """Counts, per task, layer and neuron, the tokens with an activation above 0, with teacher forcing in eval mode.
+    """Counts, per task, layer and neuron, the tokens that fire it, with teacher forcing in eval mode.
+
+    A neuron fires where its pre-activation is above 0: there ReLU, GELU, SiLU, squared ReLU and their like are above 0, and
+    for activations that are never 0 (the sigmoid) it is the definition. Of a gated block, which is called by its gate
+    projection, the pre-activation is the gate's. Experts count the tokens that a router sends to them. What the model
+    computes is not changed (where the activation is ReLU alone, fc1 runs through ``linear_relu_count``).
 
     A specialised model is profiled dense. The model is changed only while a batch runs: what the batches' generator does
     with it (back-translation, say) is as it would be elsewhere, and does not count.
 
     Args:
-        model: any module with feed-forward layers (two linear layers with ReLU between them). DataParallel and
-            DistributedDataParallel are passed by, and compiled code runs uncompiled.
+        model: any module with feed-forward blocks: plain (fc1, activation, fc2), gated, or with both projections of a gated
+            one in one layer. DataParallel and DistributedDataParallel are passed by, and compiled code runs uncompiled.
         batches: for each task the batches to run: what ``model(**batch)`` takes (a mapping), or ``model(*batch)`` (a
             tuple, named or not, or list), or one tensor. Tensors are moved to the model's device. Iterated once.
         layers: as in ``find_blocks``; None takes all.
@@ -57,16 +62,18 @@ def profile(
 
     Returns:
         int64 counts for each task, exact, and the same however the text is split into batches as long as the model's
-        activations are.
+        activations are; and the numbers of tokens that were counted. A layer that did not run has counts of 0.
 
     Raises:
-        ValueError: no task or a task without batches, layers that are not ReLU, a mask that does not fit the activations
-            or may fit in two ways, an activation of a real token that is NaN or infinite (one of minus infinity before
-            ReLU has not fired).
+        ValueError: no task or a task without batches; a layer that computes something else than its weight and bias say, or
+            a block that does more than an activation function between its layers; a mask that does not fit the activations
+            or may fit in two ways; padding that cannot be told among the tokens of an expert; a pre-activation of a real
+            token that is NaN or infinite (one of minus infinity has not fired).
         TypeError: batches that are no mapping of tasks to several batches, or a batch that no model takes.
 
     Warns:
-        UserWarning: once, where padding is to be excluded and a batch says nothing about it: all positions count then.
+        UserWarning: once, where padding is to be excluded and a batch says nothing about it: all positions count then;
+            where a layer did not run; and where experts are left out, as they are held as one parameter.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -98,6 +105,9 @@ def profile(
         done = 0
         for batch in _several(task, task_batches):
             batch = _to_device(task, batch, _device(model))
+            if real.follows_transformers:
+                for name, value in real.named(batch).items():
+                    check_tensor(name, value)
             masks: Masks = dict.fromkeys(names)
             if padding == "exclude":
                 masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
@@ -105,7 +115,8 @@ def profile(
                 alone = functools.partial(_run_alone, model, batch) if real.follows_transformers else None
                 counters.count(functools.partial(_run, model, batch), masks, alone)
             if not warned:
-                silent = [n for n in names if masks[n] is None and not rows_are_samples(batch, counters.leading.get(n))]
+                ran = [name for name in names if name in counters.leading]
+                silent = [n for n in ran if masks[n] is None and not rows_are_samples(batch, counters.leading[n])]
                 if silent:
                     warned = True
                     warnings.warn(_nothing_to_exclude(task, silent, real.named(batch)), UserWarning, stacklevel=2)
