@@ -374,7 +374,11 @@ def elementwise(
         result = first.of(_with(function, args, kwargs, values, copied), None)
     if not (keeps_zero and all(one.constant is None for one in values)):
         constants = [
-            torch.zeros((), dtype=one.dtype) if one.constant is None else one.constant.clone() if in_place else one.constant
+            torch.zeros((), dtype=one.dtype)
+            if one.constant is None
+            else one.constant.clone()
+            if in_place
+            else one.constant
             for one in values
         ]
         constant: Tensor = _with(function, args, kwargs, values, constants)

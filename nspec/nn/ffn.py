@@ -253,7 +253,8 @@ class CompactLayer(TaskLayer):
             return value
         biases = (None, None) if bias is None else bias.unflatten(0, (2, -1)).unbind()
         halves = [
-            Activations(self, use, (x, half, b), False) for half, b in zip(weight.unflatten(0, (2, -1)).unbind(), biases)
+            Activations(self, use, (x, half, b), False)
+            for half, b in zip(weight.unflatten(0, (2, -1)).unbind(), biases)
         ]
         for value in halves:
             value.compute()

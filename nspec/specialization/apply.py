@@ -5,27 +5,29 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer, TaskConv1D, TaskLayer, TaskLinear
-from nspec.nn.masked_linear import Mode, check_mode
+from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
 
-from .feed_forward import FeedForward, features, is_transposed
+from .feed_forward import FeedForward, is_linear, is_transposed
 from .layers import (
     activation_dropouts,
     batch_dim_of,
+    computes_linear,
     fast_paths,
-    find_pairs,
+    find_blocks,
     flattens,
     is_routed,
-    nearest,
 )
 from .masks import NeuronMasks
+from .naming import Layer
+from .patterns import alike, nearest
 from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
 
 # What specialisation leaves on the modules, and despecialisation takes away.
@@ -60,7 +62,7 @@ def specialize(
     masks: NeuronMasks,
     mode: Mode = "forward",
     *,
-    layers: Iterable[str | tuple[str, str]] | None = None,
+    layers: Iterable[Layer] | None = None,
     activation_dropout: float | None = None,
 ) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
@@ -81,7 +83,7 @@ def specialize(
         mode: ``forward``: only active neurons are computed, in training and decoding, as in Tan et al. 2024; equals
             multiplying the mask into the rows of fc1.weight. ``update``: the forward pass is dense, and only the
             gradient of fc1.weight is masked.
-        layers: as in ``find_pairs`` and ``profile``, for layers that are not found by structure and name. Masks may name
+        layers: as in ``find_blocks`` and ``profile``, for layers that are not found by structure and name. Masks may name
             fewer layers than are given or found; those without masks stay dense.
         activation_dropout: 0 sets the dropouts between fc1 and fc2 that are known by structure and name to 0 in mode
             ``forward``, until ``despecialize``; None: one above 0 is an error.
@@ -91,8 +93,8 @@ def specialize(
 
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
-            names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D`` does;
-            in mode ``forward`` an activation dropout above 0, unless the block has no biases.
+            names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
+            does; in mode ``forward`` an activation dropout above 0, unless the block has no biases.
         TypeError: ``masks`` is not a ``NeuronMasks``.
     """
     check_mode(mode)
@@ -102,21 +104,9 @@ def specialize(
         raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
     if any(isinstance(module, TaskLayer) for module in model.modules()):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
-    return specialize_blocks(model, masks, mode, _matching_blocks(model, masks, _blocks(model, layers)), activation_dropout)
-
-
-def _blocks(model: nn.Module, layers: Iterable[str | tuple[str, str]] | None) -> list[FeedForward]:
-    return [FeedForward(pair.name, pair.parent, pair.fc1, pair.fc2) for pair in find_pairs(model, layers)]
-
-
-def specialize_blocks(
-    model: nn.Module,
-    masks: NeuronMasks,
-    mode: Mode,
-    blocks: Sequence[FeedForward],
-    activation_dropout: float | None = None,
-) -> nn.Module:
-    """The same for blocks that are known: see :func:`specialize`."""
+    known = {block.name: block for block in find_blocks(model, layers)}
+    masks = _fitting(model, masks, known)
+    blocks = [known[layer] for layer in masks.layers]
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
         for layer in projections(block):
@@ -210,41 +200,17 @@ def _own_gradients(block: FeedForward) -> list[tuple[nn.Module, str, Any]]:
 
 def _check_plain(layer: Any, name: str) -> None:
     """Raises ValueError unless a layer computes what ``nn.Linear`` or ``Conv1D`` does, by its class."""
-    if type(layer) is not nn.Linear and not _is_linear(layer):
-        way = (
-            "make its weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
-            if hasattr(layer, "parametrizations")
-            else "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
-        )
-        raise ValueError(f"{name} is {type(layer).__name__}, expected a plain nn.Linear layer: {way}")
+    if type(layer) is not nn.Linear:
+        way: str | None = "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
+        if is_linear(layer) and not isinstance(layer, Masked | TaskSwitched):
+            way = computes_linear(layer)
+        if way is not None:
+            raise ValueError(f"{name} is {type(layer).__name__}, expected a plain nn.Linear layer: {way}")
     if "forward" in layer.__dict__ and not calls_its_class(layer):
         raise ValueError(
             f"{name} has a forward of its own, put on the module by something else, which would compute the dense "
             "layer: take it off first (del layer.forward), specialise, and put it on again"
         )
-
-
-def _is_linear(layer: Any) -> bool:
-    """Whether a layer of another class than ``nn.Linear`` computes the same: it is tried."""
-    transposed = is_transposed(layer)
-    if not (transposed or isinstance(layer, nn.Linear)) or not {"weight", "bias"} <= set(layer._parameters):
-        return False
-    if hasattr(layer, "parametrizations") or isinstance(layer, TaskSwitched) or layer.weight.dim() != 2:
-        return False
-    if transposed and type(layer).__name__ == "Conv1D":
-        return True
-    weight, d_in = layer.weight, features(layer)[0]
-    if weight.is_meta or not weight.is_floating_point() or (not transposed and layer.in_features != d_in):
-        return False
-    x = torch.arange(3 * d_in, device=weight.device).sin().view(3, d_in).to(weight.dtype)
-    with torch.no_grad():
-        wanted = nn.functional.linear(x, weight.t() if transposed else weight, layer.bias)
-        try:
-            found = type(layer).forward(layer, x)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-    scale = float(wanted.abs().max()) * 8 * torch.finfo(weight.dtype).eps * max(1.0, d_in**0.5)
-    return isinstance(found, torch.Tensor) and found.shape == wanted.shape and bool(((found - wanted).abs() <= scale).all())
 
 
 def _rebind(module: nn.Module) -> None:
@@ -253,24 +219,24 @@ def _rebind(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-def _matching_blocks(model: nn.Module, masks: NeuronMasks, blocks: Iterable[FeedForward]) -> list[FeedForward]:
-    """The model's blocks that the masks name; every named layer must be there, equally wide."""
-    known = {block.name: block for block in blocks}
+def _fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
+    """The masks by the model's own names of layers; every named layer must be there, equally wide."""
     modules = dict(model.named_modules())
+    if wrapped := [n for n in masks.layers if f"module.{n}" in modules or f"_orig_mod.{n}" in modules]:
+        raise ValueError(f"the model is wrapped: specialise it first, then wrap or compile it ({wrapped[0]} is inside)")
+    names = alike(masks.layers, known)
+    if missing := [layer for layer in masks.layers if layer not in names]:
+        raise ValueError(
+            f"masks name layer {missing[0]!r}, which the model does not have; {nearest(missing[0], known)}"
+        )
+    masks = masks.renamed(names)
     for layer in masks.layers:
-        block = known.get(layer)
-        if block is None:
-            if f"module.{layer}" in modules or f"_orig_mod.{layer}" in modules:
-                raise ValueError(
-                    f"the model is wrapped: specialise it first, then wrap or compile it ({layer} is inside)"
-                )
-            raise ValueError(f"masks name layer {layer!r}, which the model does not have; {nearest(layer, known)}")
         width = len(masks[masks.tasks[0]][layer])
-        if width != block.d_ff:
+        if width != known[layer].d_ff:
             raise ValueError(
-                f"masks are of another model: {layer} has d_ff={width} in the masks, {block.d_ff} in the model"
+                f"masks are of another model: {layer} has d_ff={width} in the masks, {known[layer].d_ff} in the model"
             )
-    return [known[layer] for layer in masks.layers]
+    return masks
 
 
 def despecialize(model: nn.Module) -> nn.Module:
@@ -320,8 +286,8 @@ def _check_undoable(layer: TaskLayer) -> None:
 def merge(model: nn.Module, task: str) -> nn.Module:
     """A plain dense copy of the model that computes what ``task`` computes; ``model`` itself is not changed.
 
-    In mode ``forward`` the masked rows of fc1.weight, of gate and of up are zero in the copy; in mode ``update`` the forward pass is dense
-    anyway, and the copy is the dense model.
+    In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy; in mode ``update``
+    the forward pass is dense anyway, and the copy is the dense model.
 
     Raises:
         ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew

@@ -1,231 +1,135 @@
-"""Small models of the families that users bring, as data: how each is made, what it reads, where its blocks are."""
+"""A tiny model of each family of Transformers: its class, its configuration, and the names of its blocks' first layers."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nspec.specialization.feed_forward import FeedForward
-
-F = 72  # neurons: enough for a packed layout at a density of a half
-_SEQ = {
-    "vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": F, "decoder_ffn_dim": F,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0, "attention_dropout": 0.0,
-    "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "max_position_embeddings": 32,
-    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+_SEQ2SEQ = {
+    "vocab_size": 90, "d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64,
+    "pad_token_id": 1, "dropout": 0.0,
 }  # fmt: skip
-_T5 = {
-    "vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": F, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
-    "dropout_rate": 0.0, "decoder_start_token_id": 0,
+_STACK = {
+    "vocab_size": 90, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "pad_token_id": 1,
 }  # fmt: skip
-_LM = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
-_BERT = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-_GATED = ("gate_proj", "down_proj", "up_proj")
-_TASKS = ("a", "b")
+_LLAMA = {**_STACK, "num_key_value_heads": 4, "bos_token_id": 2, "eos_token_id": 3}
+_T5 = {"vocab_size": 90, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4, "pad_token_id": 1}
+_GPT = {"vocab_size": 90, "n_embd": 24, "n_layer": 1, "n_head": 4, "bos_token_id": 2, "eos_token_id": 3}
+_SWITCH = {**_T5, "num_decoder_layers": 1, "num_experts": 2, "num_sparse_encoder_layers": 1}
+_BERT = "encoder.layer.0.intermediate.dense"
+_T5_PLACES = ("encoder.block.0.layer.1.{}", "decoder.block.0.layer.2.{}")
+_SIDES = ("model.encoder.layers.0.{}", "model.decoder.layers.0.{}")
 
 
-class Family(NamedTuple):
-    """A family of models.
-
-    Attributes:
-        config: class of the configuration in transformers, or a function that makes the model.
-        model: class of the model.
-        options: of the configuration.
-        reads: what the model is given.
-        blocks: names of fc1 and fc2 (of gate, down and up) in a block.
-        fused: whether fc1 is gate and up in one.
-        mixes: whether a batch of several tasks is its parts (attention across sentences, routing and padding aside).
-    """
-
-    config: Any
-    model: str
-    options: dict[str, Any]
-    reads: str
-    blocks: tuple[str, ...]
-    fused: bool = False
-    mixes: bool = True
+def _at(places: tuple[str, ...], *names: str) -> list[str]:
+    return [place.format(name) for place in places for name in names]
 
 
-def _seq(name: str, **options: Any) -> Family:
-    return Family(f"{name}Config", f"{name}ForConditionalGeneration", _SEQ | options, "pairs", ("fc1", "fc2"))
-
-
-def _lm(name: str, blocks: tuple[str, ...] = _GATED, fused: bool = False, **options: Any) -> Family:
-    return Family(f"{name}Config", f"{name}ForCausalLM", _LM | options, "text", blocks, fused)
-
-
-def _t5(name: str, *blocks: str, **options: Any) -> Family:
-    names = tuple(f"DenseReluDense.{block}" for block in blocks)
-    return Family(f"{name}Config", f"{name}ForConditionalGeneration", _T5 | options, "pairs", names)
-
-
-def _torch_layers(batch_first: bool, activation: Any) -> Any:
-    def make() -> nn.Module:
-        options = {"dropout": 0.0, "batch_first": batch_first, "activation": activation}
-        return nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(16, 2, F, **options), 2, enable_nested_tensor=False
-        ).train()
-
-    return Family(make, "", {"time_first": not batch_first}, "vectors", ("linear1", "linear2"))
-
-
-_BERT_BLOCK = ("intermediate.dense", "output.dense")
-_NEOX = {"rotary_pct": 0.5, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-FAMILIES: dict[str, Family] = {
-    "M2M100": _seq("M2M100"),
-    "Marian, swish": Family("MarianConfig", "MarianMTModel", _SEQ | {"activation_function": "swish"}, "pairs", ("fc1", "fc2")),
-    "MBart, gelu": _seq("MBart", activation_function="gelu"),
-    "Bart, gelu_new": _seq("Bart", activation_function="gelu_new"),
-    "Pegasus, quick_gelu": _seq("Pegasus", activation_function="quick_gelu"),
-    "T5": _t5("T5", "wi", "wo"),
-    "T5, gated-gelu": _t5("T5", "wi_0", "wo", "wi_1", feed_forward_proj="gated-gelu"),
-    "mT5": _t5("MT5", "wi_0", "wo", "wi_1"),
-    "LongT5": _t5("LongT5", "wi", "wo", encoder_attention_type="local"),
-    "Llama": _lm("Llama"),
-    "Llama, with biases": _lm("Llama", mlp_bias=True),
-    "Mistral": _lm("Mistral"),
-    "Qwen2": _lm("Qwen2"),
-    "Qwen3": _lm("Qwen3", head_dim=8),
-    "Gemma2": _lm("Gemma2", head_dim=8),
-    "Gemma3": Family("Gemma3TextConfig", "Gemma3ForCausalLM", _LM | {"head_dim": 8}, "text", _GATED),
-    "Phi3": _lm("Phi3", ("gate_up_proj", "down_proj"), True),
-    "GPT2": Family(
-        "GPT2Config", "GPT2LMHeadModel",
-        {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": F, "n_positions": 32, "resid_pdrop": 0.0,
-         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
-        "text", ("c_fc", "c_proj"),
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "M2M100": ("M2M100ForConditionalGeneration", _SEQ2SEQ, _at(_SIDES, "fc1")),
+    "Marian": (
+        "MarianMTModel",
+        {**_SEQ2SEQ, "activation_function": "swish", "decoder_start_token_id": 1, "bos_token_id": 2},
+        _at(_SIDES, "fc1"),
     ),
-    "OPT": Family(
-        "OPTConfig", "OPTForCausalLM",
-        {"vocab_size": 50, "hidden_size": 16, "ffn_dim": F, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "max_position_embeddings": 32, "dropout": 0.0, "word_embed_proj_dim": 16, "pad_token_id": 1},
-        "text", ("fc1", "fc2"),
+    "Bart": ("BartForConditionalGeneration", _SEQ2SEQ, _at(_SIDES, "fc1")),
+    "NllbMoe": (
+        "NllbMoeForConditionalGeneration",
+        {**_SEQ2SEQ, "num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
+        _at(_SIDES, "ffn.experts.expert_0.fc1", "ffn.experts.expert_1.fc1"),
     ),
-    "BLOOM": Family(
-        "BloomConfig", "BloomForCausalLM", {"vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 2},
-        "text", ("dense_h_to_4h", "dense_4h_to_h"),
+    "T5": ("T5ForConditionalGeneration", _T5, _at(_T5_PLACES, "DenseReluDense.wi")),
+    "T5 gated": (
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu"},
+        _at(_T5_PLACES, "DenseReluDense.wi_0"),
     ),
-    "Falcon": Family(
-        "FalconConfig", "FalconForCausalLM",
-        {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": F,
-         "bias": True, "new_decoder_architecture": False, "alibi": False, "max_position_embeddings": 32},
-        "text", ("dense_h_to_4h", "dense_4h_to_h"),
+    "SwitchTransformers": (
+        "SwitchTransformersForConditionalGeneration",
+        {**_SWITCH, "num_sparse_decoder_layers": 1},
+        _at(_T5_PLACES, "mlp.experts.expert_0.wi", "mlp.experts.expert_1.wi"),
     ),
-    "GPT-NeoX": _lm("GPTNeoX", ("dense_h_to_4h", "dense_4h_to_h"), **_NEOX),
-    "Nemotron": _lm("Nemotron", ("up_proj", "down_proj"), hidden_act="relu2", mlp_bias=True),
-    "BERT": Family("BertConfig", "BertModel", _BERT, "one", _BERT_BLOCK),
-    "XLM-R": Family("XLMRobertaConfig", "XLMRobertaModel", _BERT, "one", _BERT_BLOCK),
-    "DistilBERT": Family(
-        "DistilBertConfig", "DistilBertModel",
-        {"vocab_size": 50, "dim": 16, "hidden_dim": F, "n_layers": 1, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0},
-        "one", ("lin1", "lin2"),
+    "ProphetNet": (
+        "ProphetNetForConditionalGeneration",
+        {
+            "vocab_size": 90, "hidden_size": 24, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_encoder_layers": 1,
+            "num_decoder_layers": 1, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+        },
+        [f"prophetnet.{side}.layers.0.feed_forward.intermediate" for side in ("encoder", "decoder")],
     ),
-    "Whisper": Family(
-        "WhisperConfig", "WhisperForConditionalGeneration",
-        _SEQ | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "suppress_tokens": None,
-                "begin_suppress_tokens": None},
-        "sound", ("fc1", "fc2"),
+    "Llama": ("LlamaForCausalLM", _LLAMA, ["model.layers.0.mlp.gate_proj"]),
+    "Gemma3": ("Gemma3ForCausalLM", {**_LLAMA, "head_dim": 6}, ["model.layers.0.mlp.gate_proj"]),
+    "Phi3": ("Phi3ForCausalLM", _LLAMA, ["model.layers.0.mlp.gate_up_proj"]),
+    "Glm": ("GlmForCausalLM", {**_LLAMA, "head_dim": 6}, ["model.layers.0.mlp.gate_up_proj"]),
+    "ModernBert": (
+        "ModernBertModel",
+        {**_STACK, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
+        ["layers.0.mlp.Wi"],
     ),
-    "Speech2Text": Family(
-        "Speech2TextConfig", "Speech2TextForConditionalGeneration",
-        {key: value for key, value in _SEQ.items() if key != "max_position_embeddings"}
-        | {"input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 64, "max_target_positions": 32},
-        "frames", ("fc1", "fc2"),
+    "Nemotron": ("NemotronForCausalLM", _LLAMA, ["model.layers.0.mlp.up_proj"]),
+    "Arcee": ("ArceeForCausalLM", _LLAMA, ["model.layers.0.mlp.up_proj"]),
+    "Starcoder2": ("Starcoder2ForCausalLM", _LLAMA, ["model.layers.0.mlp.c_fc"]),
+    "GPTNeoX": ("GPTNeoXForCausalLM", _STACK, ["gpt_neox.layers.0.mlp.dense_h_to_4h"]),
+    "GPT2": ("GPT2LMHeadModel", _GPT, ["transformer.h.0.mlp.c_fc"]),
+    "GPTJ": ("GPTJForCausalLM", {**_GPT, "rotary_dim": 2}, ["transformer.h.0.mlp.fc_in"]),
+    "Bloom": (
+        "BloomForCausalLM",
+        {"vocab_size": 90, "hidden_size": 24, "n_layer": 1, "n_head": 4},
+        ["transformer.h.0.mlp.dense_h_to_4h"],
     ),
-    "ViT": Family(
-        "ViTConfig", "ViTModel",
-        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": F, "image_size": 16,
-         "patch_size": 8, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "pictures", ("mlp.fc1", "mlp.fc2", "intermediate.dense", "output.dense"),
+    "Falcon": (
+        "FalconForCausalLM",
+        {
+            "vocab_size": 90, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "ffn_hidden_size": 40, "bos_token_id": 2, "eos_token_id": 3,
+        },
+        ["transformer.h.0.mlp.dense_h_to_4h"],
     ),
-    "CLIP": Family(
-        "CLIPVisionConfig", "CLIPVisionModel",
-        {"hidden_size": 16, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
-         "patch_size": 8},
-        "pictures", ("fc1", "fc2"),
+    "OPT": (
+        "OPTForCausalLM",
+        {
+            "vocab_size": 90, "hidden_size": 24, "word_embed_proj_dim": 24, "ffn_dim": 40, "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        },
+        ["model.decoder.layers.0.fc1"],
     ),
-    "SeamlessM4T, text": Family(
-        "SeamlessM4TConfig", "SeamlessM4TForTextToText",
-        {key: value for key, value in _SEQ.items() if key not in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
-        | {"hidden_size": 16, "encoder_ffn_dim": F, "decoder_ffn_dim": F, "speech_encoder_layers": 1,
-           "speech_encoder_attention_heads": 2, "speech_encoder_intermediate_size": F},
-        "pairs", ("fc1", "fc2"),
+    "Bert": ("BertModel", {**_STACK, "is_decoder": True, "add_cross_attention": True}, [_BERT]),
+    "XLMRoberta": ("XLMRobertaModel", _STACK, [_BERT]),
+    "MobileBert": (
+        "MobileBertModel",
+        {**_STACK, "embedding_size": 8, "intra_bottleneck_size": 16, "num_feedforward_networks": 2},
+        [_BERT, "encoder.layer.0.ffn.0.intermediate.dense"],
     ),
-    "NLLB-MoE": Family(
-        "NllbMoeConfig", "NllbMoeForConditionalGeneration",
-        _SEQ | {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "router_jitter_noise": 0.0,
-                "moe_token_dropout": 0.0},
-        "pairs", ("fc1", "fc2"), mixes=False,
+    "Albert": (
+        "AlbertModel",
+        {**_STACK, "embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3},
+        ["encoder.albert_layer_groups.0.albert_layers.0.ffn"],
     ),
-    "torch.nn, batch first": _torch_layers(True, "gelu"),
-    "torch.nn, time first": _torch_layers(False, nn.functional.silu),
+    "DistilBert": (
+        "DistilBertModel",
+        {"vocab_size": 90, "dim": 24, "hidden_dim": 40, "n_layers": 1, "n_heads": 4, "pad_token_id": 1},
+        ["transformer.layer.0.ffn.lin1"],
+    ),
+    "CTRL": ("CTRLModel", {"vocab_size": 90, "n_embd": 24, "dff": 40, "n_layer": 1, "n_head": 4}, ["h.0.ffn.0"]),
 }  # fmt: skip
 
 
-def make(family: Family) -> nn.Module:
-    """A model in float64, its biases not zero, as transformers would begin."""
-    torch.manual_seed(0)
-    if callable(family.config):
-        model = family.config()
-    else:
-        import transformers
+def build(family: str, meta: bool = False, **changes: Any) -> nn.Module:
+    """The model in eval mode, in float64 and with lively weights; or without values on the meta device."""
+    import transformers
 
-        config = getattr(transformers, family.config)(**family.options)
-        model = getattr(transformers, family.model)._from_config(config, attn_implementation="eager")
-    model = model.double().train()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith("bias"):
-            nn.init.normal_(parameter, mean=0.1, std=0.5)
+    name, options, _ = FAMILIES[family]
+    kind = getattr(transformers, name)
+    config = kind.config_class(**(options | changes))
+    if meta:
+        with torch.device("meta"):
+            return kind(config)
+    torch.manual_seed(1)
+    model = kind(config).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 0.3, std=0.5)
     return model
-
-
-def inputs(family: Family, sentences: int = 4) -> dict[str, Tensor]:
-    """What the model reads; no padding, so that a part of a batch is what it would be alone."""
-    g = torch.Generator().manual_seed(3)
-    ids, labels = (torch.randint(3, 50, (sentences, length), generator=g) for length in (6, 5))
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    return {
-        "pairs": lambda: {"input_ids": ids, "labels": labels},
-        "text": lambda: {"input_ids": ids, "labels": ids},
-        "one": lambda: {"input_ids": ids},
-        "sound": lambda: {"input_features": draw(sentences, 8, 32), "labels": labels},
-        "frames": lambda: {"input_features": draw(sentences, 32, 8), "labels": labels},
-        "pictures": lambda: {"pixel_values": draw(sentences, 3, 16, 16)},
-        "vectors": lambda: {"src": draw(sentences, 5, 16)},
-    }[family.reads]()
-
-
-def output(family: Family, model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """What is compared: ``[sentences, ...]``."""
-    if family.reads == "vectors":
-        x = given["src"]
-        return model(x.transpose(0, 1)).transpose(0, 1) if family.options["time_first"] else model(x)
-    found = model(**given)
-    value: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
-    return value
-
-
-def blocks_of(family: Family, model: nn.Module) -> list[FeedForward]:
-    """The blocks of the model that the family names."""
-    modules = dict(model.named_modules())
-    found = []
-    names = family.blocks
-    pairs = [(names[0], names[1], None)] if len(names) == 2 else [names]
-    if len(names) == 4:
-        pairs = [(names[0], names[1], None), (names[2], names[3], None)]
-    for first, second, up in pairs:
-        for name, module in modules.items():
-            place = name.removesuffix(first)
-            if (place != name and (place == "" or place.endswith("."))) and place + second in modules:
-                others = modules[place + up] if up else None
-                parent = modules[place.rstrip(".")]
-                found.append(FeedForward(name, parent, module, modules[place + second], others, family.fused))
-    return found

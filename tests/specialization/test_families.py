@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, Family, blocks_of, inputs, make, output
+from small_models import FAMILIES, Family, inputs, make, output
 from torch import Tensor, nn
 
 import nspec
-from nspec.specialization.apply import projections, specialize_blocks
+from nspec.specialization.apply import projections
 from nspec.specialization.feed_forward import FeedForward, is_transposed
+from nspec.specialization.layers import find_blocks
 
 EACH = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -27,9 +28,9 @@ def shown(block: FeedForward, layer: nn.Module, mask: Tensor) -> Tensor:
     return mask[None, :].double() if is_transposed(layer) else mask[:, None].double()
 
 
-def masked_weights(family: Family, model: nn.Module, masks: nspec.NeuronMasks, task: str) -> dict[nn.Module, Tensor]:
+def masked_weights(model: nn.Module, masks: nspec.NeuronMasks, task: str) -> dict[nn.Module, Tensor]:
     """Each projection with what its weight is multiplied by."""
-    blocks = blocks_of(family, model)
+    blocks = find_blocks(model)
     return {layer: shown(b, layer, masks[task][b.name]) for b in blocks for layer in projections(b)}
 
 
@@ -49,15 +50,13 @@ def compare(ours: list[Tensor], theirs: list[Tensor], model: nn.Module) -> None:
 @EACH
 def test_it_equals_the_masked_model_in_both_modes_merged_mixed_and_undone(family: Family) -> None:
     model, given = make(family), inputs(family)
-    blocks = blocks_of(family, model)
-    assert blocks
-    masks = masks_of(blocks)
+    masks = masks_of(find_blocks(model))
     dense, dense_gradients = results(family, model, given)
     classes = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     wanted: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for task in "ab":
         other = copy.deepcopy(model)
-        multiplied = masked_weights(family, other, masks, task)
+        multiplied = masked_weights(other, masks, task)
         with torch.no_grad():
             for layer, by in multiplied.items():
                 layer.weight.mul_(by)
@@ -65,7 +64,7 @@ def test_it_equals_the_masked_model_in_both_modes_merged_mixed_and_undone(family
         by_weight = {id(layer.weight): by for layer, by in multiplied.items()}
         wanted[task] = y, [g * by_weight.get(id(p), 1.0) for p, g in zip(other.parameters(), gradients)]
         assert (y - dense).abs().max() > 1e-6
-    specialize_blocks(model, masks, "forward", blocks)
+    nspec.specialize(model, masks)
     for task in "ab":
         with nspec.task(model, task):
             y, gradients = results(family, model, given)
@@ -85,8 +84,8 @@ def test_it_equals_the_masked_model_in_both_modes_merged_mixed_and_undone(family
     nspec.despecialize(model)
     assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == classes
     assert torch.equal(results(family, model, given)[0], dense)
-    by_weight = {id(layer.weight): by for layer, by in masked_weights(family, model, masks, "b").items()}
-    specialize_blocks(model, masks, "update", blocks)
+    by_weight = {id(layer.weight): by for layer, by in masked_weights(model, masks, "b").items()}
+    nspec.specialize(model, masks, "update")
     with nspec.task(model, "b"):
         y, gradients = results(family, model, given)
     torch.testing.assert_close(y, dense, rtol=0, atol=1e-10)
@@ -99,8 +98,7 @@ def test_it_equals_the_masked_model_in_both_modes_merged_mixed_and_undone(family
 def test_what_is_generated_under_a_task_is_what_the_merged_model_generates(name: str) -> None:
     family = FAMILIES[name]
     model = make(family).eval()
-    blocks = blocks_of(family, model)
-    specialize_blocks(model, masks_of(blocks), "forward", blocks)
+    nspec.specialize(model, masks_of(find_blocks(model)))
     given = {"input_ids": inputs(family)["input_ids"], "max_new_tokens": 6, "num_beams": 2}
     with nspec.task(model, "a"):
         ours = model.generate(**given)
