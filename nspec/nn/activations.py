@@ -184,7 +184,8 @@ class Activations:
         """ReLU in place."""
         if self.active is not None:
             return elementwise(torch.relu_, (self,), {})
-        self.check()
+        if torch.is_grad_enabled() != self.grad:
+            self.check()
         self.rectified = True
         return self
 
@@ -521,7 +522,11 @@ def _versions(tensors: Any) -> tuple[int, ...]:
     """How often each tensor was written to; tensors of inference mode do not count it, nor do compiled graphs."""
     if torch.compiler.is_compiling():
         return ()
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+    x, weight, bias = tensors
+    try:
+        return x._version, weight._version, -1 if bias is None else bias._version
+    except RuntimeError:
+        return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
 
 def _first(values: Any) -> Any:

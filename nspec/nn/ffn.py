@@ -301,7 +301,10 @@ class CompactLayer(TaskLayer):
         return z, b if b is None or b.dtype == z.dtype else b.to(z.dtype)
 
     def _check_whole(self, *weights: Tensor) -> None:
-        if any(hasattr(self.weight, "placements") != hasattr(weight, "placements") for weight in weights):
+        own = _is_sharded(self.weight)
+        for weight in weights:
+            if _is_sharded(weight) == own:
+                continue
             raise RuntimeError(
                 f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
                 "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
@@ -422,6 +425,10 @@ class CompactFc1(CompactLayer, TaskLinear):
 
 class CompactConv1D(TransposedFeatures, CompactLayer):
     """The same of a ``Conv1D``, a linear layer with the weight transposed."""
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
 def _refuse_capture() -> NoReturn:

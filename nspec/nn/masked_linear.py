@@ -197,10 +197,11 @@ class Masked(nn.Module):
         """The weight with which a forward pass goes on, so that its backward pass notes the rows that it uses."""
         if self.transposed or not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
-        used = None if active is None else active.on(self.weight.device).union
-        if used is not None and len(used) != self.out_features:
+        used = None if active is None else active.on(weight.device).union
+        if used is not None and self.doubled and len(used) != self.out_features:
             used = used.repeat(2)
-        return self._rows().note(weight, used)
+        touched = self._touched if self._touched.device == weight.device else self._rows()
+        return touched.note(weight, used)
 
     def gradient_arrives(self, parameter: Tensor) -> None:
         """A backward pass is about to add to the gradient of the weight, ``parameter`` to the optimiser."""
