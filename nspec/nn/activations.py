@@ -54,8 +54,8 @@ class Activations:
         lead: the leading shape, ``[...]``.
         active: the active columns, ``[..., width]`` in the layout of the set's index; ``[tokens, width]``, sorted by task,
             for a batch of several. None before they are computed.
-        constant: the activation of each neuron where it is not active, ``[d_ff]``, or one number where that is the same
-            for all. None: exactly 0.
+        constant: the activation of each neuron where it is not active, ``[d_ff]``; a number, which nothing has to wait for,
+            where that is the same for all (no biases).
         pending: an activation function that is still to be applied to ``active``, for the product with the other half of
             a gated block.
         grad: whether gradients were on where fc1 ran.
@@ -64,7 +64,7 @@ class Activations:
     """
 
     active: Tensor | None = None
-    constant: Tensor | None = None
+    constant: Tensor | float = 0.0
     pending: str | None = None
 
     def __init__(self, fc1: Any, use: tuple[Any, Any], inputs: tuple[Tensor, Tensor, Tensor | None], rectified: bool):
@@ -87,7 +87,7 @@ class Activations:
         other.active, other.constant, other.pending = self.active, self.constant, self.pending
         return other
 
-    def of(self, active: Tensor, constant: Tensor | None) -> Activations:
+    def of(self, active: Tensor, constant: Tensor | float) -> Activations:
         """The value with other parts."""
         other = self.copy()
         other.active, other.constant, other.pending = active, constant, None
@@ -117,7 +117,7 @@ class Activations:
             self._dtype = active.dtype
             if self.rectified:
                 active = torch.relu(active)
-                self.constant = None if self.constant is None else torch.relu(self.constant)
+                self.constant = torch.relu(self.constant) if isinstance(self.constant, Tensor) else self.constant
             self.active = active
         if self.pending is not None:
             self.active, self.pending = _applied(self.pending, self.active), None
@@ -362,9 +362,11 @@ def elementwise(
             first.refuse(f"it calls {shown} with activations of {other.fc1.qualified_name} in another pass or shape")
     for one in values:
         one.compute()
-    slots = tuple(_slot(one, first, shown) for one in args)
-    keywords = tuple((key, _slot(one, first, shown)) for key, one in kwargs.items())
-    refused, in_place, keeps_zero = judge(function, slots, keywords)
+    # Constants that are numbers are computed with the verdict, and kept with it.
+    known = all(not isinstance(one, Tensor) for one in (*args, *kwargs.values(), *(one.constant for one in values)))
+    slots = tuple(_slot(one, first, shown, known) for one in args)
+    keywords = tuple((key, _slot(one, first, shown, known)) for key, one in kwargs.items())
+    refused, in_place, constant = judge(function, slots, keywords)
     if refused is not None:
         first.refuse(f"it calls {shown}" + ("" if refused.rpartition(".")[2] == shown else f" ({refused})"))
     if first.fc1.gated and (kind := _kind(function, args, kwargs)) is not None and first.dtype.is_floating_point:
@@ -372,22 +374,24 @@ def elementwise(
         result.pending = kind
     else:
         copied = [one.active.clone() if in_place and one is first else one.active for one in values]
-        result = first.of(_with(function, args, kwargs, values, copied), None)
-    if not (keeps_zero and all(one.constant is None for one in values)):
-        constants = [
-            torch.zeros((), dtype=one.dtype)
-            if one.constant is None
-            else one.constant.clone()
-            if in_place
-            else one.constant
-            for one in values
-        ]
-        constant: Tensor = _with(function, args, kwargs, values, constants)
-        result.constant = constant.reshape(()) if constant.numel() == 1 else constant
+        result = first.of(_with(function, args, kwargs, values, copied), constant)
+    result.constant = constant
+    if not known:
+        constants = [_tensor(one.constant, one.dtype) for one in values]
+        if in_place:
+            constants[0] = constants[0].clone()
+        result.constant = _with(function, args, kwargs, values, constants)
+        if result.constant.dim() and result.constant.numel() == 1:
+            result.constant = result.constant.reshape(())
     if in_place:
         first.active, first.constant, first.pending = result.active, result.constant, None
         return first
     return result
+
+
+def _tensor(constant: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """A constant as a tensor; a number stays on the CPU."""
+    return constant if isinstance(constant, Tensor) else torch.full((), constant, dtype=dtype)
 
 
 def _with(function: Any, args: Any, kwargs: Any, values: list[Activations], parts: list[Any]) -> Any:
@@ -397,10 +401,10 @@ def _with(function: Any, args: Any, kwargs: Any, values: list[Activations], part
     return function(*[put(one) for one in args], **{key: put(one) for key, one in kwargs.items()})
 
 
-def _slot(one: Any, value: Activations, function: str) -> tuple[str, Any]:
+def _slot(one: Any, value: Activations, function: str, known: bool) -> tuple[Any, ...]:
     """An argument as :func:`judge` takes it."""
     if isinstance(one, Activations):
-        return "value", one.dtype
+        return "value", one.dtype, one.constant if known else None
     if isinstance(one, Tensor):
         if one.numel() != 1:
             value.refuse(f"it calls {function} with another tensor, of shape {list(one.shape)}")
@@ -445,12 +449,7 @@ def _gated(
     if gate.shape != up.shape or z.dtype != other.dtype:
         return None
     gate.check()
-    result = gate.of(gated_activation(z, other, kind), None)
-    if gate.constant is not None or up.constant is not None:
-        zero = torch.zeros((), dtype=z.dtype)
-        constant = (zero if gate.constant is None else gate.constant) * (zero if up.constant is None else up.constant)
-        result.constant = constant
-    return result
+    return gate.of(gated_activation(z, other, kind), gate.constant * up.constant)
 
 
 def _dropped(function: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:
@@ -462,12 +461,12 @@ def _dropped(function: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str,
     if rate <= 0 or not training:
         return value
     active = value.compute()
-    if value.constant is not None or function not in _DROPOUT:
+    if isinstance(value.constant, Tensor) or value.constant != 0 or function not in _DROPOUT:
         value.refuse(
             f"it drops activations out, p={rate} ({function.__name__}), and neurons that are not active give constants; "
             "nspec.specialize with activation_dropout=0 sets that to 0 in layers whose dropout it knows"
         )
-    result = value.of(F.dropout(active, rate, True), None)
+    result = value.of(F.dropout(active, rate, True), 0.0)
     if kwargs.get("inplace", len(args) > 3 and args[3]):
         value.active = result.active
         return value

@@ -24,10 +24,11 @@ _HARMLESS = (aten.detach, aten.alias, aten.clone, aten.lift_fresh, aten._to_copy
     aten.ones_like,
     aten.full_like,
 )
-_POINTS = (0.0, 0.37, -1.3, 2.1)
+_POINTS = (0.37, -1.3, 2.1)
 
-Slot = tuple[str, Any]
-"""An argument: ``("value", dtype)``, ``("scalar", dtype)`` of a tensor with one element, ``("is", itself)``."""
+Slot = tuple[Any, ...]
+"""An argument: ``("value", dtype, number)``, of which the function is asked what it gives for that number (None: not
+asked); ``("scalar", dtype)`` of a tensor with one element; ``("is", itself)``."""
 
 
 class Verdict(NamedTuple):
@@ -36,12 +37,12 @@ class Verdict(NamedTuple):
     Attributes:
         refused: the operator for which it is not elementwise; None where it is.
         in_place: whether it writes into its first argument.
-        keeps_zero: whether it gives exactly 0 where every value is 0.
+        constant: what it gives for the numbers that it was asked about.
     """
 
     refused: str | None
     in_place: bool = False
-    keeps_zero: bool = False
+    constant: float = 0.0
 
 
 class _Watching(TorchDispatchMode):
@@ -64,12 +65,13 @@ def _judge(function: Callable[..., Any], slots: tuple[Slot, ...], keywords: tupl
     made: list[Tensor] = []
 
     def argument(slot: Slot) -> Any:
-        kind, what = slot
+        kind, what, *number = slot
         if kind == "is":
             return what
         if kind == "scalar":
             return torch.full((), 0.7, dtype=what, device="cpu")
-        probe = torch.tensor(_POINTS, device="cpu").to(what)
+        points = [number[0] or 0.0, *_POINTS]
+        probe = torch.tensor(points, dtype=torch.float64, device="cpu").to(what)
         made.append(probe)
         return probe
 
@@ -83,10 +85,10 @@ def _judge(function: Callable[..., Any], slots: tuple[Slot, ...], keywords: tupl
                 return Verdict(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         if watching.refused is not None:
             return Verdict(watching.refused)
-        if not isinstance(found, Tensor) or found.shape != (len(_POINTS),):
+        if not isinstance(found, Tensor) or found.shape != (len(_POINTS) + 1,):
             return Verdict("something else than one value for each")
         changed = [probe._version != version for probe, version in zip(made, before)]
-        return Verdict(None, any(changed), bool(found[0] == 0))
+        return Verdict(None, any(changed), float(found[0]))
 
 
 @torch.compiler.assume_constant_result

@@ -276,12 +276,12 @@ class CompactLayer(TaskLayer):
                 stacklevel=2,
             )
 
-    def pre_activations(self, h: Activations) -> tuple[Tensor, Tensor | None]:
+    def pre_activations(self, h: Activations) -> tuple[Tensor, Tensor | float]:
         """What the layer gives, before any activation: the active columns, and the others' constants, their biases.
 
         Returns:
             ``[..., width]`` in the layout of the index of the set (``[tokens, width]``, sorted by task, of several tasks),
-            and ``[d_ff]``, or None without a bias.
+            and ``[d_ff]``, or 0 without a bias.
 
         Raises:
             RuntimeError: the layer is sharded; or a CUDA graph is being captured, and the layer has not run in this way.
@@ -298,7 +298,7 @@ class CompactLayer(TaskLayer):
             order, inverse, offsets = batch.layout(x)
             tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
             z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, index=active.index)
-        return z, b if b is None or b.dtype == z.dtype else b.to(z.dtype)
+        return z, 0.0 if b is None else b if b.dtype == z.dtype else b.to(z.dtype)
 
     def _check_whole(self, *weights: Tensor) -> None:
         own = _is_sharded(self.weight)
@@ -364,9 +364,11 @@ class CompactLayer(TaskLayer):
         """fc2 of activations that are computed."""
         computed, (active, batch), x = h.compute(), h.use, h.inputs[0]
         active = self._on_device(active, x, w2)
-        constant = h.constant
-        if constant is not None and (constant.device, constant.dtype) != (computed.device, computed.dtype):
-            constant = constant.to(computed.device, computed.dtype)
+        constant: Tensor | None = None
+        if isinstance(h.constant, Tensor):
+            constant = h.constant.to(computed.device, computed.dtype)
+        elif h.constant != 0:
+            constant = computed.new_full((), h.constant)
         if batch is None:
             return compact_fc2(computed, constant, w2, b2, active.active, index=active.index)
         order, inverse, offsets = batch.layout(x)

@@ -107,7 +107,10 @@ def test_a_compiled_layer_is_checked_too(fullgraph: bool) -> None:
         torch._dynamo.reset()
         model, _ = specialised(between)
         compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
-        with nspec.task(model, "a"), pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="not elementwise"):
+        with (
+            nspec.task(model, "a"),
+            pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="not elementwise"),
+        ):
             compiled(torch.ones(5, 8).double())
 
 
@@ -232,7 +235,9 @@ def test_a_function_with_a_gradient_of_its_own_and_a_checkpoint_of_fc2_alone_are
 def test_a_copy_is_not_rectified_with_its_original() -> None:
     for copy in (lambda h: h.clone(), lambda h: h.to(torch.float64, copy=True)):
         model, _ = specialised(lambda h, copy=copy: [copy(h), F.relu_(h)][0])
-        want = model.fc2(F.linear(torch.ones(5, 8).double(), model.fc1.weight * (torch.arange(64) % 3 == 0)[:, None], model.fc1.bias))
+        want = model.fc2(
+            F.linear(torch.ones(5, 8).double(), model.fc1.weight * (torch.arange(64) % 3 == 0)[:, None], model.fc1.bias)
+        )
         with nspec.task(model, "a"):
             torch.testing.assert_close(model(torch.ones(5, 8).double()), want)
 
