@@ -35,6 +35,7 @@ _OTHER_DROPOUT = (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feat
 _LINEAR = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _SHAPES = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+_ALIASES = (torch.detach, Tensor.detach)
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -58,6 +59,8 @@ class Activations:
             where that is the same for all (no biases).
         pending: an activation function that is still to be applied to ``active``, for the product with the other half of
             a gated block.
+        views: this value and those that view it in another shape, of which a function in place changes one.
+        stale: whether another of the views was changed so.
         grad: whether gradients were on where fc1 ran.
         autocast: the dtype of autocast there; None outside of it. Before it is computed only.
         versions: of the inputs. Before it is computed only.
@@ -66,6 +69,8 @@ class Activations:
     active: Tensor | None = None
     constant: Tensor | float = 0.0
     pending: str | None = None
+    views: list[Activations] | None = None
+    stale: bool = False
 
     def __init__(self, fc1: Any, use: tuple[Any, Any], inputs: tuple[Tensor, Tensor, Tensor | None], rectified: bool):
         x, weight, _ = inputs
@@ -101,6 +106,8 @@ class Activations:
         """
         if torch.is_grad_enabled() != self.grad:
             self.refuse(f"it switches gradients {'off' if self.grad else 'on'} between the two")
+        if self.stale:
+            self.refuse("it uses them after another view of them was changed in place")
         if self.active is not None:
             return
         device = self.inputs[0].device.type
@@ -186,8 +193,14 @@ class Activations:
             return elementwise(torch.relu_, (self,), {})
         if torch.is_grad_enabled() != self.grad:
             self.check()
+        self.changed()
         self.rectified = True
         return self
+
+    def changed(self) -> None:
+        """Notes that it is changed in place: its views are not what they were."""
+        for view in self.views or ():
+            view.stale = view is not self
 
     def contiguous(self, **_: Any) -> Activations:
         """Itself."""
@@ -358,7 +371,7 @@ def elementwise(
     if not values:
         first.refuse(f"it calls {shown}")
     for other in values[1:]:
-        if other.use[0] is not first.use[0] or other.use[1] is not first.use[1] or other.shape != first.shape:
+        if not _of_one_pass(first, other) or other.shape != first.shape:
             first.refuse(f"it calls {shown} with activations of {other.fc1.qualified_name} in another pass or shape")
     for one in values:
         one.compute()
@@ -383,10 +396,19 @@ def elementwise(
         result.constant = _with(function, args, kwargs, values, constants)
         if result.constant.dim() and result.constant.numel() == 1:
             result.constant = result.constant.reshape(())
+    if function in _ALIASES:
+        _as_views(first, result)
     if in_place:
+        first.changed()
         first.active, first.constant, first.pending = result.active, result.constant, None
         return first
     return result
+
+
+def _of_one_pass(one: Activations, other: Activations) -> bool:
+    """Whether two values are of one block, and of one task or batch. A pass that is computed again may have equal batches."""
+    (active, batch), (its, others) = one.use, other.use
+    return active is its and (batch is others or (not torch.compiler.is_compiling() and batch == others))
 
 
 def _tensor(constant: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -442,7 +464,7 @@ def _gated(
     if function not in _PRODUCTS or len(args) != 2 or kwargs or len(values) != 2:
         return None
     gate, up = values if values[0].pending is not None else values[::-1]
-    if gate.pending is None or up is gate or gate.use[0] is not up.use[0] or gate.use[1] is not up.use[1]:
+    if gate.pending is None or up is gate or not _of_one_pass(gate, up):
         return None
     kind, z, other = gate.pending, gate.active, up.compute()
     assert z is not None
@@ -468,6 +490,7 @@ def _dropped(function: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str,
         )
     result = value.of(F.dropout(active, rate, True), 0.0)
     if kwargs.get("inplace", len(args) > 3 and args[3]):
+        value.changed()
         value.active = result.active
         return value
     return result
@@ -506,7 +529,12 @@ def _reshaped(value: Activations, shape: Any) -> Activations:
     other.lead = tuple(lead)
     if other.active is not None and other.use[1] is None:
         other.active = other.active.reshape(*lead, other.active.shape[-1])
+    _as_views(value, other)
     return other
+
+
+def _as_views(value: Activations, other: Activations) -> None:
+    value.views = other.views = [*(value.views or [value]), other]
 
 
 def _flattened(value: Activations, start_dim: int = 0, end_dim: int = -1) -> Activations:

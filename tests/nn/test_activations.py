@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -248,3 +249,76 @@ def test_a_batch_without_tokens(grad: bool) -> None:
     for switch in ("a", ["a", "a"]):
         with nspec.task(model, switch), torch.set_grad_enabled(grad):
             assert model(torch.ones(2, 0, 8).double()).shape == (2, 0, 8)
+
+
+def both(between: Callable[[Any], Any], bias: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of a block under a task, and of the block with masked rows, by PyTorch alone."""
+    model, active = Block(between).double(), torch.arange(64) % 3 == 0
+    if not bias:
+        model.fc1.bias = None
+    x = torch.randn(5, 8, dtype=torch.float64).requires_grad_()
+    leaves = [x, *model.parameters()]
+    want = model.fc2(between(F.linear(x, model.fc1.weight * active[:, None], model.fc1.bias)))
+    theirs = [want, *torch.autograd.grad(want.square().sum(), leaves)]
+    nspec.specialize(model, nspec.NeuronMasks({"a": {"fc1": active}}))
+    with nspec.task(model, "a"):
+        found = model(x)
+        return [found, *torch.autograd.grad(found.square().sum(), leaves)], theirs
+
+
+def in_place(h: Any) -> Any:
+    h *= 2
+    h.add_(0.5)
+    return F.silu(h, inplace=True)
+
+
+ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda h: h,
+    "gelu": F.gelu,
+    "relu and a square": lambda h: torch.square(F.relu(h)),
+    "relu times a number": lambda h: torch.relu(h) * 2,
+    "in place": in_place,
+    "sigmoid of it times it": lambda h: h * torch.sigmoid(1.702 * h),
+    "gelu as a sum of powers": lambda h: (
+        0.5 * h * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
+    ),
+    "laplace": lambda h: 0.5 * (1.0 + torch.erf((h - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "leaky": lambda h: F.leaky_relu(h, 0.1),
+    "log of a sigmoid": F.logsigmoid,
+    "reflected operators": lambda h: 1 - 2 / (2 + h * h) + 2**h,
+    "a threshold": lambda h: h * (h > 0.5),
+    "a choice": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "limits": lambda h: h.clamp(-1, max=1) + torch.minimum(h, 0.3 * h),
+    "a constant part": lambda h: h * h.detach(),
+    "one number of a tensor": lambda h: h * torch.tensor(3.0, dtype=torch.float64) + torch.ones(1).double(),
+    "other leading dimensions": lambda h: F.gelu(h.view(1, -1, 64)).reshape(5, 64),
+    "a cast": lambda h: h.float().double() * 0 + h.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("what", ELEMENTWISE)
+def test_elementwise_functions_are_exact_with_every_gradient(what: str, bias: bool) -> None:
+    ours, theirs = both(ELEMENTWISE[what], bias)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_padding_columns_stay_out_of_every_gradient() -> None:
+    """A function that has no value at 0 would make the gradient of a padded column none."""
+    ours, theirs = both(lambda h: torch.log(h * h) + 1 / h)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_view_that_was_changed_in_place_elsewhere_is_not_used() -> None:
+    for between in (
+        lambda h: (h.view(1, 5, 64).relu_(), h)[1],
+        lambda h: (v := h.reshape(1, 5, 64), h.mul_(2), v)[2],
+        lambda h: (h.detach().exp_(), h)[1],
+    ):
+        model, _ = specialised(between)
+        with nspec.task(model, "a"), pytest.raises(ValueError, match="another view of them was changed in place"):
+            model(torch.ones(5, 8).double())
