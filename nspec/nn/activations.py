@@ -406,7 +406,7 @@ def elementwise(
 
 
 def _of_one_pass(one: Activations, other: Activations) -> bool:
-    """Whether two values are of one block, and of one task or batch. A pass that is computed again may have equal batches."""
+    """Whether two values are of one block, and of one task or batch (an equal one where a pass is computed again)."""
     (active, batch), (its, others) = one.use, other.use
     return active is its and (batch is others or (not torch.compiler.is_compiling() and batch == others))
 

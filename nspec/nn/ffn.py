@@ -8,13 +8,13 @@ which stays the layer that it is, takes it. Where the function is ReLU the whole
 from __future__ import annotations
 
 import warnings
-import weakref
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nspec.kernels.common.autocast import cast_inputs
 from nspec.kernels.compact_fc1 import compact_fc1
 from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
@@ -25,8 +25,8 @@ from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
 from .masked_linear import Masked, MaskedLinear, Mode
+from .packed import PackedWeights, pack_first, pack_second, refuse_capture
 from .recompute import Use, backward_pass
-from .steps import optimizer_steps
 from .switched import Shared, TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
@@ -214,26 +214,18 @@ class TaskConv1D(TransposedFeatures, TaskLayer):
     """The same of a ``Conv1D``, a linear layer with the weight transposed."""
 
 
-class _Kept(NamedTuple):
-    """Packed weights, and what they were made of."""
-
-    of: tuple[Any, ...]
-    weights: list[weakref.ref[Tensor]]
-    packed: list[Packed]
-
-
 class CompactLayer(TaskLayer):
     """fc1 or up of a specialised block in mode ``forward``. Without a task it is the layer that it was."""
 
-    _packed: _Kept | None
+    _packed: PackedWeights
 
     def _attach(self, mode: Mode) -> None:
         super()._attach(mode)
-        self._packed = None
+        self._packed = PackedWeights()
 
     def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
         super()._use(active, batch)
-        self.__dict__["_packed"] = None
+        self._packed.clear()
 
     def forward(self, x: Tensor) -> Any:
         """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for the activation and fc2."""
@@ -290,14 +282,15 @@ class CompactLayer(TaskLayer):
         self._check_whole(w)
         x, w, b = self._noted(h.use, x, w, b)
         active = self._on_device(active, x, w)
-        if batch is None:
-            z = compact_fc1(x, w, b, active.active, index=active.index)
-            if h.lead != x.shape[:-1]:
-                z = z.view(*h.lead, z.shape[-1])
-        else:
-            order, inverse, offsets = batch.layout(x)
-            tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+        order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
+        tokens = x if batch is None else reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+        if self._computes_anew():
             z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, index=active.index)
+        else:
+            packed = self._pack("first", x, (w, b), active, pack_first)
+            z = _by_task(tokens, packed, batch, x, lambda part, one: F.linear(part, *one))
+        if batch is None and h.lead != x.shape[:-1]:
+            z = z.view(*h.lead, z.shape[-1])
         return z, 0.0 if b is None else b if b.dtype == z.dtype else b.to(z.dtype)
 
     def _check_whole(self, *weights: Tensor) -> None:
@@ -312,7 +305,7 @@ class CompactLayer(TaskLayer):
 
     def _on_device(self, active: ActiveSet, x: Tensor, weight: Tensor) -> ActiveSet:
         if capturing(x.device) and not active.is_on(weight.device):
-            _refuse_capture()  # the set is copied from the host
+            refuse_capture()  # the set is copied from the host
         active = active.on(weight.device)
         keep(x.device, active)
         return active
@@ -344,20 +337,15 @@ class CompactLayer(TaskLayer):
         h.check()
         x, w1, b1, w2, b2 = self._noted(h.use, x, w1, b1, w2, b2)
         active = self._on_device(active, x, w1)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not self._computes_anew():
             y = self._without_grad(x, (w1, b1, w2, b2), active, batch)
+        elif batch is None:
+            y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
         else:
-            if not torch.compiler.is_compiling():
-                self.__dict__["_packed"] = (
-                    None  # what follows a training pass is an update, and wrappers write weights unseen
-                )
-            if batch is None:
-                y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
-            else:
-                order, inverse, offsets = batch.layout(x)
-                tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
-                y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
-                y = reorder(y, inverse, order)
+            order, inverse, offsets = batch.layout(x)
+            tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+            y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
+            y = reorder(y, inverse, order)
         return y if y.shape[:-1] == h.lead else y.view(*h.lead, w2.shape[0])
 
     def _second(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -369,12 +357,25 @@ class CompactLayer(TaskLayer):
             constant = h.constant.to(computed.device, computed.dtype)
         elif h.constant != 0:
             constant = computed.new_full((), h.constant)
-        if batch is None:
-            return compact_fc2(computed, constant, w2, b2, active.active, index=active.index)
-        order, inverse, offsets = batch.layout(x)
-        options = {"task_offsets": offsets, "index": active.index}
-        y: Tensor = compact_fc2(computed, constant, w2, b2, active.active, **options)
-        return reorder(y, inverse, order).view(*h.lead, w2.shape[0])
+        order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
+        y: Tensor
+        if self._computes_anew():
+            y = compact_fc2(computed, constant, w2, b2, active.active, task_offsets=offsets, index=active.index)
+        else:
+            sets = active.active if active.active.dim() == 2 else active.active[None]
+            added = [b2] * len(sets) if constant is None else [_constant(constant, w2, b2, one) for one in sets]
+            packed = list(zip(self._pack("second", computed, (w2,), active, pack_second), added))
+            y = _by_task(computed, packed, batch, x, lambda part, one: F.linear(part, *one))
+        return y if batch is None else reorder(y, inverse, order).view(*h.lead, w2.shape[0])
+
+    def _computes_anew(self) -> bool:
+        """Whether the weights of this pass are not to be kept packed: it has gradients, or is compiled."""
+        if torch.compiler.is_compiling():
+            return True
+        if torch.is_grad_enabled():
+            self._packed.clear()  # what follows a training pass is an update, and wrappers write weights unseen
+            return True
+        return False
 
     def _without_grad(
         self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, batch: TaskBatch | None
@@ -384,41 +385,16 @@ class CompactLayer(TaskLayer):
         Raises:
             RuntimeError: a CUDA graph is being captured, and the weights as they are now have not been packed.
         """
-        packed = self._packed_weights(x, weights, active)
-        keep(x.device, packed)
+        packed: list[Packed] = self._pack("block", x, weights, active, pack)
         tokens = x.reshape(-1, x.shape[-1]).to(packed[0].w1.dtype)
-        if batch is None:
-            y, _ = forward_packed(tokens, packed[0])
-        else:
-            order, inverse, _ = batch.layout(x)
-            tokens, bounds = reorder(tokens, order, inverse), batch.bounds(x)
-            parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
-            y = torch.cat([forward_packed(part, one)[0] for part, one in zip(parts, packed)])
-            y = reorder(y, inverse, order)
-        return y
+        order, inverse, _ = (None, None, None) if batch is None else batch.layout(x)
+        y = _by_task(reorder(tokens, order, inverse), packed, batch, x, lambda part, one: forward_packed(part, one)[0])
+        return reorder(y, inverse, order)
 
-    def _packed_weights(self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet) -> list[Packed]:
-        device, given = x.device.type, [w for w in weights if w is not None]
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # A version counts in-place changes, a pointer changes with .data, and fused optimisers tell of themselves alone. A
-        # task switch drops the packed weights too.
-        versions = (None if w.is_inference() else w._version for w in given)
-        of = (active, x.dtype, autocast, optimizer_steps(), *zip((w.data_ptr() for w in given), versions))
-        known = None if torch.jit.is_tracing() else self._packed
-        if known is not None and known.of == of and all(ref() is w for ref, w in zip(known.weights, given)):
-            return known.packed
-        if capturing(x.device):
-            _refuse_capture()  # packing reads the sizes of the active sets on the host
-        _, w1, b1, w2, b2 = cast_inputs(x, *weights)
-        packed = [pack(w1, b1, w2, b2, row) for row in active.index]
-        # Only parameters last from pass to pass: what a hook makes anew may come to lie where the last one lay.
-        lasting = all(isinstance(w, nn.Parameter) and not w.is_inference() for w in given)
-        if lasting and "forward" not in self.__dict__ and not torch.jit.is_tracing():
-            self.__dict__["_packed"] = _Kept(of, [weakref.ref(w) for w in given], packed)
-        return packed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_packed": None}
+    def _pack(
+        self, purpose: str, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, make: Callable[..., Any]
+    ) -> list[Any]:
+        return self._packed.of(purpose, x, weights, active, make, "forward" not in self.__dict__)
 
 
 class CompactFc1(CompactLayer, TaskLinear):
@@ -433,8 +409,17 @@ def _is_sharded(weight: Tensor) -> bool:
     return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
-def _refuse_capture() -> NoReturn:
-    raise RuntimeError(
-        "a CUDA graph is being captured with a layer that has not run with this task and these weights: run it once "
-        "before the capture, within the same nspec.task block"
-    )
+def _by_task(
+    tokens: Tensor, packed: list[Any], batch: TaskBatch | None, x: Tensor, compute: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
+    """``compute`` of the tokens of each task, which are sorted, with its weights; of all of them for one task."""
+    if batch is None:
+        return compute(tokens, packed[0])
+    bounds = batch.bounds(x)
+    return torch.cat([compute(tokens[start:stop], one) for start, stop, one in zip(bounds, bounds[1:], packed)])
+
+
+def _constant(constant: Tensor, w2: Tensor, b2: Tensor | None, active: Tensor) -> Tensor:
+    """What the neurons that are not active add to fc2, with its bias: ``[d_out]``."""
+    added = w2.to(constant.dtype) @ constant.masked_fill(active, 0).expand(w2.shape[1])
+    return added if b2 is None else added + b2.to(added.dtype)

@@ -47,8 +47,8 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
-            made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is not
-            a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
+            made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is
+            not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
         TypeError: an option that is no number, betas that are not two.
     """
 
