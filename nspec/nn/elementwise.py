@@ -92,9 +92,12 @@ def _judge(function: Callable[..., Any], slots: tuple[Slot, ...], keywords: tupl
 
 
 @torch.compiler.assume_constant_result
-def judge(function: Callable[..., Any], slots: tuple[Slot, ...], keywords: tuple[tuple[str, Slot], ...]) -> Verdict:
-    """Whether ``function`` with these arguments is elementwise; a constant to compiled code."""
+def judge(
+    function: Callable[..., Any], slots: tuple[Slot, ...], keywords: tuple[tuple[str, Slot], ...]
+) -> tuple[str | None, bool, float]:
+    """The :class:`Verdict` on ``function`` with these arguments, as a tuple; a constant to compiled code."""
     try:
-        return _judge(function, slots, keywords)
+        refused, in_place, constant = _judge(function, slots, keywords)
     except TypeError:  # an argument that cannot be hashed: no elementwise function has one
-        return Verdict("a list")
+        return "a list", False, 0.0
+    return refused, in_place, constant
