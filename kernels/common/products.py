@@ -21,8 +21,9 @@ HOST = "host"  # the library for one task, and in a loop over several where thei
 #: h = relu(x W1[A]ᵀ + b1) and dh = (dy W2[:, A]) ⊙ [h > 0] end in something that the library would need a pass for; the
 #: others do not.
 LIBRARY = {"h": NEVER, "y": ONE_TASK, "dh": NEVER, "dx": ONE_TASK, "dw": ONE_TASK}
-#: Full float32 has no tensor cores, and what is saved after the product is small beside it.
-LIBRARY_FLOAT32 = {"h": ONE_TASK, "y": ONE_TASK, "dh": ONE_TASK, "dx": ONE_TASK, "dw": ONE_TASK}
+#: Full float32 has no tensor cores: our kernel runs at a part of the library's speed there, and what is saved after the
+#: product, or by one launch in place of one for each task, is small beside it.
+LIBRARY_FLOAT32 = dict.fromkeys(LIBRARY, HOST)
 
 
 def by_library(product: str, dtype: torch.dtype, task_offsets: Tensor | None) -> bool:
@@ -33,6 +34,11 @@ def by_library(product: str, dtype: torch.dtype, task_offsets: Tensor | None) ->
     if task_offsets is None or task_offsets.shape[0] == 2:
         return way != NEVER
     return way == HOST and task_offsets.device.type == "cpu"
+
+
+def ways(dtype: torch.dtype, task_offsets: Tensor | None) -> tuple[bool, ...]:
+    """:func:`by_library` of every product."""
+    return tuple([by_library(product, dtype, task_offsets) for product in LIBRARY])
 
 
 def launched(product: str, dtype: torch.dtype, several: bool, target: str) -> bool:

@@ -7,19 +7,23 @@ and configuration that can be launched there. ``tests/kernels/compiled`` compile
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import checks, gpu
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLANS = 1024  # kept for each pass of an operator: one for each layer's width and each task's number of active neurons
 #: NVIDIA devices with 100 KB of shared memory for a program: 8.6, 8.9 and 12.x. The oldest gives the name.
 SMALL = "cuda:86"
 INTERPRETER = "interpreter"
@@ -118,23 +122,82 @@ def processors(device: torch.device) -> int:
     return _processors(device.type, _index(device))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **keywords: Any) -> None:
-    """Runs ``kernel[grid](*args, **keywords)`` on ``device`` and its current stream.
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own takes a hundred times as long on the host (3.6, 3.7), 25 times in a block."""
+    return -(-a // b)
+
+
+class Launcher:
+    """A kernel and the keywords of its launches. After the first, it goes around Triton's dispatch of their arguments.
+
+    So it is for launches that differ in nothing that Triton compiles for: which arguments are None, their dtypes, which
+    addresses are multiples of 16, which integers are 1, multiples of 16 or beyond 32 bits (``do_not_specialize`` leaves the
+    last alone). A plan that is kept by all of these (:func:`planned`) keeps its launchers.
+
+    Args:
+        kernel: the function under ``triton.jit``; its constants stand behind all other arguments.
+        keywords: of each launch: the constants, and the compiler's options.
+    """
+
+    __slots__ = ("_compiled", "_constants", "kernel", "keywords")
+
+    def __init__(self, kernel: Any, keywords: Mapping[str, Any]) -> None:
+        self.kernel, self.keywords, self._compiled = kernel, dict(keywords), None
+        constants = [name for name in kernel.arg_names if name in keywords]
+        assert kernel.arg_names[len(kernel.arg_names) - len(constants) :] == constants, kernel.arg_names
+        self._constants = tuple(keywords[name] for name in constants)
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launches on the current device and stream; inside :func:`launching` alone."""
+        if self._compiled is None:
+            # The interpreter compiles nothing and gives None.
+            self._compiled = self.kernel.run(*args, grid=grid, warmup=False, **self.keywords)
+        else:
+            self._compiled[grid](*args, *self._constants)
+
+
+def launching(device: torch.device, function: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
+    """Calls a function that launches on ``device``.
 
     Kernels that make tensor descriptors get their workspace from PyTorch's allocator; a user's ``triton.set_allocator``
     holds again afterwards.
     """
     # set_allocator sets a context variable and has no inverse, hence a context of its own.
-    contextvars.copy_context().run(_launch, kernel, grid, device, args, keywords)
+    return contextvars.copy_context().run(_launching, device, function, args, keywords)  # type: ignore[arg-type]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Sequence[Any], keywords: Any) -> None:
-    def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+def _launching(device: torch.device, function: Callable[..., R], args: Sequence[Any], keywords: Mapping[str, Any]) -> R:
+    triton.set_allocator(_allocator(device))
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            return function(*args, **keywords)
+    return function(*args, **keywords)
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Any:
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)  # PyTorch aligns to 512 bytes, descriptors need 128
 
-    triton.set_allocator(workspace)
-    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        kernel[grid](*args, **keywords)
+    return allocate
+
+
+def planned(make: Callable[..., R]) -> Callable[..., R]:
+    """Keeps what ``make`` gives for each combination of its arguments, for launches of calls alike."""
+    return functools.lru_cache(maxsize=PLANS)(make)
+
+
+def aligned(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors begin at multiples of 16 bytes, for the key of a plan."""
+    return tuple([t is None or t.data_ptr() % 16 == 0 for t in tensors])
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device as a number; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    stream: int = torch._C._cuda_getCurrentRawStream(_index(device))
+    return stream
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -181,12 +244,38 @@ def rows16(matrix: Tensor) -> Tensor:
     return copy
 
 
+class _Copy(NamedTuple):
+    offsets: Tensor
+    version: int
+    tokens: int
+
+
+#: By the offsets on the CPU: their copies, by device and stream. A batch's offsets serve every layer, forward and backward.
+_copies: MutableMapping[Tensor, dict[tuple[torch.device, int], _Copy]] = WeakTensorKeyDictionary()
+
+
 def offsets_on(task_offsets: Tensor, tokens: int, device: torch.device) -> Tensor:
-    """``task_offsets`` int64 ``[tasks + 1]`` on ``device``, without waiting for the device.
+    """``task_offsets`` int64 ``[tasks + 1]`` on ``device``, without waiting for the device; copied once.
 
     Raises:
         ValueError: they are on the CPU and do not rise from 0 to ``tokens``. On a device nobody looks: that would wait.
     """
+    if (
+        task_offsets.device.type != "cpu"
+        or device.type != "cuda"
+        or task_offsets.is_inference()
+        or torch.cuda.is_current_stream_capturing()  # a graph holds addresses and no references
+    ):
+        return _copy(task_offsets, tokens, device)
+    copies = _copies.setdefault(task_offsets, {})
+    key = device, stream_of(device)
+    known = copies.get(key)
+    if known is None or known.version != task_offsets._version or known.tokens != tokens:
+        known = copies[key] = _Copy(_copy(task_offsets, tokens, device), task_offsets._version, tokens)
+    return known.offsets
+
+
+def _copy(task_offsets: Tensor, tokens: int, device: torch.device) -> Tensor:
     if task_offsets.device.type == "cpu":
         checks.segments(task_offsets, tokens)
     return task_offsets.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, native
+from ..common import checks, gpu, native
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, requested
 from . import reference
 from .layout import index_for
 
 BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
     Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )

@@ -150,6 +150,8 @@ def _together(
     sum_over_tokens(transposed("dy_t", dy, s), _with_constants(h, constant, index, segments), dw)
     if constant is None:
         return w.new_empty(0), dw, s
-    by_task = torch.stack([dy[start:stop].float().sum(0) for start, stop in segments])
+    by_task = torch.zeros((len(segments), w.shape[0]), dtype=torch.float32)
+    for total, (start, stop) in zip(by_task, segments):
+        torch.sum(dy[start:stop], 0, dtype=torch.float32, out=total)
     dc = torch.where(own, torch.zeros(()), by_task @ w.float())
-    return (dc if len(constant) > 1 else dc.sum(0, keepdim=True)).to(h.dtype), dw, s
+    return (dc.sum(0, keepdim=True) if len(constant) == 1 else dc).to(h.dtype), dw, s

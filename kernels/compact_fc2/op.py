@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, native
+from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, requested
@@ -16,6 +16,7 @@ from ..compact_fc1.layout import in_place_index
 from . import reference
 
 BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
     Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, native
+from ..common import checks, gpu, native
 from ..common.backend import Backend, Choice, answer, choose, explainable, requested
 from . import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
     Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )

@@ -35,7 +35,7 @@ _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes
 class TaskState(NamedTuple):
     """What a layer is switched to: a task, or the tasks of a batch, and the backward pass in which it was set."""
 
-    task: str | tuple[str, ...] | None
+    task: str | tuple[str | None, ...] | None
     active: ActiveSet | None
     batch: TaskBatch | None
     set_in: int
@@ -51,8 +51,8 @@ class TaskLayer(Masked, TaskSwitched):
     gated: bool = False
 
     _sets: dict[str, ActiveSet]
-    _stacks: dict[tuple[str, ...], ActiveSet]
-    _task: str | tuple[str, ...] | None
+    _stacks: dict[tuple[str | None, ...], ActiveSet]
+    _task: str | tuple[str | None, ...] | None
     qualified_name: str
 
     _shared: Shared
@@ -99,9 +99,9 @@ class TaskLayer(Masked, TaskSwitched):
         """The tasks that this layer has masks of."""
         return list(self._sets)
 
-    def knows(self, task: str) -> bool:
-        """Whether the layer has a mask of the task."""
-        return task in self._sets
+    def knows(self, task: str | None) -> bool:
+        """Whether the layer has a mask of the task. None, with all neurons, may be among the tasks of a batch."""
+        return task is None or task in self._sets
 
     @property
     def decodes_by_task(self) -> bool:
@@ -109,7 +109,7 @@ class TaskLayer(Masked, TaskSwitched):
         return self.mode == "forward"
 
     @property
-    def task(self) -> str | tuple[str, ...] | None:
+    def task(self) -> str | tuple[str | None, ...] | None:
         """The current task, or the task of each sentence of a batch; None is dense."""
         return self._task
 
@@ -122,19 +122,23 @@ class TaskLayer(Masked, TaskSwitched):
             self._task = task
             self._use(None if task is None else self._sets[task])
 
-    def _stack(self, names: tuple[str, ...]) -> ActiveSet:
-        """The sets of several tasks as one; the set itself of a single one."""
-        if len(names) == 1:
+    def _stack(self, names: tuple[str | None, ...]) -> ActiveSet:
+        """The sets of several tasks as one, all neurons for None; the set itself of a single one."""
+        if len(names) == 1 and names[0] is not None:
             return self._sets[names[0]]
         stack = self._stacks.get(names)
         if stack is None:
             if len(self._stacks) >= _STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            sets = [self._sets[name] for name in names]
+            sets = [self._every() if name is None else self._sets[name] for name in names]
             if not self.weight.is_meta:  # weights that are offloaded come when the layer runs
                 sets = [one.on(self.weight.device) for one in sets]
             self._stacks[names] = stack = ActiveSet.stack(sets)
         return stack
+
+    def _every(self) -> ActiveSet:
+        neurons = len(next(iter(self._sets.values())).active)
+        return ActiveSet(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()
@@ -340,11 +344,12 @@ class CompactLayer(TaskLayer):
         if not self._computes_anew():
             y = self._without_grad(x, (w1, b1, w2, b2), active, batch)
         elif batch is None:
-            y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
+            y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index, places=active.places)
         else:
             order, inverse, offsets = batch.layout(x)
             tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
-            y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
+            sets = {"index": active.index, "places": active.places}
+            y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, **sets)
             y = reorder(y, inverse, order)
         return y if y.shape[:-1] == h.lead else y.view(*h.lead, w2.shape[0])
 
