@@ -131,7 +131,10 @@ class HookCounts:
     """
 
     def __init__(
-        self, pairs: Sequence[FeedForward], tasks: Sequence[str], real: Callable[[str, Batch], Tensor | None] | None = None
+        self,
+        pairs: Sequence[FeedForward],
+        tasks: Sequence[str],
+        real: Callable[[str, Batch], Tensor | None] | None = None,
     ) -> None:
         self.totals = {task: {p.name: torch.zeros(p.d_ff, dtype=torch.int64) for p in pairs} for task in tasks}
         self.task = ""

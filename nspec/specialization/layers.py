@@ -124,10 +124,10 @@ def _by_names(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
-    found: Any = module
+    found: nn.Module | None = module
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, nn.Module) else None
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def _in_sequence(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
