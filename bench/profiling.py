@@ -74,7 +74,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
         torch.manual_seed(0)
         for pair in find_blocks(model):
             bias = torch.empty(pair.d_ff).normal_(-0.5, 0.5)  # unequally often, as in a trained model
-            pair.fc1.bias.data.copy_(bias)
+            pair.fc1.get_parameter("bias").data.copy_(bias)
     return model.to(dtype).eval()
 
 
@@ -131,7 +131,10 @@ class HookCounts:
     """
 
     def __init__(
-        self, pairs: Sequence[FeedForward], tasks: Sequence[str], real: Callable[[str, Batch], Tensor | None] | None = None
+        self,
+        pairs: Sequence[FeedForward],
+        tasks: Sequence[str],
+        real: Callable[[str, Batch], Tensor | None] | None = None,
     ) -> None:
         self.totals = {task: {p.name: torch.zeros(p.d_ff, dtype=torch.int64) for p in pairs} for task in tasks}
         self.task = ""

@@ -29,7 +29,7 @@ def what_there_is(model: nn.Module) -> str:
     if shown:
         more = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         return f"Name its blocks with layers=[...], perhaps {', '.join(shown[:_SHOWN])}{more}"
-    names = [*dict.fromkeys(map(_pattern, linears))]
+    names = [*dict.fromkeys(_pattern(name) or "the model itself" for name in linears)]
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"Its linear layers ({len(linears)}: {some}) have no two of which the first widens for the second"
 

@@ -227,7 +227,7 @@ class _Pass:
             return
         z = output[..., : pair.d_ff]
         valid = None if valid is None else valid.to(z.device)
-        fired = z > 0 if valid is None else z[valid] > 0
+        fired = z > 0 if valid is None else (z > 0) & valid.unsqueeze(-1)
         self._add(pair, z, valid, fired.reshape(-1, pair.d_ff).sum(0))
         if not self._between[pair.name].shown:
             self._samples[pair.name] = Sample(z)

@@ -78,7 +78,7 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
             layers that do not fit together, one with an adapter, or a weight that is shared with another module.
         TypeError: ``layers`` is one text, or has something else than names and tuples of two or three.
     """
-    structural = list(_by_structure(model))
+    structural = list(_by_structure(model, every=layers is None))
     found = structural if layers is None else chosen(dict(model.named_modules()), structural, layers)
     if not found:
         names = ", ".join("/".join(names) for names in (*PLAIN_NAMES[:4], *FUSED_NAMES[:1], *GATED_NAMES[:3]))
@@ -90,26 +90,29 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
     return found
 
 
-def _by_structure(model: nn.Module) -> Iterator[FeedForward]:
+def _by_structure(model: nn.Module, every: bool) -> Iterator[FeedForward]:
+    """The blocks there are; one with an adapter is an error if all are wanted, and else is none."""
     taken: set[int] = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        for block in (*_by_names(prefix, module), *_in_sequence(prefix, module)):
+        for block in (*_by_names(prefix, module, every), *_in_sequence(prefix, module)):
             if id(block.fc1) not in taken:
                 taken.add(id(block.fc1))
                 yield block
 
 
-def _by_names(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
+def _by_names(prefix: str, module: nn.Module, every: bool) -> Iterator[FeedForward]:
     seen: set[int] = set()
     for names in (*GATED_NAMES, *FUSED_NAMES, *PLAIN_NAMES):
         parts = [_child(module, name) for name in names]
         if any(part is None for part in parts) or any(id(part) in seen for part in parts):
             continue
-        for name, part in zip(names, parts):
+        for name, part in zip(names, parts) if every else ():
             check_no_adapter(prefix + name, part)
         fc1, *ups, fc2 = [part for part in parts if part is not None]
         if not all(map(is_linear, (fc1, *ups, fc2))):
+            if ups:  # gated all the same: no two of them are a plain block
+                seen.update(map(id, parts))
             continue
         (d_in, width), (d_ff, _) = features(fc1), features(fc2)
         fused = not ups and width == 2 * d_ff
@@ -124,10 +127,10 @@ def _by_names(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
 
 
 def _child(module: nn.Module, name: str) -> nn.Module | None:
-    found: Any = module
+    found: nn.Module | None = module
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, nn.Module) else None
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def _in_sequence(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
@@ -150,7 +153,8 @@ def _is_elementwise(module: nn.Module) -> bool:
     x, order = torch.linspace(-2, 2, 12).view(2, 6), torch.tensor([3, 0, 5, 1, 4, 2])
     with torch.no_grad():
         try:
-            whole, turned = module.forward(x.clone()), module.forward(x.flip(0)[:, order])
+            with torch.random.fork_rng(devices=[]):
+                whole, turned = module.forward(x.clone()), module.forward(x.flip(0)[:, order])
         except Exception:  # of a module that takes something else
             return False
     fits = isinstance(whole, Tensor) and isinstance(turned, Tensor) and whole.shape == turned.shape == x.shape
@@ -193,7 +197,7 @@ def computes_linear(module: nn.Module) -> str | None:
     exact = torch.promote_types(weight.dtype, torch.float32)
     training = module.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             want = nn.functional.linear(x.to(exact), matrix.to(exact), None if bias is None else bias.to(exact))
             most = float(want.abs().max()) * min(0.04, 8 * torch.finfo(weight.dtype).eps * d_in**0.5)  # by rounding
             for mode in (True, False):

@@ -27,6 +27,7 @@ def chosen(
     found: dict[str, FeedForward] = {}
     for layer in layers:
         if isinstance(layer, str):
+            check_no_adapter(layer, modules.get(layer))
             names = [layer] if layer in known else [name for name in known if matches(name, layer)]
             if not names:
                 raise ValueError(

@@ -98,6 +98,13 @@ def test_a_third_layer_of_the_first_ones_size_may_be_a_gate_and_is_left_to_the_c
     assert find_blocks(Block(fc1=(4, 8), other=(4, 6), fc2=(8, 4)))[0].up is None
 
 
+def test_a_gated_block_with_a_projection_of_another_class_is_not_a_plain_one() -> None:
+    model = Block(gate_proj=(4, 8), up_proj=(4, 8), down_proj=(8, 4))
+    model.gate_proj = nn.Identity()
+    with pytest.raises(ValueError, match="no feed-forward block"):
+        find_blocks(model)
+
+
 def test_widths_decide() -> None:
     assert find_blocks(Block(fc1=(4, 16), fc2=(8, 4)))[0].fused
     with pytest.raises(ValueError, match="no feed-forward block"):
@@ -112,7 +119,8 @@ def test_an_adapter_on_a_layer_of_the_block_is_an_error_that_says_what_to_do(wra
     adapter = nn.Module()
     adapter.base_layer = getattr(model[1], wrapped)
     setattr(model[1], wrapped, adapter)
-    for layers in (None, [("1.fc1", "1.fc2")]):
+    assert named(find_blocks(model, ["0.fc1"])) == ["0.fc1"]
+    for layers in (None, [("1.fc1", "1.fc2")], [f"1.{wrapped}"]):
         with pytest.raises(
             ValueError, match=rf"^1\.{wrapped} carries an adapter .*merge it first .*or specialise first"
         ):
@@ -164,8 +172,7 @@ def test_a_subclass_is_taken_where_it_computes_what_linear_does(kind: Any, why: 
     found = computes_linear(layer.eval())
     assert found is None if why is None else why in str(found)
     assert not layer.training
-    if kind is not Noisy:
-        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
     assert computes_linear(kind(256, 40, device="meta")) is None
 
 
