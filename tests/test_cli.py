@@ -243,10 +243,12 @@ def test_config_prints_what_reads_back(capsys: pytest.CaptureFixture[str]) -> No
 def test_env_names_versions_and_each_operator(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
+    from nspec.kernels.common.backend import OPERATORS
+
     assert cli.main(["env"]) == 0
     shown = capsys.readouterr().out
     assert torch.__version__ in shown
-    for operator in ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw"):
+    for operator in OPERATORS:
         assert f"\n  {operator}, cpu, float32 " in shown
 
 

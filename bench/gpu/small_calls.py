@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from bench.machine import pick_device
+from nspec.kernels.common.active import active_index
+from nspec.kernels.compact_fc1 import compact_fc1
+from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
+from nspec.kernels.gated_activation import gated_activation
 from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
@@ -70,6 +74,22 @@ def calls(shape: tuple[int, int, int], mixed: bool, dtype: torch.dtype, device: 
     y = compact_ffn(x, w1, b1, w2, b2, active, task_offsets=offsets)
     gradients = torch.autograd.grad(y, leaves, dy)
     yield _named("compact_ffn", ("y", "dx", "dw1", "db1", "dw2", "db2"), (y, *gradients))
+
+    index = active_index(active)
+    width = index.shape[1]
+    z = compact_fc1(x, w1, b1, active, task_offsets=offsets, index=index)
+    dz = _integers(12, tokens, width).to(device, dtype)
+    yield _named("compact_fc1", ("z", "dx", "dw", "db"), (z, *torch.autograd.grad(z, (x, w1, b1), dz)))
+
+    hidden = _integers(13, tokens, width).to(device, dtype).requires_grad_()
+    y = compact_fc2(hidden, b1, w2, b2, active, task_offsets=offsets, index=index)
+    gradients = torch.autograd.grad(y, (hidden, b1, w2, b2), dy)
+    yield _named("compact_fc2", ("y", "dh", "dconstant", "dw", "db"), (y, *gradients))
+
+    up = _integers(14, tokens, width).to(device, dtype).requires_grad_()
+    h = gated_activation(hidden, up, "silu")
+    gradients = torch.autograd.grad(h, (hidden, up), dz)
+    yield _named("gated_activation", ("h", "dgate", "dup"), (h, *gradients))
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     state = [_integers(seed, d_ff, d).to(device, wide) for seed in (8, 9, 10, 11)]

@@ -29,7 +29,15 @@ from .checks import PLAIN
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OPERATORS = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw")
+OPERATORS = (
+    "linear_relu_count",
+    "row_sparse_wgrad",
+    "compact_ffn",
+    "compact_fc1",
+    "compact_fc2",
+    "gated_activation",
+    "row_sparse_adamw",
+)
 
 
 @dataclass(frozen=True)

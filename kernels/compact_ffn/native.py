@@ -127,13 +127,13 @@ def _one_task(
         dh_t, dy_t = dh.t(), dy.t()
         torch.sum(dy, 0, out=s)
     dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
-    _sum_over_tokens(dy_t, h, dw2[:, d_ff - width :])
+    sum_over_tokens(dy_t, h, dw2[:, d_ff - width :])
     if width == d_ff:
-        _sum_over_tokens(dh_t, x, dw1)
+        sum_over_tokens(dh_t, x, dw1)
         if n < d_ff:
             dw1.masked_fill_((index < 0)[:, None], 0)
         return dw1, sums, dw2, s
-    _sum_over_tokens(dh_t[:n], x, dw1[d_ff - n :])
+    sum_over_tokens(dh_t[:n], x, dw1[d_ff - n :])
     ops.expand_rows_(dw1, rows)
     ops.expand_columns_(dw2, rows, width, s, none if b1 is None else torch.relu(b1))
     if b1 is None:
@@ -142,7 +142,7 @@ def _one_task(
     return dw1, db1, dw2, s
 
 
-def _sum_over_tokens(a: Tensor, b: Tensor, out: Tensor) -> None:
+def sum_over_tokens(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a b``, a product with many tokens inside and few elements outside."""
     if out.dtype != torch.float32 and out.numel() <= SPLIT_BELOW:
         torch.ops.nspec_native.product_(out, a, b, out.new_empty(0))

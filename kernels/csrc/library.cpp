@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(nspec_native, m) {
   m.def("product_(Tensor(a!) out, Tensor a, Tensor b, Tensor bias) -> ()");
   m.def("expand_rows_(Tensor(a!) matrix, Tensor index) -> ()");
   m.def("expand_columns_(Tensor(a!) matrix, Tensor index, int packed, Tensor s, Tensor r) -> ()");
+  // gated_activation.cpp
+  m.def("gated_activation(Tensor gate, Tensor up, str kind, Tensor(a!) h) -> ()");
+  m.def(
+      "gated_activation_backward(Tensor dh, Tensor gate, Tensor up, str kind, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   // row_sparse_wgrad.cpp
   m.def("row_sparse_wgrad_scratch(Tensor dh, Tensor x, Tensor index) -> int");
   m.def(

@@ -1,0 +1,5 @@
+"""See ``op.py`` for the definition."""
+
+from .op import compact_fc2
+
+__all__ = ["compact_fc2"]

@@ -1,0 +1,149 @@
+"""The operator ``nspec::compact_fc2``: the second layer of a feed-forward block over the active neurons."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import checks, gpu, native
+from ..common.active import active_index
+from ..common.autocast import cast_inputs
+from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from ..compact_fc1.layout import in_place_index
+from . import reference
+
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
+
+
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes."""
+    make = functools.partial(torch.empty, device=device, dtype=dtype)
+    active = torch.arange(2048, device=device) < 1024
+    args = make(1024, 1024), make(2048), make(512, 2048), make(512), active
+    choice: Any = compact_fc2(*args, explain=True)  # type: ignore[call-arg]
+    return choice
+
+
+@torch.library.custom_op("nspec::compact_fc2", mutates_args=())
+def _compact_fc2(
+    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> Tensor:
+    args = (h, constant, w, b, index, task_offsets)
+    return choose("compact_fc2", BACKENDS, *args).forward(*args)
+
+
+@_compact_fc2.register_fake
+def _(
+    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+) -> Tensor:
+    return h.new_empty((h.shape[0], w.shape[0]))
+
+
+@torch.library.custom_op("nspec::compact_fc2_backward", mutates_args=())
+def _compact_fc2_backward(
+    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
+    return backend.backward(dy, h, constant, w, index, task_offsets, has_b)
+
+
+@_compact_fc2_backward.register_fake
+def _(
+    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dc = w.new_empty(0 if constant is None else constant.shape)
+    return h.new_empty(h.shape), dc, w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, constant, w, b, index, task_offsets = inputs
+    ctx.given = (constant is not None, b is not None)
+    ctx.save_for_backward(h, constant, w, index, task_offsets)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    has_constant, has_b = ctx.given
+    dh, dc, dw, db = _compact_fc2_backward(dy, *ctx.saved_tensors, has_b)
+    return dh, dc if has_constant else None, dw, db if has_b else None, None, None
+
+
+_compact_fc2.register_autograd(_gradient, setup_context=_save)
+
+
+@explainable
+def compact_fc2(
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Second layer of a feed-forward block, ``h wᵀ + b``, in which inactive neurons have constant outputs.
+
+    Args:
+        h: what an elementwise function made of ``compact_fc1``'s output, ``[..., width]`` in the layout of the index.
+            Positions without an active neuron are ignored and get the gradient zero; they must be finite. In place, too:
+            what an inactive neuron gives is ``constant`` alone.
+        constant: the output of each inactive neuron: of no dimension, ``[d_ff]`` or ``[tasks, d_ff]``; entries of active
+            neurons are not read, and their gradient is zero. With fc1's rows masked and its bias kept it is the
+            activation of the bias. None: zero, with no work for inactive neurons at all.
+        w: fc2.weight, ``[d_out, d_ff]``.
+        b: fc2.bias, ``[d_out]`` or None.
+        active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
+        task_offsets: as for ``compact_fc1``.
+        index: that of ``compact_fc1``; when None, the one of ``active`` that has the width of h.
+
+    Returns:
+        ``y [..., d_out]``. Differentiable once in h, constant, w and b; columns of the gradient of ``w`` that no task
+        has active are ``s constantᵀ`` with s the sum of the gradient of y over tokens, or zero without a constant.
+
+    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
+
+    Raises:
+        ValueError: shapes that do not fit, offsets that do not cover the tokens.
+        TypeError: ``active`` that is not bool, inputs of different dtypes outside autocast.
+
+    Example:
+        >>> h, active = torch.tensor([[2.0, 9.0]]), torch.tensor([True, False])
+        >>> compact_fc2(h, torch.tensor(0.5), torch.ones(1, 2), None, active).item()
+        2.5
+    """
+    if w.dim() != 2:
+        raise ValueError(f"w has shape {list(w.shape)}, expected [d_out, d_ff]")
+    d_out, d_ff = w.shape
+    checks.active_sets(active, d_ff, task_offsets)
+    if b is not None:
+        checks.shape("b", b, [d_out])
+    tasks = active.shape[0] if active.dim() == 2 else 1
+    if constant is not None:
+        if constant.dim() == 2:
+            checks.shape("constant", constant, [tasks, d_ff])
+        elif constant.dim() == 1:
+            checks.shape("constant", constant, [d_ff])
+        elif constant.dim() > 2:
+            raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
+    if index is None:
+        index = in_place_index(active) if h.dim() and h.shape[-1] == d_ff else active_index(active)
+    checks.shape("index", index, [tasks, None])
+    checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
+    h, constant, w, b = cast_inputs(h, constant, w, b)
+    if constant is not None and constant.dim() < 2:
+        constant = constant.expand(1, d_ff)
+    flat = h.reshape(h.shape[:-1].numel(), index.shape[1])
+    by_torch = requested("compact_fc2") == "auto" and not torch.compiler.is_compiling()
+    if by_torch and torch._C._functorch.maybe_current_level() is not None:
+        answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
+        y = reference.forward(flat, constant, w, b, index, task_offsets)
+    else:
+        y = _compact_fc2(flat, constant, w, b, index, task_offsets)
+    return y.view(*h.shape[:-1], d_out)

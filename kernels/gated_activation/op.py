@@ -1,0 +1,97 @@
+"""The operator ``nspec::gated_activation``: the activation of a gated feed-forward block, times its other half."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import checks, gpu, native
+from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from . import reference
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu")
+
+BACKENDS = (
+    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
+
+
+def example(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What an ordinary call on that device takes."""
+    make = functools.partial(torch.empty, device=device, dtype=dtype)
+    choice: Any = gated_activation(make(1024, 1024), make(1024, 1024), "silu", explain=True)  # type: ignore[call-arg]
+    return choice
+
+
+@torch.library.custom_op("nspec::gated_activation", mutates_args=())
+def _gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return choose("gated_activation", BACKENDS, gate, up, kind).forward(gate, up, kind)
+
+
+@_gated_activation.register_fake
+def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("nspec::gated_activation_backward", mutates_args=())
+def _gated_activation_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return choose("gated_activation", BACKENDS, gate, up, kind).backward(dh, gate, up, kind)
+
+
+@_gated_activation_backward.register_fake
+def _(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.kind = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gated_activation_backward(dh, *ctx.saved_tensors, ctx.kind), None
+
+
+_gated_activation.register_autograd(_gradient, setup_context=_save)
+
+
+@explainable
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """What a gated feed-forward block puts between its layers: ``act(gate) · up``, elementwise (SwiGLU, GeGLU, ReGLU).
+
+    The activation is computed in float32, rounded to the dtype, and multiplied in the dtype, as Hugging Face's models
+    do; float64 stays float64. Forward and backward are one pass each, and nothing but gate and up is kept in between.
+
+    Args:
+        gate: any shape, any floating dtype.
+        up: of that shape and dtype.
+        kind: ``"silu"``, ``"gelu"`` (with erf), ``"gelu_tanh"`` or ``"relu"``.
+
+    Returns:
+        A tensor of that shape and dtype. Differentiable once in gate and up.
+
+    With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
+
+    Raises:
+        ValueError: different shapes, an unknown ``kind``.
+        TypeError: different dtypes, or no floating ones.
+
+    Example:
+        >>> gated_activation(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 3.0]), "relu").tolist()
+        [6.0, 0.0]
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    checks.shape("up", up, list(gate.shape))
+    if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
+        raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
+    by_torch = requested("gated_activation") == "auto" and not torch.compiler.is_compiling()
+    if by_torch and torch._C._functorch.maybe_current_level() is not None:
+        answer("gated_activation", "reference", "torch.func knows the derivatives of PyTorch's operations only")
+        return reference.forward(gate, up, kind)
+    return _gated_activation(gate, up, kind)
