@@ -17,9 +17,12 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton import knobs
+from triton.runtime import driver
 
 from . import checks, gpu
 
+_HOOKS = knobs.runtime
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -149,11 +152,17 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
         """Launches on the current device and stream; inside :func:`launching` alone."""
-        if self._compiled is None:
+        compiled = self._compiled
+        if compiled is None:
             # The interpreter compiles nothing and gives None.
             self._compiled = self.kernel.run(*args, grid=grid, warmup=False, **self.keywords)
+        elif _HOOKS.launch_enter_hook is None and _HOOKS.launch_exit_hook is None:
+            # What compiled[grid](...) does, in a quarter of its time; the three None are the hooks and what they read.
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            run, function = compiled.run, compiled.function
+            run(*grid, stream, function, compiled.packed_metadata, None, None, None, *args, *self._constants)
         else:
-            self._compiled[grid](*args, *self._constants)
+            compiled[grid](*args, *self._constants)
 
 
 def launching(device: torch.device, function: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:

@@ -226,12 +226,22 @@ def _compute(
         y, _ = _compact_ffn(x, *_cast(weights, dtype), index, task_offsets)
         return y
     args = (index, task_offsets)
-    if any(t is not None and t.dtype != dtype for t in weights) and not any(
-        one.casts and wanted in ("auto", one.name) and one.refuses(x, *weights, *args) is None for one in BACKENDS
-    ):
-        weights = _cast(weights, dtype)
-    y = _Eager.apply(choose("compact_ffn", BACKENDS, x, *weights, *args), x, *weights, *args, places)
+    backend = None
+    if any([t is not None and t.dtype != dtype for t in weights]):
+        backend = next((one for one in BACKENDS if one.casts and _takes(one, wanted, x, *weights, *args)), None)
+        if backend is None:
+            weights = _cast(weights, dtype)
+    if backend is None:
+        module = choose("compact_ffn", BACKENDS, x, *weights, *args)
+    else:
+        answer("compact_ffn", backend.name, "preferred, and it takes the call")
+        module = backend.implementation
+    y = _Eager.apply(module, x, *weights, *args, places)
     return y
+
+
+def _takes(backend: Backend, wanted: str, *args: Any) -> bool:
+    return wanted in ("auto", backend.name) and backend.refuses(*args) is None
 
 
 def _cast(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:
