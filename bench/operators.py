@@ -190,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="without the torch.compile providers")
     parser.add_argument("--no-grouped", action="store_true", help="without those that call PyTorch's grouped product")
     parser.add_argument("--no-memory", action="store_true", help="without peak memory")
+    parser.add_argument("--no-ceilings", action="store_true", help="without the device's best speeds")
     parser.add_argument("--rounds", type=int, default=15, help="as many as fit into --seconds, at most about these")
     parser.add_argument("--seconds", type=float, help="longest time for the rounds of one case")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -211,8 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} cases")
     print("speed-up over the first provider of a case: median of paired ratios [middle 80 % of the rounds]")
     if device.type == "cuda":
-        print("as called, with the time of the host where the device waits for it, and of the device alone; targets: device")
-    for row in ceilings(device, sorted({case.dtype for case in chosen}), small=args.set == "smoke"):
+        print("as called, with the host's time where the device waits for it, and of the device alone; targets: device")
+    dtypes = sorted({case.dtype for case in chosen})
+    for row in () if args.no_ceilings else ceilings(device, dtypes, small=args.set == "smoke"):
         unit = "GB/s" if row["what"] == "memory" else "Gflop/s"
         print(f"ceiling: {row['what']} {row['dtype']}: {row['per_second'] / 1e9:.0f} {unit}")
         write(row)

@@ -33,7 +33,7 @@ _SPEED = (
     "and the middle 80 % of the rounds (all, of fewer than ten); above 1 is faster."
 )
 _TWO_TIMES = (
-    "Where a cell has two figures of a GPU, the first is as called, with the time of the host where the device waits for it, "
+    "Where a cell has two figures of a GPU, the first is as called, with the host's time where the device waits for it, "
     "which is what a user gets, and the second that of the device alone. Targets are about the second; a plot and a figure "
     "that stands alone are as called."
 )
@@ -78,7 +78,9 @@ PARTS: dict[str, Part] = {
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
     "ceilings": Part("Ceilings", "ceiling", tables.ceilings, "No ceiling has a figure."),
-    "predictions": Part("Predicted against measured", "probe", probe_tables.predictions, "Nothing measured was predicted."),
+    "predictions": Part(
+        "Predicted against measured", "probe", probe_tables.predictions, "Nothing measured was predicted."
+    ),
     "probe": Part("Kernels and products one by one", "probe", probe_tables.probe),
     "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
 }

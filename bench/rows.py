@@ -1,7 +1,7 @@
 """Result files: JSON lines, one measured row each, stamped with the machine. Reading, writing, printing.
 
-Every row has ``kind`` (``operator``, ``absent``, ``ceiling``, ``step``, ``tasks``, ``profiling``, ``probe``) and the fields of
-:func:`bench.machine.stamp`. Times are in milliseconds, memory in bytes; ``low`` and ``high`` are the ends of the middle
+Every row has ``kind`` (``operator``, ``absent``, ``ceiling``, ``step``, ``tasks``, ``profiling``, ``probe``) and the fields
+of :func:`bench.machine.stamp`. Times are in milliseconds, memory in bytes; ``low`` and ``high`` are the ends of the middle
 80 % of the rounds. Rows of a GPU may have ``device_...`` beside them, the same of the kernels alone (``bench/timing.py``).
 """
 

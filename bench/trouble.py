@@ -12,7 +12,7 @@ LINES = 25
 
 
 def in_a_line(error: BaseException) -> str:
-    """``OutOfResources: out of resource: shared memory, Required: 278552``: the type and the first line that says something."""
+    """``OutOfResources: out of resource: shared memory``: the type and the first line that is not empty."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 

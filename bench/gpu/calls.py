@@ -56,7 +56,9 @@ def host(lab: Lab) -> Iterator[Row]:
         o = lab.operands(shape, 0.5)
         plain = dense(o)
         yield lab.timed("E6", f"dense, {shape}, device", plain, flops=12 * lab.tokens * d * d_ff, moved=0)
-        yield lab.row("E6", f"dense, {shape}, as called", functools.partial(lab.called_microseconds, plain), of="as called")
+        yield lab.row(
+            "E6", f"dense, {shape}, as called", functools.partial(lab.called_microseconds, plain), of="as called"
+        )
     dh = lab.normal(lab.tokens, lab.shapes["base"][1])
     forward, both = block_calls(o := lab.operands("base", 0.5))
     mixed = lab.operands("base", 0.5, 8)

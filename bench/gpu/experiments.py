@@ -60,7 +60,8 @@ def fused_relu(lab: Lab) -> Iterator[Row]:
         found, right = torch._addmm_activation(b, x, w.t()), torch.relu(F.linear(x, w, b))
         nan = bool(found[0].isnan().all())
         same = torch.equal(found[1].nan_to_num(), right[1].nan_to_num())
-        return f"NaN is {'passed on' if nan else f'LOST: {found[0, :4].tolist()}'}; infinity {'as' if same else 'NOT as'} relu"
+        lost = f"LOST: {found[0, :4].tolist()}"
+        return f"NaN is {'passed on' if nan else lost}; infinity {'as' if same else 'NOT as'} relu"
 
     said = passes()
     for shape, (d, d_ff) in lab.shapes.items():
@@ -151,7 +152,7 @@ def block_calls(o: Operands) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 
 def small_kernels(lab: Lab) -> Iterator[Row]:
-    """E4: every kernel of a block by itself, density 0.5, one task and eight, and the passes that the library would need."""
+    """E4: every kernel of a block by itself, density 0.5, one task and eight, and the library's passes."""
     modules = [backend(name) for name in ("compact_ffn", "row_sparse_wgrad", "triton_tasks")]
     for tasks in (1, 8):
         o = lab.operands("big", 0.5, tasks)

@@ -1,4 +1,4 @@
-"""What the experiments of the probe share: sizes, inputs, timing, and parts of the kernels' modules put in other parts' place."""
+"""What the experiments of the probe share: sizes, inputs, timing, and other values for parts of the kernels' modules."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ class Lab:
         call()
         call()
         queue = timing.queue_for(numbered, self.device)
-        found = [] if queue is None else [timing.queued_seconds(numbered, self.device, 0, queue) for _ in range(SAMPLES)]
+        found = (
+            [] if queue is None else [timing.queued_seconds(numbered, self.device, 0, queue) for _ in range(SAMPLES)]
+        )
         known = [value for value in found if value is not None]
         if len(known) < 3:
             raise RuntimeError("the call waits for the device, so its kernels cannot be queued")
@@ -126,7 +128,9 @@ class Lab:
         numbered = lambda _: call()
         if self.small:
             return 1e6 * timing.seconds(numbered, self.device)
-        return 1e6 * statistics.median(timing.interleaved({"": numbered}, self.device, rounds=SAMPLES, least_seconds=0)[""])
+        return 1e6 * statistics.median(
+            timing.interleaved({"": numbered}, self.device, rounds=SAMPLES, least_seconds=0)[""]
+        )
 
     def host_microseconds(self, call: Call) -> float:
         """The median of warm calls until they return, on a GPU while it sleeps, so that nothing waits for it."""

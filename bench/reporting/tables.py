@@ -179,7 +179,12 @@ def operators(
                 if any(best):
                     body.append([*place, "fastest other", *map(_named, best)])
         two = "; as called / device alone" if any(map(has_device_time, members)) else ""
-        lines += [f"`{operator}`, over {_baseline(members) or 'an unnamed baseline'}{two}:", "", *table(header, body), ""]
+        lines += [
+            f"`{operator}`, over {_baseline(members) or 'an unnamed baseline'}{two}:",
+            "",
+            *table(header, body),
+            "",
+        ]
     return lines[:-1]
 
 

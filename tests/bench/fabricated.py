@@ -186,7 +186,14 @@ def probe_rows() -> Iterator[dict[str, Any]]:
     common = {"kind": "probe", "experiment": "E3", "of": "device", "note": "", "reason": None}
     expected = {"expected_low": 120.0, "expected_high": 135.0, "expected_source": "arithmetic"}
     yield {**common, "name": "h", "microseconds": 150.5, "roof_share": 0.61, **expected}
-    yield {**common, "name": "gate", "microseconds": None, "roof_share": None, "reason": "OutOfResources: shared", **expected}
+    yield {
+        **common,
+        "name": "gate",
+        "microseconds": None,
+        "roof_share": None,
+        "reason": "OutOfResources: x",
+        **expected,
+    }
     yield {"kind": "probe", "experiment": "E8", "name": "graph", "microseconds": None, "absent": "needs a GPU"}
 
 
