@@ -245,6 +245,7 @@ for number in "${!parts[@]}"; do
     child=$!
     wait "$child"
     code=$?
+    kill -KILL -- "-$child" 2> /dev/null  # its process group: what is left of a part would hold memory, and pipes
     child=''
   else
     code=-1

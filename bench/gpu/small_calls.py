@@ -11,6 +11,7 @@ at once. gpu_check.sh runs it first, a process for each operator, and later unde
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -108,18 +109,24 @@ def difference(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).norm() / (exact.norm() if exact.any() else 1.0))
 
 
-def compared(operator: str, dtype: torch.dtype, shape: tuple[int, int, int], mixed: bool, device: torch.device) -> int:
-    """Compares the results of one call, and prints what is wrong; how many there were.
-
-    Raises:
-        AssertionError: one is wrong, after all are compared.
-    """
+@functools.lru_cache(maxsize=1)
+def _exact(operator: str, shape: tuple[int, int, int], mixed: bool) -> Results:
+    """The reference's results in float64 on the CPU."""
     before = os.environ["NSPEC_BACKEND"]
     os.environ["NSPEC_BACKEND"] = "reference"
     try:
-        exact = _all(calls(shape, mixed, torch.float64, torch.device("cpu"), [operator]))
+        return _all(calls(shape, mixed, torch.float64, torch.device("cpu"), [operator]))
     finally:
         os.environ["NSPEC_BACKEND"] = before
+
+
+def compared(operator: str, dtype: torch.dtype, shape: tuple[int, int, int], mixed: bool, device: torch.device) -> int:
+    """Compares the results of one call; how many there were.
+
+    Raises:
+        AssertionError: some are wrong; by how much.
+    """
+    exact = _exact(operator, shape, mixed)
     found, wrong = _all(calls(shape, mixed, dtype, device, [operator])), []
     for name, tensor in found.items():
         bound = 0 if name.endswith("counts") else 1e-5 if dtype == torch.float32 else 2e-2
