@@ -4,6 +4,8 @@
     python -m bench --set full --out runs/bench/full  # every density and dtype: much longer
     python -m bench --set smoke                       # tiny shapes, to see that everything runs; its times mean nothing
 
+What the GPU path costs the host is measured apart, in half a minute and without a GPU: python -m bench.host.
+
 Each part is a process of its own. One that fails does not keep the others from running, but the command fails then. The
 folder gets ``rows.jsonl``, ``log.txt`` and the report with its figures.
 """

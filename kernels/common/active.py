@@ -57,6 +57,15 @@ def active_index(active: Tensor) -> Tensor:
     return _active_index(active if active.dim() == 2 else active[None])
 
 
+def places_of(index: Tensor, d_ff: int) -> Tensor:
+    """Where each neuron is in its task's row of ``index [tasks, width]``: int32 ``[tasks, d_ff]``, -1 for nowhere."""
+    tasks, width = index.shape
+    # What is padding writes into a column of its own, which is cut off.
+    places = torch.full((tasks, d_ff + 1), -1, dtype=torch.int32, device=index.device)
+    place = torch.arange(width, dtype=torch.int32, device=index.device).expand(tasks, -1)
+    return places.scatter(1, torch.where(index < 0, d_ff, index), place)[:, :d_ff].contiguous()
+
+
 def rows_of(index: Tensor) -> Tensor:
     """The active neurons of one task, int64 ``[n]``, from its row of the index tensor."""
     return index[index >= 0]

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+from .checks import PLAIN
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +41,11 @@ class Choice:
     reason: str
 
 
+@functools.cache
+def _imported(module: str) -> Any:
+    return importlib.import_module(module)
+
+
 def never(*_: Any) -> None:
     """The ``why_not`` of a backend that can be used everywhere."""
 
@@ -52,16 +60,19 @@ class Backend:
             has one, gives None or the reason why it does not take these arguments.
         why_not: asked first, with the operator's arguments; None, or the reason why the module cannot be used here at
             all (nothing is imported then).
+        casts: whether it takes float32 weights beside inputs of 16 bits, casts them itself, and gives their gradients in
+            float32.
     """
 
     name: str
     module: str
     why_not: Callable[..., str | None] = never
+    casts: bool = False
 
     @property
     def implementation(self) -> Any:
         """The module that computes."""
-        return importlib.import_module(self.module)
+        return _imported(self.module)
 
     def refuses(self, *args: Any) -> str | None:
         """None if the backend takes the call with these arguments, else the reason in words."""
@@ -90,6 +101,21 @@ def requested(operator: str) -> str:
             )
         choices[name.strip()] = backend.strip()
     return choices.get(operator, "auto")
+
+
+def opaque(*tensors: Tensor | None) -> bool:
+    """Whether a call has to be one operator of PyTorch's, which costs the host more than the computation's own functions.
+
+    So it is where something looks at operators: a graph is compiled or traced, a transform of ``torch.func`` or a dispatch
+    mode runs (fake tensors, selective checkpointing), or a tensor is of a subclass.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or not all(t is None or type(t) in PLAIN for t in tensors)
+    )
 
 
 class _Answer(Exception):

@@ -7,16 +7,16 @@ upper bound, and a program finds its tile by :func:`token_tile`. The order of ev
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import launch, offsets_on
+from .triton_launch import cdiv, launch, offsets_on
 
-TOKENS = 64  # tokens of a tile in the kernels here
+TOKENS = 64  # tokens of a tile of sums
 COLUMNS = 128
 WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ class Tasks(NamedTuple):
 
     def most_tiles(self, size: int) -> int:
         """The most tiles of ``size`` tokens that these tasks can need, wherever one ends and the next begins."""
-        return triton.cdiv(self.tokens, size) + self.number - 1
+        return cdiv(self.tokens, size) + self.number - 1
 
 
 def tasks_of(tokens: int, task_offsets: Tensor | None, device: torch.device) -> Tasks:
@@ -75,14 +75,17 @@ def tasks_of(tokens: int, task_offsets: Tensor | None, device: torch.device) -> 
 
 def compact_width(index: Tensor) -> int:
     """The columns of packed operands for an index tensor: its width, padded, and at least one block."""
-    return max(triton.cdiv(index.shape[1], WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
+    return max(cdiv(index.shape[1], WIDTH_MULTIPLE), 1) * WIDTH_MULTIPLE
 
 
-def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int) -> str | None:
-    """Why the kernels do not take these operands, the first of which is never None; None if they do."""
+def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int, same: bool = True) -> str | None:
+    """Why the kernels do not take these operands, the first of which is never None; None if they do.
+
+    ``same``: whether they must have one dtype.
+    """
     first = tensors[0]
     assert first is not None
-    if first.dtype not in DTYPES or any(t is not None and t.dtype != first.dtype for t in tensors):
+    if first.dtype not in DTYPES or (same and any(t is not None and t.dtype != first.dtype for t in tensors)):
         given = ", ".join(str(t.dtype) for t in tensors if t is not None)
         return f"the dtypes are {given}; it takes one of float32, bfloat16 and float16"
     if first.device.type == "cpu" and first.dtype == torch.bfloat16:
@@ -146,25 +149,6 @@ def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):
     return count, start
 
 
-@triton.jit
-def places_kernel(index_ptr, places_ptr, width, d_ff, BLOCK: tl.constexpr):
-    """places[task, index[task, p]] = p."""
-    task = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    neuron = tl.load(index_ptr + task * width + place, mask=place < width, other=-1)
-    tl.store(places_ptr + task * d_ff + neuron, place, mask=neuron >= 0)
-
-
-def places_of(index: Tensor, d_ff: int) -> Tensor:
-    """Where each neuron is in its task's row of ``index [tasks, width]``: int32 ``[tasks, d_ff]``, -1 for nowhere."""
-    tasks, width = index.shape
-    places = torch.full((tasks, d_ff), -1, dtype=torch.int32, device=index.device)
-    if width:
-        grid = (tasks, triton.cdiv(width, 256))
-        launch(places_kernel, grid, index.device, index, places, width, d_ff, BLOCK=256, num_warps=4)
-    return places
-
-
 @triton.jit(do_not_specialize=["tokens", "tasks"])
 def pack_columns_kernel(
     dense_ptr,
@@ -218,7 +202,7 @@ def pack_columns(dense: Tensor, index: Tensor, places: Tensor, tasks: Tasks, wid
 
     Returns:
         ``[tokens, width]`` in the layout of ``index``, its padding undefined; float32 ``[tiles, d_ff]``, the sums over
-        tiles of tokens (see :func:`task_sums`).
+        tiles of tokens.
     """
     packed = dense.new_empty((dense.shape[0], width))
     return packed, _sums(dense, tasks, packed, index, places)
@@ -231,11 +215,12 @@ def tile_sums(dense: Tensor, tasks: Tasks) -> Tensor:
 
 def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | None, places: Tensor | None) -> Tensor:
     columns = dense.shape[1]
-    tiles = tasks.most_tiles(TOKENS)
+    keywords = columns_launch(tasks.offsets is not None, packed is not None)
+    tiles = tasks.most_tiles(keywords["TOKENS"])
     sums = torch.empty((tiles, columns), dtype=torch.float32, device=dense.device)
     launch(
         pack_columns_kernel,
-        (tiles, triton.cdiv(columns, COLUMNS)),
+        (tiles, cdiv(columns, COLUMNS)),
         dense.device,
         dense,
         packed,
@@ -249,15 +234,16 @@ def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | No
         0 if index is None else index.shape[1],
         dense.stride(0),
         0 if packed is None else packed.stride(0),
-        **columns_launch(tasks.offsets is not None, packed is not None),
+        **keywords,
     )
     return sums
 
 
-def columns_launch(grouped: bool, pack: bool) -> dict[str, object]:
+def columns_launch(grouped: bool, pack: bool) -> dict[str, Any]:
     """What a launch of ``pack_columns_kernel`` gives by keyword."""
-    # With 4 warps it spills (Triton 3.6).
-    return {"GROUPED": grouped, "PACK": pack, "TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": 8}
+    # Packing 64 tokens with 8 warps, a thread loads its index 32 times, and half as many warps fit (9.0, Triton 3.6).
+    sizes = {"TOKENS": 32, "num_warps": 4} if pack else {"TOKENS": TOKENS, "num_warps": 8}
+    return {"GROUPED": grouped, "PACK": pack, "COLUMNS": COLUMNS, **sizes}
 
 
 @triton.jit(do_not_specialize=["tokens", "size"])
@@ -291,15 +277,23 @@ def task_sums(sums: Tensor, tasks: Tasks, size: int = TOKENS) -> Tensor:
     """Sums over tiles of ``size`` tokens, float32 ``[tiles, columns]``, added up by task: float32 ``[tasks, columns]``."""
     columns = sums.shape[1]
     out = torch.empty((tasks.number, columns), dtype=torch.float32, device=sums.device)
-    grid = (tasks.number, triton.cdiv(columns, COLUMNS))
+    grid = (tasks.number, cdiv(columns, COLUMNS))
     args = (sums, out, tasks.offsets, tasks.tokens, columns, size)
     launch(task_sums_kernel, grid, sums.device, *args, **task_sums_launch(tasks.offsets is not None))
     return out
 
 
-def task_sums_launch(grouped: bool) -> dict[str, object]:
+def task_sums_launch(grouped: bool) -> dict[str, Any]:
     """What a launch of ``task_sums_kernel`` gives by keyword."""
-    return {"GROUPED": grouped, "TILES": 16, "COLUMNS": COLUMNS, "num_warps": 4}
+    # Few programs, each a chain of loads: the larger the tile, the shorter.
+    return {"GROUPED": grouped, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
+
+
+def column_sums(dense: Tensor, tasks: Tasks) -> Tensor:
+    """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
+    if tasks.offsets is None:
+        return dense.sum(0, dtype=torch.float32)[None]
+    return task_sums(tile_sums(dense, tasks), tasks)
 
 
 def whole(matrix: Tensor, columns: int) -> Tensor:

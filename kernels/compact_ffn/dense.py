@@ -1,4 +1,4 @@
-"""When the whole block is faster than the compact one, and that block: small shapes on a CPU, and many tasks in a batch.
+"""When the whole block is faster than the compact one, and that block: small shapes, and many tasks in a batch on a CPU.
 
 Packing and its calls take a time of their own, twice a step, whatever the shape. Below some work saved, the plain block
 with the inactive rows of W1 set to zero is faster; it is exact as well, and 2 to 17 % slower than a dense
@@ -32,14 +32,27 @@ LARGE = 2e9
 LEAST_TOKENS = {torch.float32: 128, torch.bfloat16: 400, torch.float16: 400}
 
 
-def reason(x: Tensor, w1: Tensor, index: Tensor) -> str | None:
+#: The same on a GPU, where what costs is the host: a compact block keeps it busy for some 0.15 ms longer than a dense one,
+#: forward and backward (``python -m bench.host``), and the device does six products of these multiplications at
+#: 600 TFLOP/s in 16 bits, 60 in float32. Arithmetic, NOT YET MEASURED: ``python -m bench.gpu.probe --only E6``.
+LEAST_SAVED_ON_GPU = {torch.float32: 1e9, torch.bfloat16: 1e10, torch.float16: 1e10}
+
+
+def reason(x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None = None) -> str | None:
     """Why the dense block is faster for these arguments, ``x [..., d_in]``; None where it is not."""
+    tasks, width = index.shape
+    whole = x.numel() * w1.shape[0]
+    saved = whole - x.numel() * width
+    if x.device.type == "cuda":
+        least = LEAST_SAVED_ON_GPU.get(x.dtype)
+        if least is None or tasks > 1 or saved >= least or torch.cuda.is_current_stream_capturing():
+            return None  # the launches of a graph cost the host nothing
+        return (
+            f"its launches cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.0e})"
+        )
     least = LEAST_SAVED.get(x.dtype)
     if x.device.type != "cpu" or least is None:
         return None
-    whole = x.numel() * w1.shape[0]
-    tasks, width = index.shape
-    saved = whole - x.numel() * width
     if tasks > 1:
         tokens = saved / (max(w1.numel(), 1) * tasks)
         if tokens >= LEAST_TOKENS[x.dtype]:
@@ -63,7 +76,7 @@ def block(
     if task_offsets is not None:
         lengths = [stop - start for start, stop in checks.segments(task_offsets, x.shape[0])]
         return torch.as_tensor(_Several.apply(x, w1, b1, w2, b2, active, lengths))
-    if not bool(active.all()):
+    if active.device.type != "cpu" or not bool(active.all()):  # elsewhere, to look would wait for the device
         w1 = w1.masked_fill(~active[:, None], 0)  # and not a product: what is masked may be NaN
     return F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
 

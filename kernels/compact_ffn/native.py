@@ -59,17 +59,25 @@ def pack(w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Te
 
 
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``index [tasks, width]`` -> ``y [tokens, d_out]`` and the activations ``h [tokens, width]`` for the backward."""
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As the reference. The packed weights are scratch memory and not kept."""
     segments = checks.segments(task_offsets, x.shape[0])
     if len(segments) == 1:
-        return forward_packed(x, pack(w1, b1, w2, b2, index[0], scratch=True))
+        y, h = forward_packed(x, pack(w1, b1, w2, b2, index[0], scratch=True))
+        return y, (h,)
     y, h = x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1]))
     for row, (start, stop) in zip(index, segments):
         part = slice(start, stop)
         y[part], h[part] = forward_packed(x[part], pack(w1, b1, w2, b2, row, scratch=True))
-    return y, h
+    return y, (h,)
 
 
 def backward(

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.active import active_index
-from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from ..common.autocast import compute_dtype
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import dense
 
 BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
+    Backend("triton", f"{__package__}.triton", gpu.why_not, casts=True),
     Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )
@@ -35,7 +35,8 @@ def _compact_ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     args = (x, w1, b1, w2, b2, index, task_offsets)
-    return choose("compact_ffn", BACKENDS, *args).forward(*args)
+    y, kept = choose("compact_ffn", BACKENDS, *args).forward(*args)
+    return y, kept[0]
 
 
 @_compact_ffn.register_fake
@@ -57,7 +58,8 @@ def _compact_ffn_backward(
     h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
-    return backend.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+    dx, dw1, db1, dw2, db2 = backend.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+    return dx, dw1, w1.new_zeros(len(w1)) if db1 is None else db1, dw2, db2
 
 
 @_compact_ffn_backward.register_fake
@@ -83,11 +85,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w1, b1, w2, b2, index, task_offsets = inputs
     ctx.biases = (b1 is not None, b2 is not None)
-    ctx.mark_non_differentiable(output[1])  # else every backward pass would fill a gradient of its size with zeros
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else every backward pass would fill a gradient of the size of h with zeros
     ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, output[1])
 
 
-def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
     x, w1, b1, w2, index, task_offsets, h = ctx.saved_tensors
     dx, dw1, db1, dw2, db2 = _compact_ffn_backward(dy, x, w1, b1, w2, index, task_offsets, h)
     has_b1, has_b2 = ctx.biases
@@ -95,6 +100,38 @@ def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 
 
 _compact_ffn.register_autograd(_gradient, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as ten launches, and its output is h alone.
+
+    What the backend keeps from its forward pass, packed weights too, its backward pass has again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        index: Tensor,
+        task_offsets: Tensor | None,
+        places: Tensor | None,
+    ) -> Tensor:
+        y, kept = backend.forward(x, w1, b1, w2, b2, index, task_offsets, places)
+        ctx.backend, ctx.biases = backend, (b1 is not None, b2 is not None)
+        ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, *kept)
+        return torch.as_tensor(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
+        has_b1, has_b2 = ctx.biases
+        return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
 
 
 @explainable
@@ -108,6 +145,7 @@ def compact_ffn(
     *,
     task_offsets: Tensor | None = None,
     index: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Feed-forward block with ReLU in which only the active neurons are computed.
 
@@ -125,6 +163,7 @@ def compact_ffn(
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
             ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
         index: ``active_index(active)``, for callers that keep it; computed when None.
+        places: ``places_of(index, d_ff)``, likewise; computed where it is needed.
 
     Returns:
         ``[..., d_out]``. Differentiable once in x and in the weights and biases; inactive rows of the gradient of ``w1``
@@ -155,14 +194,40 @@ def compact_ffn(
     checks.active_sets(active, d_ff, task_offsets)
     if index is None:
         index = active_index(active)
-    x, w1, b1, w2, b2 = cast_inputs(x, w1, b1, w2, b2)
-    flat = x.reshape(-1, d_in)
-    choosing = requested("compact_ffn") == "auto" and not torch.compiler.is_compiling()
-    if choosing and torch._C._functorch.maybe_current_level() is not None:
-        answer("compact_ffn", "dense", "torch.func knows the derivatives of PyTorch's operations only")
-        return dense.composed(flat, w1, b1, w2, b2, active, task_offsets).view(*x.shape[:-1], w2.shape[0])
-    if choosing and (why := dense.reason(flat, w1, index)) is not None:
-        answer("compact_ffn", "dense", why)
-        return dense.block(flat, w1, b1, w2, b2, active, task_offsets).view(*x.shape[:-1], w2.shape[0])
-    y, _ = _compact_ffn(flat, w1, b1, w2, b2, index, task_offsets)
+    y = _compute(x.reshape(-1, d_in), (w1, b1, w2, b2), active, index, places, task_offsets)
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _compute(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    active: Tensor,
+    index: Tensor,
+    places: Tensor | None,
+    task_offsets: Tensor | None,
+) -> Tensor:
+    """The block for ``x [tokens, d_in]`` in the way that suits the call; ``weights`` are w1, b1, w2, b2."""
+    dtype = compute_dtype(x, *weights)
+    x, wanted, whole = x.to(dtype), requested("compact_ffn"), opaque(x, *weights)
+    if wanted == "auto" and not torch.compiler.is_compiling():
+        compute: Any = None
+        if torch._C._functorch.maybe_current_level() is not None:
+            compute, why = dense.composed, "torch.func knows the derivatives of PyTorch's operations only"
+        elif (why := dense.reason(x, weights[0], index, task_offsets)) is not None:
+            compute = dense.block
+        if compute is not None:
+            answer("compact_ffn", "dense", why)
+            return torch.as_tensor(compute(x, *_cast(weights, dtype), active, task_offsets))
+    if whole:
+        return torch.as_tensor(_compact_ffn(x, *_cast(weights, dtype), index, task_offsets)[0])
+    if not any(
+        backend.casts and wanted in ("auto", backend.name) and backend.refuses(x, *weights, index, task_offsets) is None
+        for backend in BACKENDS
+    ):
+        weights = _cast(weights, dtype)
+    backend = choose("compact_ffn", BACKENDS, x, *weights, index, task_offsets)
+    return torch.as_tensor(_Eager.apply(backend, x, *weights, index, task_offsets, places))
+
+
+def _cast(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in weights)

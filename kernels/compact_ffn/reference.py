@@ -67,16 +67,27 @@ def forward_packed(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``index [tasks, width]`` -> ``y [tokens, d_out]`` and the activations ``h [tokens, width]`` for the backward."""
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``index [tasks, width]`` -> ``y [tokens, d_out]``, and what the backward reads: ``h [tokens, width]``.
+
+    A backend may keep more behind h, which its backward is given then; ``places`` (``places_of(index)``) may help it.
+    """
     segments = checks.segments(task_offsets, x.shape[0])
     if len(segments) == 1:
-        return forward_packed(x, pack(w1, b1, w2, b2, index[0]))
+        y, h = forward_packed(x, pack(w1, b1, w2, b2, index[0]))
+        return y, (h,)
     y, h = x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1]))
     for row, (start, stop) in zip(index, segments):
         y[start:stop], h[start:stop] = forward_packed(x[start:stop], pack(w1, b1, w2, b2, row))
-    return y, h
+    return y, (h,)
 
 
 def backward(

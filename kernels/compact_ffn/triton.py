@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common import checks
+from ..common.active import places_of
 from ..common.products import by_library, launched
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
     Shipped,
+    cdiv,
     launch,
     padded,
     pointer,
@@ -33,12 +34,13 @@ from ..common.triton_launch import (
     target_of,
 )
 from ..common.triton_tasks import (
+    DTYPES,
+    TOKENS,
     Tasks,
     Tile,
+    column_sums,
     compact_width,
-    places_of,
     refuses,
-    task_sums,
     task_sums_kernel,
     task_sums_launch,
     tasks_of,
@@ -47,6 +49,7 @@ from ..common.triton_tasks import (
 )
 from ..row_sparse_wgrad.triton import expand, precisions, product_parts
 from .triton_kernels import (
+    constant_kernel,
     expand_bias_kernel,
     from_neurons_kernel,
     pack_fc1_kernel,
@@ -56,7 +59,9 @@ from .triton_kernels import (
 
 _PACK_ROWS = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 _PACK_COLUMNS = {"NEURONS": 64, "OUTPUTS": 64, "num_warps": 4}
-_EXPAND_BIAS = {"NEURONS": 32, "OUTPUTS": 64, "num_warps": 4}
+_CONSTANT = {"BLOCKS": 64, "COLUMNS": 128, "num_warps": 8}
+# Few programs, each a chain of loads: the more outputs a step has, the shorter (9.0: 95 registers, no spill, Triton 3.6).
+_EXPAND_BIAS = {"NEURONS": 32, "OUTPUTS": 256, "TILES": 16, "num_warps": 8}
 
 
 def _float32_tile(precise: str, warps: int) -> Tile:
@@ -76,12 +81,20 @@ def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> T
     return {
         "cuda:80": Tile(128, 128, 64, 8, 8, 3),
         SMALL: Tile(128, 128, 32, 8, 8, 3),
-        # The block of h that the gate reads takes the place of a stage.
-        "cuda:90": Tile(128, 256, 64, 8, 8, 2 if gate else 3),
+        "cuda:90": Tile(128, 256, 64, 8, 8, 3),
         # With 8 warps the transposed store aborts the compiler on 10.0 (Triton 3.6 and 3.7).
         "cuda:100": Tile(128, 128, 64, 8, 4, 3),
         "hip:gfx942": Tile(128, 128, 64, 8, 8, 2),
     }[target]
+
+
+def flattens(target: str, dtype: torch.dtype, grouped: bool, gate: bool) -> bool:
+    """Whether the loop over the tiles of ``to_neurons_kernel`` is flattened with that over their steps.
+
+    The gate's block of h does not fit beside three stages then, a task is found by a loop of its own, and flattening spills
+    or takes twice the shared memory elsewhere, as in ``linear_relu_count``.
+    """
+    return not (grouped or gate) and (target == INTERPRETER or (target == "cuda:90" and dtype != torch.float32))
 
 
 def features_tile(target: str, dtype: torch.dtype, precise: str) -> Tile:
@@ -104,7 +117,7 @@ class Packed(NamedTuple):
     """The weights of all tasks, neuron-major: task t has the rows ``t * width`` to ``(t + 1) * width``.
 
     ``fc1 [tasks * width, d_in]``, ``bias [tasks * width]`` or None, ``fc2 [tasks * width, d_out]``, with features padded to
-    16 bytes; rows without a neuron are zero. ``constant`` float32 ``[tasks, d_out]`` or None.
+    16 bytes; rows without a neuron are zero. ``constant [tasks, d_out]`` or None, float32 for our kernels.
     """
 
     fc1: Tensor
@@ -115,32 +128,44 @@ class Packed(NamedTuple):
 
 
 def pack(
-    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, places: Tensor, constant: bool
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    index: Tensor,
+    places: Tensor,
+    dtype: torch.dtype,
+    constant: torch.dtype | None,
 ) -> Packed:
-    """Gathers what the tasks of ``index [tasks, width]`` need; with ``constant``, also ``b2 + W2[:, I] relu(b1[I])``."""
+    """Gathers in ``dtype`` what the tasks of ``index [tasks, width]`` need.
+
+    With ``constant``, also ``b2 + W2[:, I] relu(b1[I])`` in that dtype, summed in float32.
+    """
     tasks, index_width = index.shape
     (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], compact_width(index)
-    fc1 = w1.new_empty((tasks * width, padded(d_in, w1.dtype)))
-    fc2 = w1.new_empty((tasks * width, padded(d_out, w1.dtype)))
-    bias = None if b1 is None else w1.new_empty(tasks * width)
+    fc1 = w1.new_empty((tasks * width, padded(d_in, dtype)), dtype=dtype)
+    fc2 = w1.new_empty((tasks * width, padded(d_out, dtype)), dtype=dtype)
+    bias = None if b1 is None else w1.new_empty(tasks * width, dtype=dtype)
     columns = max(fc1.shape[1], fc2.shape[1])
-    grid = (triton.cdiv(width, _PACK_ROWS["ROWS"]), triton.cdiv(columns, _PACK_ROWS["COLUMNS"]), tasks)
+    grid: tuple[int, ...] = (cdiv(width, _PACK_ROWS["ROWS"]), cdiv(columns, _PACK_ROWS["COLUMNS"]), tasks)
     sizes = (index_width, width, d_in, *w1.stride(), fc1.stride(0), fc2.stride(0))
     keywords = {"BIAS": b1 is not None, "IN_PLACE": index_width == d_ff, **_PACK_ROWS}
     launch(pack_fc1_kernel, grid, w1.device, w1, b1, index, fc1, bias, fc2, *sizes, **keywords)
-    blocks = triton.cdiv(d_ff, _PACK_COLUMNS["NEURONS"])
+    blocks, columns = cdiv(d_ff, _PACK_COLUMNS["NEURONS"]), fc2.shape[1]
     shares = None
     if constant and b1 is not None:
-        shares = torch.empty((tasks, blocks, fc2.shape[1]), dtype=torch.float32, device=w1.device)
-    grid = (blocks, triton.cdiv(fc2.shape[1], _PACK_COLUMNS["OUTPUTS"]), 1)
+        shares = torch.empty((tasks, blocks, columns), dtype=torch.float32, device=w1.device)
+    grid = (blocks, cdiv(columns, _PACK_COLUMNS["OUTPUTS"]))
     more = (tasks, width, d_ff, d_out, *w2.stride(), fc2.stride(0))
     keywords = {"CONSTANT": shares is not None, **_PACK_COLUMNS}
     launch(pack_fc2_kernel, grid, w1.device, w2, b1, places, fc2, shares, *more, **keywords)
-    total = None if shares is None else shares.sum(1)
-    if constant and b2 is not None:
-        if total is None:
-            total = torch.zeros((tasks, fc2.shape[1]), dtype=torch.float32, device=w1.device)
-        total[:, :d_out] += b2
+    total = None
+    if constant and not (b1 is None and b2 is None):
+        total = torch.empty((tasks, columns), dtype=constant, device=w1.device)
+        grid = (tasks, cdiv(columns, _CONSTANT["COLUMNS"]))
+        keywords = {"PARTS": shares is not None, "BIAS": b2 is not None, **_CONSTANT}
+        b2 = None if b2 is None else b2.contiguous()
+        launch(constant_kernel, grid, w1.device, shares, b2, total, blocks, d_out, columns, **keywords)
     return Packed(fc1, bias, fc2, total, width)
 
 
@@ -172,32 +197,35 @@ def _hidden(x: Tensor, packed: Packed, tasks: Tasks, task_offsets: Tensor | None
 
 
 def _hidden_gradient(
-    dy: Tensor, h: Tensor, packed: Packed, tasks: Tasks, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``dh [tokens, width]``, and the sums of dh by task, float32 ``[tasks, width]``."""
+    dy: Tensor, h: Tensor, fc2: Tensor, tasks: Tasks, task_offsets: Tensor | None, sums: bool
+) -> tuple[Tensor, Tensor | None, int]:
+    """``dh [tokens, width]``; if wanted its sums over tiles of tokens, float32 ``[tiles, width]``; the size of a tile."""
     dh = torch.empty_like(h)
     if not by_library("dh", h.dtype, task_offsets):
-        sums, size = _to_neurons(dy, packed.fc2, None, h, dh, tasks)
-        return dh, task_sums(sums, tasks, size)
-    for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
-        _multiply(dy[tokens], packed.fc2[rows].t(), None, dh[tokens])
+        return dh, *_to_neurons(dy, fc2, None, h, dh, tasks)
+    for _, tokens, rows in _parts(tasks, task_offsets, h.shape[1]):
+        _multiply(dy[tokens], fc2[rows].t(), None, dh[tokens])
     torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
-    return dh, task_sums(tile_sums(dh, tasks), tasks)
+    if not sums or tasks.offsets is None:
+        return dh, dh.sum(0, dtype=torch.float32)[None] if sums else None, tasks.tokens
+    return dh, tile_sums(dh, tasks), TOKENS
 
 
 def _to_neurons(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, out: Tensor, tasks: Tasks
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor | None, int]:
     """Launches ``to_neurons_kernel``, with the gate where h is given; gives the sums and the tokens in a tile of them."""
     device, dtype, width, precise = out.device, out.dtype, out.shape[1], precision(out.dtype)
     tile = neurons_tile(target_of(device), dtype, precise, h is not None)
     tiles = tasks.most_tiles(tile.n)
-    sums = torch.empty((tiles if h is not None else 0, width), dtype=torch.float32, device=device)
-    programs = min(processors(device), tiles * triton.cdiv(width, tile.m))
+    sums = None if h is None else torch.empty((tiles, width), dtype=torch.float32, device=device)
+    programs = min(processors(device), tiles * cdiv(width, tile.m))
     pointers = (inputs, weight, bias, h, out, sums, tasks.offsets)
     sizes = (tasks.tokens, tasks.number, width, inputs.shape[1], inputs.stride(0), weight.stride(0))
-    keywords = {"GROUPED": tasks.offsets is not None, "BIAS": bias is not None, "GATE": h is not None}
-    launch(to_neurons_kernel, (programs,), device, *pointers, *sizes, **keywords, **tile.keywords(precise))
+    grouped, gate = tasks.offsets is not None, h is not None
+    keywords = {"GROUPED": grouped, "BIAS": bias is not None, "GATE": gate, **tile.keywords(precise)}
+    keywords["FLATTEN"] = flattens(target_of(device), dtype, grouped, gate)
+    launch(to_neurons_kernel, (programs,), device, *pointers, *sizes, workspace=True, **keywords)
     return sums, tile.n
 
 
@@ -215,34 +243,48 @@ def _features(
     out = inputs.new_empty((tasks.tokens, weight.shape[1]))
     if by_library(product, dtype, task_offsets):
         for task, tokens, rows in _parts(tasks, task_offsets, width):
-            added = None if constant is None else constant[task].to(dtype)
+            added = None if constant is None else constant[task]
             _multiply(inputs[tokens], weight[rows], added, out[tokens])
         return whole(out, columns)
     precise = precision(dtype)
     tile = features_tile(target_of(device), dtype, precise)
     # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
     assert width % tile.k == 0, f"{width} packed columns are no multiple of a step of {tile.k}"
-    programs = min(processors(device), tasks.most_tiles(tile.m) * triton.cdiv(out.shape[1], tile.n))
+    programs = min(processors(device), tasks.most_tiles(tile.m) * cdiv(out.shape[1], tile.n))
     pointers = (inputs, weight, constant, out, tasks.offsets)
     sizes = (tasks.tokens, tasks.number, width, out.shape[1])
     keywords = {"GROUPED": tasks.offsets is not None, "CONSTANT": constant is not None}
-    launch(from_neurons_kernel, (programs,), device, *pointers, *sizes, **keywords, **tile.keywords(precise))
+    keywords |= tile.keywords(precise)
+    launch(from_neurons_kernel, (programs,), device, *pointers, *sizes, workspace=True, **keywords)
     return whole(out, columns)
 
 
 def forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As the reference; the constant of the inactive neurons is summed in float32."""
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As the reference; the constant of the inactive neurons is summed in float32.
+
+    Weights and biases may be float32 whatever the dtype of x. Keeps h, and the packed weights and the places.
+    """
     (tokens, d_out), index_width = (x.shape[0], w2.shape[0]), index.shape[1]
     tasks = tasks_of(tokens, task_offsets, x.device)
     if tokens == 0:
-        return x.new_empty((0, d_out)), x.new_empty((0, index_width))
+        return x.new_empty((0, d_out)), (x.new_empty((0, index_width)),)
     index, b1 = index.contiguous(), None if b1 is None else b1.contiguous()
-    packed = pack(w1, b1, w2, b2, index, places_of(index, w1.shape[0]), constant=True)
+    if places is None:
+        places = places_of(index, w1.shape[0])
+    library = by_library("y", x.dtype, task_offsets)
+    packed = pack(w1, b1, w2, b2, index, places, x.dtype, x.dtype if library else torch.float32)
     h = _hidden(rows16(x), packed, tasks, task_offsets)
     y = _features("y", h, packed.fc2, packed.constant, tasks, task_offsets, d_out)
-    return y, whole(h, index_width)
+    return y, (whole(h, index_width), packed.fc1, packed.fc2, places)
 
 
 def backward(
@@ -254,32 +296,41 @@ def backward(
     index: Tensor,
     task_offsets: Tensor | None,
     h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the reference; sums over tokens and over tasks are in float32."""
+    *kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """As the reference; sums over tokens and over tasks are in float32. Packs again where nothing but h was kept."""
     (d_ff, d_in), d_out = w1.shape, w2.shape[0]
     tasks = tasks_of(x.shape[0], task_offsets, x.device)
     if tasks.tokens == 0:
-        zeros = x.new_zeros
-        return zeros(x.shape), zeros(w1.shape), zeros(d_ff), zeros(w2.shape), zeros(d_out)
-    index, b1 = index.contiguous(), None if b1 is None else b1.contiguous()
-    places = places_of(index, d_ff)
-    packed = pack(w1, b1, w2, None, index, places, constant=False)
-    dy, x, h = rows16(dy), rows16(x), _as_wide(h, packed.width)
-    s = whole(task_sums(tile_sums(dy, tasks), tasks), d_out)
-    dh, active = _hidden_gradient(dy, h, packed, tasks, task_offsets)
-    dx = _features("dx", dh, packed.fc1, None, tasks, task_offsets, d_in)
+        zeros = w1.new_zeros
+        return x.new_zeros(x.shape), zeros(w1.shape), zeros(d_ff), zeros(w2.shape), zeros(d_out)
+    b1 = None if b1 is None else b1.contiguous()
+    if kept:
+        fc1, fc2, places = kept
+    else:
+        index = index.contiguous()
+        places = places_of(index, d_ff)
+        fc1, _, fc2, _, _ = pack(w1, b1, w2, None, index, places, x.dtype, None)
+    width = compact_width(index)
+    dy, x, h = rows16(dy), rows16(x), _as_wide(h, width)
+    s = whole(column_sums(dy, tasks), d_out)
+    dh, active, size = _hidden_gradient(dy, h, fc2, tasks, task_offsets, sums=b1 is not None)
+    dx = _features("dx", dh, fc1, None, tasks, task_offsets, d_in)
     dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
     expand(*product_parts(dh, x, tasks, task_offsets), places, tasks, dw1)
     constant = None if b1 is None else (b1, s)
     expand(*product_parts(h, dy, tasks, task_offsets), places, tasks, dw2.t(), constant)
-    db2 = s.sum(0).to(w2.dtype)
+    db2 = (s[0] if tasks.number == 1 else s.sum(0)).to(w2.dtype)
     if b1 is None:
-        return dx, dw1, w1.new_zeros(d_ff), dw2, db2
-    db1 = w1.new_empty(d_ff)
-    sizes = (tasks.number, packed.width, d_ff, d_out, *w2.stride())
-    grid = (triton.cdiv(d_ff, _EXPAND_BIAS["NEURONS"]),)
-    launch(expand_bias_kernel, grid, x.device, active, s, w2, b1, places, db1, *sizes, **_EXPAND_BIAS)
-    return dx, dw1, db1, dw2, db2
+        return dx, dw1, None, dw2, db2
+    one = tasks.number == 1
+    db1 = b1.new_empty((tasks.number, d_ff), dtype=b1.dtype if one else torch.float32)
+    pointers = (active, s, w2, b1, places, tasks.offsets, db1)
+    sizes = (tasks.tokens, tasks.number, size, width, d_ff, d_out, *w2.stride())
+    grid = (cdiv(d_ff, _EXPAND_BIAS["NEURONS"]), tasks.number)
+    keywords = {"GROUPED": tasks.offsets is not None, **_EXPAND_BIAS}
+    launch(expand_bias_kernel, grid, x.device, *pointers, *sizes, **keywords)
+    return dx, dw1, db1[0] if one else db1.sum(0).to(b1.dtype), dw2, db2
 
 
 def _as_wide(h: Tensor, width: int) -> Tensor:
@@ -295,14 +346,18 @@ def supports(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
 ) -> str | None:
     """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
-    return refuses((x, w1, b1, w2, b2), index, x.shape[0])
+    cast = (
+        x.dtype in DTYPES and w1.dtype == torch.float32 and all(t is None or t.dtype == w1.dtype for t in (b1, w2, b2))
+    )
+    return refuses((x, w1, b1, w2, b2), index, x.shape[0], same=not cast)
 
 
 def shipped(target: str) -> list[Shipped]:
     """Every kernel and configuration that can be launched on a target; ``row_sparse_wgrad`` lists those that it lends."""
     kernels = []
     for dtype in (torch.bfloat16, torch.float32):
-        kernels += _shipped_packing(dtype)
+        for given in dict.fromkeys((dtype, torch.float32)):
+            kernels += _shipped_packing(given, dtype)
         for precise in precisions(target, dtype):
             kernels += _shipped_products(target, dtype, precise)
     for grouped in (False, True):
@@ -327,32 +382,45 @@ def _offsets(grouped: bool, signature: dict[str, str]) -> dict[str, None]:
     return {}
 
 
-def _shipped_packing(dtype: torch.dtype) -> list[Shipped]:
-    p, name = pointer(dtype), str(dtype).removeprefix("torch.")
+def _shipped_packing(given: torch.dtype, dtype: torch.dtype) -> list[Shipped]:
+    """The kernels that read weights in dtype ``given``, for products in ``dtype``."""
+    w, p = pointer(given), pointer(dtype)
+    name = str(dtype).removeprefix("torch.") + ("" if given == dtype else " of float32")
     kernels = []
 
     def add(
         label: str, kernel: Any, pointers: dict[str, str], sizes: Sequence[str], keywords: dict, covered: bool = False
     ) -> None:
         signature = {**pointers, **dict.fromkeys(sizes, "i32")}
-        aligned = tuple(argument for argument in signature if argument != "tasks")
+        aligned = tuple(argument for argument in signature if argument not in ("tokens", "tasks", "size", "blocks"))
         kernels.append(Shipped(f"{label} {name}", kernel, signature, keywords, aligned, covered=covered))
 
-    pointers = {**dict.fromkeys(("w1_ptr", "b1_ptr", "fc1_ptr", "bias_ptr", "fc2_ptr"), p), "index_ptr": "*i64"}
+    pointers = {"w1_ptr": w, "b1_ptr": w, "index_ptr": "*i64", **dict.fromkeys(("fc1_ptr", "bias_ptr", "fc2_ptr"), p)}
     sizes: Sequence[str] = ("index_width", "width", "d_in", "w1_stride", "fc1_stride", "fc2_stride")
     for in_place in (False, True):
         keywords = {"BIAS": True, "IN_PLACE": in_place, "w1_column_stride": 1, **_PACK_ROWS}
         label = f"pack fc1 {'in place' if in_place else 'compact'}"
         add(label, pack_fc1_kernel, pointers, sizes, keywords, covered=in_place or dtype == torch.float32)
-    reads = {"w2_ptr": p, "b1_ptr": p, "places_ptr": "*i32"}
-    sizes = ("tasks", "width", "d_ff", "d_out", "w2_stride")
+    reads = {"w2_ptr": w, "b1_ptr": w, "places_ptr": "*i32"}
+    sizes = ("tasks", "width", "d_ff", "d_out", "w2_stride", "fc2_stride")
     packing = {"w2_column_stride": 1, **_PACK_COLUMNS}
-    pointers, more = {**reads, "fc2_ptr": p}, (*sizes, "fc2_stride")
-    add("pack fc2", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": False, "parts_ptr": None}, covered=True)
+    pointers = {**reads, "fc2_ptr": p}
+    add("pack fc2", pack_fc2_kernel, pointers, sizes, {**packing, "CONSTANT": False, "parts_ptr": None}, covered=True)
     pointers["parts_ptr"] = "*fp32"
-    add("pack fc2 and constant", pack_fc2_kernel, pointers, more, {**packing, "CONSTANT": True})
-    pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": p}
-    add("expand bias", expand_bias_kernel, pointers, sizes, {"w2_column_stride": 1, **_EXPAND_BIAS})
+    add("pack fc2 and constant", pack_fc2_kernel, pointers, sizes, {**packing, "CONSTANT": True})
+    pointers = {"parts_ptr": "*fp32", "b2_ptr": w, "out_ptr": p}
+    add(
+        "constant",
+        constant_kernel,
+        pointers,
+        ("blocks", "d_out", "columns"),
+        {"PARTS": True, "BIAS": True, **_CONSTANT},
+    )
+    sizes = ("tokens", "tasks", "size", "width", "d_ff", "d_out", "w2_stride")
+    for grouped in (False, True):
+        pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": "*fp32" if grouped else w}
+        keywords = {"GROUPED": grouped, **_offsets(grouped, pointers), "w2_column_stride": 1, **_EXPAND_BIAS}
+        add(f"expand bias {_label(grouped)}", expand_bias_kernel, pointers, sizes, keywords, covered=not grouped)
     return kernels
 
 
@@ -366,12 +434,13 @@ def _shipped_products(target: str, dtype: torch.dtype, precise: str) -> list[Shi
                 continue
             tile = neurons_tile(target, dtype, precise, gate)
             sizes = ("width", "depth", "in_stride", "weight_stride")
-            signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), "sums_ptr": "*fp32"}
-            signature |= {"h_ptr" if gate else "bias_ptr": p, **dict.fromkeys(sizes, "i32")}
+            signature = {**dict.fromkeys(("in_ptr", "weight_ptr", "out_ptr"), p), **dict.fromkeys(sizes, "i32")}
+            signature |= {"h_ptr": p, "sums_ptr": "*fp32"} if gate else {"bias_ptr": p}
             aligned = tuple(signature)
             signature |= {"tokens": "i32", "tasks": "i32"}
             keywords = {"GROUPED": grouped, "GATE": gate, "BIAS": not gate, **tile.keywords(precise)}
-            keywords |= {"bias_ptr" if gate else "h_ptr": None, **_offsets(grouped, signature)}
+            keywords |= {"bias_ptr": None} if gate else {"h_ptr": None, "sums_ptr": None}
+            keywords |= {"FLATTEN": flattens(target, dtype, grouped, gate), **_offsets(grouped, signature)}
             label = f"{'gated' if gate else 'relu'} {name} {_label(grouped)} {tile.m}x{tile.n}"
             kernels.append(Shipped(label, to_neurons_kernel, signature, keywords, aligned, expect))
         for constant in (False, True):

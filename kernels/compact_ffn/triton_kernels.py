@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.triton_tasks import tiles_before, token_tile
+from ..common.triton_tasks import task_end, tiles_before, token_tile
 from ..common.triton_tile import tile_order
 
 
@@ -103,6 +103,35 @@ def pack_fc2_kernel(
             tl.store(parts_ptr + part + output, total, mask=inside)
 
 
+@triton.jit(do_not_specialize=["blocks"])
+def constant_kernel(
+    parts_ptr,
+    b2_ptr,
+    out_ptr,
+    blocks,
+    d_out,
+    columns,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``b2 + W2[:, I] relu(b1[I])`` of a task from its parts ``[tasks, blocks, columns]``, added up in their order."""
+    task = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if PARTS:
+        sums = tl.zeros((BLOCKS, COLUMNS), tl.float32)
+        for begin in range(0, blocks, BLOCKS):
+            block = begin + tl.arange(0, BLOCKS)
+            part = parts_ptr + (task * blocks + block)[:, None] * columns + column[None, :]
+            sums += tl.load(part, mask=(block < blocks)[:, None] & (column < columns)[None, :], other=0.0)
+        total = tl.sum(sums, axis=0)
+    if BIAS:
+        total += tl.load(b2_ptr + column, mask=column < d_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + task * columns + column, total.to(out_ptr.dtype.element_ty), mask=column < columns)
+
+
 @triton.jit(do_not_specialize=["tokens", "tasks"])
 def to_neurons_kernel(
     in_ptr,
@@ -121,6 +150,7 @@ def to_neurons_kernel(
     GROUPED: tl.constexpr,
     BIAS: tl.constexpr,
     GATE: tl.constexpr,
+    FLATTEN: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -144,14 +174,23 @@ def to_neurons_kernel(
     else:
         tiles = tl.cdiv(tokens, N)
     across = tl.cdiv(width, M)
-    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+    programs = tl.num_programs(0)
+    steps = tl.cdiv(depth, K)
+    # Flattened, the loop is one over all steps of all tiles: what follows the product runs while the next tile's operands
+    # are on their way, and needs the number of its own tile.
+    done = tl.program_id(0) - programs
+    for item in tl.range(tl.program_id(0), tiles * across, programs, flatten=FLATTEN):
         tile, block = tile_order(item, tiles, across, GROUP)
         task, first, stop = token_tile(offsets_ptr, tile, N, tokens, tasks, GROUPED)
         total = tl.zeros((M, N), tl.float32)
         # What is read beyond the task, in tokens or in neurons, has rows and columns of its own, which nobody stores.
-        for k in range(0, depth, K):
-            left = weight.load([task * width + block * M, k])
-            total = tl.dot(left, inputs.load([first, k]).T, total, input_precision=PRECISION)
+        for k in range(steps):
+            left = weight.load([task * width + block * M, k * K])
+            total = tl.dot(left, inputs.load([first, k * K]).T, total, input_precision=PRECISION)
+        if FLATTEN:
+            done += programs
+            tile, block = tile_order(done, tiles, across, GROUP)
+            task, first, stop = token_tile(offsets_ptr, tile, N, tokens, tasks, GROUPED)
         neuron = block * M + tl.arange(0, M)
         if GATE:
             # Not "h > 0": where h is NaN, PyTorch passes the gradient on.
@@ -234,38 +273,52 @@ def from_neurons_kernel(
             out.store([first, block * N], result)
 
 
-@triton.jit(do_not_specialize=["tasks"])
+@triton.jit(do_not_specialize=["tokens", "tasks", "size"])
 def expand_bias_kernel(
     active_ptr,
     sums_ptr,
     w2_ptr,
     b1_ptr,
     places_ptr,
+    offsets_ptr,
     out_ptr,
+    tokens,
     tasks,
+    size,
     width,
     d_ff,
     d_out,
     w2_stride,
     w2_column_stride,
+    GROUPED: tl.constexpr,
     NEURONS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """db1: by task, the sum over tokens where the neuron is active, else ``(sums[task] W2[:, neuron]) [b1 > 0]``."""
+    """A task's share of db1: sums of dh over its tokens where it has the neuron, else ``(s W2[:, neuron]) [b1 > 0]``.
+
+    ``active`` are the sums of dh over tiles of ``size`` tokens, float32 ``[tiles, width]``; s is ``sums[task]``.
+    """
+    task = tl.program_id(1)
+    task64 = task.to(tl.int64)
     neuron = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
     real = neuron < d_ff
+    place = tl.load(places_ptr + task64 * d_ff + neuron, mask=real, other=-1)
+    first, start = tiles_before(offsets_ptr, task, size, tokens, GROUPED)
+    last = first + tl.cdiv(task_end(offsets_ptr, task, start, tokens, GROUPED) - start, size)
+    parts = tl.zeros((TILES, NEURONS), tl.float32)
+    for begin in range(first, last, TILES):
+        tile = begin + tl.arange(0, TILES)
+        source = active_ptr + tile.to(tl.int64)[:, None] * width + place[None, :]
+        parts += tl.load(source, mask=(tile < last)[:, None] & (place >= 0)[None, :], other=0.0)
+    through = tl.zeros((OUTPUTS, NEURONS), tl.float32)
+    for begin in range(0, d_out, OUTPUTS):
+        output = begin + tl.arange(0, OUTPUTS)
+        s = tl.load(sums_ptr + task64 * d_out + output, mask=output < d_out, other=0.0)
+        source = output.to(tl.int64)[:, None] * w2_stride + neuron.to(tl.int64)[None, :] * w2_column_stride
+        w2 = tl.load(w2_ptr + source, mask=(output < d_out)[:, None] & real[None, :], other=0.0)
+        through += s[:, None] * w2.to(tl.float32)
     positive = tl.load(b1_ptr + neuron, mask=real, other=0.0).to(tl.float32) > 0
-    total = tl.zeros((NEURONS,), tl.float32)
-    for task in range(tasks):
-        task64 = tl.cast(task, tl.int64)
-        place = tl.load(places_ptr + task64 * d_ff + neuron, mask=real, other=-1)
-        total += tl.load(active_ptr + task64 * width + place, mask=place >= 0, other=0.0)
-        through = tl.zeros((OUTPUTS, NEURONS), tl.float32)
-        for begin in range(0, d_out, OUTPUTS):
-            output = begin + tl.arange(0, OUTPUTS)
-            s = tl.load(sums_ptr + task64 * d_out + output, mask=output < d_out, other=0.0)
-            source = output.to(tl.int64)[:, None] * w2_stride + neuron.to(tl.int64)[None, :] * w2_column_stride
-            w2 = tl.load(w2_ptr + source, mask=(output < d_out)[:, None] & real[None, :], other=0.0)
-            through += s[:, None] * w2.to(tl.float32)
-        total += tl.where((place < 0) & positive, tl.sum(through, axis=0), 0.0)
-    tl.store(out_ptr + neuron, total.to(out_ptr.dtype.element_ty), mask=real)
+    constant = tl.where((place < 0) & positive, tl.sum(through, axis=0), 0.0)
+    total = tl.sum(parts, axis=0) + constant
+    tl.store(out_ptr + task64 * d_ff + neuron, total.to(out_ptr.dtype.element_ty), mask=real)

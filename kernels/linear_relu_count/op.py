@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, choose, explainable
+from ..common.backend import Backend, Choice, choose, explainable, opaque
 from . import reference
 
 BACKENDS = (
@@ -59,14 +59,38 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, output[0])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nobody reads one of the counts
 
 
-def _gradient(ctx: Any, dh: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dh is None:
+        return (None,) * 5
     dx, dw, db = _backward(dh, *ctx.saved_tensors)
     return dx, dw, db if ctx.has_bias else None, None, None
 
 
 _linear_relu_count.register_autograd(_gradient, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as several launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        args = (x, weight, bias, valid, task_offsets)
+        output: tuple[Tensor, Tensor] = choose("linear_relu_count", BACKENDS, *args).forward(*args)
+        _save(ctx, args, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None:
+            return (None,) * 5
+        dx, dw, db = reference.backward(dh, *ctx.saved_tensors)
+        return dx, dw, db if ctx.has_bias else None, None, None
 
 
 @explainable
@@ -115,5 +139,6 @@ def linear_relu_count(
         checks.offsets(task_offsets)
     x, weight, bias = cast_inputs(x, weight, bias)
     flat_valid = None if valid is None else valid.reshape(-1)
-    h, counts = _linear_relu_count(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
+    compute = _linear_relu_count if opaque(x, weight, bias) else _Eager.apply
+    h, counts = compute(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
     return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts

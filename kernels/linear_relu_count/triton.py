@@ -26,6 +26,7 @@ from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
     Shipped,
+    cdiv,
     launch,
     offsets_on,
     padded,
@@ -203,7 +204,7 @@ def _tiles(target: str, dtype: torch.dtype, precise: str) -> list[dict[str, Any]
 def _choose(tiles: list[dict[str, Any]], d_ff: int, tokens: int, programs: int) -> dict[str, Any]:
     """The largest tiles that give every multiprocessor one; else the smallest."""
     for tile in tiles:
-        if triton.cdiv(d_ff, tile["BM"]) * triton.cdiv(tokens, tile["BN"]) >= programs:
+        if cdiv(d_ff, tile["BM"]) * cdiv(tokens, tile["BN"]) >= programs:
             return tile
     return tiles[-1]
 
@@ -304,19 +305,19 @@ def forward(
     x, weight = rows16(x), rows16(weight)
     programs = processors(x.device)
     tile = _choose(_tiles(target_of(x.device), x.dtype, precision(x.dtype)), d_ff, tokens, programs)
-    columns = triton.cdiv(tokens, tile["BN"])
+    columns = cdiv(tokens, tile["BN"])
     tile_task = None
     if task_offsets is not None:
         tile_task = torch.empty(columns, dtype=torch.int32, device=x.device)
         keywords = _tile_tasks_keywords(tile)
-        blocks = triton.cdiv(columns, keywords["BLOCK"])
+        blocks = cdiv(columns, keywords["BLOCK"])
         launch(_tile_tasks, (blocks,), x.device, task_offsets, tile_task, tokens, tasks, columns, **keywords)
     step = unit(x.dtype)
     bias = None if bias is None else bias.contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     launch(
         _forward,
-        (min(programs, triton.cdiv(d_ff, tile["BM"]) * columns),),
+        (min(programs, cdiv(d_ff, tile["BM"]) * columns),),
         x.device,
         *(x, weight, bias, valid, tile_task, h, counts),
         *(tokens, d_ff, x.shape[1] // step, wide // step, x.stride(0) // step, weight.stride(0) // step),
@@ -324,10 +325,11 @@ def forward(
         HAS_BIAS=bias is not None,
         HAS_VALID=valid is not None,
         HAS_TASKS=tile_task is not None,
+        workspace=True,
     )
     if tile_task is not None:
         keywords = _straddling_keywords(tile, valid is not None)
-        grid = (tasks, triton.cdiv(d_ff, keywords["COLUMNS"]))
+        grid = (tasks, cdiv(d_ff, keywords["COLUMNS"]))
         launch(
             _count_straddling, grid, x.device, h, valid, task_offsets, counts, tokens, d_ff, wide // step, **keywords
         )

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.checks import PLAIN
-from ..common.triton_launch import INTERPRETER, Shipped, launch, target_of
+from ..common.triton_launch import INTERPRETER, Shipped, cdiv, launch, stream_of, target_of
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _Row = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]  # param, grad, exp_avg, exp_avg_sq, active
@@ -196,7 +196,7 @@ def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
     found = []
     for (dtypes, aligned), rows in launches.items():
         keywords = _keywords(target, dtypes, aligned)
-        blocks = tuple(triton.cdiv(row[5], keywords["GROUPS"] * keywords["WIDE"]) for row in rows)
+        blocks = tuple(cdiv(row[5], keywords["GROUPS"] * keywords["WIDE"]) for row in rows)
         starts = itertools.accumulate((0, *blocks[:-1]))
         numbers = [number for row, start in zip(rows, starts) for number in (*row, start)]
         # From pinned memory the copy waits for nothing.
@@ -210,10 +210,14 @@ _captured: dict[int, list[_Launch]] = {}  # read by CUDA graphs, which hold addr
 
 
 def _plan(tensors: Sequence[_Row]) -> list[_Launch]:
-    """The launches of a call, kept for calls with tensors of the same dtypes and shapes at the same addresses."""
+    """The launches of a call, kept for calls on the same stream with tensors of the same dtypes, shapes and addresses.
+
+    Another stream may not wait for the upload of a table on this one.
+    """
     device = tensors[0][0].device
     key = (
         device,
+        stream_of(device),
         *(t if t is None else (t.data_ptr(), t.dtype) for row in tensors for t in row),
         *(row[0].shape for row in tensors),
     )

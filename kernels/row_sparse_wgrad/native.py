@@ -39,7 +39,9 @@ def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) 
     return native.refuses_tensors(dh, x)
 
 
-def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``dh [tokens, d_ff]``, ``x [tokens, d_in]``, ``index [tasks, width]`` -> ``dw [d_ff, d_in]``, ``db [d_ff]``."""
     segments = checks.segments(task_offsets, dh.shape[0])
     if len(segments) == 1:
@@ -93,7 +95,9 @@ def _blocks(dh: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return dw, db
 
 
-def accumulate(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+def accumulate(
+    total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> Tensor:
     """Adds the weight gradient to ``total``, float32 ``[d_ff, d_in]``, in place; gives ``db [d_ff]``."""
     db = torch.zeros(dh.shape[1], dtype=torch.float32)
     for row, (start, stop) in zip(index, checks.segments(task_offsets, dh.shape[0])):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.active import active_index, rows_of
-from ..common.backend import Backend, Choice, choose, explainable
+from ..common.backend import Backend, Choice, choose, explainable, opaque
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", gpu.why_not),
@@ -77,6 +77,7 @@ def row_sparse_wgrad(
     *,
     task_offsets: Tensor | None = None,
     index: Tensor | None = None,
+    places: Tensor | None = None,
     add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient of a linear layer whose outputs are only partly trained, and its dense bias gradient.
@@ -87,6 +88,7 @@ def row_sparse_wgrad(
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task.
         index: ``active_index(active)``, for callers that keep it; computed when None.
+        places: ``places_of(index, d_ff)``, likewise; computed where it is needed.
         add_to: float32 ``[d_ff, d_in]``, a gradient to which the new one is added in place, summed in float32; its other
             rows are neither read nor written. Returned as ``dw``. Not differentiable.
 
@@ -113,9 +115,18 @@ def row_sparse_wgrad(
         raise TypeError(f"dh has dtype {dh.dtype} and x {x.dtype}, expected one dtype")
     if index is None:
         index = active_index(active)
+    # Without a gradient of its own to record, as in a backward pass, the computation needs no operator around it.
+    direct = not (torch.is_grad_enabled() and (dh.requires_grad or x.requires_grad)) and not opaque(dh, x, add_to)
     if add_to is None:
+        if direct:
+            args = (dh, x, index, task_offsets)
+            dw, db = choose("row_sparse_wgrad", BACKENDS, *args).forward(*args, places)
+            return dw, db
         return _row_sparse_wgrad(dh, x, index, task_offsets)
     checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
     if add_to.dtype != torch.float32:
         raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
+    if direct:
+        args = (dh, x, index, task_offsets)
+        return add_to, choose("row_sparse_wgrad", BACKENDS, *args).accumulate(add_to, *args, places)
     return add_to, _row_sparse_wgrad_add(add_to, dh, x, index, task_offsets)

@@ -9,8 +9,13 @@ from ..common import checks
 from ..common.active import rows_of
 
 
-def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``dh [tokens, d_ff]``, ``x [tokens, d_in]``, ``index [tasks, width]`` -> ``dw [d_ff, d_in]``, ``db [d_ff]``."""
+def forward(
+    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``dh [tokens, d_ff]``, ``x [tokens, d_in]``, ``index [tasks, width]`` -> ``dw [d_ff, d_in]``, ``db [d_ff]``.
+
+    ``places`` (``places_of(index)``) may help another backend.
+    """
     segments = checks.segments(task_offsets, dh.shape[0])
     # Sums over tasks are kept in float32 at least, so that the number of tasks costs no precision.
     wide = dh.dtype if len(segments) == 1 else torch.promote_types(dh.dtype, torch.float32)
@@ -22,7 +27,9 @@ def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -
     return dw.to(dh.dtype), dh.sum(0)
 
 
-def accumulate(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+def accumulate(
+    total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> Tensor:
     """Adds the weight gradient to ``total``, float32 ``[d_ff, d_in]``, in place; gives ``db [d_ff]``."""
     for row, (start, stop) in zip(index, checks.segments(task_offsets, dh.shape[0])):
         rows = rows_of(row)

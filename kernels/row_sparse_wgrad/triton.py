@@ -10,17 +10,21 @@ parts of a row are added up in the order of tasks and chunks. So the result does
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common import checks
+from ..common.active import places_of
 from ..common.products import by_library, launched, mm_float32
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
     Shipped,
+    cdiv,
     launch,
     pointer,
     precision,
@@ -35,16 +39,16 @@ from ..common.triton_tasks import (
     compact_width,
     pack_columns,
     pack_columns_kernel,
-    places_kernel,
-    places_of,
     refuses,
     task_end,
     tasks_of,
-    tile_sums,
     token_tile,
 )
 from ..common.triton_tile import tile_order
 
+#: (1 - width / d_ff) d_in from which packing pays for one task: its pass takes as long as 200 to 320 multiplications of
+#: each value (16384 tokens, H100, arithmetic). NOT YET MEASURED: ``python -m bench.gpu.probe --only E5``.
+SAVED = 320
 MOST_SPLITS = 8  # chunks of a task of average size
 ROWS, COLUMNS = 64, 32  # block of the result in the sum over parts; with twice that it spills for 8.0
 
@@ -78,13 +82,13 @@ def chunk_of(tasks: Tasks, tiles: int, programs: int, step: int) -> int:
         programs: how many run side by side.
         step: tokens in a step of the product.
     """
-    tokens = triton.cdiv(tasks.tokens, tasks.number)
+    tokens = cdiv(tasks.tokens, tasks.number)
     items = tiles * tasks.number
     # The time of the product in waves of programs, and of writing and reading a part, a few per cent of a wave each.
     # The latter is arithmetic for 16384 tokens and d_in 1024, NOT YET MEASURED.
     splits = range(1, max(1, min(MOST_SPLITS, tokens // (2 * step))) + 1)
-    best = min(splits, key=lambda s: triton.cdiv(items * s, programs) / s * programs / items + 0.03 * s)
-    return max(triton.cdiv(triton.cdiv(tokens, best), step), 1) * step
+    best = min(splits, key=lambda s: cdiv(items * s, programs) / s * programs / items + 0.03 * s)
+    return max(cdiv(cdiv(tokens, best), step), 1) * step
 
 
 @triton.jit(do_not_specialize=["tokens", "tasks", "chunk"])
@@ -161,13 +165,15 @@ def expand_kernel(
     GROUPED: tl.constexpr,
     CONSTANT: tl.constexpr,
     ADD: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Rows of the result from the parts of all tasks, zero where no task has the neuron.
 
-    CONSTANT: where a task has not the neuron, it adds ``relu(bias[neuron]) sums[task]``, its rank-one part (see
-    ``compact_ffn/reference.py``). ADD: adds to what is there, and leaves the rows that no task has.
+    WHOLE: the parts have a row for every neuron, not for every place. CONSTANT: where a task has not the neuron, it adds
+    ``relu(bias[neuron]) sums[task]``, its rank-one part (see ``compact_ffn/reference.py``). ADD: adds to what is there, and
+    leaves the rows that no task has.
     """
     neuron = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -183,7 +189,8 @@ def expand_kernel(
         stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
         place = tl.load(places_ptr + tl.cast(task, tl.int64) * neurons + neuron, mask=there, other=-1)
         has = (place >= 0)[:, None]
-        row_ptr = parts_ptr + place.to(tl.int64)[:, None] * row_stride + column[None, :]
+        row = neuron if WHOLE else place
+        row_ptr = parts_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :]
         for _ in range(tl.cdiv(stop - start, chunk)):
             total += tl.load(row_ptr + part * part_stride, mask=has & real, other=0.0).to(tl.float32)
             part += 1
@@ -220,14 +227,15 @@ def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tenso
     precise = precision(left.dtype)
     target = target_of(left.device)
     tile = product_tile(target, left.dtype, precise)
-    down, across = triton.cdiv(width, tile.m), triton.cdiv(columns, tile.n)
+    down, across = cdiv(width, tile.m), cdiv(columns, tile.n)
     chunk = chunk_of(tasks, down * across, processors(left.device), tile.k)
     count = tasks.most_tiles(chunk)
     parts = torch.empty((count, down * tile.m, across * tile.n), dtype=torch.float32, device=left.device)
     sizes = (tasks.tokens, tasks.number, chunk, width, columns, left.stride(0), right.stride(0))
     keywords = {"GROUPED": tasks.offsets is not None, "TMA": has_tma(target), **tile.keywords(precise)}
     grid = (count * down * across,)
-    launch(product_kernel, grid, left.device, left, right, parts, tasks.offsets, *sizes, **keywords)
+    pointers = (left, right, parts, tasks.offsets)
+    launch(product_kernel, grid, left.device, *pointers, *sizes, workspace=True, **keywords)
     return parts, chunk
 
 
@@ -239,6 +247,7 @@ def expand(
     out: Tensor,
     constant: tuple[Tensor, Tensor] | None = None,
     add: bool = False,
+    whole: bool = False,
 ) -> None:
     """Writes ``out [d_ff, columns]``, of any strides: the sums of the parts in the order of tasks and chunks.
 
@@ -251,50 +260,79 @@ def expand(
         constant: b1 ``[d_ff]`` and the sums of dy by task, float32 ``[tasks, columns]``: where a task has not the
             neuron, it adds the product of the two, b1 after ReLU.
         add: add to ``out``, float32, in the rows that some task has, and touch no other row.
+        whole: whether the parts have a row for every neuron, not for every place.
     """
     neurons, columns = out.shape
     bias, sums = constant or (None, None)
-    grid = (triton.cdiv(neurons, ROWS), triton.cdiv(columns, COLUMNS))
+    grid = (cdiv(neurons, ROWS), cdiv(columns, COLUMNS))
     pointers = (parts, places, tasks.offsets, bias, sums, out)
     sizes = (tasks.tokens, tasks.number, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
-    keywords = expand_launch(tasks.offsets is not None, constant is not None, add)
+    keywords = expand_launch(tasks.offsets is not None, constant is not None, add, whole)
     launch(expand_kernel, grid, out.device, *pointers, *sizes, **keywords)
 
 
-def expand_launch(grouped: bool, constant: bool, add: bool) -> dict[str, object]:
+def expand_launch(grouped: bool, constant: bool, add: bool, whole: bool = False) -> dict[str, object]:
     """What a launch of ``expand_kernel`` gives by keyword."""
-    return {"GROUPED": grouped, "CONSTANT": constant, "ADD": add, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
+    kinds = {"GROUPED": grouped, "CONSTANT": constant, "ADD": add, "WHOLE": whole}
+    return {**kinds, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
 
 
-def forward(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def packs(d_in: int, d_ff: int, width: int, dtype: torch.dtype, task_offsets: Tensor | None) -> bool:
+    """Whether the active columns of dh are packed; else the product is that of all columns, and its rows are chosen.
+
+    Packing reads dh once, as the sums for db do anyway, and writes its active columns, ``2 (1 + width / d_ff)`` bytes for
+    each value of dh in 16 bits; it saves ``2 (1 - width / d_ff) d_in`` operations for each. In the in-place layout there is
+    nothing to pack.
+    """
+    if width == d_ff:
+        return False
+    return not by_library("dw", dtype, task_offsets) or (d_ff - width) * d_in >= SAVED * d_ff
+
+
+def forward(
+    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As the reference; sums are in float32, also within a task."""
     dw = x.new_empty((dh.shape[1], x.shape[1]))
-    return dw, _gradient(dw, dh, x, index, task_offsets, add=False)
+    return dw, _gradient(dw, dh, x, index, task_offsets, places, add=False)
 
 
-def accumulate(total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> Tensor:
+def accumulate(
+    total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+) -> Tensor:
     """As the reference."""
-    return _gradient(total, dh, x, index, task_offsets, add=True)
+    return _gradient(total, dh, x, index, task_offsets, places, add=True)
 
 
-def _gradient(dw: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, add: bool) -> Tensor:
+def _gradient(
+    dw: Tensor,
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None,
+    add: bool,
+) -> Tensor:
     """Writes dw or adds to it; gives db."""
     tasks = tasks_of(dh.shape[0], task_offsets, dh.device)
-    if tasks.tokens == 0:
+    (tokens, d_ff), d_in, width = dh.shape, x.shape[1], index.shape[1]
+    if tokens == 0 or width == 0:
         if not add:
             dw.zero_()
-        return dh.new_zeros(dh.shape[1])
-    dh = dh if dh.stride(1) == 1 else dh.contiguous()
-    if index.shape[1] == 0:
-        if not add:
-            dw.zero_()
-        return tile_sums(dh, tasks).sum(0).to(dh.dtype)
-    index = index.contiguous()
-    places = places_of(index, dh.shape[1])
-    packed, sums = pack_columns(dh, index, places, tasks, compact_width(index))
-    parts, chunk = product_parts(packed, rows16(x), tasks, task_offsets)
-    expand(parts, chunk, places, tasks, dw, add=add)
-    return sums.sum(0).to(dh.dtype)
+        return dh.sum(0, dtype=torch.float32).to(dh.dtype)
+    if places is None:
+        places = places_of(index, d_ff)
+    x = rows16(x)
+    if packs(d_in, d_ff, width, dh.dtype, task_offsets):
+        dh = dh if dh.stride(1) == 1 else dh.contiguous()
+        packed, sums = pack_columns(dh, index.contiguous(), places, tasks, compact_width(index))
+        parts, chunk = product_parts(packed, x, tasks, task_offsets)
+        expand(parts, chunk, places, tasks, dw, add=add)
+    else:
+        parts, chunk = product_parts(rows16(dh), x, tasks, task_offsets)
+        expand(parts, chunk, places, tasks, dw, add=add, whole=True)
+        sums = dh.sum(0, dtype=torch.float32)[None]  # of all tasks: nothing masks the bias
+    return (sums[0] if sums.shape[0] == 1 else sums.sum(0)).to(dh.dtype)
 
 
 def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:
@@ -335,11 +373,9 @@ def shipped(target: str) -> list[Shipped]:
                     )
                 )
             kernels += _shipped_columns(label, p, grouped, offsets, none)
-            for constant, add in ((False, False), (False, True), (True, False)):
-                kernels.append(_shipped_expand(label, p, grouped, constant, add, offsets, none))
-    sizes = dict.fromkeys(("width", "d_ff"), "i32")
-    signature = {"index_ptr": "*i64", "places_ptr": "*i32", **sizes}
-    kernels.append(Shipped("places", places_kernel, signature, {"BLOCK": 256, "num_warps": 4}, tuple(signature)))
+            for constant, add, whole in product((False, True), repeat=3):
+                if not (constant and (add or whole)):
+                    kernels.append(_shipped_expand(label, p, grouped, (constant, add, whole), offsets, none))
     return kernels
 
 
@@ -368,7 +404,10 @@ def _shipped_columns(label: str, p: str, grouped: bool, offsets: dict, none: dic
     return [pack, sums]
 
 
-def _shipped_expand(label: str, p: str, grouped: bool, constant: bool, add: bool, offsets: dict, none: dict) -> Shipped:
+def _shipped_expand(
+    label: str, p: str, grouped: bool, kind: tuple[bool, bool, bool], offsets: dict, none: dict
+) -> Shipped:
+    constant, add, whole = kind
     strides = ("part_stride", "row_stride", "out_stride", "out_column_stride")
     sizes = dict.fromkeys(("tokens", "tasks", "chunk", "neurons", "columns", *strides), "i32")
     # dW1 and dW are rows of d_in; dW2 is written down its columns.
@@ -380,12 +419,12 @@ def _shipped_expand(label: str, p: str, grouped: bool, constant: bool, add: bool
     else:
         none = {**none, "bias_ptr": None, "sums_ptr": None}
     aligned = [name for name in signature if name not in ("tokens", "tasks", "chunk", "offsets_ptr")]
-    kind = "expand to columns" if constant else "add rows" if add else "expand"
+    name = "expand to columns" if constant else "add rows" if add else "expand"
     return Shipped(
-        f"{kind} {label}",
+        f"{name}{' of whole parts' if whole else ''} {label}",
         expand_kernel,
         signature,
-        {**none, **one, **expand_launch(grouped, constant, add)},
+        {**none, **one, **expand_launch(grouped, constant, add, whole)},
         aligned,
-        covered=not grouped or not (constant or add),
+        covered=whole or not grouped or not (constant or add),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspec.kernels.common.active import active_index
+from nspec.kernels.common.active import active_index, places_of
 
 
 def let_sizes_vary(*tensors: tuple[Tensor, Sequence[int]]) -> None:
@@ -34,6 +34,7 @@ class ActiveSet:
     Attributes:
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` for several tasks.
         index: int64 ``[tasks, width]``, as ``kernels/common/active.py`` describes it; ``[1, width]`` for one task.
+        places: int32 ``[tasks, d_ff]``, where each neuron is in ``index``; -1 for nowhere.
         rows: int64 ``[n]``, the neurons that are active for one task at least.
         union: bool ``[d_ff]``, the same as a mask.
     """
@@ -48,6 +49,7 @@ class ActiveSet:
             self.union = self.active
             self.rows = self.active.nonzero().squeeze(1)
             self.index = active_index(self.active)
+            self.places = places_of(self.index, len(self.active))
         self._copies: dict[torch.device, ActiveSet] = {}
 
     @classmethod
@@ -60,6 +62,7 @@ class ActiveSet:
             stacked.rows = torch.empty(0, dtype=torch.int64, device=stacked.active.device)  # read for one task only
             width = max(one.index.shape[1] for one in sets)
             stacked.index = torch.stack([one._index_row(width) for one in sets])
+            stacked.places = places_of(stacked.index, stacked.active.shape[1])
         stacked._copies = {}
         return stacked
 
@@ -75,7 +78,7 @@ class ActiveSet:
         """Has torch.compile make one graph for sets of all sizes."""
         let_sizes_vary((self.index, (0, 1) if self.active.dim() > 1 else (1,)), (self.rows, (0,)))
         if self.active.dim() > 1:
-            let_sizes_vary((self.active, (0,)))
+            let_sizes_vary((self.active, (0,)), (self.places, (0,)))
         for copy in list(self._copies.values()):
             copy.let_sizes_vary()
 
@@ -90,8 +93,8 @@ class ActiveSet:
         if device not in self._copies:
             copy = ActiveSet.__new__(ActiveSet)
             with torch.inference_mode(False):
-                copy.active, copy.rows, copy.index, copy.union = (
-                    t.to(device) for t in (self.active, self.rows, self.index, self.union)
+                copy.active, copy.rows, copy.index, copy.places, copy.union = (
+                    t.to(device) for t in (self.active, self.rows, self.index, self.places, self.union)
                 )
             copy._copies = {}
             copy.let_sizes_vary()

@@ -260,10 +260,11 @@ class CompactFc1(TaskLinear):
                 None  # what follows a training pass is an update, and wrappers write weights unseen
             )
         if batch is None:
-            return compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index)
+            return compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index, places=active.places)
         order, inverse, offsets = batch.layout(x)
         tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
-        y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, index=active.index)
+        sets = {"index": active.index, "places": active.places}
+        y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, **sets)
         return reorder(y, inverse, order).view(*x.shape[:-1], w2.shape[0])
 
     def _without_grad(
