@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bench.gpu.lab import Lab, Operands, launches, off_by, replaced
 from bench.rows import Row
-from nspec.kernels.common.active import active_index
+from nspec.kernels.common.active import active_index, places_of
 
 
 def backend(operator: str) -> ModuleType:
@@ -86,17 +86,13 @@ def tiles(lab: Lab) -> Iterator[Row]:
         (False, False, 3), (False, True, 3), (True, False, 2), (True, False, 3), (True, True, 2),
     ):  # fmt: skip
         name = f"{'gate' if gate else 'h'}, {stages} stages, {'' if flat else 'not '}flattened"
-        known = "flatten" in ff.Tile._fields
-        if flat and not known:
-            yield lab.absent("E3", name, "the loop of this kernel cannot be flattened")
-            continue
-        out, changed = torch.empty_like(h), {"stages": stages, **({"flatten": flat} if known else {})}
+        out = torch.empty_like(h)
 
-        def tile(*args: Any, real: Any = ff.neurons_tile, changed: dict[str, Any] = changed, **more: Any) -> Any:
-            return real(*args, **more)._replace(**changed)
+        def tile(*args: Any, real: Any = ff.neurons_tile, stages: int = stages) -> Any:
+            return real(*args)._replace(stages=stages)
 
-        def call(gate: bool = gate, out: Tensor = out, tile: Any = tile) -> None:
-            with replaced(ff, neurons_tile=tile):
+        def call(gate: bool = gate, out: Tensor = out, tile: Any = tile, flat: bool = flat) -> None:
+            with replaced(ff, neurons_tile=tile, flattens=lambda *_: flat):
                 ff._to_neurons(x, fc1, None if gate else bias, h if gate else None, out, tasks)
 
         def right(gate: bool = gate, out: Tensor = out, call: Any = call) -> str | None:
@@ -145,8 +141,8 @@ def block_calls(o: Operands) -> tuple[Callable[[], Any], Callable[[], Any]]:
         return ff.forward(o.x, *weights, o.b2, o.index, o.offsets)
 
     def both() -> Any:
-        h = forward()[1]
-        return ff.backward(o.dy, o.x, *weights, o.index, o.offsets, h)
+        _, kept = forward()
+        return ff.backward(o.dy, o.x, *weights, o.index, o.offsets, *kept)
 
     return forward, both
 
@@ -179,7 +175,7 @@ def packing(lab: Lab) -> Iterator[Row]:
     for density in (0.5, 0.7, 0.78):
         active = lab.operands("big", density).active
         index = active_index(active)
-        places = common.places_of(index, d_ff)
+        places = places_of(index, d_ff)
         width = common.compact_width(index)
         for tokens, warps in ((64, 8), (32, 4), (64, 16)) if density == 0.5 else ():
             real = common.columns_launch
@@ -187,8 +183,8 @@ def packing(lab: Lab) -> Iterator[Row]:
             def blocks(*args: Any, real: Any = real, tokens: int = tokens, warps: int = warps) -> dict[str, Any]:
                 return {**real(*args), "TOKENS": tokens, "num_warps": warps}
 
-            def pack(blocks: Any = blocks, tokens: int = tokens) -> Any:
-                with replaced(common, columns_launch=blocks, TOKENS=tokens):
+            def pack(blocks: Any = blocks) -> Any:
+                with replaced(common, columns_launch=blocks):
                     return common.pack_columns(dh, index, places, tasks, width)  # noqa: B023
 
             def right(pack: Any = pack) -> str | None:
@@ -197,24 +193,19 @@ def packing(lab: Lab) -> Iterator[Row]:
 
             name = f"pack_columns, density {density}, {tokens} tokens, {warps} warps"
             yield lab.timed("E5", name, pack, right=right, moved=size * t * (d_ff + width))
-        dw = lab.normal(d_ff, d)
-        # The dense product of dh with x has every neuron in its place.
-        own = torch.where(active, torch.arange(d_ff, device=lab.device), -1).to(torch.int32)[None]
 
-        def dense(own: Tensor = own, dw: Tensor = dw) -> Tensor:
-            sums = common.tile_sums(dh, tasks)
-            wg.expand(wg.mm_float32(dh.t(), x)[None], t, own, tasks, dw)
-            return sums.sum(0)
+        def gradient(way: bool, index: Tensor = index) -> tuple[Tensor, Tensor]:
+            with replaced(wg, packs=lambda *_: way):
+                found: tuple[Tensor, Tensor] = wg.forward(dh, x, index, None)
+            return found
 
-        def packed(index: Tensor = index) -> Any:
-            return wg.forward(dh, x, index, None)
-
-        def same(dense: Any = dense, packed: Any = packed, dw: Tensor = dw) -> str | None:
-            dense()
-            return off_by(dw, packed()[0])
+        def same(gradient: Any = gradient) -> str | None:
+            return next(
+                (said for one, other in zip(gradient(True), gradient(False)) if (said := off_by(one, other))), None
+            )
 
         moved = size * (t * d_ff + t * d + d_ff * d)
-        flops = 2 * t * d * width
-        yield lab.timed("E5", f"gradient by the backend, density {density}", packed, flops=flops, moved=moved)
-        name = f"gradient by the dense product, density {density}"
-        yield lab.timed("E5", name, dense, right=same, flops=flops, moved=moved)
+        for way, words in ((True, "packing"), (False, "the dense product")):
+            name = f"gradient by {words}, density {density}"
+            call = functools.partial(gradient, way)
+            yield lab.timed("E5", name, call, right=same, flops=2 * t * d * width, moved=moved)

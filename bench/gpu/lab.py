@@ -178,6 +178,7 @@ class Lab:
         expected = PREDICTIONS.get((experiment, name))
         if expected is not None:
             row |= {"expected_low": expected.low, "expected_high": expected.high, "expected_source": SOURCE}
+            row["expected_before"] = expected.before
         try:
             if right is not None and (wrong := right()) is not None:
                 return row | {"reason": f"WRONG: {wrong}"}

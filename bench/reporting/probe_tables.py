@@ -12,7 +12,8 @@ from bench.rows import Row
 def expected_range(row: Row) -> str:
     """``120 to 135 us``: what arithmetic says that a kernel takes."""
     low, high = row["expected_low"], row["expected_high"]
-    return f"{low:g} us" if low == high else f"{low:g} to {high:g} us"
+    before = ", before a change" if row.get("expected_before") else ""
+    return (f"{low:g} us" if low == high else f"{low:g} to {high:g} us") + before
 
 
 def probe(rows: Sequence[Row]) -> Lines:
