@@ -166,8 +166,8 @@ class Group:
         gpu = self.device.type == "cuda"
         for key in (BASELINE, self.skipped.kind):  # optimiser states, and code that is loaded at first use
             calls[key](0)
-        for provider in self._raising(calls):
-            del calls[provider.key]
+        for raising in self._raising(calls):
+            del calls[raising.key]
         seen[0] = 0
         times = interleaved(
             calls,

@@ -27,7 +27,8 @@ def public(o: Operands) -> Callable[[], Any]:
     leaves = o.leaves
 
     def call() -> Any:
-        y = compact_ffn(*leaves, o.active, task_offsets=o.offsets, index=o.index)
+        x, w1, b1, w2, b2 = leaves
+        y = compact_ffn(x, w1, b1, w2, b2, o.active, task_offsets=o.offsets, index=o.index)
         return torch.autograd.grad(y, leaves, o.dy)
 
     return call
@@ -101,10 +102,13 @@ def optimizer(lab: Lab) -> Iterator[Row]:
             yield lab.timed("E7", f"row_sparse_adamw, density {density}, {elements} elements", call, moved=moved)
     ad._kept.clear()
     steps = [torch.tensor(2.0, device=lab.device) for _ in range(LAYERS)]
-    fused = functools.partial(
-        adamw, *lists, [], steps, fused=True, foreach=False, amsgrad=False, beta1=0.9, beta2=0.98, lr=1e-4,
-        weight_decay=0.01, eps=1e-6, maximize=False,
-    )  # fmt: skip
+
+    def fused() -> None:
+        adamw(
+            lists[0], lists[1], lists[2], lists[3], [], steps, fused=True, foreach=False, amsgrad=False, beta1=0.9,
+            beta2=0.98, lr=1e-4, weight_decay=0.01, eps=1e-6, maximize=False,
+        )  # fmt: skip
+
     yield lab.timed("E7", "fused AdamW", fused, moved=BYTES_PER_ELEMENT * LAYERS * d * d_ff)
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from bench.gpu.lab import Lab, Operands, launches, off_by, replaced
 from bench.rows import Row
 from nspec.kernels.common.active import active_index, places_of
+from nspec.kernels.common.products import mm_float32
 
 
 def backend(operator: str) -> ModuleType:
@@ -34,14 +35,13 @@ def products(lab: Lab) -> Iterator[Row]:
         for n in lab.widths:
             x, h = lab.normal(t, d), lab.normal(t, n)
             fc1, fc2 = lab.normal(n, d), lab.normal(n, d)  # both neuron-major, as they are packed
-            float32 = {"out_dtype": torch.float32} if lab.device.type == "cuda" else {}
-            six: dict[str, Callable[[], Tensor]] = {
-                "h": lambda x=x, fc1=fc1: x @ fc1.t(),
-                "y": lambda h=h, fc2=fc2: h @ fc2,
-                "dh": lambda x=x, fc2=fc2: x @ fc2.t(),
-                "dx": lambda h=h, fc1=fc1: h @ fc1,
-                "dw1": lambda h=h, x=x, more=float32: torch.mm(h.t(), x, **more),
-                "dw2": lambda h=h, x=x, more=float32: torch.mm(h.t(), x, **more),
+            six = {
+                "h": functools.partial(torch.mm, x, fc1.t()),
+                "y": functools.partial(torch.mm, h, fc2),
+                "dh": functools.partial(torch.mm, x, fc2.t()),
+                "dx": functools.partial(torch.mm, h, fc1),
+                "dw1": functools.partial(mm_float32, h.t(), x),
+                "dw2": functools.partial(mm_float32, h.t(), lab.normal(t, d)),
             }
             moved = size * (t * d + t * n + n * d)
             for name, call in six.items():

@@ -144,3 +144,24 @@ def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
     small, large = (problem(Case("compact_ffn", 32, 16, 64, "float32", p, compiled=False), CPU) for p in (0.25, 0.5))
     assert small.work("all") == large.work("all")
     assert 2 * small.work("active")[0] == large.work("active")[0] == 12 * 32 * 16 * 32
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_case_that_raises_costs_itself_and_the_rest_only_where_the_device_is_lost(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = SMOKE[0], SMOKE[-1]
+    real = operators.problem
+
+    def raising(case: Case, *args: object, **options: object) -> object:
+        if case == first:
+            raise RuntimeError("\nout of resource: shared memory\nmore")
+        return real(case, *args, **options)
+
+    monkeypatch.setattr(operators, "problem", raising)
+    monkeypatch.setattr(operators.trouble, "device_is_lost", lambda _: lost)
+    assert operators.measure([first, second], CPU, Writer(None, CPU), 3, 0.01) == (2 if lost else 1)
+    said = capsys.readouterr()
+    assert f"error: not timed: {first.label}: RuntimeError: out of resource: shared memory\n" in said.err
+    assert ("run it again" in said.err) == lost
+    assert (second.label in said.out) != lost
