@@ -36,6 +36,11 @@ def by_library(product: str, dtype: torch.dtype, task_offsets: Tensor | None) ->
     return way == HOST and task_offsets.device.type == "cpu"
 
 
+def ways(dtype: torch.dtype, task_offsets: Tensor | None) -> tuple[bool, ...]:
+    """:func:`by_library` of every product."""
+    return tuple([by_library(product, dtype, task_offsets) for product in LIBRARY])
+
+
 def launched(product: str, dtype: torch.dtype, several: bool, target: str) -> bool:
     """Whether :func:`by_library` ever leaves ``product`` to our kernel on a target, for one task or for several."""
     if several or (product == "dw" and dtype != torch.float32 and target.startswith("hip")):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -20,6 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import checks, gpu
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLANS = 1024  # kept for each pass of an operator: one for each layer's width and each task's number of active neurons
 #: NVIDIA devices with 100 KB of shared memory for a program: 8.6, 8.9 and 12.x. The oldest gives the name.
 SMALL = "cuda:86"
 INTERPRETER = "interpreter"
@@ -123,42 +127,51 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, workspace: bool = False, **keywords: Any
-) -> None:
-    """Runs ``kernel[grid](*args, **keywords)`` on ``device`` and its current stream.
+class Launcher:
+    """A kernel and the keywords of its launches. After the first, it goes around Triton's dispatch of their arguments.
+
+    So it is for launches that differ in nothing that Triton compiles for: which arguments are None, their dtypes, which
+    addresses are multiples of 16, which integers are 1, multiples of 16 or beyond 32 bits (``do_not_specialize`` leaves the
+    last alone). A plan that is kept by all of these (:func:`planned`) keeps its launchers.
 
     Args:
-        kernel: the function under ``triton.jit``.
-        grid: programs along each axis.
-        device: of the tensors among the arguments.
-        args: of the kernel, by position.
-        workspace: whether the kernel makes tensor descriptors, whose memory then comes from PyTorch's allocator; a user's
-            ``triton.set_allocator`` holds again afterwards.
-        keywords: of the kernel, and the compiler's options.
+        kernel: the function under ``triton.jit``; its constants stand behind all other arguments.
+        keywords: of each launch: the constants, and the compiler's options.
     """
+
+    __slots__ = ("_compiled", "_constants", "kernel", "keywords")
+
+    def __init__(self, kernel: Any, keywords: Mapping[str, Any]) -> None:
+        self.kernel, self.keywords, self._compiled = kernel, dict(keywords), None
+        constants = [name for name in kernel.arg_names if name in keywords]
+        assert kernel.arg_names[len(kernel.arg_names) - len(constants) :] == constants, kernel.arg_names
+        self._constants = tuple(keywords[name] for name in constants)
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launches on the current device and stream; inside :func:`launching` alone."""
+        if self._compiled is None:
+            # The interpreter compiles nothing and gives None.
+            self._compiled = self.kernel.run(*args, grid=grid, warmup=False, **self.keywords)
+        else:
+            self._compiled[grid](*args, *self._constants)
+
+
+def launching(device: torch.device, function: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R:
+    """Calls a function that launches on ``device``.
+
+    Kernels that make tensor descriptors get their workspace from PyTorch's allocator; a user's ``triton.set_allocator``
+    holds again afterwards.
+    """
+    # set_allocator sets a context variable and has no inverse, hence a context of its own.
+    return contextvars.copy_context().run(_launching, device, function, args, keywords)  # type: ignore[arg-type]
+
+
+def _launching(device: torch.device, function: Callable[..., R], args: Sequence[Any], keywords: Mapping[str, Any]) -> R:
+    triton.set_allocator(_allocator(device))
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            _launch(kernel, grid, device, args, workspace, keywords)
-    else:
-        _launch(kernel, grid, device, args, workspace, keywords)
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, args: Sequence[Any], workspace: bool, keywords: Any
-) -> None:
-    if workspace:
-        # set_allocator sets a context variable and has no inverse, hence a context of its own.
-        contextvars.copy_context().run(_with_workspace, kernel, grid, device, args, keywords)
-    else:
-        kernel.run(*args, grid=grid, warmup=False, **keywords)
-
-
-def _with_workspace(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, args: Sequence[Any], keywords: Any
-) -> None:
-    triton.set_allocator(_allocator(device))
-    kernel.run(*args, grid=grid, warmup=False, **keywords)
+            return function(*args, **keywords)
+    return function(*args, **keywords)
 
 
 @functools.cache
@@ -167,6 +180,16 @@ def _allocator(device: torch.device) -> Any:
         return torch.empty(size, dtype=torch.int8, device=device)  # PyTorch aligns to 512 bytes, descriptors need 128
 
     return allocate
+
+
+def planned(make: Callable[..., R]) -> Callable[..., R]:
+    """Keeps what ``make`` gives for each combination of its arguments, for launches of calls alike."""
+    return functools.lru_cache(maxsize=PLANS)(make)
+
+
+def aligned(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors begin at multiples of 16 bytes, for the key of a plan."""
+    return tuple([t is None or t.data_ptr() % 16 == 0 for t in tensors])
 
 
 def stream_of(device: torch.device) -> int:

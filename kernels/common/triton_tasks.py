@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import cdiv, launch, offsets_on
+from .triton_launch import Launcher, cdiv, offsets_on
 
 TOKENS = 64  # tokens of a tile of sums
 COLUMNS = 128
@@ -190,53 +190,36 @@ def pack_columns_kernel(
         tl.store(packed, picked, mask=there & wanted[None, :])
 
 
-def pack_columns(dense: Tensor, index: Tensor, places: Tensor, tasks: Tasks, width: int) -> tuple[Tensor, Tensor]:
-    """The columns of ``dense [tokens, d_ff]`` that are active for each token's task, and the sums of all of them.
+class Columns(NamedTuple):
+    """Launches of ``pack_columns_kernel``; see :func:`column_sums`."""
 
-    Args:
-        dense: last stride 1.
-        index: int64 ``[tasks, <= width]``, contiguous.
-        places: of the same sets, see :func:`places_of`.
-        tasks: at least one token.
-        width: columns of the result, at least those of ``index``.
+    launcher: Launcher
+    tokens: int
 
-    Returns:
-        ``[tokens, width]`` in the layout of ``index``, its padding undefined; float32 ``[tiles, d_ff]``, the sums over
-        tiles of tokens.
-    """
-    packed = dense.new_empty((dense.shape[0], width))
-    return packed, _sums(dense, tasks, packed, index, places)
+    def __call__(self, dense: Tensor, tasks: Tasks, *packing: Tensor | None) -> Tensor:
+        """Sums of the columns of ``dense [tokens, columns]`` over tiles of tokens: float32 ``[tiles, columns]``.
+
+        Args:
+            dense: last stride 1.
+            tasks: at least one token.
+            packing: where columns are packed, what is written, ``[tokens, width]``, its padding undefined; the index int64
+                ``[tasks, <= width]``, contiguous; the places of the same sets, see ``places_of``.
+        """
+        packed, index, places = packing or (None, None, None)
+        columns = dense.shape[1]
+        tiles = tasks.most_tiles(self.tokens)
+        sums = torch.empty((tiles, columns), dtype=torch.float32, device=dense.device)
+        width, stride = (0, 0) if index is None or packed is None else (index.shape[1], packed.stride(0))
+        pointers = (dense, packed, sums, index, places, tasks.offsets)
+        sizes = (tasks.tokens, tasks.number, columns, width, dense.stride(0), stride)
+        self.launcher((tiles, cdiv(columns, COLUMNS), 1), *pointers, *sizes)
+        return sums
 
 
-def tile_sums(dense: Tensor, tasks: Tasks) -> Tensor:
-    """The sums of the columns of ``dense [tokens, columns]`` over tiles of TOKENS tokens: float32 ``[tiles, columns]``."""
-    return _sums(dense, tasks, None, None, None)
-
-
-def _sums(dense: Tensor, tasks: Tasks, packed: Tensor | None, index: Tensor | None, places: Tensor | None) -> Tensor:
-    columns = dense.shape[1]
-    keywords = columns_launch(tasks.offsets is not None, packed is not None)
-    tiles = tasks.most_tiles(keywords["TOKENS"])
-    sums = torch.empty((tiles, columns), dtype=torch.float32, device=dense.device)
-    launch(
-        pack_columns_kernel,
-        (tiles, cdiv(columns, COLUMNS)),
-        dense.device,
-        dense,
-        packed,
-        sums,
-        index,
-        places,
-        tasks.offsets,
-        tasks.tokens,
-        tasks.number,
-        columns,
-        0 if index is None else index.shape[1],
-        dense.stride(0),
-        0 if packed is None else packed.stride(0),
-        **keywords,
-    )
-    return sums
+def column_sums(grouped: bool, pack: bool) -> Columns:
+    """Launches that pack active columns, or only sum all of them; for a plan."""
+    keywords = columns_launch(grouped, pack)
+    return Columns(Launcher(pack_columns_kernel, keywords), keywords["TOKENS"])
 
 
 def columns_launch(grouped: bool, pack: bool) -> dict[str, Any]:
@@ -273,27 +256,28 @@ def task_sums_kernel(
     tl.store(out_ptr + task.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
 
-def task_sums(sums: Tensor, tasks: Tasks, size: int = TOKENS) -> Tensor:
-    """Sums over tiles of ``size`` tokens, float32 ``[tiles, columns]``, added up by task: float32 ``[tasks, columns]``."""
-    columns = sums.shape[1]
-    out = torch.empty((tasks.number, columns), dtype=torch.float32, device=sums.device)
-    grid = (tasks.number, cdiv(columns, COLUMNS))
-    args = (sums, out, tasks.offsets, tasks.tokens, columns, size)
-    launch(task_sums_kernel, grid, sums.device, *args, **task_sums_launch(tasks.offsets is not None))
-    return out
+class Sums:
+    """Sums of the columns of a matrix by task; for a plan."""
+
+    def __init__(self, grouped: bool) -> None:
+        self.tiles = column_sums(grouped, False)
+        self.tasks = Launcher(task_sums_kernel, task_sums_launch(grouped))
+
+    def __call__(self, dense: Tensor, tasks: Tasks) -> Tensor:
+        """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
+        if tasks.offsets is None:
+            return dense.sum(0, dtype=torch.float32)[None]
+        sums, columns = self.tiles(dense, tasks), dense.shape[1]
+        out = torch.empty((tasks.number, columns), dtype=torch.float32, device=dense.device)
+        grid = (tasks.number, cdiv(columns, COLUMNS), 1)
+        self.tasks(grid, sums, out, tasks.offsets, tasks.tokens, columns, self.tiles.tokens)
+        return out
 
 
 def task_sums_launch(grouped: bool) -> dict[str, Any]:
     """What a launch of ``task_sums_kernel`` gives by keyword."""
     # Few programs, each a chain of loads: the larger the tile, the shorter.
     return {"GROUPED": grouped, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
-
-
-def column_sums(dense: Tensor, tasks: Tasks) -> Tensor:
-    """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
-    if tasks.offsets is None:
-        return dense.sum(0, dtype=torch.float32)[None]
-    return task_sums(tile_sums(dense, tasks), tasks)
 
 
 def whole(matrix: Tensor, columns: int) -> Tensor:

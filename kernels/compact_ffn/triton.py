@@ -19,14 +19,17 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.active import places_of
-from ..common.products import by_library, launched
+from ..common.products import by_library, launched, ways
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
+    Launcher,
     Shipped,
+    aligned,
     cdiv,
-    launch,
+    launching,
     padded,
+    planned,
     pointer,
     precision,
     processors,
@@ -35,19 +38,17 @@ from ..common.triton_launch import (
 )
 from ..common.triton_tasks import (
     DTYPES,
-    TOKENS,
+    Sums,
     Tasks,
     Tile,
-    column_sums,
     compact_width,
     refuses,
     task_sums_kernel,
     task_sums_launch,
     tasks_of,
-    tile_sums,
     whole,
 )
-from ..row_sparse_wgrad.triton import expand, precisions, product_parts
+from ..row_sparse_wgrad.triton import Expand, Product, precisions
 from .triton_kernels import (
     constant_kernel,
     expand_bias_kernel,
@@ -127,54 +128,6 @@ class Packed(NamedTuple):
     width: int
 
 
-def pack(
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    index: Tensor,
-    places: Tensor,
-    dtype: torch.dtype,
-    constant: torch.dtype | None,
-) -> Packed:
-    """Gathers in ``dtype`` what the tasks of ``index [tasks, width]`` need.
-
-    With ``constant``, also ``b2 + W2[:, I] relu(b1[I])`` in that dtype, summed in float32.
-    """
-    tasks, index_width = index.shape
-    (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], compact_width(index)
-    fc1 = w1.new_empty((tasks * width, padded(d_in, dtype)), dtype=dtype)
-    fc2 = w1.new_empty((tasks * width, padded(d_out, dtype)), dtype=dtype)
-    bias = None if b1 is None else w1.new_empty(tasks * width, dtype=dtype)
-    columns = max(fc1.shape[1], fc2.shape[1])
-    grid: tuple[int, ...] = (cdiv(width, _PACK_ROWS["ROWS"]), cdiv(columns, _PACK_ROWS["COLUMNS"]), tasks)
-    sizes = (index_width, width, d_in, *w1.stride(), fc1.stride(0), fc2.stride(0))
-    keywords = {"BIAS": b1 is not None, "IN_PLACE": index_width == d_ff, **_PACK_ROWS}
-    launch(pack_fc1_kernel, grid, w1.device, w1, b1, index, fc1, bias, fc2, *sizes, **keywords)
-    blocks, columns = cdiv(d_ff, _PACK_COLUMNS["NEURONS"]), fc2.shape[1]
-    shares = None
-    if constant and b1 is not None:
-        shares = torch.empty((tasks, blocks, columns), dtype=torch.float32, device=w1.device)
-    grid = (blocks, cdiv(columns, _PACK_COLUMNS["OUTPUTS"]))
-    more = (tasks, width, d_ff, d_out, *w2.stride(), fc2.stride(0))
-    keywords = {"CONSTANT": shares is not None, **_PACK_COLUMNS}
-    launch(pack_fc2_kernel, grid, w1.device, w2, b1, places, fc2, shares, *more, **keywords)
-    total = None
-    if constant and not (b1 is None and b2 is None):
-        total = torch.empty((tasks, columns), dtype=constant, device=w1.device)
-        grid = (tasks, cdiv(columns, _CONSTANT["COLUMNS"]))
-        keywords = {"PARTS": shares is not None, "BIAS": b2 is not None, **_CONSTANT}
-        b2 = None if b2 is None else b2.contiguous()
-        launch(constant_kernel, grid, w1.device, shares, b2, total, blocks, d_out, columns, **keywords)
-    return Packed(fc1, bias, fc2, total, width)
-
-
-def _parts(tasks: Tasks, task_offsets: Tensor | None, width: int) -> list[tuple[int, slice, slice]]:
-    """For the library, each task with its tokens and with its rows of the packed weights."""
-    bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
-    return [(t, slice(*tokens), slice(t * width, (t + 1) * width)) for t, tokens in enumerate(bounds)]
-
-
 def _multiply(a: Tensor, b: Tensor, constant: Tensor | None, out: Tensor) -> None:
     """Writes ``out = a b + constant`` by the library."""
     if constant is None:
@@ -183,80 +136,221 @@ def _multiply(a: Tensor, b: Tensor, constant: Tensor | None, out: Tensor) -> Non
         torch.addmm(constant, a, b, out=out)
 
 
-def _hidden(x: Tensor, packed: Packed, tasks: Tasks, task_offsets: Tensor | None) -> Tensor:
-    """``h [tokens, width]``."""
-    h = x.new_empty((tasks.tokens, packed.width))
-    if not by_library("h", x.dtype, task_offsets):
-        _to_neurons(x, packed.fc1, packed.bias, None, h, tasks)
-        return h
-    for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
-        bias = None if packed.bias is None else packed.bias[rows]
-        _multiply(x[tokens], packed.fc1[rows].t(), bias, h[tokens])
-    # Not _addmm_activation: nothing promises that the ReLU inside it lets NaN through.
-    return h.relu_()
+def _parts(tasks: Tasks, task_offsets: Tensor | None, width: int) -> list[tuple[int, slice, slice]]:
+    """For the library, each task of several with its tokens and with its rows of the packed weights."""
+    bounds = checks.segments(task_offsets, tasks.tokens)
+    return [(t, slice(*tokens), slice(t * width, (t + 1) * width)) for t, tokens in enumerate(bounds)]
 
 
-def _hidden_gradient(
-    dy: Tensor, h: Tensor, fc2: Tensor, tasks: Tasks, task_offsets: Tensor | None, sums: bool
-) -> tuple[Tensor, Tensor | None, int]:
-    """``dh [tokens, width]``; if wanted its sums over tiles of tokens, float32 ``[tiles, width]``; the size of a tile."""
-    dh = torch.empty_like(h)
-    if not by_library("dh", h.dtype, task_offsets):
-        return dh, *_to_neurons(dy, fc2, None, h, dh, tasks)
-    for _, tokens, rows in _parts(tasks, task_offsets, h.shape[1]):
-        _multiply(dy[tokens], fc2[rows].t(), None, dh[tokens])
-    torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
-    if not sums or tasks.offsets is None:
-        return dh, dh.sum(0, dtype=torch.float32)[None] if sums else None, tasks.tokens
-    return dh, tile_sums(dh, tasks), TOKENS
+class _Pack:
+    """Gathers what the tasks need; for a plan."""
+
+    def __init__(self, d_ff: int, width: int, dtype: torch.dtype, biases: tuple[bool, bool], constant: bool) -> None:
+        has_b1, has_b2 = biases
+        self.dtype, self.has_b1 = dtype, has_b1
+        self.shares, self.constant = constant and has_b1, constant and (has_b1 or has_b2)
+        self.fc1 = Launcher(pack_fc1_kernel, {"BIAS": has_b1, "IN_PLACE": width == d_ff, **_PACK_ROWS})
+        self.fc2 = Launcher(pack_fc2_kernel, {"CONSTANT": self.shares, **_PACK_COLUMNS})
+        keywords = {"PARTS": self.shares, "BIAS": has_b2, **_CONSTANT}
+        self.total = Launcher(constant_kernel, keywords) if self.constant else None
+
+    def __call__(
+        self,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        index: Tensor,
+        places: Tensor,
+        constant: torch.dtype,
+    ) -> Packed:
+        """The packed weights; the constant ``b2 + W2[:, I] relu(b1[I])`` in the dtype given, summed in float32."""
+        tasks, index_width = index.shape
+        (d_ff, d_in), (d_out, _), width, dtype = w1.shape, w2.shape, compact_width(index), self.dtype
+        rows, wide = padded(d_in, dtype), padded(d_out, dtype)
+        fc1 = w1.new_empty((tasks * width, rows), dtype=dtype)
+        fc2 = w1.new_empty((tasks * width, wide), dtype=dtype)
+        bias = w1.new_empty(tasks * width, dtype=dtype) if self.has_b1 else None
+        grid = (cdiv(width, _PACK_ROWS["ROWS"]), cdiv(max(rows, wide), _PACK_ROWS["COLUMNS"]), tasks)
+        self.fc1(grid, w1, b1, index, fc1, bias, fc2, index_width, width, d_in, *w1.stride(), rows, wide)
+        blocks, total = cdiv(d_ff, _PACK_COLUMNS["NEURONS"]), None
+        shares = w1.new_empty((tasks, blocks, wide), dtype=torch.float32) if self.shares else None
+        grid = (blocks, cdiv(wide, _PACK_COLUMNS["OUTPUTS"]), 1)
+        self.fc2(grid, w2, b1, places, fc2, shares, tasks, width, d_ff, d_out, *w2.stride(), wide)
+        if self.total is not None:
+            total = w1.new_empty((tasks, wide), dtype=constant)
+            self.total((tasks, cdiv(wide, _CONSTANT["COLUMNS"]), 1), shares, b2, total, blocks, d_out, wide)
+        return Packed(fc1, bias, fc2, total, width)
 
 
-def _to_neurons(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, out: Tensor, tasks: Tasks
-) -> tuple[Tensor | None, int]:
-    """Launches ``to_neurons_kernel``, with the gate where h is given; gives the sums and the tokens in a tile of them."""
-    device, dtype, width, precise = out.device, out.dtype, out.shape[1], precision(out.dtype)
-    tile = neurons_tile(target_of(device), dtype, precise, h is not None)
-    tiles = tasks.most_tiles(tile.n)
-    sums = None if h is None else torch.empty((tiles, width), dtype=torch.float32, device=device)
-    programs = min(processors(device), tiles * cdiv(width, tile.m))
-    pointers = (inputs, weight, bias, h, out, sums, tasks.offsets)
-    sizes = (tasks.tokens, tasks.number, width, inputs.shape[1], inputs.stride(0), weight.stride(0))
-    grouped, gate = tasks.offsets is not None, h is not None
-    keywords = {"GROUPED": grouped, "BIAS": bias is not None, "GATE": gate, **tile.keywords(precise)}
-    keywords["FLATTEN"] = flattens(target_of(device), dtype, grouped, gate)
-    launch(to_neurons_kernel, (programs,), device, *pointers, *sizes, workspace=True, **keywords)
-    return sums, tile.n
+class _Neurons:
+    """Products into the neurons, with ReLU or with the gate; for a plan."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, bias: bool, gate: bool) -> None:
+        precise, target = precision(dtype), target_of(device)
+        self.tile, self.programs, self.gate = neurons_tile(target, dtype, precise, gate), processors(device), gate
+        keywords = {"GROUPED": grouped, "BIAS": bias, "GATE": gate, "FLATTEN": flattens(target, dtype, grouped, gate)}
+        self.launcher = Launcher(to_neurons_kernel, {**keywords, **self.tile.keywords(precise)})
+
+    def __call__(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, out: Tensor, tasks: Tasks
+    ) -> Tensor | None:
+        """Writes out; with the gate gives the sums over tiles of tokens, float32 ``[tiles, width]``."""
+        width = out.shape[1]
+        tiles = tasks.most_tiles(self.tile.n)
+        sums = out.new_empty((tiles, width), dtype=torch.float32) if self.gate else None
+        programs = min(self.programs, tiles * cdiv(width, self.tile.m))
+        pointers = (inputs, weight, bias, h, out, sums, tasks.offsets)
+        sizes = (tasks.tokens, tasks.number, width, inputs.shape[1], inputs.stride(0), weight.stride(0))
+        self.launcher((programs, 1, 1), *pointers, *sizes)
+        return sums
 
 
-def _features(
-    product: str,
-    inputs: Tensor,
-    weight: Tensor,
-    constant: Tensor | None,
-    tasks: Tasks,
-    task_offsets: Tensor | None,
-    columns: int,
-) -> Tensor:
-    """``inputs weight + constant``, ``[tokens, columns]``; the key of the product in ``common/products.py``."""
-    device, dtype, width = inputs.device, inputs.dtype, inputs.shape[1]
-    out = inputs.new_empty((tasks.tokens, weight.shape[1]))
-    if by_library(product, dtype, task_offsets):
-        for task, tokens, rows in _parts(tasks, task_offsets, width):
-            added = None if constant is None else constant[task]
-            _multiply(inputs[tokens], weight[rows], added, out[tokens])
+class _Features:
+    """Products from the neurons into features; for a plan. ``product`` is the key in ``common/products.py``."""
+
+    def __init__(self, product: str, device: torch.device, dtype: torch.dtype, grouped: bool, constant: bool) -> None:
+        precise, target = precision(dtype), target_of(device)
+        self.product, self.tile, self.programs = product, features_tile(target, dtype, precise), processors(device)
+        keywords = {"GROUPED": grouped, "CONSTANT": constant, **self.tile.keywords(precise)}
+        self.launcher = Launcher(from_neurons_kernel, keywords)
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        constant: Tensor | None,
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+        columns: int,
+    ) -> Tensor:
+        """``inputs weight + constant``, ``[tokens, columns]``."""
+        width, wide = inputs.shape[1], weight.shape[1]
+        out = inputs.new_empty((tasks.tokens, wide))
+        if by_library(self.product, inputs.dtype, task_offsets):
+            if tasks.number == 1:
+                _multiply(inputs, weight, None if constant is None else constant[0], out)
+                return whole(out, columns)
+            for task, tokens, rows in _parts(tasks, task_offsets, width):
+                _multiply(inputs[tokens], weight[rows], None if constant is None else constant[task], out[tokens])
+            return whole(out, columns)
+        # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
+        assert width % self.tile.k == 0, f"{width} packed columns are no multiple of a step of {self.tile.k}"
+        programs = min(self.programs, tasks.most_tiles(self.tile.m) * cdiv(wide, self.tile.n))
+        sizes = (tasks.tokens, tasks.number, width, wide)
+        self.launcher((programs, 1, 1), inputs, weight, constant, out, tasks.offsets, *sizes)
         return whole(out, columns)
-    precise = precision(dtype)
-    tile = features_tile(target_of(device), dtype, precise)
-    # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
-    assert width % tile.k == 0, f"{width} packed columns are no multiple of a step of {tile.k}"
-    programs = min(processors(device), tasks.most_tiles(tile.m) * cdiv(out.shape[1], tile.n))
-    pointers = (inputs, weight, constant, out, tasks.offsets)
-    sizes = (tasks.tokens, tasks.number, width, out.shape[1])
-    keywords = {"GROUPED": tasks.offsets is not None, "CONSTANT": constant is not None}
-    keywords |= tile.keywords(precise)
-    launch(from_neurons_kernel, (programs,), device, *pointers, *sizes, workspace=True, **keywords)
-    return whole(out, columns)
+
+
+class _Forward:
+    """The launches of forward passes that are alike in all that Triton compiles for."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, grouped: bool, biases: tuple[bool, bool], d_ff: int, width: int
+    ) -> None:
+        self.pack = _Pack(d_ff, width, dtype, biases, constant=True)
+        self.hidden = _Neurons(device, dtype, grouped, biases[0], gate=False)
+        self.features = _Features("y", device, dtype, grouped, any(biases))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+        index: Tensor,
+        places: Tensor,
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Packed]:
+        library = by_library("y", x.dtype, task_offsets)
+        packed = self.pack(*weights, index, places, x.dtype if library else torch.float32)
+        h = x.new_empty((tasks.tokens, packed.width))
+        if not by_library("h", x.dtype, task_offsets):
+            self.hidden(x, packed.fc1, packed.bias, None, h, tasks)
+        elif tasks.number == 1:
+            _multiply(x, packed.fc1.t(), packed.bias, h)
+            h.relu_()  # not _addmm_activation: nothing promises that the ReLU inside it lets NaN through
+        else:
+            for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
+                bias = None if packed.bias is None else packed.bias[rows]
+                _multiply(x[tokens], packed.fc1[rows].t(), bias, h[tokens])
+            h.relu_()
+        y = self.features(h, packed.fc2, packed.constant, tasks, task_offsets, weights[2].shape[0])
+        return y, h, packed
+
+
+class _Backward:
+    """The launches of backward passes that are alike in all that Triton compiles for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, has_b1: bool) -> None:
+        self.sums = Sums(grouped)
+        self.hidden = _Neurons(device, dtype, grouped, bias=False, gate=True)
+        self.features = _Features("dx", device, dtype, grouped, constant=False)
+        self.product = Product(device, dtype, grouped)
+        self.fc1, self.fc2 = Expand(grouped), Expand(grouped, constant=has_b1)
+        self.bias = Launcher(expand_bias_kernel, {"GROUPED": grouped, **_EXPAND_BIAS})
+
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor | None, Tensor],
+        kept: tuple[Tensor, ...],
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        w1, b1, w2 = weights
+        h, fc1, fc2, places = kept
+        (d_ff, d_in), d_out, one, width = w1.shape, w2.shape[0], tasks.number == 1, h.shape[1]
+        s = whole(self.sums(dy, tasks), d_out)
+        dh, active, size = self._hidden(dy, h, fc2, tasks, task_offsets, b1 is not None)
+        dx = self.features(dh, fc1, None, tasks, task_offsets, d_in)
+        dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
+        self.fc1(*self.product(dh, x, tasks, task_offsets), places, tasks, dw1)
+        parts, chunk = self.product(h, dy, tasks, task_offsets)
+        self.fc2(parts, chunk, places, tasks, dw2.t(), None if b1 is None else (b1, s))
+        db2 = (s[0] if one else s.sum(0)).to(w2.dtype)
+        if b1 is None:
+            return dx, dw1, None, dw2, db2
+        db1 = b1.new_empty((tasks.number, d_ff), dtype=b1.dtype if one else torch.float32)
+        sizes = (tasks.tokens, tasks.number, size, width, d_ff, d_out, *w2.stride())
+        grid = (cdiv(d_ff, _EXPAND_BIAS["NEURONS"]), tasks.number, 1)
+        self.bias(grid, active, s, w2, b1, places, tasks.offsets, db1, *sizes)
+        return dx, dw1, db1[0] if one else db1.sum(0).to(b1.dtype), dw2, db2
+
+    def _hidden(
+        self, dy: Tensor, h: Tensor, fc2: Tensor, tasks: Tasks, task_offsets: Tensor | None, sums: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """``dh [tokens, width]``; if wanted its sums over tiles, float32 ``[tiles, width]``; the tokens in a tile."""
+        dh = torch.empty_like(h)
+        if not by_library("dh", h.dtype, task_offsets):
+            return dh, self.hidden(dy, fc2, None, h, dh, tasks), self.hidden.tile.n
+        if tasks.number == 1:
+            _multiply(dy, fc2.t(), None, dh)
+        else:
+            for _, tokens, rows in _parts(tasks, task_offsets, h.shape[1]):
+                _multiply(dy[tokens], fc2[rows].t(), None, dh[tokens])
+        torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
+        if tasks.number == 1 or not sums:
+            return dh, dh.sum(0, dtype=torch.float32)[None] if sums else None, max(tasks.tokens, 1)
+        return dh, self.sums.tiles(dh, tasks), self.sums.tiles.tokens
+
+
+@planned
+def _forward_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    grouped: bool,
+    biases: tuple[bool, bool],
+    d_ff: int,
+    width: int,
+    *alike: Any,
+) -> _Forward:
+    return _Forward(device, dtype, grouped, biases, d_ff, width)
+
+
+@planned
+def _backward_plan(device: torch.device, dtype: torch.dtype, grouped: bool, has_b1: bool, *alike: Any) -> _Backward:
+    return _Backward(device, dtype, grouped, has_b1)
 
 
 def forward(
@@ -273,18 +367,31 @@ def forward(
 
     Weights and biases may be float32 whatever the dtype of x. Keeps h, and the packed weights and the places.
     """
-    (tokens, d_out), index_width = (x.shape[0], w2.shape[0]), index.shape[1]
-    tasks = tasks_of(tokens, task_offsets, x.device)
-    if tokens == 0:
-        return x.new_empty((0, d_out)), (x.new_empty((0, index_width)),)
-    index, b1 = index.contiguous(), None if b1 is None else b1.contiguous()
+    (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], index.shape[1]
+    tasks = tasks_of(x.shape[0], task_offsets, x.device)
+    if tasks.tokens == 0:
+        return x.new_empty((0, d_out)), (x.new_empty((0, width)),)
     if places is None:
-        places = places_of(index, w1.shape[0])
-    library = by_library("y", x.dtype, task_offsets)
-    packed = pack(w1, b1, w2, b2, index, places, x.dtype, x.dtype if library else torch.float32)
-    h = _hidden(rows16(x), packed, tasks, task_offsets)
-    y = _features("y", h, packed.fc2, packed.constant, tasks, task_offsets, d_out)
-    return y, (whole(h, index_width), packed.fc1, packed.fc2, places)
+        places = places_of(index, d_ff)
+    x, index = rows16(x), index.contiguous()
+    b1, b2 = None if b1 is None else b1.contiguous(), None if b2 is None else b2.contiguous()
+    biases = b1 is not None, b2 is not None
+    plan = _forward_plan(
+        *(x.device, x.dtype, tasks.offsets is not None, biases, d_ff, width),
+        *(
+            w1.dtype,
+            d_in,
+            d_out,
+            w1.stride(),
+            w2.stride(),
+            x.stride(0),
+            precision(x.dtype),
+            ways(x.dtype, task_offsets),
+        ),
+        aligned(w1, b1, w2, b2, index, places),
+    )
+    y, h, packed = launching(x.device, plan, x, (w1, b1, w2, b2), index, places, tasks, task_offsets)
+    return y, (whole(h, width), packed.fc1, packed.fc2, places)
 
 
 def backward(
@@ -299,38 +406,24 @@ def backward(
     *kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """As the reference; sums over tokens and over tasks are in float32. Packs again where nothing but h was kept."""
-    (d_ff, d_in), d_out = w1.shape, w2.shape[0]
+    (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], compact_width(index)
     tasks = tasks_of(x.shape[0], task_offsets, x.device)
     if tasks.tokens == 0:
         zeros = w1.new_zeros
         return x.new_zeros(x.shape), zeros(w1.shape), zeros(d_ff), zeros(w2.shape), zeros(d_out)
     b1 = None if b1 is None else b1.contiguous()
-    if kept:
-        fc1, fc2, places = kept
-    else:
-        index = index.contiguous()
-        places = places_of(index, d_ff)
-        fc1, _, fc2, _, _ = pack(w1, b1, w2, None, index, places, x.dtype, None)
-    width = compact_width(index)
+    if not kept:
+        index, places = index.contiguous(), places_of(index, d_ff)
+        pack = _Pack(d_ff, index.shape[1], x.dtype, (b1 is not None, False), constant=False)
+        packed = launching(x.device, pack, w1, b1, w2, None, index, places, torch.float32)
+        kept = packed.fc1, packed.fc2, places
     dy, x, h = rows16(dy), rows16(x), _as_wide(h, width)
-    s = whole(column_sums(dy, tasks), d_out)
-    dh, active, size = _hidden_gradient(dy, h, fc2, tasks, task_offsets, sums=b1 is not None)
-    dx = _features("dx", dh, fc1, None, tasks, task_offsets, d_in)
-    dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
-    expand(*product_parts(dh, x, tasks, task_offsets), places, tasks, dw1)
-    constant = None if b1 is None else (b1, s)
-    expand(*product_parts(h, dy, tasks, task_offsets), places, tasks, dw2.t(), constant)
-    db2 = (s[0] if tasks.number == 1 else s.sum(0)).to(w2.dtype)
-    if b1 is None:
-        return dx, dw1, None, dw2, db2
-    one = tasks.number == 1
-    db1 = b1.new_empty((tasks.number, d_ff), dtype=b1.dtype if one else torch.float32)
-    pointers = (active, s, w2, b1, places, tasks.offsets, db1)
-    sizes = (tasks.tokens, tasks.number, size, width, d_ff, d_out, *w2.stride())
-    grid = (cdiv(d_ff, _EXPAND_BIAS["NEURONS"]), tasks.number)
-    keywords = {"GROUPED": tasks.offsets is not None, **_EXPAND_BIAS}
-    launch(expand_bias_kernel, grid, x.device, *pointers, *sizes, **keywords)
-    return dx, dw1, db1[0] if one else db1.sum(0).to(b1.dtype), dw2, db2
+    plan = _backward_plan(
+        *(x.device, x.dtype, tasks.offsets is not None, b1 is not None),
+        *(w1.dtype, d_ff, d_in, d_out, width, w1.stride(), w2.stride(), x.stride(0), dy.stride(0)),
+        *(precision(x.dtype), ways(x.dtype, task_offsets), aligned(b1, w2, *kept)),
+    )
+    return launching(x.device, plan, dy, x, (w1, b1, w2), (h, *kept), tasks, task_offsets)
 
 
 def _as_wide(h: Tensor, width: int) -> Tensor:

@@ -14,7 +14,7 @@ is no multiple of 16 bytes, ``h`` is computed in wider rows and copied.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,11 +25,14 @@ from ..common.checks import PLAIN
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
+    Launcher,
     Shipped,
+    aligned,
     cdiv,
-    launch,
+    launching,
     offsets_on,
     padded,
+    planned,
     pointer,
     precision,
     processors,
@@ -295,42 +298,69 @@ def forward(
     tasks = 1 if task_offsets is None else task_offsets.shape[0] - 1
     if tasks == 0 and tokens > 0:
         raise ValueError(f"task_offsets has 1 number, so no task has the {tokens} tokens")
-    wide = padded(d_ff, x.dtype)
-    h = x.new_empty((tokens, wide))
+    h = x.new_empty((tokens, padded(d_ff, x.dtype)))
     counts = x.new_zeros((tasks, d_ff), dtype=torch.int64)
     if task_offsets is not None:
         task_offsets = offsets_on(task_offsets, tokens, x.device)
-    if tokens == 0 or d_ff == 0:
-        return h[:, :d_ff].contiguous(), counts
-    x, weight = rows16(x), rows16(weight)
-    programs = processors(x.device)
-    tile = _choose(_tiles(target_of(x.device), x.dtype, precision(x.dtype)), d_ff, tokens, programs)
+    if tokens and d_ff:
+        bias = None if bias is None else bias.contiguous()
+        valid = None if valid is None else valid.contiguous().view(torch.uint8)
+        launching(x.device, _launch, rows16(x), rows16(weight), bias, valid, task_offsets, h, counts)
+    return h if h.shape[1] == d_ff else h[:, :d_ff].contiguous(), counts
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    h: Tensor,
+    counts: Tensor,
+) -> None:
+    tokens, d_ff, (tasks, step) = x.shape[0], weight.shape[0], (counts.shape[0], unit(x.dtype))
+    programs, precise = processors(x.device), precision(x.dtype)
+    tile = _choose(_tiles(target_of(x.device), x.dtype, precise), d_ff, tokens, programs)
+    options = bias is not None, valid is not None, offsets is not None
+    kind = _plan(x.device, x.dtype, tile["BM"], tile["BN"], precise, *options, aligned(bias, valid, offsets))
     columns = cdiv(tokens, tile["BN"])
     tile_task = None
-    if task_offsets is not None:
+    if offsets is not None:
         tile_task = torch.empty(columns, dtype=torch.int32, device=x.device)
-        keywords = _tile_tasks_keywords(tile)
-        blocks = cdiv(columns, keywords["BLOCK"])
-        launch(_tile_tasks, (blocks,), x.device, task_offsets, tile_task, tokens, tasks, columns, **keywords)
-    step = unit(x.dtype)
-    bias = None if bias is None else bias.contiguous()
-    valid = None if valid is None else valid.contiguous().view(torch.uint8)
-    launch(
-        _forward,
-        (min(programs, cdiv(d_ff, tile["BM"]) * columns),),
-        x.device,
-        *(x, weight, bias, valid, tile_task, h, counts),
-        *(tokens, d_ff, x.shape[1] // step, wide // step, x.stride(0) // step, weight.stride(0) // step),
-        **tile,
-        HAS_BIAS=bias is not None,
-        HAS_VALID=valid is not None,
-        HAS_TASKS=tile_task is not None,
-        workspace=True,
+        grid = (cdiv(columns, kind.tile_tasks.keywords["BLOCK"]), 1, 1)
+        kind.tile_tasks(grid, offsets, tile_task, tokens, tasks, columns)
+    strides = x.stride(0) // step, weight.stride(0) // step
+    grid = (min(programs, cdiv(d_ff, tile["BM"]) * columns), 1, 1)
+    pointers = (x, weight, bias, valid, tile_task, h, counts)
+    kind.forward(grid, *pointers, tokens, d_ff, x.shape[1] // step, h.shape[1] // step, *strides)
+    if offsets is not None:
+        grid = (tasks, cdiv(d_ff, kind.straddling.keywords["COLUMNS"]), 1)
+        kind.straddling(grid, h, valid, offsets, counts, tokens, d_ff, h.shape[1] // step)
+
+
+class _Plan(NamedTuple):
+    forward: Launcher
+    tile_tasks: Launcher
+    straddling: Launcher
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    bm: int,
+    bn: int,
+    precise: str,
+    has_bias: bool,
+    has_valid: bool,
+    has_tasks: bool,
+    addresses: tuple[bool, ...],
+) -> _Plan:
+    """The launches of calls that are alike in all this; the sizes are not specialised on."""
+    tile = next(t for t in _tiles(target_of(device), dtype, precise) if (t["BM"], t["BN"]) == (bm, bn))
+    options = {"HAS_BIAS": has_bias, "HAS_VALID": has_valid, "HAS_TASKS": has_tasks}
+    return _Plan(
+        Launcher(_forward, {**tile, **options}),
+        Launcher(_tile_tasks, _tile_tasks_keywords(tile)),
+        Launcher(_count_straddling, _straddling_keywords(tile, has_valid)),
     )
-    if tile_task is not None:
-        keywords = _straddling_keywords(tile, valid is not None)
-        grid = (tasks, cdiv(d_ff, keywords["COLUMNS"]))
-        launch(
-            _count_straddling, grid, x.device, h, valid, task_offsets, counts, tokens, d_ff, wide // step, **keywords
-        )
-    return h if wide == d_ff else h[:, :d_ff].contiguous(), counts

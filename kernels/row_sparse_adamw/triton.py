@@ -29,11 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.checks import PLAIN
-from ..common.triton_launch import INTERPRETER, Shipped, cdiv, launch, stream_of, target_of
+from ..common.triton_launch import INTERPRETER, Launcher, Shipped, cdiv, launching, planned, stream_of, target_of
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _Row = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]  # param, grad, exp_avg, exp_avg_sq, active
-_Launch = tuple[int, Tensor, Tensor, dict[str, Any]]  # programs, table, owners, keywords
+_Launch = tuple[int, Tensor, Tensor, Launcher]  # programs, table, owners, kernel
 _FIELDS = 8  # int64 numbers of a tensor in the table: param, grad, exp_avg, exp_avg_sq, active, elements, width, block
 _TABLES = 64  # kept tables: gradients come back at a few addresses, in an order that the allocator chooses
 
@@ -177,7 +177,7 @@ def _owners(blocks: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
-    """For each launch: the number of programs, the table, the owners, the keywords."""
+    """For each launch: the number of programs, the table, the owners, the kernel."""
     device = tensors[0][0].device
     target = target_of(device)
     launches: dict[tuple[Any, ...], list[list[int]]] = {}
@@ -201,8 +201,14 @@ def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
         numbers = [number for row, start in zip(rows, starts) for number in (*row, start)]
         # From pinned memory the copy waits for nothing.
         table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-        found.append((sum(blocks), table.to(device, non_blocking=True), _owners(blocks, device), keywords))
+        launcher = _launcher(device, dtypes, aligned)
+        found.append((sum(blocks), table.to(device, non_blocking=True), _owners(blocks, device), launcher))
     return found
+
+
+@planned
+def _launcher(device: torch.device, dtypes: tuple[torch.dtype, ...], aligned: bool) -> Launcher:
+    return Launcher(_adamw, _keywords(target_of(device), dtypes, aligned))
 
 
 _kept: OrderedDict[tuple[Any, ...], list[_Launch]] = OrderedDict()
@@ -264,14 +270,14 @@ def row_sparse_adamw_(
         eps: added to the root of the bias-corrected second moment.
         weight_decay: decoupled.
     """
-    for programs, table, owners, keywords in _plan(list(zip(params, grads, exp_avgs, exp_avg_sqs, active))):
-        coefficients = (
-            1 - lr * weight_decay,
-            lr / (1 - betas[0] ** step),
-            1 - betas[0],
-            betas[1],
-            1 - betas[1],
-            (1 - betas[1] ** step) ** 0.5,
-            eps,
-        )
-        launch(_adamw, (programs,), table.device, table, owners, *coefficients, **keywords)
+    coefficients = (
+        1 - lr * weight_decay,
+        lr / (1 - betas[0] ** step),
+        1 - betas[0],
+        betas[1],
+        1 - betas[1],
+        (1 - betas[1] ** step) ** 0.5,
+        eps,
+    )
+    for programs, table, owners, launcher in _plan(list(zip(params, grads, exp_avgs, exp_avg_sqs, active))):
+        launching(table.device, launcher, (programs, 1, 1), table, owners, *map(float, coefficients))

@@ -11,6 +11,7 @@ parts of a row are added up in the order of tasks and chunks. So the result does
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -23,9 +24,12 @@ from ..common.products import by_library, launched, mm_float32
 from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
+    Launcher,
     Shipped,
+    aligned,
     cdiv,
-    launch,
+    launching,
+    planned,
     pointer,
     precision,
     processors,
@@ -35,9 +39,9 @@ from ..common.triton_launch import (
 from ..common.triton_tasks import (
     Tasks,
     Tile,
+    column_sums,
     columns_launch,
     compact_width,
-    pack_columns,
     pack_columns_kernel,
     refuses,
     task_end,
@@ -207,68 +211,88 @@ def expand_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=there[:, None] & real)
 
 
-def product_parts(left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tensor | None) -> tuple[Tensor, int]:
-    """``leftᵀ right`` in parts, one for each chunk of each task's tokens.
+class Product:
+    """The product over tokens, in parts, one for each chunk of each task's tokens; for a plan.
 
     Args:
-        left: ``[tokens, width]``, as ``rows16`` gives it.
-        right: ``[tokens, columns]``, likewise.
-        tasks: at least one token.
-        task_offsets: as the operator got them.
-
-    Returns:
-        float32 ``[parts, >= width, >= columns]``, the chunks of a task behind each other; the tokens in a chunk.
+        device: of the operands.
+        dtype: of the operands.
+        grouped: whether there are several tasks.
     """
-    width, columns = left.shape[1], right.shape[1]
-    if by_library("dw", left.dtype, task_offsets):
-        bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
-        products = [mm_float32(left[a:b].t(), right[a:b])[None] for a, b in bounds if a < b]
-        return products[0] if len(products) == 1 else torch.cat(products), tasks.tokens
-    precise = precision(left.dtype)
-    target = target_of(left.device)
-    tile = product_tile(target, left.dtype, precise)
-    down, across = cdiv(width, tile.m), cdiv(columns, tile.n)
-    chunk = chunk_of(tasks, down * across, processors(left.device), tile.k)
-    count = tasks.most_tiles(chunk)
-    parts = torch.empty((count, down * tile.m, across * tile.n), dtype=torch.float32, device=left.device)
-    sizes = (tasks.tokens, tasks.number, chunk, width, columns, left.stride(0), right.stride(0))
-    keywords = {"GROUPED": tasks.offsets is not None, "TMA": has_tma(target), **tile.keywords(precise)}
-    grid = (count * down * across,)
-    pointers = (left, right, parts, tasks.offsets)
-    launch(product_kernel, grid, left.device, *pointers, *sizes, workspace=True, **keywords)
-    return parts, chunk
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool) -> None:
+        precise, target = precision(dtype), target_of(device)
+        self.tile, self.programs = product_tile(target, dtype, precise), processors(device)
+        keywords = {"GROUPED": grouped, "TMA": has_tma(target), **self.tile.keywords(precise)}
+        self.launcher = Launcher(product_kernel, keywords)
+
+    def __call__(self, left: Tensor, right: Tensor, tasks: Tasks, task_offsets: Tensor | None) -> tuple[Tensor, int]:
+        """``leftᵀ right``.
+
+        Args:
+            left: ``[tokens, width]``, as ``rows16`` gives it.
+            right: ``[tokens, columns]``, likewise.
+            tasks: at least one token.
+            task_offsets: as the operator got them.
+
+        Returns:
+            float32 ``[parts, >= width, >= columns]``, the chunks of a task behind each other; the tokens in a chunk.
+        """
+        width, columns = left.shape[1], right.shape[1]
+        if by_library("dw", left.dtype, task_offsets):
+            if tasks.number == 1:
+                return mm_float32(left.t(), right)[None], tasks.tokens
+            bounds = checks.segments(task_offsets, tasks.tokens)
+            products = [mm_float32(left[a:b].t(), right[a:b])[None] for a, b in bounds if a < b]
+            return products[0] if len(products) == 1 else torch.cat(products), tasks.tokens
+        tile = self.tile
+        down, across = cdiv(width, tile.m), cdiv(columns, tile.n)
+        chunk = chunk_of(tasks, down * across, self.programs, tile.k)
+        count = tasks.most_tiles(chunk)
+        parts = torch.empty((count, down * tile.m, across * tile.n), dtype=torch.float32, device=left.device)
+        sizes = (tasks.tokens, tasks.number, chunk, width, columns, left.stride(0), right.stride(0))
+        self.launcher((count * down * across, 1, 1), left, right, parts, tasks.offsets, *sizes)
+        return parts, chunk
 
 
-def expand(
-    parts: Tensor,
-    chunk: int,
-    places: Tensor,
-    tasks: Tasks,
-    out: Tensor,
-    constant: tuple[Tensor, Tensor] | None = None,
-    add: bool = False,
-    whole: bool = False,
-) -> None:
-    """Writes ``out [d_ff, columns]``, of any strides: the sums of the parts in the order of tasks and chunks.
+class Expand:
+    """Rows of the result from what :class:`Product` gives; for a plan.
 
     Args:
-        parts: as :func:`product_parts` gives them.
-        chunk: the tokens in a chunk, likewise.
-        places: int32 ``[tasks, d_ff]``, see ``places_of``.
-        tasks: as for the parts.
-        out: float32, or the dtype of the operator.
-        constant: b1 ``[d_ff]`` and the sums of dy by task, float32 ``[tasks, columns]``: where a task has not the
-            neuron, it adds the product of the two, b1 after ReLU.
-        add: add to ``out``, float32, in the rows that some task has, and touch no other row.
+        grouped: whether there are several tasks.
+        constant: whether it is the gradient of W2, with what the constants of neurons add that a task has not.
+        add: add to a float32 result in the rows that some task has, and touch no other row.
         whole: whether the parts have a row for every neuron, not for every place.
     """
-    neurons, columns = out.shape
-    bias, sums = constant or (None, None)
-    grid = (cdiv(neurons, ROWS), cdiv(columns, COLUMNS))
-    pointers = (parts, places, tasks.offsets, bias, sums, out)
-    sizes = (tasks.tokens, tasks.number, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
-    keywords = expand_launch(tasks.offsets is not None, constant is not None, add, whole)
-    launch(expand_kernel, grid, out.device, *pointers, *sizes, **keywords)
+
+    def __init__(self, grouped: bool, constant: bool = False, add: bool = False, whole: bool = False) -> None:
+        self.launcher = Launcher(expand_kernel, expand_launch(grouped, constant, add, whole))
+
+    def __call__(
+        self,
+        parts: Tensor,
+        chunk: int,
+        places: Tensor,
+        tasks: Tasks,
+        out: Tensor,
+        constant: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Writes ``out [d_ff, columns]``, of any strides: the sums of the parts in the order of tasks and chunks.
+
+        Args:
+            parts: as :class:`Product` gives them.
+            chunk: the tokens in a chunk, likewise.
+            places: int32 ``[tasks, d_ff]``, see ``places_of``.
+            tasks: as for the parts.
+            out: any dtype of the kernels.
+            constant: b1 ``[d_ff]`` and the sums of dy by task, float32 ``[tasks, columns]``: where a task has not the
+                neuron, it adds the product of the two, b1 after ReLU.
+        """
+        neurons, columns = out.shape
+        bias, sums = constant or (None, None)
+        sizes = (tasks.tokens, tasks.number, chunk, neurons, columns, *parts.stride()[:2], *out.stride())
+        grid = (cdiv(neurons, ROWS), cdiv(columns, COLUMNS), 1)
+        self.launcher(grid, parts, places, tasks.offsets, bias, sums, out, *sizes)
 
 
 def expand_launch(grouped: bool, constant: bool, add: bool, whole: bool = False) -> dict[str, object]:
@@ -322,17 +346,54 @@ def _gradient(
         return dh.sum(0, dtype=torch.float32).to(dh.dtype)
     if places is None:
         places = places_of(index, d_ff)
-    x = rows16(x)
-    if packs(d_in, d_ff, width, dh.dtype, task_offsets):
-        dh = dh if dh.stride(1) == 1 else dh.contiguous()
-        packed, sums = pack_columns(dh, index.contiguous(), places, tasks, compact_width(index))
-        parts, chunk = product_parts(packed, x, tasks, task_offsets)
-        expand(parts, chunk, places, tasks, dw, add=add)
-    else:
-        parts, chunk = product_parts(rows16(dh), x, tasks, task_offsets)
-        expand(parts, chunk, places, tasks, dw, add=add, whole=True)
-        sums = dh.sum(0, dtype=torch.float32)[None]  # of all tasks: nothing masks the bias
-    return (sums[0] if sums.shape[0] == 1 else sums.sum(0)).to(dh.dtype)
+    index, x, pack = index.contiguous(), rows16(x), packs(d_in, d_ff, width, dh.dtype, task_offsets)
+    dh = rows16(dh) if not pack else dh if dh.stride(1) == 1 else dh.contiguous()
+    plan = _plan(
+        *(dh.device, dh.dtype, dw.dtype, tasks.offsets is not None, pack, add),
+        *(d_ff, d_in, width, dh.stride(0), x.stride(0), dw.stride(), by_library("dw", dh.dtype, task_offsets)),
+        *(precision(dh.dtype), aligned(dh, index, places, dw)),
+    )
+    return launching(dh.device, plan, dw, dh, x, index, places, tasks, task_offsets)
+
+
+class _Plan:
+    """The launches of calls that are alike in all that Triton compiles for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, pack: bool, add: bool) -> None:
+        self.columns = column_sums(grouped, True) if pack else None
+        self.product, self.expand = Product(device, dtype, grouped), Expand(grouped, add=add, whole=not pack)
+
+    def __call__(
+        self,
+        dw: Tensor,
+        dh: Tensor,
+        x: Tensor,
+        index: Tensor,
+        places: Tensor,
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+    ) -> Tensor:
+        left = dh
+        if self.columns is None:
+            sums = dh[:, : places.shape[1]].sum(0, dtype=torch.float32)  # of all tasks: nothing masks the bias
+        else:
+            left = dh.new_empty((dh.shape[0], compact_width(index)))
+            sums = self.columns(dh, tasks, left, index, places).sum(0)
+        self.expand(*self.product(left, x, tasks, task_offsets), places, tasks, dw)
+        return sums.to(dh.dtype)
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    given: torch.dtype,
+    grouped: bool,
+    pack: bool,
+    add: bool,
+    *alike: Any,
+) -> _Plan:
+    return _Plan(device, dtype, grouped, pack, add)
 
 
 def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:
