@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from bench.gpu.experiments import backend, block_calls
-from bench.gpu.lab import Lab, Operands, replaced
+from bench.gpu.experiments import block_calls
+from bench.gpu.lab import Lab, Operands, backend, forget, launches
 from bench.providers.problem import random_sets
 from bench.rows import Row
 from nspec.kernels.common import products
@@ -89,18 +89,22 @@ def optimizer(lab: Lab) -> Iterator[Row]:
         active = list(random_sets(LAYERS, d_ff, round(density * d_ff), lab.device))
         moved = BYTES_PER_ELEMENT * LAYERS * d * round(density * d_ff)
         for elements in (1024, 2048, 4096):
+            name = f"row_sparse_adamw, density {density}, {elements} elements"
+            with mock.patch.object(ad, "_keywords", _sized(ad._keywords, elements)):
+                ad._kept.clear()
+                forget(ad)
 
-            def sized(*args: Any, real: Any = ad._keywords, elements: int = elements) -> dict[str, Any]:
-                found = real(*args)
-                return {**found, "GROUPS": elements // found["WIDE"]}
-
-            def call(sized: Any = sized, active: list[Tensor] = active) -> None:
-                with replaced(ad, _keywords=sized):
+                def call(active: list[Tensor] = active) -> None:
                     ad.row_sparse_adamw_(*lists, active, **options)
 
-            ad._kept.clear()  # of the size before
-            yield lab.timed("E7", f"row_sparse_adamw, density {density}, {elements} elements", call, moved=moved)
+                def right(call: Callable[[], None] = call, elements: int = elements) -> str | None:
+                    (one,) = launches(lab.device, call)
+                    found = one.launcher.keywords["GROUPS"] * one.launcher.keywords["WIDE"]
+                    return None if found == elements else f"a program has {found} elements"
+
+                yield lab.timed("E7", name, call, right=right, moved=moved)
     ad._kept.clear()
+    forget(ad)
     steps = [torch.tensor(2.0, device=lab.device) for _ in range(LAYERS)]
 
     def fused() -> None:
@@ -110,6 +114,16 @@ def optimizer(lab: Lab) -> Iterator[Row]:
         )  # fmt: skip
 
     yield lab.timed("E7", "fused AdamW", fused, moved=BYTES_PER_ELEMENT * LAYERS * d * d_ff)
+
+
+def _sized(real: Callable[..., dict[str, Any]], elements: int) -> Callable[..., dict[str, Any]]:
+    """The keywords of a launch with so many elements a program."""
+
+    def keywords(*args: Any) -> dict[str, Any]:
+        found = real(*args)
+        return {**found, "GROUPS": elements // found["WIDE"]}
+
+    return keywords
 
 
 def graphs(lab: Lab) -> Iterator[Row]:

@@ -1,31 +1,24 @@
 """The experiments of the probe, by name: what each measures and what it decides.
 
-They reach into the kernels' modules to try other block sizes. Where a module has changed, that measurement says so and the
-others go on.
+Other block sizes are tried on launches that a call has made, by making them again. Where the kernels have changed too much
+for that, the measurement says so and the others go on.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.lab import Lab, Operands, launches, off_by, replaced
+from bench.gpu.lab import Lab, Launch, Operands, backend, launches, off_by
 from bench.rows import Row
-from nspec.kernels.common.active import active_index, places_of
+from nspec.kernels.common.active import active_index
 from nspec.kernels.common.products import mm_float32
-
-
-def backend(operator: str) -> ModuleType:
-    """The Triton backend of an operator, or the module of ``common`` of that name."""
-    within = f"common.{operator}" if operator.startswith("triton_") else f"{operator}.triton"
-    return importlib.import_module(f"nspec.kernels.{within}")
 
 
 def products(lab: Lab) -> Iterator[Row]:
@@ -75,61 +68,42 @@ def fused_relu(lab: Lab) -> Iterator[Row]:
 
 def tiles(lab: Lab) -> Iterator[Row]:
     """E3: stages and flattening of h and of the gate, and flattening and GROUP of fc1 with counts, Transformer-big."""
-    ff, tasks_of = backend("compact_ffn"), backend("triton_tasks").tasks_of
     (d, d_ff), t, size = lab.shapes["big"], lab.tokens, lab.dtype.itemsize
     n = d_ff // 2
-    x, fc1, bias, h = lab.normal(t, d), lab.normal(n, d, scale=d**-0.5), lab.normal(n), lab.normal(t, n)
-    tasks, work = tasks_of(t, None, lab.device), {"flops": 2 * t * d * n, "moved": size * (t * d + t * n + n * d)}
-    gated = {**work, "moved": work["moved"] + size * t * n}
-    exact = {False: torch.relu(F.linear(x, fc1, bias)), True: F.linear(x, fc1) * (h > 0)}
-    for gate, flat, stages in (
-        (False, False, 3), (False, True, 3), (True, False, 2), (True, False, 3), (True, True, 2),
+    o = lab.operands("big", 0.5)
+    found = [one for one in launches(lab.device, block_calls(o)[1]) if one.name == "to_neurons_kernel"]
+    relu, gate = found  # one for h, one for dh
+    for kernel, what, flat, stages in (
+        (relu, "h", False, 3), (relu, "h", True, 3), (gate, "gate", False, 2), (gate, "gate", False, 3),
+        (gate, "gate", True, 2),
     ):  # fmt: skip
-        name = f"{'gate' if gate else 'h'}, {stages} stages, {'' if flat else 'not '}flattened"
-        out = torch.empty_like(h)
-
-        def tile(*args: Any, real: Any = ff.neurons_tile, stages: int = stages) -> Any:
-            return real(*args)._replace(stages=stages)
-
-        def call(gate: bool = gate, out: Tensor = out, tile: Any = tile, flat: bool = flat) -> None:
-            with replaced(ff, neurons_tile=tile, flattens=lambda *_: flat):
-                ff._to_neurons(x, fc1, None if gate else bias, h if gate else None, out, tasks)
-
-        def right(gate: bool = gate, out: Tensor = out, call: Any = call) -> str | None:
-            call()
-            return off_by(out, exact[gate])
-
-        yield lab.timed("E3", name, call, right=right, **(gated if gate else work))
-    yield from _counting(lab)
-
-
-def _counting(lab: Lab) -> Iterator[Row]:
-    """fc1 with ReLU and counts, by the flattening of its loop and by the rows of tiles that go together."""
+        other = kernel.again(FLATTEN=flat, num_stages=stages)
+        name = f"{what}, {stages} stages, {'' if flat else 'not '}flattened"
+        moved = size * (t * d + (1 if what == "h" else 2) * t * n + n * d)
+        right = functools.partial(_same, kernel, other, ("out_ptr",) if what == "h" else ("out_ptr", "sums_ptr"))
+        yield lab.timed("E3", name, other, right=right, flops=2 * t * d * n, moved=moved)
     lr = backend("linear_relu_count")
-    (d, d_ff), t, size = lab.shapes["big"], lab.tokens, lab.dtype.itemsize
-    x, w, b = lab.normal(t, d), lab.normal(d_ff, d, scale=d**-0.5), lab.normal(d_ff)
-    exact = torch.relu(F.linear(x, w, b))
+    (counting,) = launches(lab.device, lambda: lr.forward(o.x, o.w1, o.b1, None, None))
     for flat in (True, False):
         for group in (1, 4, 8):
-            changed = {"FLATTEN": flat, "GROUP": group}
-
-            def other(*args: Any, real: Any = lr._tiles, changed: dict[str, Any] = changed) -> Any:
-                return [{**one, **changed} for one in real(*args)]
-
-            def call(other: Any = other) -> tuple[Tensor, Tensor]:
-                with replaced(lr, _tiles=other):
-                    found: tuple[Tensor, Tensor] = lr.forward(x, w, b, None, None)
-                return found
-
-            def right(call: Any = call) -> str | None:
-                found, counts = call()
-                if not torch.equal(counts[0], (found > 0).sum(0)):
-                    return "the counts are not those of its h"
-                return off_by(found, exact)
-
+            other = counting.again(FLATTEN=flat, GROUP=group)
             name = f"fc1 with counts, {'' if flat else 'not '}flattened, GROUP {group}"
             moved = size * (t * d + t * d_ff + d_ff * d)
-            yield lab.timed("E3", name, call, right=right, flops=2 * t * d * d_ff, moved=moved)
+            right = functools.partial(_same, counting, other, ("h", "counts"))
+            yield lab.timed("E3", name, other, right=right, flops=2 * t * d * d_ff, moved=moved)
+
+
+def _same(shipped: Launch, other: Callable[[], object], names: tuple[str, ...]) -> str | None:
+    """What is wrong with the results of a launch with other blocks, which start as zero, against the shipped one's."""
+    tensors = [shipped.argument(name) for name in names]
+    results = []
+    for call in (shipped.again(), other):
+        for tensor in tensors:
+            tensor.zero_()
+        call()
+        results.append([tensor.clone() for tensor in tensors])
+    said = (off_by(found, exact) for exact, found in zip(*results))
+    return next((f"{name}: {words}" for name, words in zip(names, said) if words), None)
 
 
 def block_calls(o: Operands) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -149,14 +123,13 @@ def block_calls(o: Operands) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 def small_kernels(lab: Lab) -> Iterator[Row]:
     """E4: every kernel of a block by itself, density 0.5, one task and eight, and the library's passes."""
-    modules = [backend(name) for name in ("compact_ffn", "row_sparse_wgrad", "triton_tasks")]
     for tasks in (1, 8):
         o = lab.operands("big", 0.5, tasks)
         seen: dict[str, int] = {}
-        for launch in launches(modules, block_calls(o)[1]):
+        for launch in launches(lab.device, block_calls(o)[1]):
             seen[launch.name] = seen.get(launch.name, 0) + 1
             name = f"{launch.name} {seen[launch.name]}, {tasks} task{'s' if tasks > 1 else ''}"
-            yield lab.timed("E4", name, launch.again, moved=launch.moved)
+            yield lab.timed("E4", name, launch.again(), moved=launch.moved)
     n = lab.shapes["big"][1] // 2
     h, dh = lab.normal(lab.tokens, n), lab.normal(lab.tokens, n)
     size = h.numel() * h.element_size()
@@ -168,44 +141,53 @@ def small_kernels(lab: Lab) -> Iterator[Row]:
 
 def packing(lab: Lab) -> Iterator[Row]:
     """E5: blocks of pack_columns, and packing dh against the dense product whose inactive rows are left out."""
-    wg, common = backend("row_sparse_wgrad"), backend("triton_tasks")
+    wg = backend("row_sparse_wgrad")
     (d, d_ff), t, size = lab.shapes["big"], lab.tokens, lab.dtype.itemsize
     dh, x = lab.normal(t, d_ff), lab.normal(t, d)
-    tasks = common.tasks_of(t, None, lab.device)
+
+    def gradient(index: Tensor, way: bool) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(wg, "packs", return_value=way):
+            found: tuple[Tensor, Tensor] = wg.forward(dh, x, index, None)
+        return found
+
+    def same(index: Tensor) -> str | None:
+        pairs = zip(gradient(index, True), gradient(index, False))
+        return next((said for one, other in pairs if (said := off_by(one, other))), None)
+
     for density in (0.5, 0.7, 0.78):
-        active = lab.operands("big", density).active
-        index = active_index(active)
-        places = places_of(index, d_ff)
-        width = common.compact_width(index)
-        for tokens, warps in ((64, 8), (32, 4), (64, 16)) if density == 0.5 else ():
-            real = common.columns_launch
-
-            def blocks(*args: Any, real: Any = real, tokens: int = tokens, warps: int = warps) -> dict[str, Any]:
-                return {**real(*args), "TOKENS": tokens, "num_warps": warps}
-
-            def pack(blocks: Any = blocks) -> Any:
-                with replaced(common, columns_launch=blocks):
-                    return common.pack_columns(dh, index, places, tasks, width)  # noqa: B023
-
-            def right(pack: Any = pack) -> str | None:
-                packed, sums = pack()
-                return off_by(packed[:, : int(active.sum())], dh[:, active]) or off_by(sums.sum(0), dh.float().sum(0))  # noqa: B023
-
-            name = f"pack_columns, density {density}, {tokens} tokens, {warps} warps"
-            yield lab.timed("E5", name, pack, right=right, moved=size * t * (d_ff + width))
-
-        def gradient(way: bool, index: Tensor = index) -> tuple[Tensor, Tensor]:
-            with replaced(wg, packs=lambda *_: way):
-                found: tuple[Tensor, Tensor] = wg.forward(dh, x, index, None)
-            return found
-
-        def same(gradient: Any = gradient) -> str | None:
-            return next(
-                (said for one, other in zip(gradient(True), gradient(False)) if (said := off_by(one, other))), None
-            )
-
+        index = active_index(lab.operands("big", density).active)
+        width = index.shape[1]
+        if density == 0.5:
+            made = launches(lab.device, functools.partial(gradient, index, True))
+            (pack,) = (one for one in made if one.name == "pack_columns_kernel")
+            yield from _packing_blocks(lab, pack, size * t * (d_ff + width))
         moved = size * (t * d_ff + t * d + d_ff * d)
         for way, words in ((True, "packing"), (False, "the dense product")):
-            name = f"gradient by {words}, density {density}"
-            call = functools.partial(gradient, way)
-            yield lab.timed("E5", name, call, right=same, flops=2 * t * d * width, moved=moved)
+            name, call = f"gradient by {words}, density {density}", functools.partial(gradient, index, way)
+            right = functools.partial(same, index)
+            yield lab.timed("E5", name, call, right=right, flops=2 * t * d * width, moved=moved)
+
+
+def _packing_blocks(lab: Lab, pack: Launch, moved: int) -> Iterator[Row]:
+    """The same columns packed by other blocks of tokens."""
+    rows = pack.argument("sums_ptr").shape[0]
+    for tokens, warps in ((64, 8), (32, 4), (64, 16)):
+        grid = (-(-lab.tokens // tokens), *pack.grid[1:])
+        if grid[0] > rows:
+            raise ValueError(f"{grid[0]} blocks of {tokens} tokens, and memory for the sums of {rows}")
+        other = pack.again((grid[0], grid[1], grid[2]), TOKENS=tokens, num_warps=warps)
+        name = f"pack_columns, density 0.5, {tokens} tokens, {warps} warps"
+        yield lab.timed("E5", name, other, right=functools.partial(_same_sums, pack, other), moved=moved)
+
+
+def _same_sums(pack: Launch, other: Callable[[], object]) -> str | None:
+    """As :func:`_same`; the sums of tiles of other sizes agree when they are added up."""
+    sums = pack.argument("sums_ptr")
+    if said := _same(pack, other, ("packed_ptr",)):
+        return said
+    totals = []
+    for call in (pack.again(), other):
+        sums.zero_()
+        call()
+        totals.append(sums.sum(0))
+    return off_by(totals[1], totals[0])

@@ -1,15 +1,16 @@
-"""What the experiments of the probe share: sizes, inputs, timing, and other values for parts of the kernels' modules."""
+"""What the experiments of the probe share: sizes, inputs, timing, and launches that are made again."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -201,51 +202,75 @@ class Lab:
         return {"kind": "probe", "experiment": experiment, "name": name, "microseconds": None, "absent": reason}
 
 
-@contextlib.contextmanager
-def replaced(where: Any, **values: Any) -> Iterator[None]:
-    """Other values for some names of a module as long as the block lasts.
-
-    Raises:
-        AttributeError: it has no such name: the kernels have changed, and the experiment has to.
-    """
-    before = {name: getattr(where, name) for name in values}
-    for name, value in values.items():
-        setattr(where, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(where, name, value)
+def forget(*modules: ModuleType) -> None:
+    """Clears what functions of these modules have kept, so that the next call chooses its kernels anew."""
+    for module in modules:
+        for function in vars(module).values():
+            if callable(getattr(function, "cache_clear", None)):
+                function.cache_clear()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its arguments, as it was launched."""
+    """A kernel with its grid and arguments, as it was launched on a device."""
 
-    name: str
-    again: Call
-    moved: int
+    device: torch.device
+    launcher: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the kernel."""
+        kernel = self.launcher.kernel
+        return str(getattr(kernel, "fn", kernel).__name__)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors that it is given."""
+        tensors = {t.data_ptr(): t for t in self.args if isinstance(t, Tensor)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def argument(self, name: str) -> Any:
+        """One of its arguments.
+
+        Raises:
+            ValueError: the kernel has none of that name.
+        """
+        return self.args[self.launcher.kernel.arg_names.index(name)]
+
+    def again(self, grid: tuple[int, int, int] | None = None, **keywords: Any) -> Call:
+        """A call that makes the launch again, with another grid or other constants and options of the compiler.
+
+        Raises:
+            ValueError: the kernel has no such keyword.
+        """
+        launch = backend("triton_launch")
+        if unknown := set(keywords) - set(self.launcher.keywords):
+            raise ValueError(f"{self.name} is launched without {', '.join(sorted(unknown))}")
+        launcher = launch.Launcher(self.launcher.kernel, {**self.launcher.keywords, **keywords})
+        return functools.partial(launch.launching, self.device, launcher, grid or self.grid, *self.args)
 
 
-def launches(modules: Sequence[ModuleType], call: Call) -> list[Launch]:
-    """The launches that a call makes through ``launch`` of these modules, in order; each can be made again by itself."""
+def launches(device: torch.device, call: Call) -> list[Launch]:
+    """The launches that a call makes, in order."""
     found: list[Launch] = []
+    of_all = backend("triton_launch").Launcher
+    real = of_all.__call__
 
-    def recorder(real: Callable[..., None]) -> Callable[..., None]:
-        def launch(kernel: Any, *args: Any, **keywords: Any) -> None:
-            tensors = {t.data_ptr(): t for t in args if isinstance(t, Tensor)}
-            moved = sum(t.numel() * t.element_size() for t in tensors.values())
-            name = getattr(kernel, "fn", kernel).__name__
-            found.append(Launch(name, functools.partial(real, kernel, *args, **keywords), moved))
-            real(kernel, *args, **keywords)
+    def recorded(launcher: Any, grid: tuple[int, int, int], *args: Any) -> None:
+        found.append(Launch(device, launcher, grid, args))
+        real(launcher, grid, *args)
 
-        return launch
-
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(replaced(module, launch=recorder(module.launch)))
+    with mock.patch.object(of_all, "__call__", recorded):
         call()
     return found
+
+
+def backend(operator: str) -> ModuleType:
+    """The Triton backend of an operator, or the module of ``common`` of that name."""
+    within = f"common.{operator}" if operator.startswith("triton_") else f"{operator}.triton"
+    return importlib.import_module(f"nspec.kernels.{within}")
 
 
 def off_by(found: Tensor, exact: Tensor, bound: float = 1e-2) -> str | None:
