@@ -39,7 +39,7 @@ def predictions(rows: Sequence[Row]) -> Lines:
         if found is not None and not 0.95 * low <= found <= 1.05 * high:
             said = f"{low / found:.2f} times as fast" if found < low else f"{found / high:.2f} times as slow"
         if row.get("device_type") != "cuda":
-            said = "not compared: no GPU"
+            said = "not compared: measured on a CPU"
         measured = NONE if found is None else f"{found:.1f} us"
         body.append([row["experiment"], row["name"], expected_range(row), measured, said.replace("|", "/")])
     return table(["experiment", "<what", "expected", "measured", "<verdict"], body) if body else []

@@ -194,7 +194,7 @@ def probe_rows() -> Iterator[dict[str, Any]]:
         "reason": "OutOfResources: x",
         **expected,
     }
-    yield {"kind": "probe", "experiment": "E8", "name": "graph", "microseconds": None, "absent": "needs a GPU"}
+    yield {"kind": "probe", "experiment": "E8", "name": "graph", "microseconds": None, "absent": "no graphs here"}
 
 
 def fabricated(device: dict[str, Any]) -> list[dict[str, Any]]:
