@@ -11,7 +11,8 @@ Tensors are tiny and on the CPU. What would reach a GPU ends here, in four place
 
 PyTorch's other operations run, on tensors so small that it is the call that takes the time. Numbers are garbage. What a
 device adds is missing: the driver's calls, ``torch.cuda.device``, CUDA's allocator, copies to the device. Code that asks
-for the type of the device goes the CPU's way here; where it means the interpreter, it should ask ``gpu.interpreted``.
+for the type of the device goes the CPU's way here (so offsets of tasks are checked in each call, not once a batch); where
+it means the interpreter, it should ask ``gpu.interpreted``.
 
 Triton keeps what it compiled for the driver of the process: :func:`install` is for a process that does nothing else.
 """

@@ -30,11 +30,15 @@ _HOMES = {
     "checkpoint_contexts": "nspec.specialization.tasks",
     "MaskedLinear": "nspec.nn.masked_linear",
     "RowSparseAdamW": "nspec.nn.optimizer",
+    "TaskTrainerMixin": "nspec.integrations.trainer",
+    "task_collator": "nspec.integrations.collator",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from nspec.integrations.collator import task_collator
+    from nspec.integrations.trainer import TaskTrainerMixin
     from nspec.nn.masked_linear import MaskedLinear
     from nspec.nn.optimizer import RowSparseAdamW
     from nspec.specialization.apply import despecialize, merge, specialize

@@ -36,7 +36,7 @@ class TaskBatch:
     Sentences are sorted by task, stably, in the order in which the tasks first appear.
 
     Args:
-        tasks: of each sentence.
+        tasks: of each sentence, a name; or None, where the layers know it in a batch.
         batch_dim: the dimension of a layer's input along which sentences lie. There may be ``n * k`` rows for n
             sentences: those of a sentence follow one another (beams, or a batch flattened to tokens).
         flattened: whether the rows of a matrix are the tokens of the batch, equally many of each sentence.
@@ -47,7 +47,7 @@ class TaskBatch:
         single: whether there is one only.
     """
 
-    def __init__(self, tasks: Sequence[str], batch_dim: int = 0, flattened: bool = False) -> None:
+    def __init__(self, tasks: Sequence[Any], batch_dim: int = 0, flattened: bool = False) -> None:
         self.tasks, self.batch_dim, self.flattened = tuple(tasks), batch_dim, flattened
         self.names = tuple(dict.fromkeys(self.tasks))
         self.single = len(self.names) == 1

@@ -34,7 +34,7 @@ _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes
 class TaskState(NamedTuple):
     """What a layer is switched to: a task, or the tasks of a batch, and the backward pass in which it was set."""
 
-    task: str | tuple[str, ...] | None
+    task: str | tuple[str | None, ...] | None
     active: ActiveSet | None
     batch: TaskBatch | None
     set_in: int
@@ -44,8 +44,8 @@ class TaskLinear(MaskedLinear, TaskSwitched):
     """A masked layer that knows the active sets of several tasks. ``nn.Linear`` modules are turned into it in place."""
 
     _sets: dict[str, ActiveSet]
-    _stacks: dict[tuple[str, ...], ActiveSet]
-    _task: str | tuple[str, ...] | None
+    _stacks: dict[tuple[str | None, ...], ActiveSet]
+    _task: str | tuple[str | None, ...] | None
     qualified_name: str
 
     _shared: Shared
@@ -85,9 +85,9 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         """The tasks that this layer has masks of."""
         return list(self._sets)
 
-    def knows(self, task: str) -> bool:
-        """Whether the layer has a mask of the task."""
-        return task in self._sets
+    def knows(self, task: str | None) -> bool:
+        """Whether the layer has a mask of the task. None, with all neurons, may be among the tasks of a batch."""
+        return task is None or task in self._sets
 
     @property
     def decodes_by_task(self) -> bool:
@@ -95,7 +95,7 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         return self.mode == "forward"
 
     @property
-    def task(self) -> str | tuple[str, ...] | None:
+    def task(self) -> str | tuple[str | None, ...] | None:
         """The current task, or the task of each sentence of a batch; None is dense."""
         return self._task
 
@@ -108,19 +108,22 @@ class TaskLinear(MaskedLinear, TaskSwitched):
             self._task = task
             self._use(None if task is None else self._sets[task])
 
-    def _stack(self, names: tuple[str, ...]) -> ActiveSet:
-        """The sets of several tasks as one; the set itself of a single one."""
-        if len(names) == 1:
+    def _stack(self, names: tuple[str | None, ...]) -> ActiveSet:
+        """The sets of several tasks as one, all neurons for None; the set itself of a single one."""
+        if len(names) == 1 and names[0] is not None:
             return self._sets[names[0]]
         stack = self._stacks.get(names)
         if stack is None:
             if len(self._stacks) >= _STACKS:
                 del self._stacks[next(iter(self._stacks))]
-            sets = [self._sets[name] for name in names]
+            sets = [self._every() if name is None else self._sets[name] for name in names]
             if not self.weight.is_meta:  # weights that are offloaded come when the layer runs
                 sets = [one.on(self.weight.device) for one in sets]
             self._stacks[names] = stack = ActiveSet.stack(sets)
         return stack
+
+    def _every(self) -> ActiveSet:
+        return ActiveSet(torch.ones(self.out_features, dtype=torch.bool, device="cpu"))
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -50,12 +51,13 @@ class Block:
     Attributes:
         holder: who entered the block.
         lasting: made by ``set_task``: others may run the model, as nothing switches it back.
+        ahead: made while a loader fetched the batch after the one that is run next.
         before: of each layer, by its id: the layer, its state and its block from before.
         open: whether it has not ended.
     """
 
-    def __init__(self, lasting: bool) -> None:
-        self.holder, self.lasting = Holder.present(), lasting
+    def __init__(self, lasting: bool, ahead: bool = False) -> None:
+        self.holder, self.lasting, self.ahead = Holder.present(), lasting, ahead
         self.before: dict[int, tuple[TaskSwitched, Any, Block | None]] = {}
         self.open = True
 
@@ -84,6 +86,14 @@ class Block:
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of a model is in no block
+
+
+def fetches_ahead() -> bool:
+    """Whether this code is called by a loader of accelerate, which fetches a batch before it gives the one before."""
+    frame = sys._getframe(1) if "accelerate" in sys.modules else None
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.data_loader":
+        frame = frame.f_back
+    return frame is not None
 
 
 class Shared:
@@ -133,8 +143,8 @@ class TaskSwitched:
         """The tasks that the layer knows."""
         raise NotImplementedError
 
-    def knows(self, task: str) -> bool:
-        """Whether the layer knows the task."""
+    def knows(self, task: str | None) -> bool:
+        """Whether the layer knows the task. None: whether a batch of several tasks may have sentences without one."""
         return task in self.tasks
 
     @property
@@ -167,12 +177,20 @@ class TaskSwitched:
     def check_thread(self) -> None:
         """For the beginning of a forward pass: raises RuntimeError inside a ``nspec.task`` block of another thread.
 
+        And where ``nspec.set_task`` was called for the next batch already.
+
         Replicas of ``nn.DataParallel`` and what a backward pass computes again run in threads of PyTorch.
         """
         if torch.compiler.is_compiling():
             return
         block = self._block
         self._check_same_pass()
+        if block is not None and block.ahead and not fetches_ahead():
+            raise RuntimeError(
+                "nspec.set_task was called while a batch was fetched, and accelerate's loader fetches one ahead: the task "
+                "is that of the next batch. Leave it in the batch, and set it where the batch is used: "
+                "nspec.TaskTrainerMixin does both, nspec.task_collator the first"
+            )
         if block is None or block.lasting or not block.open or not block.elsewhere():
             return
         if not self._in_other_thread_of_torch():

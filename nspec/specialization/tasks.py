@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
-from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch
+from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead
 
 from .layers import nearest
 
@@ -65,15 +65,24 @@ def calls_its_class(module: Any) -> bool:
 
 
 def set_task(
-    model: nn.Module, task: str | Sequence[str] | None, *, batch_dim: int = 0, flattened: bool = False
+    model: nn.Module,
+    task: str | int | Sequence[str | int | None] | Tensor | None,
+    *,
+    batch_dim: int = 0,
+    flattened: bool = False,
 ) -> None:
     """Switches the model to the neurons of ``task``, or of the task of each sentence; None computes the dense model.
 
+    It holds until the next call. Called where a batch is fetched (a collator, a data set) it would come too early, as
+    loaders fetch ahead: a pass is an error then where accelerate's loader is seen to, and a worker process switches a copy
+    that nobody runs. Put the task into the batch instead (``nspec.task_collator``, ``nspec.TaskTrainerMixin``).
+
     Args:
         model: specialised.
-        task: a name; or for batches of several tasks a sequence with the name of each sentence, in any order. A layer's
-            input may then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a
-            router chooses (experts) take one task at a time.
+        task: a name, or its place in ``masks.tasks``; or for batches of several tasks a sequence, tensor or array with
+            that of each sentence, in any order, and None for sentences that the dense model computes. A layer's input may
+            then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a router
+            chooses (experts) take one task at a time. Numbers that are on a device are waited for.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
             time first.
         flattened: with a sequence, whether layers whose input is a matrix ``[tokens, d_in]`` get the tokens of the whole
@@ -84,9 +93,9 @@ def set_task(
     switch it, until it sets None or ends.
 
     Raises:
-        ValueError: the model is not specialised or was changed since, has no masks of that task, the sequence is empty,
-            or ``batch_dim`` is negative.
-        TypeError: the task is neither a string nor a sequence of strings.
+        ValueError: the model is not specialised or was changed since, has no masks of that task, a number is not that of
+            a task, the sequence is empty, or ``batch_dim`` is negative.
+        TypeError: the task is no name, number or None, nor a sequence of them.
         RuntimeError: another thread has switched the model.
     """
     layers = specialized_layers(model)
@@ -95,7 +104,7 @@ def set_task(
     count_switch(layers)
     for layer in layers:
         layer.set_task(switch)
-    lasting = Block(lasting=True)
+    lasting = Block(lasting=True, ahead=fetches_ahead())
     for layer in layers:
         if layer._block is None or layer._block.lasting:
             layer.hold(None if switch is None else lasting)
@@ -127,35 +136,82 @@ def check_task(
     task: Any, layers: Sequence[TaskSwitched], batch_dim: int = 0, flattened: bool = False
 ) -> str | TaskBatch | None:
     """What layers are switched to: the task as given, or the batch of a sequence. Raises as :func:`set_task` does."""
-    if task is None or isinstance(task, str):
-        names = [] if task is None else [task]
-    elif isinstance(task, Sequence):
-        names = list(task)
-        if not names:
-            raise ValueError("the list of tasks is empty, expected the task of each sentence")
-        for place, name in enumerate(names):
-            if not isinstance(name, str):
-                raise TypeError(f"the task of sentence {place} is {name!r}, expected the name of a task")
+    if hasattr(task, "tolist"):  # a tensor or an array
+        task = task.tolist()
+    one = task is None or isinstance(task, (str, bool, int))
+    if not one and not isinstance(task, Sequence):
+        raise TypeError(
+            f"task is {task!r}, expected the name of a task, its number or None, or one of these for each sentence"
+        )
+    known = layers[0].tasks
+    names = [task_name(task, known)] if one else [task_name(each, known, place) for place, each in enumerate(task)]
+    numbered = any(not (each is None or isinstance(each, str)) for each in ([task] if one else task))
+    if numbered and any(layer.tasks != known for layer in layers):
+        raise ValueError("a task is given by its number, and layers of the model count them differently: give its name")
+    if not names:
+        raise ValueError("the list of tasks is empty, expected the task of each sentence")
+    if not one:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim is {batch_dim!r}, expected a whole number")
         if batch_dim < 0:
             raise ValueError(f"batch_dim is {batch_dim}, expected 0 or more")
-    else:
-        raise TypeError(f"task is {task!r}, expected the name of a task or None, or a name for each sentence")
-    for name in dict.fromkeys(names):
+    distinct = dict.fromkeys(names)
+    if list(distinct) == [None]:
+        return None
+    for name in distinct:
         for layer in layers:
             if not layer.knows(name):
-                raise ValueError(f"there are no masks of task {name!r}; {nearest(name, layer.tasks)}")
-    return task if task is None or isinstance(task, str) else TaskBatch(names, batch_dim, flattened)
+                raise ValueError(_unknown(name, layer))
+    return names[0] if one else TaskBatch(names, batch_dim, flattened)
+
+
+def task_name(task: Any, known: Sequence[str], sentence: int | None = None) -> str | None:
+    """The name of a task that is given by its name or number, None for the base.
+
+    Args:
+        task: what was given. A name is not looked up.
+        known: the tasks that numbers stand for.
+        sentence: whose task it is, for messages.
+
+    Raises:
+        ValueError: a number that no task has.
+        TypeError: it is neither a name nor a number nor None.
+    """
+    task = task.tolist() if hasattr(task, "tolist") else task  # numbers of NumPy and torch
+    if task is None or isinstance(task, str):
+        return task
+    what = "task" if sentence is None else f"the task of sentence {sentence}"
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise TypeError(f"{what} is {task!r}, expected the name of a task, its number, or None for the base")
+    if not 0 <= task < len(known):
+        raise ValueError(
+            f"{what} is {task}, expected a number from 0 to {len(known) - 1}, the place of a task in masks.tasks, or None "
+            "for the base"
+        )
+    return known[task]
+
+
+def _unknown(name: str | None, layer: TaskSwitched) -> str:
+    if name is None:
+        return (
+            f"some sentences have the task None, and {type(layer).__name__} layers take either a task for each sentence or "
+            "None for the whole batch"
+        )
+    return f"there are no masks of task {name!r}; {nearest(name, layer.tasks)}"
 
 
 @contextlib.contextmanager
 def task(
-    model: nn.Module, name: str | Sequence[str] | None, *, batch_dim: int = 0, flattened: bool = False
+    model: nn.Module,
+    name: str | int | Sequence[str | int | None] | Tensor | None,
+    *,
+    batch_dim: int = 0,
+    flattened: bool = False,
 ) -> Iterator[None]:
     """Within the block the model is switched to task ``name``; after it, to what it was before.
 
-    A sequence gives the task of each sentence of a batch; see :func:`set_task`. The backward pass may run after the
+    A task may be given by its number too, its place in ``masks.tasks``. A sequence or tensor gives the task of each
+    sentence of a batch, None where the dense model is meant; see :func:`set_task`. The backward pass may run after the
     block: activation checkpointing computes the forward pass again with the neurons that it used
     (``nspec.checkpoint_contexts`` where one backward pass holds several tasks). Blocks may end in another order than they
     began: the one that began last holds.

@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import host
+from bench import fake_gpu, host
 from bench.fake_gpu import FakeGpu
+from nspec.kernels.linear_relu_count import op
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,12 +133,27 @@ def test_a_call_that_takes_another_path_while_it_is_watched_is_an_error() -> Non
         host.counts(call, fake)
 
 
-def test_every_call_is_timed_once_a_round_after_calls_of_its_own() -> None:
+def test_every_call_is_timed_once_a_round_after_calls_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_switches", lambda: 0)
     seen: list[str] = []
     note: Callable[[str], Callable[[], None]] = lambda name: lambda: seen.append(name)
     times = host.processor_seconds([note("a"), note("b")], rounds=4, warmup=0)
     assert [len(one) for one in times] == [4, 4]
     assert "".join(seen) == "".join(name * host.CALLS for name in "abbaabba")
+
+
+def test_a_sample_in_which_another_program_had_the_core_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches = iter([0, 1, 1, 3, 3, 3])
+    monkeypatch.setattr(host, "_switches", lambda: next(switches))
+    seen: list[int] = []
+    assert len(host.processor_seconds([lambda: seen.append(0)], rounds=1, warmup=0)[0]) == 1
+    assert len(seen) == 3 * host.CALLS
+
+
+def test_an_operator_that_would_not_reach_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "BACKENDS", op.BACKENDS[1:])
+    with pytest.raises(RuntimeError, match="linear_relu_count has 0 backends 'triton', expected one"):
+        fake_gpu._admit_cpu_tensors()
 
 
 def test_interpreted_kernels_are_not_measured(

@@ -184,8 +184,8 @@ def test_rows_that_are_no_multiple_of_the_sentences_are_an_error_that_names_both
 def test_lists_that_are_none_are_errors_and_change_nothing() -> None:
     model = specialised()
     nspec.set_task(model, "de-en")
-    with pytest.raises(TypeError, match="the task of sentence 1 is None, expected the name of a task"):
-        nspec.set_task(model, ["en-de", None])
+    with pytest.raises(TypeError, match="the task of sentence 1 is 0.5, expected the name of a task"):
+        nspec.set_task(model, ["en-de", 0.5])
     with pytest.raises(ValueError, match="no masks of task 'en-dd'; known: en-de"):
         nspec.set_task(model, ["en-de", "en-dd"])
     with pytest.raises(ValueError, match="list of tasks is empty"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 from models import batch, m2m100, masks_for
 
 import nspec
+from nspec.baselines.adapters import TaskAdapters, add_adapters
 from nspec.specialization.tasks import task_by_layer
 
 
@@ -33,8 +36,8 @@ def test_an_unknown_task_is_an_error_that_names_the_nearest_and_changes_nothing(
     with pytest.raises(ValueError, match=r"no masks of task 'en-dd'; known: en-de"):
         nspec.set_task(model, "en-dd")
     assert model.model.encoder.layers[0].fc1.task == "de-en"
-    with pytest.raises(TypeError, match="expected the name of a task or None"):
-        nspec.set_task(model, 3)
+    with pytest.raises(TypeError, match="expected the name of a task, its number or None"):
+        nspec.set_task(model, 0.5)
 
 
 def test_a_model_without_masks_is_an_error() -> None:
@@ -93,3 +96,90 @@ def test_training_without_a_task_is_warned_of_once_for_a_model(mode: str, recwar
     told = [str(w.message) for w in recwarn if "without a task" in str(w.message)]
     assert len(told) == 2
     assert all("model.encoder.layers.0.fc1" in text and "nspec.task(model, name)" in text for text in told)
+
+
+def test_tasks_are_given_by_their_numbers_too() -> None:
+    model = m2m100()
+    masks = masks_for(model, ("en-de", "de-en", "de-fr"))
+    nspec.specialize(model, masks)
+    fc1 = model.model.encoder.layers[0].fc1
+    for given in (1, torch.tensor(1), np.int64(1)):
+        with nspec.task(model, given):
+            assert fc1.task == masks.tasks[1] == "de-en"
+    for several in ([2, 0], torch.tensor([2, 0]), np.array([2, 0]), [torch.tensor(2), "en-de"]):
+        with nspec.task(model, several):
+            assert fc1.task == ("de-fr", "en-de")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (3, ValueError, "task is 3, expected a number from 0 to 1"),
+        ([0, -1], ValueError, "the task of sentence 1 is -1, expected a number from 0 to 1"),
+        (True, TypeError, "task is True, expected the name of a task, its number"),
+        (torch.tensor([True, False]), TypeError, "the task of sentence 0 is True"),
+        (torch.tensor([0.0, 1.0]), TypeError, "the task of sentence 0 is 0.0"),
+        (torch.tensor([[0], [1]]), TypeError, r"the task of sentence 0 is \[0\]"),
+        ([], ValueError, "the list of tasks is empty"),
+        ({"en-de"}, TypeError, "task is {'en-de'}, expected"),
+    ],
+)
+def test_what_is_no_task_is_an_error_that_shows_it(given: object, error: type[Exception], message: str) -> None:
+    model = m2m100()
+    nspec.specialize(model, masks_for(model))
+    with pytest.raises(error, match=message):
+        nspec.set_task(model, given)
+    assert model.model.encoder.layers[0].fc1.task is None
+
+
+def test_numbers_are_refused_where_layers_count_their_tasks_differently() -> None:
+    model = m2m100()
+    nspec.specialize(model, masks_for(model))
+    add_adapters(model, {"de-en": "de-en", "en-de": "en-de"}, bottleneck=2)
+    with nspec.task(model, "de-en"), pytest.raises(ValueError, match="count them differently: give its name"):
+        nspec.set_task(model, 1)
+
+
+@pytest.mark.parametrize("mode", ["forward", "update"])
+def test_sentences_without_a_task_are_computed_by_the_dense_model(mode: str) -> None:
+    model, data, tasks = m2m100(), batch(), ["en-de", None, "de-en"]
+    nspec.specialize(model, masks_for(model), mode=mode)
+
+    def run(task: object, rows: slice) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        with nspec.task(model, task):
+            logits = model(**{name: value[rows] for name, value in data.items()}).logits
+        logits.square().mean((1, 2)).sum().backward()
+        return logits, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    together, gradients = run(tasks, slice(3))
+    apart = [run(task, slice(i, i + 1)) for i, task in enumerate(tasks)]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in apart]), rtol=0, atol=1e-10)
+    for found, *parts in zip(gradients, *(each for _, each in apart)):
+        torch.testing.assert_close(found, sum(parts), rtol=0, atol=1e-10)
+    assert torch.equal(run([None, None, None], slice(3))[0], run(None, slice(3))[0])
+
+
+def test_layers_that_cannot_leave_out_single_sentences_say_so() -> None:
+    adapters = TaskAdapters(8, {"a": "a"}, bottleneck=2)
+    with pytest.raises(ValueError, match="some sentences have the task None, and TaskAdapters layers take either"):
+        nspec.set_task(adapters, ["a", None])
+
+
+def test_a_task_that_is_set_while_accelerate_fetches_a_batch_is_an_error() -> None:
+    # It fetches one ahead: each pass would have the task of the next batch.
+    model, rows = m2m100(torch.float32), batch()
+    nspec.specialize(model, masks_for(model))
+
+    def collate(tasks: list[str]) -> dict[str, torch.Tensor]:
+        nspec.set_task(model, tasks[0])
+        return rows
+
+    own = torch.utils.data.DataLoader(["en-de", "de-en"], collate_fn=collate, batch_size=1)
+    for one in own:
+        model(**one)  # this one fetches nothing ahead
+    with pytest.raises(RuntimeError, match="the task is that of the next batch"):
+        for one in accelerate.Accelerator(cpu=True).prepare(own):
+            model(**one)
+    nspec.set_task(model, "en-de")
+    model(**rows)

@@ -1,0 +1,1 @@
+"""nspec in the training loops of other libraries."""
