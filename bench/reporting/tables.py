@@ -206,16 +206,19 @@ def _distinct(rows: Iterable[Row], field: str) -> str:
 
 def targets(rows: Sequence[Row]) -> Lines:
     """Every figure that has a target, and whether it is met."""
-    body = []
-    for verdict in verdicts(rows):
+    body, found = [], verdicts(rows)
+    two = any(verdict.prefix for verdict in found)
+    for verdict in found:
         row = verdict.row
         said = "met" if verdict.met else f"missed by {100 * verdict.missed:.2g} %"
         said += ", within the spread" if not verdict.met and verdict.within_spread else ""
         name = f"`{row.get('operator')}`" + ("" if row.get("provider") == "ours" else f", {provider_name(row)}")
         where = [str(row.get("dtype")), shape_of(row), density_of(row)]
-        figure = [speedup(row, prefix=verdict.prefix), "device" if verdict.prefix else "as called"]
+        figure = [speedup(row, prefix=verdict.prefix)]
+        figure += ["device" if verdict.prefix else "as called"] if two else []
         body.append([name, *where, f"{row['target']:.2f}×", *figure, str(row.get("baseline") or NONE), said])
-    header = ["operator", "<dtype", "<shape", "density", "target", "measured", "<of", "<over", "<verdict"]
+    header = ["operator", "<dtype", "<shape", "density", "target", "measured", *(["<of"] if two else [])]
+    header += ["<over", "<verdict"]
     return table(header, body) if body else []
 
 
