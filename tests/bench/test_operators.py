@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_what_is_measured_can_be_narrowed() -> None:
         "full", "cpu", operators=["compact_ffn"], dtypes=["bfloat16"], densities=[0.4], shapes=[(64, 8, 32, 1)]
     )
     assert [case.label for case in found] == ["compact_ffn 64x8x32 bfloat16 0.40"]
+
+
+def test_batches_of_several_tasks_and_the_grouped_product_can_be_chosen() -> None:
+    several = cases.cases("quick", "cuda", batches="several", grouped=False)
+    assert several
+    assert all(case.tasks > 1 and not case.grouped for case in several)
+    one = cases.cases("quick", "cuda", batches="one")
+    assert all(case.tasks == 1 and case.grouped for case in one)
+    assert len(one) + len(several) == len(cases.cases("quick", "cuda"))
+    small = [replace(case, tokens=96, d_model=32, d_ff=128, dtype="float32", compiled=False) for case in several]
+    for case in small[:1] + small[-1:]:
+        assert not [provider.name for provider in problem(case, CPU).providers if "grouped" in provider.name]
 
 
 def test_targets_hold_at_full_size_and_for_one_task() -> None:

@@ -1,4 +1,4 @@
-"""The probe of a GPU: what an experiment that raises costs, and what is said of predictions. It runs in test_gpu_check.py."""
+"""The probe of a GPU: what an experiment that raises costs, and what is said of predictions."""
 
 from __future__ import annotations
 
