@@ -13,8 +13,11 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:
     """Raises ValueError unless ``tensor`` has the expected shape; None in ``expected`` stands for any size."""
-    found = tuple(tensor.shape)
-    if len(found) != len(expected) or any(want is not None and have != want for have, want in zip(found, expected)):
+    found = tensor.shape
+    fits = len(found) == len(expected)
+    for have, want in zip(found, expected):
+        fits = fits and (want is None or have == want)
+    if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
 

@@ -232,12 +232,13 @@ def rows16(matrix: Tensor) -> Tensor:
         beside a matrix product.
     """
     rows, columns = matrix.shape
-    width = padded(columns, matrix.dtype)
-    step = unit(matrix.dtype)
+    step = 16 // matrix.dtype.itemsize
+    stride, column_stride = matrix.stride()
     # The stride of a single row says nothing, yet becomes a descriptor's: it has to reach over the row.
-    spaced = matrix.stride(1) == 1 and matrix.stride(0) % step == 0 and matrix.stride(0) >= columns
-    if width == columns and spaced and matrix.data_ptr() % 16 == 0:
+    spaced = column_stride == 1 and stride % step == 0 and stride >= columns
+    if spaced and columns % step == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
+    width = padded(columns, matrix.dtype)
     copy = matrix.new_empty((rows, width))
     copy[:, :columns] = matrix
     copy[:, columns:] = 0

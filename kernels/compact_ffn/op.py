@@ -124,7 +124,8 @@ class _Eager(torch.autograd.Function):
         y, kept = backend.forward(x, w1, b1, w2, b2, index, task_offsets, places)
         ctx.backend, ctx.biases = backend, (b1 is not None, b2 is not None)
         ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, *kept)
-        return torch.as_tensor(y)
+        output: Tensor = y
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -194,6 +195,8 @@ def compact_ffn(
     checks.active_sets(active, d_ff, task_offsets)
     if index is None:
         index = active_index(active)
+    if x.dim() == 2:
+        return _compute(x, (w1, b1, w2, b2), active, index, places, task_offsets)
     y = _compute(x.reshape(-1, d_in), (w1, b1, w2, b2), active, index, places, task_offsets)
     return y.view(*x.shape[:-1], w2.shape[0])
 
@@ -207,8 +210,8 @@ def _compute(
     task_offsets: Tensor | None,
 ) -> Tensor:
     """The block for ``x [tokens, d_in]`` in the way that suits the call; ``weights`` are w1, b1, w2, b2."""
-    dtype = compute_dtype(x, *weights)
-    x, wanted, whole = x.to(dtype), requested("compact_ffn"), opaque(x, *weights)
+    dtype, wanted, whole = compute_dtype(x, *weights), requested("compact_ffn"), opaque(x, *weights)
+    x = x if x.dtype == dtype else x.to(dtype)
     if wanted == "auto" and not torch.compiler.is_compiling():
         compute: Any = None
         if torch._C._functorch.maybe_current_level() is not None:
@@ -217,16 +220,18 @@ def _compute(
             compute = dense.block
         if compute is not None:
             answer("compact_ffn", "dense", why)
-            return torch.as_tensor(compute(x, *_cast(weights, dtype), active, task_offsets))
+            y: Tensor = compute(x, *_cast(weights, dtype), active, task_offsets)
+            return y
     if whole:
-        return torch.as_tensor(_compact_ffn(x, *_cast(weights, dtype), index, task_offsets)[0])
-    if not any(
-        backend.casts and wanted in ("auto", backend.name) and backend.refuses(x, *weights, index, task_offsets) is None
-        for backend in BACKENDS
+        y, _ = _compact_ffn(x, *_cast(weights, dtype), index, task_offsets)
+        return y
+    args = (index, task_offsets)
+    if any(t is not None and t.dtype != dtype for t in weights) and not any(
+        one.casts and wanted in ("auto", one.name) and one.refuses(x, *weights, *args) is None for one in BACKENDS
     ):
         weights = _cast(weights, dtype)
-    backend = choose("compact_ffn", BACKENDS, x, *weights, index, task_offsets)
-    return torch.as_tensor(_Eager.apply(backend, x, *weights, index, task_offsets, places))
+    y = _Eager.apply(choose("compact_ffn", BACKENDS, x, *weights, *args), x, *weights, *args, places)
+    return y
 
 
 def _cast(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:

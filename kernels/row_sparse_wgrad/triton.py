@@ -218,9 +218,11 @@ class Product:
         device: of the operands.
         dtype: of the operands.
         grouped: whether there are several tasks.
+        library: whether the library computes it.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool) -> None:
+        self.library = library
         precise, target = precision(dtype), target_of(device)
         self.tile, self.programs = product_tile(target, dtype, precise), processors(device)
         keywords = {"GROUPED": grouped, "TMA": has_tma(target), **self.tile.keywords(precise)}
@@ -239,7 +241,7 @@ class Product:
             float32 ``[parts, >= width, >= columns]``, the chunks of a task behind each other; the tokens in a chunk.
         """
         width, columns = left.shape[1], right.shape[1]
-        if by_library("dw", left.dtype, task_offsets):
+        if self.library:
             if tasks.number == 1:
                 return mm_float32(left.t(), right)[None], tasks.tokens
             bounds = checks.segments(task_offsets, tasks.tokens)
@@ -301,7 +303,7 @@ def expand_launch(grouped: bool, constant: bool, add: bool, whole: bool = False)
     return {**kinds, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
 
 
-def packs(d_in: int, d_ff: int, width: int, dtype: torch.dtype, task_offsets: Tensor | None) -> bool:
+def packs(d_in: int, d_ff: int, width: int, library: bool) -> bool:
     """Whether the active columns of dh are packed; else the product is that of all columns, and its rows are chosen.
 
     Packing reads dh once, as the sums for db do anyway, and writes its active columns, ``2 (1 + width / d_ff)`` bytes for
@@ -310,7 +312,7 @@ def packs(d_in: int, d_ff: int, width: int, dtype: torch.dtype, task_offsets: Te
     """
     if width == d_ff:
         return False
-    return not by_library("dw", dtype, task_offsets) or (d_ff - width) * d_in >= SAVED * d_ff
+    return not library or (d_ff - width) * d_in >= SAVED * d_ff
 
 
 def forward(
@@ -346,11 +348,12 @@ def _gradient(
         return dh.sum(0, dtype=torch.float32).to(dh.dtype)
     if places is None:
         places = places_of(index, d_ff)
-    index, x, pack = index.contiguous(), rows16(x), packs(d_in, d_ff, width, dh.dtype, task_offsets)
+    index, x, library = index.contiguous(), rows16(x), by_library("dw", dh.dtype, task_offsets)
+    pack = packs(d_in, d_ff, width, library)
     dh = rows16(dh) if not pack else dh if dh.stride(1) == 1 else dh.contiguous()
     plan = _plan(
-        *(dh.device, dh.dtype, dw.dtype, tasks.offsets is not None, pack, add),
-        *(d_ff, d_in, width, dh.stride(0), x.stride(0), dw.stride(), by_library("dw", dh.dtype, task_offsets)),
+        *(dh.device, dh.dtype, tasks.offsets is not None, library, pack, add, dw.dtype),
+        *(d_ff, d_in, width, dh.stride(0), x.stride(0), dw.stride()),
         *(precision(dh.dtype), aligned(dh, index, places, dw)),
     )
     return launching(dh.device, plan, dw, dh, x, index, places, tasks, task_offsets)
@@ -359,9 +362,11 @@ def _gradient(
 class _Plan:
     """The launches of calls that are alike in all that Triton compiles for."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, pack: bool, add: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, pack: bool, add: bool
+    ) -> None:
         self.columns = column_sums(grouped, True) if pack else None
-        self.product, self.expand = Product(device, dtype, grouped), Expand(grouped, add=add, whole=not pack)
+        self.product, self.expand = Product(device, dtype, grouped, library), Expand(grouped, add=add, whole=not pack)
 
     def __call__(
         self,
@@ -387,13 +392,13 @@ class _Plan:
 def _plan(
     device: torch.device,
     dtype: torch.dtype,
-    given: torch.dtype,
     grouped: bool,
+    library: bool,
     pack: bool,
     add: bool,
     *alike: Any,
 ) -> _Plan:
-    return _Plan(device, dtype, grouped, pack, add)
+    return _Plan(device, dtype, grouped, library, pack, add)
 
 
 def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:
