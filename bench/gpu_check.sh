@@ -120,7 +120,7 @@ env.main()' "$device"
 small_calls() {
   local operator process code=0
   local -a processes=()
-  for operator in linear_relu_count row_sparse_wgrad compact_ffn row_sparse_adamw; do
+  for operator in linear_relu_count row_sparse_wgrad compact_ffn compact_fc1 compact_fc2 gated_activation row_sparse_adamw; do
     run_python -m bench.gpu.small_calls --device "$device" --operators "$operator" &
     processes+=($!)
   done

@@ -316,18 +316,24 @@ def packs(d_in: int, d_ff: int, width: int, library: bool) -> bool:
 
 
 def forward(
-    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference; sums are in float32, also within a task."""
-    dw = x.new_empty((dh.shape[1], x.shape[1]))
-    return dw, _gradient(dw, dh, x, index, task_offsets, places, add=False)
+    dw = x.new_empty((dh.shape[1], x.shape[1]), dtype=dtype)
+    db = _gradient(dw, dh, x, index, task_offsets, places, add=False)
+    return dw, db.to(dw.dtype)
 
 
 def accumulate(
     total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
 ) -> Tensor:
     """As the reference."""
-    return _gradient(total, dh, x, index, task_offsets, places, add=True)
+    return _gradient(total, dh, x, index, task_offsets, places, add=True).to(dh.dtype)
 
 
 def _gradient(
@@ -339,13 +345,13 @@ def _gradient(
     places: Tensor | None,
     add: bool,
 ) -> Tensor:
-    """Writes dw or adds to it; gives db."""
+    """Writes dw or adds to it; gives db in float32."""
     tasks = tasks_of(dh.shape[0], task_offsets, dh.device)
     (tokens, d_ff), d_in, width = dh.shape, x.shape[1], index.shape[1]
     if tokens == 0 or width == 0:
         if not add:
             dw.zero_()
-        return dh.sum(0, dtype=torch.float32).to(dh.dtype)
+        return dh.sum(0, dtype=torch.float32)
     if places is None:
         places = places_of(index, d_ff)
     index, x, library = index.contiguous(), rows16(x), by_library("dw", dh.dtype, task_offsets)
@@ -385,7 +391,7 @@ class _Plan:
             left = dh.new_empty((dh.shape[0], compact_width(index)))
             sums = self.columns(dh, tasks, left, index, places).sum(0)
         self.expand(*self.product(left, x, tasks, task_offsets), places, tasks, dw)
-        return sums.to(dh.dtype)
+        return sums
 
 
 @planned
