@@ -86,25 +86,26 @@ def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int, same
     """
     first = tensors[0]
     assert first is not None
-    dtype, device, strided, least, most = first.dtype, first.device, torch.strided, 1, max(tokens, 1)
-    for t in (*tensors, index):
+    dtype, device, strided, largest, smallest = first.dtype, first.device, torch.strided, tokens, 1
+    for t in tensors:
         if t is None:
             continue
-        if (same and t.dtype != dtype and t is not index) or dtype not in DTYPES:
+        if (same and t.dtype != dtype) or dtype not in DTYPES:
             given = ", ".join(str(t.dtype) for t in tensors if t is not None)
             return f"the dtypes are {given}; it takes one of float32, bfloat16 and float16"
         if t.device != device or t.layout is not strided:
             return f"a tensor is {t.layout} on {t.device}, the first one on {device}"
-        if t is not index:
-            for size in t.shape:
-                most = max(most, size)
-            least = min(least, *t.shape[1:], 1)
+        if t.dim() == 2:
+            rows, columns = t.shape
+            largest, smallest = max(largest, rows, columns), min(smallest, columns)
+    if index.device != device:
+        return f"a tensor is {index.layout} on {index.device}, the first one on {device}"
     if device.type == "cpu" and dtype == torch.bfloat16 and gpu.interpreted():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
     # Coordinates are int32, and so are the rows of all tasks' packed weights.
-    if max(most, index.shape[0] * compact_width(index)) > LIMIT:
+    if max(largest, index.shape[0] * compact_width(index)) > LIMIT:
         return f"a size is above {LIMIT}"
-    return None if least else "a layer has no features"
+    return None if smallest else "a layer has no features"
 
 
 @triton.jit

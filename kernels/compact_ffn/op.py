@@ -128,11 +128,17 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
-        has_b1, has_b2 = ctx.biases
-        return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
+        return _once(ctx, dy) if torch.is_grad_enabled() else _eager_gradient(ctx, dy)
+
+
+def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
+    has_b1, has_b2 = ctx.biases
+    return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
+
+
+_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
 
 
 @explainable
@@ -188,9 +194,9 @@ def compact_ffn(
     d_ff, d_in = w1.shape
     checks.shape("x", x, [*x.shape[:-1], d_in])
     checks.shape("w2", w2, [None, d_ff])
-    if b1 is not None:
+    if b1 is not None and b1.shape != (d_ff,):
         checks.shape("b1", b1, [d_ff])
-    if b2 is not None:
+    if b2 is not None and b2.shape != w2.shape[:1]:
         checks.shape("b2", b2, [w2.shape[0]])
     checks.active_sets(active, d_ff, task_offsets)
     if index is None:
@@ -236,6 +242,9 @@ def _compute(
     else:
         answer("compact_ffn", backend.name, "preferred, and it takes the call")
         module = backend.implementation
+    if not torch.is_grad_enabled():
+        y, _ = module.forward(x, *weights, *args, places)
+        return y
     y = _Eager.apply(module, x, *weights, *args, places)
     return y
 
