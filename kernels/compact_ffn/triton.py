@@ -226,7 +226,7 @@ class _Backward:
         self.library, self.sums = library, Sums(grouped)
         self.hidden = _Neurons(device, dtype, grouped, bias=False, gate=True)
         self.features = _Features(device, dtype, grouped, constant=False, library=library.dx)
-        self.product = Product(device, dtype, grouped, library.dw)
+        self.product1, self.product2 = (Product(device, dtype, grouped, library.dw) for _ in range(2))
         self.fc1, self.fc2 = Expand(grouped), Expand(grouped, constant=has_b1)
         self.bias = Launcher(expand_bias_kernel, {"GROUPED": grouped, **EXPAND_BIAS})
 
@@ -246,8 +246,8 @@ class _Backward:
         dh, active, size = self._hidden(dy, h, fc2, tasks, task_offsets, b1 is not None)
         dx = self.features(dh, fc1, None, tasks, task_offsets, d_in)
         dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
-        self.fc1(*self.product(dh, x, tasks, task_offsets), places, tasks, dw1)
-        parts, chunk = self.product(h, dy, tasks, task_offsets)
+        self.fc1(*self.product1(dh, x, tasks, task_offsets), places, tasks, dw1)
+        parts, chunk = self.product2(h, dy, tasks, task_offsets)
         self.fc2(parts, chunk, places, tasks, dw2.t(), None if b1 is None else (b1, s))
         db2 = (s[0] if one else s.sum(0)).to(w2.dtype)
         if b1 is None:
