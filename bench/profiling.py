@@ -28,7 +28,8 @@ import nspec
 from bench import machine, rows, timing
 from bench.stepping import model as step_model
 from bench.stepping.model import BASE, BIG, RESERVED, Batch, Shape, scaled_down, tiny
-from nspec.specialization.layers import Pair, find_pairs
+from nspec.specialization.feed_forward import FeedForward
+from nspec.specialization.layers import find_blocks
 from nspec.specialization.padding import RealTokens
 
 Corpus = dict[str, list[Batch]]
@@ -71,9 +72,9 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
     model: nn.Module = step_model.build(shape, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for pair in find_pairs(model):
+        for pair in find_blocks(model):
             bias = torch.empty(pair.d_ff).normal_(-0.5, 0.5)  # unequally often, as in a trained model
-            pair.fc1.bias.data.copy_(bias)
+            pair.fc1.get_parameter("bias").data.copy_(bias)
     return model.to(dtype).eval()
 
 
@@ -130,7 +131,10 @@ class HookCounts:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], tasks: Sequence[str], real: Callable[[str, Batch], Tensor | None] | None = None
+        self,
+        pairs: Sequence[FeedForward],
+        tasks: Sequence[str],
+        real: Callable[[str, Batch], Tensor | None] | None = None,
     ) -> None:
         self.totals = {task: {p.name: torch.zeros(p.d_ff, dtype=torch.int64) for p in pairs} for task in tasks}
         self.task = ""
@@ -147,7 +151,7 @@ class HookCounts:
             for hook in hooks:
                 hook.remove()
 
-    def _counting(self, pair: Pair) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _counting(self, pair: FeedForward) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             h = inputs[0].cpu().reshape(-1, pair.d_ff)
             mask = self._real(pair.name, self.batch) if self._real else None
@@ -171,7 +175,7 @@ def run(model: nn.Module, text: Corpus, device: torch.device, counts: HookCounts
 
 def release(model: nn.Module, text: Corpus, device: torch.device) -> HookCounts:
     """Counts as the release does."""
-    with HookCounts(find_pairs(model), list(text)).attached() as counts:
+    with HookCounts(find_blocks(model), list(text)).attached() as counts:
         run(model, text, device, counts)
     return counts
 
@@ -186,7 +190,7 @@ def verify(model: nn.Module, text: Corpus, device: torch.device) -> None:
     Raises:
         RuntimeError: they differ.
     """
-    pairs, real = find_pairs(model), RealTokens(model)
+    pairs, real = find_blocks(model), RealTokens(model)
     for padding in ("include", "exclude"):
         hooks = HookCounts(pairs, list(text), real if padding == "exclude" else None)
 

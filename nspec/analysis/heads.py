@@ -123,7 +123,7 @@ class HeadImportance(TaskTensors):
             FileNotFoundError: there is no ``heads.safetensors`` in the folder.
             ValueError: the file is broken, or is not one of head importance.
         """
-        with reading(Path(folder), _KIND) as (stacked, tasks, _):
+        with reading(Path(folder), _KIND) as (stacked, tasks, _, _):
             return cls({task: {layer: rows[i] for layer, rows in stacked.items()} for i, task in enumerate(tasks)})
 
 

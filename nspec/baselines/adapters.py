@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nspec.nn.batch import TaskBatch, reorder
 from nspec.nn.recompute import ForwardPasses, backward_pass
 from nspec.nn.switched import TaskSwitched
-from nspec.specialization.layers import find_pairs, nearest
+from nspec.specialization.feed_forward import features
+from nspec.specialization.layers import find_blocks, nearest
 
 from .structure import layer_around
 
@@ -242,7 +243,7 @@ def add_adapters(
         _check_place(next(name for name, module in model.named_modules() if module is layer), like.weight)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
-        made = [TaskAdapters(like.out_features, groups, bottleneck) for _, like in found]
+        made = [TaskAdapters(features(like)[1], groups, bottleneck) for _, like in found]
     for (layer, like), adapters in zip(found, made):
         layer.add_module("adapters", adapters.to(like.weight.device, like.weight.dtype).train(layer.training))
         layer.__dict__[_HANDLE] = layer.register_forward_hook(_adapt)
@@ -281,16 +282,17 @@ def _adapt(layer: Any, inputs: Any, output: Any) -> Any:
     )
 
 
-def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Module, nn.Linear]]:
+def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Module, Any]]:
     """The layers to adapt, in order, each with the fc2 that tells its width, dtype and device."""
     modules = dict(model.named_modules())
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Module] = {}
     if names is None:
         try:
-            pairs = find_pairs(model)
+            pairs = find_blocks(model)
         except ValueError as error:
             raise ValueError(f"{error}. For adapters, name whole layers: layers=['encoder.layers.0', ...]") from error
-        found = {pair.name.rpartition(".")[0]: pair.fc2 for pair in pairs}
+        names_of = {id(module): name for name, module in modules.items()}
+        found = {names_of[id(pair.parent)]: pair.fc2 for pair in pairs}
         for name in found:
             if whole := layer_around(name, modules):
                 raise ValueError(
@@ -306,7 +308,7 @@ def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Modu
             if name in found:
                 raise ValueError(f"layer {name!r} is named twice")
             try:
-                found[name] = find_pairs(modules[name])[-1].fc2
+                found[name] = find_blocks(modules[name])[-1].fc2
             except ValueError as error:
                 raise ValueError(f"layer {name!r} has no feed-forward pair to tell its width: {error}") from error
         if not found:

@@ -32,7 +32,7 @@ from nspec.nn.batch import TaskBatch, reorder
 from nspec.nn.captured import capturing, keep
 from nspec.nn.recompute import ForwardPasses, backward_pass
 from nspec.nn.switched import TaskSwitched
-from nspec.specialization.layers import find_pairs, nearest
+from nspec.specialization.layers import find_blocks, nearest
 from nspec.specialization.tasks import set_task
 
 from .structure import layer_around, within
@@ -56,8 +56,9 @@ def prunable_layers(model: nn.Module) -> list[str]:
         ValueError: no feed-forward pair; a pair in a module of its own inside a larger layer (as in T5), whose attention
             would be missed; or ``nn.MultiheadAttention``, whose fused projection is no ``nn.Linear`` and cannot be masked.
     """
-    parents = dict.fromkeys(pair.name.rpartition(".")[0] for pair in find_pairs(model))
     modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    parents = dict.fromkeys(names[id(block.parent)] for block in find_blocks(model))
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     for parent in parents:
         if fused := [name for name in within(parent, modules) if isinstance(modules[name], nn.MultiheadAttention)]:

@@ -199,7 +199,7 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
             ValueError: the file is broken, of another kind, of a newer format, or holds something else than it says; the
                 message names the file, what was found and what was expected.
         """
-        with reading(Path(folder), _KIND) as (stacked, tasks, shapes):
+        with reading(Path(folder), _KIND) as (stacked, tasks, shapes, _):
             # Copies, so that no task keeps the others' bits alive.
             return cls._of_packed(
                 {

@@ -39,7 +39,7 @@ def profile_tasks(
         The counts of all tasks of ``data``, summed over the processes.
 
     Raises:
-        ValueError: a direction without text, or a model without ReLU feed-forward layers.
+        ValueError: a direction without text, or a model without feed-forward blocks.
     """
     pairs = PairDataset(data, config.split)
     rank, world = distributed.rank(), distributed.world()
@@ -78,4 +78,7 @@ def _everyone(found: nspec.ActivationCounts | None, tasks: list[str]) -> nspec.A
     widths = next(width for width in distributed.gather(mine) if width is not None)
     zeros = {layer: torch.zeros(width, dtype=torch.int64) for layer, width in widths.items()}
     counts = {} if found is None else dict(found)
-    return nspec.ActivationCounts({task: counts.get(task, zeros) for task in tasks}).all_reduce()
+    tokens = {} if found is None else found.tokens
+    return nspec.ActivationCounts(
+        {task: counts.get(task, zeros) for task in tasks}, {task: tokens.get(task) or 0 for task in tasks}
+    ).all_reduce()

@@ -1,31 +1,32 @@
-"""The specialised feed-forward pair: fc1 and fc2 of a layer whose code is not touched, computed as one block.
+"""The specialised feed-forward block: the layers of a block whose code is not touched, over the active neurons alone.
 
-A Transformer layer computes ``fc2(relu(fc1(x)))`` in its own code. Under a task fc1 returns :class:`Activations`, a value
-that stands for its output; the layer's own ReLU marks it; fc2, which stays the plain linear layer that it is, takes it,
-and with that the whole compact block is computed at once.
+A Transformer layer computes ``fc2(f(fc1(x)))`` or ``fc2(f(gate(x)) * up(x))`` in its own code. Under a task fc1, and up
+beside it, return :class:`Activations`, a value that stands for their output; the layer's own functions work on it; fc2,
+which stays the layer that it is, takes it. Where the function is ReLU the whole block is computed at once there.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nspec.kernels.common.autocast import cast_inputs
+from nspec.kernels.compact_fc1 import compact_fc1
+from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
-from .activations import Activations
+from .activations import Activations, GateAndUp
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
-from .masked_linear import MaskedLinear, Mode
+from .masked_linear import Masked, MaskedLinear, Mode
+from .packed import PackedWeights, pack_first, pack_second, refuse_capture
 from .recompute import Use, backward_pass
-from .steps import optimizer_steps
 from .switched import Shared, TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
@@ -40,8 +41,14 @@ class TaskState(NamedTuple):
     set_in: int
 
 
-class TaskLinear(MaskedLinear, TaskSwitched):
-    """A masked layer that knows the active sets of several tasks. ``nn.Linear`` modules are turned into it in place."""
+class TaskLayer(Masked, TaskSwitched):
+    """A masked layer that knows the active sets of several tasks. Layers are turned into one of its kinds in place.
+
+    Attributes:
+        gated: whether it is one of the two projections of a gated block, or both in one.
+    """
+
+    gated: bool = False
 
     _sets: dict[str, ActiveSet]
     _stacks: dict[tuple[str | None, ...], ActiveSet]
@@ -63,6 +70,7 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         routed: bool = False,
         batch_dim: int | None = None,
         flattens: bool = False,
+        with_layer: TaskLayer | None = None,
     ) -> None:
         """Sets the active neurons of each task, bool ``[out_features]``.
 
@@ -74,9 +82,15 @@ class TaskLinear(MaskedLinear, TaskSwitched):
             routed: whether a router chooses the tokens of the layer, so that their sentences are not known.
             batch_dim: the dimension of sentences in the layer's input, where the model says it.
             flattens: whether the model is known to flatten a batch to tokens before the layer.
+            with_layer: another projection of the same block, whose sets are used and masks ignored.
         """
-        self._sets = {task: ActiveSet(mask) for task, mask in masks.items()}
-        self._stacks, self._task = {}, None
+        if with_layer is not None:
+            self._sets, self._stacks = with_layer._sets, with_layer._stacks
+        else:
+            twice = self.doubled and self.mode == "update"
+            self._sets = {task: ActiveSet(mask.repeat(2) if twice else mask) for task, mask in masks.items()}
+            self._stacks = {}
+        self._task = None
         self.qualified_name, self._shared, self._first = name, shared or Shared(), first
         self._routed, self._batch_dim, self._flattens = routed, batch_dim, flattens
 
@@ -123,7 +137,8 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         return stack
 
     def _every(self) -> ActiveSet:
-        return ActiveSet(torch.ones(self.out_features, dtype=torch.bool, device="cpu"))
+        neurons = len(next(iter(self._sets.values())).active)
+        return ActiveSet(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()
@@ -178,36 +193,68 @@ class TaskLinear(MaskedLinear, TaskSwitched):
         return state._replace(set_in=backward_pass())
 
 
-class _Kept(NamedTuple):
-    """Packed weights, and what they were made of."""
-
-    of: tuple[Any, ...]
-    weights: list[weakref.ref[Tensor]]
-    packed: list[Packed]
+class TaskLinear(TaskLayer, MaskedLinear):
+    """A linear layer of that kind."""
 
 
-class CompactFc1(TaskLinear):
-    """fc1 of a specialised pair in mode ``forward``. Without a task it is an ordinary linear layer."""
+class TransposedFeatures:
+    """The sizes of a layer whose weight is ``[in_features, out_features]``."""
 
-    _packed: _Kept | None
+    transposed = True
+    weight: Tensor
+
+    @property
+    def in_features(self) -> int:
+        """The size of each input."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """The number of neurons."""
+        return self.weight.shape[1]
+
+
+class TaskConv1D(TransposedFeatures, TaskLayer):
+    """The same of a ``Conv1D``, a linear layer with the weight transposed."""
+
+
+class CompactLayer(TaskLayer):
+    """fc1 or up of a specialised block in mode ``forward``. Without a task it is the layer that it was."""
+
+    _packed: PackedWeights
 
     def _attach(self, mode: Mode) -> None:
         super()._attach(mode)
-        self._packed = None
+        self._packed = PackedWeights()
 
     def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
         super()._use(active, batch)
-        self.__dict__["_packed"] = None
+        self._packed.clear()
 
     def forward(self, x: Tensor) -> Any:
-        """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for ReLU and fc2."""
+        """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for the activation and fc2."""
         use = self._begin(x)
-        weight = self.note_use(use[0], self.weight)
         if use[0] is None:
-            return F.linear(*self._noted(use, x, weight, self.bias))
+            return self._dense(use, x)
+        weight, bias = self.note_use(use[0], self.weight), self.bias
         if not torch.compiler.is_compiling():
             self._check_hooks()
-        return Activations(self, use, (x, weight, self.bias), rectified=False)
+        if self.transposed:
+            weight = weight.t()
+        if not self.gated:
+            return Activations(self, use, (x, weight, bias), rectified=False)
+        if not self.doubled:
+            value = Activations(self, use, (x, weight, bias), rectified=False)
+            value.compute()
+            return value
+        biases = (None, None) if bias is None else bias.unflatten(0, (2, -1)).unbind()
+        halves = [
+            Activations(self, use, (x, half, b), False)
+            for half, b in zip(weight.unflatten(0, (2, -1)).unbind(), biases)
+        ]
+        for value in halves:
+            value.compute()
+        return GateAndUp(*halves)
 
     def _check_hooks(self) -> None:
         """What hooks on the layer would miss without a word: they get what stands for the activations, and no gradient."""
@@ -225,6 +272,48 @@ class CompactFc1(TaskLinear):
                 stacklevel=2,
             )
 
+    def pre_activations(self, h: Activations) -> tuple[Tensor, Tensor | float]:
+        """What the layer gives, before any activation: the active columns, and the others' constants, their biases.
+
+        Returns:
+            ``[..., width]`` in the layout of the index of the set (``[tokens, width]``, sorted by task, of several tasks),
+            and ``[d_ff]``, or 0 without a bias.
+
+        Raises:
+            RuntimeError: the layer is sharded; or a CUDA graph is being captured, and the layer has not run in this way.
+        """
+        (active, batch), (x, w, b) = h.use, h.inputs
+        self._check_whole(w)
+        x, w, b = self._noted(h.use, x, w, b)
+        active = self._on_device(active, x, w)
+        order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
+        tokens = x if batch is None else reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+        if self._computes_anew():
+            z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, index=active.index)
+        else:
+            packed = self._pack("first", x, (w, b), active, pack_first)
+            z = _by_task(tokens, packed, batch, x, lambda part, one: F.linear(part, *one))
+        if batch is None and h.lead != x.shape[:-1]:
+            z = z.view(*h.lead, z.shape[-1])
+        return z, 0.0 if b is None else b if b.dtype == z.dtype else b.to(z.dtype)
+
+    def _check_whole(self, *weights: Tensor) -> None:
+        own = _is_sharded(self.weight)
+        for weight in weights:
+            if _is_sharded(weight) == own:
+                continue
+            raise RuntimeError(
+                f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
+                "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
+            )
+
+    def _on_device(self, active: ActiveSet, x: Tensor, weight: Tensor) -> ActiveSet:
+        if capturing(x.device) and not active.is_on(weight.device):
+            refuse_capture()  # the set is copied from the host
+        active = active.on(weight.device)
+        keep(x.device, active)
+        return active
+
     def block(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
         """What fc2 gives for the activations ``h``: ``[..., d_out]``.
 
@@ -232,7 +321,7 @@ class CompactFc1(TaskLinear):
         updates of them.
 
         Args:
-            h: what :meth:`forward` returned, after ReLU.
+            h: what :meth:`forward` returned, after the activation.
             w2: fc2.weight, ``[d_out, d_ff]``.
             b2: fc2.bias, ``[d_out]`` or None.
 
@@ -241,34 +330,57 @@ class CompactFc1(TaskLinear):
                 the layer has not run in this way before.
         """
         (active, batch), (x, w1, b1) = h.use, h.inputs
-        if not hasattr(self.weight, "placements") == hasattr(w1, "placements") == hasattr(w2, "placements"):
-            raise RuntimeError(
-                f"{self.qualified_name} and its fc2 are computed as one, and one of their weights is sharded now: apply "
-                "fully_shard to the layer that holds both, not to fc1 or fc2 alone"
-            )
+        self._check_whole(w1, w2)
         if w1.device != w2.device:
             raise RuntimeError(
                 f"{self.qualified_name} is on {w1.device} and its fc2 on {w2.device}, and mode 'forward' computes both in "
                 "one: put them on one device"
             )
+        if h.active is not None or not h.rectified:
+            return self._second(h, w2, b2)
+        h.check()
         x, w1, b1, w2, b2 = self._noted(h.use, x, w1, b1, w2, b2)
-        if capturing(x.device) and not active.is_on(w1.device):
-            _refuse_capture()  # the set is copied from the host
-        active = active.on(w1.device)
-        keep(x.device, active)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return self._without_grad(x, (w1, b1, w2, b2), active, batch)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_packed"] = (
-                None  # what follows a training pass is an update, and wrappers write weights unseen
-            )
-        if batch is None:
-            return compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index, places=active.places)
-        order, inverse, offsets = batch.layout(x)
-        tokens = reorder(x.reshape(-1, self.in_features), order, inverse)
-        sets = {"index": active.index, "places": active.places}
-        y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, **sets)
-        return reorder(y, inverse, order).view(*x.shape[:-1], w2.shape[0])
+        active = self._on_device(active, x, w1)
+        if not self._computes_anew():
+            y = self._without_grad(x, (w1, b1, w2, b2), active, batch)
+        elif batch is None:
+            y = compact_ffn(x, w1, b1, w2, b2, active.active, index=active.index, places=active.places)
+        else:
+            order, inverse, offsets = batch.layout(x)
+            tokens = reorder(x.reshape(-1, x.shape[-1]), order, inverse)
+            sets = {"index": active.index, "places": active.places}
+            y = compact_ffn(tokens, w1, b1, w2, b2, active.active, task_offsets=offsets, **sets)
+            y = reorder(y, inverse, order)
+        return y if y.shape[:-1] == h.lead else y.view(*h.lead, w2.shape[0])
+
+    def _second(self, h: Activations, w2: Tensor, b2: Tensor | None) -> Tensor:
+        """fc2 of activations that are computed."""
+        computed, (active, batch), x = h.compute(), h.use, h.inputs[0]
+        active = self._on_device(active, x, w2)
+        constant: Tensor | None = None
+        if isinstance(h.constant, Tensor):
+            constant = h.constant.to(computed.device, computed.dtype)
+        elif h.constant != 0:
+            constant = computed.new_full((), h.constant)
+        order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
+        y: Tensor
+        if self._computes_anew():
+            y = compact_fc2(computed, constant, w2, b2, active.active, task_offsets=offsets, index=active.index)
+        else:
+            sets = active.active if active.active.dim() == 2 else active.active[None]
+            added = [b2] * len(sets) if constant is None else [_constant(constant, w2, b2, one) for one in sets]
+            packed = list(zip(self._pack("second", computed, (w2,), active, pack_second), added))
+            y = _by_task(computed, packed, batch, x, lambda part, one: F.linear(part, *one))
+        return y if batch is None else reorder(y, inverse, order).view(*h.lead, w2.shape[0])
+
+    def _computes_anew(self) -> bool:
+        """Whether the weights of this pass are not to be kept packed: it has gradients, or is compiled."""
+        if torch.compiler.is_compiling():
+            return True
+        if torch.is_grad_enabled():
+            self._packed.clear()  # what follows a training pass is an update, and wrappers write weights unseen
+            return True
+        return False
 
     def _without_grad(
         self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, batch: TaskBatch | None
@@ -278,45 +390,41 @@ class CompactFc1(TaskLinear):
         Raises:
             RuntimeError: a CUDA graph is being captured, and the weights as they are now have not been packed.
         """
-        packed = self._packed_weights(x, weights, active)
-        keep(x.device, packed)
-        tokens = x.reshape(-1, self.in_features).to(packed[0].w1.dtype)
-        if batch is None:
-            y, _ = forward_packed(tokens, packed[0])
-        else:
-            order, inverse, _ = batch.layout(x)
-            tokens, bounds = reorder(tokens, order, inverse), batch.bounds(x)
-            parts = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:])]
-            y = torch.cat([forward_packed(part, one)[0] for part, one in zip(parts, packed)])
-            y = reorder(y, inverse, order)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        packed: list[Packed] = self._pack("block", x, weights, active, pack)
+        tokens = x.reshape(-1, x.shape[-1]).to(packed[0].w1.dtype)
+        order, inverse, _ = (None, None, None) if batch is None else batch.layout(x)
+        y = _by_task(reorder(tokens, order, inverse), packed, batch, x, lambda part, one: forward_packed(part, one)[0])
+        return reorder(y, inverse, order)
 
-    def _packed_weights(self, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet) -> list[Packed]:
-        device, given = x.device.type, [w for w in weights if w is not None]
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # A version counts in-place changes, a pointer changes with .data, and fused optimisers tell of themselves alone. A
-        # task switch drops the packed weights too.
-        versions = (None if w.is_inference() else w._version for w in given)
-        of = (active, x.dtype, autocast, optimizer_steps(), *zip((w.data_ptr() for w in given), versions))
-        known = None if torch.jit.is_tracing() else self._packed
-        if known is not None and known.of == of and all(ref() is w for ref, w in zip(known.weights, given)):
-            return known.packed
-        if capturing(x.device):
-            _refuse_capture()  # packing reads the sizes of the active sets on the host
-        _, w1, b1, w2, b2 = cast_inputs(x, *weights)
-        packed = [pack(w1, b1, w2, b2, row) for row in active.index]
-        # Only parameters last from pass to pass: what a hook makes anew may come to lie where the last one lay.
-        lasting = all(isinstance(w, nn.Parameter) and not w.is_inference() for w in given)
-        if lasting and "forward" not in self.__dict__ and not torch.jit.is_tracing():
-            self.__dict__["_packed"] = _Kept(of, [weakref.ref(w) for w in given], packed)
-        return packed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_packed": None}
+    def _pack(
+        self, purpose: str, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, make: Callable[..., Any]
+    ) -> list[Any]:
+        return self._packed.of(purpose, x, weights, active, make, "forward" not in self.__dict__)
 
 
-def _refuse_capture() -> NoReturn:
-    raise RuntimeError(
-        "a CUDA graph is being captured with a layer that has not run with this task and these weights: run it once "
-        "before the capture, within the same nspec.task block"
-    )
+class CompactFc1(CompactLayer, TaskLinear):
+    """A linear layer of that kind."""
+
+
+class CompactConv1D(TransposedFeatures, CompactLayer):
+    """The same of a ``Conv1D``, a linear layer with the weight transposed."""
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return type(weight) is not nn.Parameter and hasattr(weight, "placements")
+
+
+def _by_task(
+    tokens: Tensor, packed: list[Any], batch: TaskBatch | None, x: Tensor, compute: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
+    """``compute`` of the tokens of each task, which are sorted, with its weights; of all of them for one task."""
+    if batch is None:
+        return compute(tokens, packed[0])
+    bounds = batch.bounds(x)
+    return torch.cat([compute(tokens[start:stop], one) for start, stop, one in zip(bounds, bounds[1:], packed)])
+
+
+def _constant(constant: Tensor, w2: Tensor, b2: Tensor | None, active: Tensor) -> Tensor:
+    """What the neurons that are not active add to fc2, with its bias: ``[d_out]``."""
+    added = w2.to(constant.dtype) @ constant.masked_fill(active, 0).expand(w2.shape[1])
+    return added if b2 is None else added + b2.to(added.dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nspec.kernels.common.autocast import cast_inputs
+from nspec.kernels.common.autocast import cast_inputs, compute_dtype
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 from .active import ActiveSet
@@ -34,45 +34,53 @@ def check_mode(mode: str) -> None:
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Forward over the active rows (or dense), gradient of the weight over the active rows only."""
+    """Forward over the active rows (or dense), gradient of the weight over the active rows only.
 
+    Computes in the dtype of ``x``; under autocast the weight and its gradient are in float32.
+    """
+
+    # With a setup_context apart PyTorch would look up the signature of forward in each call.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         active: Tensor,
         rows: Tensor,
         index: Tensor,
+        places: Tensor,
         masked: bool,
         order: Tensor | None,
         task_offsets: Tensor | None,
     ) -> Tensor:
+        cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+        b = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        ctx.masked, ctx.bias = masked, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, cast, active, rows, index, places, order, task_offsets)
         if not masked:
-            return F.linear(x, weight, bias)
-        y = x.new_zeros((x.shape[0], weight.shape[0])) if bias is None else bias.repeat(x.shape[0], 1)
-        part = F.linear(x, weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
+            return F.linear(x, cast, b)
+        y = x.new_zeros((x.shape[0], weight.shape[0])) if b is None else b.repeat(x.shape[0], 1)
+        part = F.linear(x, cast.index_select(0, rows), None if b is None else b.index_select(0, rows))
         return y.index_copy_(1, rows, part)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, active, rows, index, ctx.masked, order, task_offsets = inputs
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, active, rows, index, order, task_offsets)
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, active, rows, index, order, task_offsets = ctx.saved_tensors
+        x, weight, cast, active, rows, index, places, order, task_offsets = ctx.saved_tensors
+        second = torch.is_grad_enabled()
+        if second:
+            cast = weight.to(x.dtype)
         if ctx.masked:
-            dx = dy.index_select(1, rows) @ weight.index_select(0, rows)
-        elif torch.is_grad_enabled():  # the masked rows are constants to a second derivative too
-            dx = _second(dy, weight, active, order, task_offsets)
+            dx = dy.index_select(1, rows) @ cast.index_select(0, rows)
+        elif second:  # the masked rows are constants to a second derivative too
+            dx = _second(dy, cast, active, order, task_offsets)
         else:
-            dx = dy @ weight
+            dx = dy @ cast
         if order is not None:  # the forward pass and dx do not mind the order of the tokens
             dy, x = dy.index_select(0, order), x.index_select(0, order)
-        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index, task_offsets=task_offsets)
-        return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
+        options = {"index": index, "places": places, "task_offsets": task_offsets, "dtype": weight.dtype}
+        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, **options)
+        return dx, dw, None if ctx.bias is None else db.to(ctx.bias), *[None] * 7
 
 
 def _second(dy: Tensor, weight: Tensor, active: Tensor, order: Tensor | None, task_offsets: Tensor | None) -> Tensor:
@@ -106,7 +114,148 @@ def _is_called(module: nn.Module, inputs: Any) -> None:
     """Does nothing: ``nn.TransformerEncoderLayer`` calls layers with hooks, instead of reading their weights."""
 
 
-class MaskedLinear(nn.Linear):
+class Masked(nn.Module):
+    """What a linear layer with a mask over its neurons does, however its weight lies.
+
+    Attributes:
+        mode: ``forward`` or ``update``.
+        transposed: whether the weight is ``[in_features, out_features]``.
+        doubled: whether the weight holds each neuron twice: gate and up of a gated block behind one another.
+        plain: the class whose ``forward`` is the dense layer, where that is not ``nn.Linear``.
+    """
+
+    transposed: bool = False
+    doubled: bool = False
+    plain: Any = None
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    mode: Mode
+    _active: ActiveSet | None
+    _batch: TaskBatch | None
+    _set_in: int  # the backward pass in which the active set was set; -1 outside of one
+    _passes: ForwardPasses
+    _touched: TouchedRows
+    _arrivals: Arrivals
+
+    def forward(self, x: Tensor) -> Any:
+        """``x [..., in_features]`` -> ``[..., out_features]``."""
+        active, batch = use = self._begin(x)
+        if active is None:
+            return self._dense(use, x)
+        x, weight, bias = self._noted(use, x, self.note_use(active, self.weight), self.bias)
+        weight = weight.t() if self.transposed else weight
+        active = active.on(weight.device)
+        keep(x.device, active)
+        if in_transform():
+            return _composed(x, weight, bias, active, batch, self.mode)
+        order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
+        dtype = compute_dtype(x, weight, bias)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        flat = flat if flat.dtype == dtype else flat.to(dtype)
+        sets = active.active, active.rows, active.index, active.places
+        y: Tensor = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _dense(self, use: Use, x: Tensor) -> Tensor:
+        """What the layer computes without active neurons."""
+        if self.plain is None:
+            return F.linear(*self._noted(use, x, self.note_use(None, self.weight), self.bias))
+        (x,) = self._noted(use, x)
+        y: Tensor = self.plain.forward(self, x)
+        return self.note_use(None, y) if self.weight.requires_grad else y
+
+    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
+        """Sets what the next forward passes use: the active set, and where it is of several tasks their batch."""
+        self._active, self._batch = active, batch
+        if active is not None:
+            active.let_sizes_vary()
+        self._set_in = backward_pass()
+
+    def _begin(self, x: Tensor) -> Use:
+        """Begins a forward pass: what it uses.
+
+        Raises:
+            ValueError: a nested tensor.
+        """
+        if x.is_nested:
+            raise ValueError(
+                "a masked layer got a nested tensor, expected a padded one: nn.TransformerEncoder makes them with "
+                "enable_nested_tensor=True (set its use_nested_tensor to False)"
+            )
+        use: Use = (self._active, self._batch)
+        if not torch.compiler.is_compiling():
+            running = backward_pass()
+            if running >= 0 and running != self._set_in:
+                use = self._passes.recomputed()
+        active, batch = use
+        if batch is not None:
+            batch.check(x)
+            use = active, None if batch.single else batch
+        return use
+
+    def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
+        return tensors if torch.compiler.is_compiling() else self._passes.note(use, *tensors)
+
+    # What the optimiser needs to know: the rows that the gradient of the weight is made of.
+
+    def note_use(self, active: ActiveSet | None, weight: Tensor) -> Tensor:
+        """The weight with which a forward pass goes on, so that its backward pass notes the rows that it uses."""
+        if self.transposed or not (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        used = None if active is None else active.on(weight.device).union
+        if used is not None and self.doubled and len(used) != self.out_features:
+            used = used.repeat(2)
+        touched = self._touched if self._touched.device == weight.device else self._rows()
+        return touched.note(weight, used)
+
+    def gradient_arrives(self, parameter: Tensor) -> None:
+        """A backward pass is about to add to the gradient of the weight, ``parameter`` to the optimiser."""
+        self._rows().arrive(parameter)
+
+    def gradient_is_dropped(self) -> None:
+        """The optimiser zeroes its gradients: what was noted for them goes with them."""
+        self._rows().drop()
+
+    def take_touched(self) -> tuple[Tensor, Tensor, bool]:
+        """The rows of backward passes since the last call, but for those whose gradient was dropped; starts over.
+
+        Returns:
+            These rows, bool ``[out_features]``; those that were dropped, and whether there may be any.
+        """
+        return self._rows().take()
+
+    def follow(self, parameter: Tensor) -> None:
+        """Has :meth:`gradient_arrives` called for the parameter that an optimiser steps in place of the weight."""
+        self._arrivals.follow(parameter, self)
+
+    def _rows(self) -> TouchedRows:
+        if self._touched.device != self.weight.device:
+            self._touched = TouchedRows(self.out_features, self.weight.device)
+        return self._touched
+
+    def _attach(self, mode: Mode) -> None:
+        self.mode, self._active, self._batch = mode, None, None
+        self._set_in, self._passes = -1, ForwardPasses()
+        self._begin_notes()
+
+    def _begin_notes(self) -> None:
+        # Now and not when they are needed: a graph of torch.compile would be made again.
+        self._touched, self._arrivals = TouchedRows(self.out_features, self.weight.device), Arrivals()
+        _LAYERS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_touched", "_arrivals")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin_notes()  # a copy is a layer of its own, and nobody has used it
+
+
+class MaskedLinear(Masked, nn.Linear):
     """``nn.Linear`` with a mask over its output neurons, which rows of the weight it uses and trains.
 
     With a mask m (bool ``[out_features]``):
@@ -138,14 +287,6 @@ class MaskedLinear(nn.Linear):
         >>> bool((layer(torch.randn(2, 4))[:, 1] == layer.bias[1]).all())
         True
     """
-
-    mode: Mode
-    _active: ActiveSet | None
-    _batch: TaskBatch | None
-    _set_in: int  # the backward pass in which the active set was set; -1 outside of one
-    _passes: ForwardPasses
-    _touched: TouchedRows
-    _arrivals: Arrivals
 
     def __init__(
         self,
@@ -215,23 +356,6 @@ class MaskedLinear(nn.Linear):
             raise ValueError(f"mask has shape {list(mask.shape)}, expected [{self.out_features}]")
         self._use(None if mask is None else ActiveSet(mask))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in_features]`` -> ``[..., out_features]``."""
-        active, batch = use = self._begin(x)
-        x, weight, bias = self._noted(use, x, self.note_use(active, self.weight), self.bias)
-        if active is None:
-            return F.linear(x, weight, bias)
-        active = active.on(weight.device)
-        keep(x.device, active)
-        if in_transform():
-            return _composed(x, weight, bias, active, batch, self.mode)
-        order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
-        x, weight, bias = cast_inputs(x, weight, bias)
-        flat = x.reshape(-1, self.in_features)
-        sets = active.active, active.rows, active.index
-        y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
-        return y.view(*x.shape[:-1], self.out_features)
-
     def extra_repr(self) -> str:
         """Adds mode and density to what ``nn.Linear`` shows."""
         density = (
@@ -239,96 +363,13 @@ class MaskedLinear(nn.Linear):
         )
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 
-    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
-        """Sets what the next forward passes use: the active set, and where it is of several tasks their batch."""
-        self._active, self._batch = active, batch
-        if active is not None:
-            active.let_sizes_vary()
-        self._set_in = backward_pass()
 
-    def _begin(self, x: Tensor) -> Use:
-        """Begins a forward pass: what it uses.
-
-        Raises:
-            ValueError: a nested tensor.
-        """
-        if x.is_nested:
-            raise ValueError(
-                "a masked layer got a nested tensor, expected a padded one: nn.TransformerEncoder makes them with "
-                "enable_nested_tensor=True (set its use_nested_tensor to False)"
-            )
-        use: Use = (self._active, self._batch)
-        if not torch.compiler.is_compiling():
-            running = backward_pass()
-            if running >= 0 and running != self._set_in:
-                use = self._passes.recomputed()
-        active, batch = use
-        if batch is not None:
-            batch.check(x)
-            use = active, None if batch.single else batch
-        return use
-
-    def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
-        """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
-        return tensors if torch.compiler.is_compiling() else self._passes.note(use, *tensors)
-
-    # What the optimiser needs to know: the rows that the gradient of the weight is made of.
-
-    def note_use(self, active: ActiveSet | None, weight: Tensor) -> Tensor:
-        """The weight with which a forward pass goes on, so that its backward pass notes the rows that it uses."""
-        if not (torch.is_grad_enabled() and weight.requires_grad):
-            return weight
-        return self._rows().note(weight, None if active is None else active.on(self.weight.device).union)
-
-    def gradient_arrives(self, parameter: Tensor) -> None:
-        """A backward pass is about to add to the gradient of the weight, ``parameter`` to the optimiser."""
-        self._rows().arrive(parameter)
-
-    def gradient_is_dropped(self) -> None:
-        """The optimiser zeroes its gradients: what was noted for them goes with them."""
-        self._rows().drop()
-
-    def take_touched(self) -> tuple[Tensor, Tensor, bool]:
-        """The rows of backward passes since the last call, but for those whose gradient was dropped; starts over.
-
-        Returns:
-            These rows, bool ``[out_features]``; those that were dropped, and whether there may be any.
-        """
-        return self._rows().take()
-
-    def follow(self, parameter: Tensor) -> None:
-        """Has :meth:`gradient_arrives` called for the parameter that an optimiser steps in place of the weight."""
-        self._arrivals.follow(parameter, self)
-
-    def _rows(self) -> TouchedRows:
-        if self._touched.device != self.weight.device:
-            self._touched = TouchedRows(self.out_features, self.weight.device)
-        return self._touched
-
-    def _attach(self, mode: Mode) -> None:
-        self.mode, self._active, self._batch = mode, None, None
-        self._set_in, self._passes = -1, ForwardPasses()
-        self._begin_notes()
-
-    def _begin_notes(self) -> None:
-        # Now and not when they are needed: a graph of torch.compile would be made again.
-        self._touched, self._arrivals = TouchedRows(self.out_features, self.weight.device), Arrivals()
-        _LAYERS.add(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_touched", "_arrivals")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._begin_notes()  # a copy is a layer of its own, and nobody has used it
-
-
-def owners() -> dict[int, MaskedLinear]:
+def owners() -> dict[int, Any]:
     """The specialised layers that there are, by the ``id`` of the weight that each has now."""
-    return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, MaskedLinear)}
+    return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, Masked)}
 
 
-def makers() -> dict[int, MaskedLinear]:
+def makers() -> dict[int, Any]:
     """The specialised layers whose weight is made anew in each pass, by the ``id`` of each parameter that it is made of."""
-    remade = [one for one in list(_LAYERS) if isinstance(one, MaskedLinear) and "weight" not in one._parameters]
+    remade = [one for one in list(_LAYERS) if isinstance(one, Masked) and "weight" not in one._parameters]
     return {id(p): layer for layer in remade for name, p in layer.named_parameters() if name != "bias"}

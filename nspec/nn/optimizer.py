@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
-from .masked_linear import MaskedLinear, makers, owners
+from .masked_linear import Masked, makers, owners
 
 
 class RowSparseAdamW(torch.optim.Optimizer):
@@ -47,12 +47,12 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
-            made anew in each pass (prune, weight_norm, parametrisations), or is not a matrix any more
-            (``FullyShardedDataParallel``, the older FSDP, flattens it).
+            made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is
+            not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
         TypeError: an option that is no number, betas that are not two.
     """
 
-    _layers: dict[int, weakref.ref[MaskedLinear]]
+    _layers: dict[int, weakref.ref[Masked]]
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
         for owner in self._owners().values():
             owner.gradient_is_dropped()
 
-    def _owners(self) -> dict[Tensor, MaskedLinear]:
+    def _owners(self) -> dict[Tensor, Masked]:
         """The specialised layers whose weights are among the parameters."""
         now, found, made_of = owners(), {}, makers()
         # A wrapper that shards may have put another tensor in the place of a parameter for a while (FSDP between a
@@ -115,8 +115,13 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 known[id(p)] = weakref.ref(owner)
             elif id(p) in known:
                 owner = known[id(p)]()
-            if not isinstance(owner, MaskedLinear):
+            if not isinstance(owner, Masked):
                 continue
+            if owner.transposed:
+                raise ValueError(
+                    "the weight of a specialised layer is [in, out], as in Conv1D: its neurons are columns, and this "
+                    "optimiser leaves rows alone. Use torch.optim.AdamW, whose momentum and decay move other neurons too"
+                )
             if p.shape != (owner.out_features, owner.in_features):
                 raise ValueError(
                     f"the weight of a specialised layer has shape {list(p.shape)}, expected "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Pair
+from .feed_forward import FeedForward
 from .padding import TokenMask
 
 _SURE = 20  # times nearer that the rows of a sentence must be in the right order than in the other
@@ -23,7 +23,7 @@ class Alignment:
         self.alone: dict[str, Tensor] = {}
         self.sentence = 0
 
-    def place(self, pair: Pair, x: Tensor, mask: TokenMask) -> Tensor | None:
+    def place(self, pair: FeedForward, x: Tensor, mask: TokenMask) -> Tensor | None:
         """``mask`` in the shape of the leading dimensions of ``x [..., d_in]``; None where its order cannot be told.
 
         Raises:
@@ -51,12 +51,12 @@ class Alignment:
         return orders[next(iter(known))]
 
     @staticmethod
-    def _by_class(pair: Pair, mask: TokenMask) -> set[bool]:
+    def _by_class(pair: FeedForward, mask: TokenMask) -> set[bool]:
         if mask.batch_first and isinstance(pair.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             return {not pair.parent.self_attn.batch_first}
         return set()
 
-    def _by_sentence(self, pair: Pair, x: Tensor, mask: TokenMask) -> set[bool]:
+    def _by_sentence(self, pair: FeedForward, x: Tensor, mask: TokenMask) -> set[bool]:
         """Compares with the sentence that was run by itself: by shape, else by which rows are the same."""
         alone = self.alone.get(pair.name)
         if alone is None or not bool(mask.real[self.sentence].any()):

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from nspec.nn.ffn import CompactFc1, TaskLinear
-from nspec.nn.masked_linear import Mode, check_mode
+from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer, TaskConv1D, TaskLayer, TaskLinear
+from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
 
+from .feed_forward import FeedForward, is_linear, is_transposed
 from .layers import (
-    Pair,
     activation_dropouts,
     batch_dim_of,
-    check_relu,
+    computes_linear,
     fast_paths,
-    find_pairs,
+    find_blocks,
     flattens,
     is_routed,
-    nearest,
 )
 from .masks import NeuronMasks
+from .naming import Layer
+from .patterns import alike, nearest
 from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
 
 # What specialisation leaves on the modules, and despecialisation takes away.
@@ -48,6 +50,9 @@ _STATE = (
     "_flattens",
     "_block",
     "qualified_name",
+    "plain",
+    "doubled",
+    "gated",
 )
 _BEFORE = "_nspec_before"  # on a module of which an attribute was changed: what it was
 
@@ -57,7 +62,7 @@ def specialize(
     masks: NeuronMasks,
     mode: Mode = "forward",
     *,
-    layers: Iterable[str | tuple[str, str]] | None = None,
+    layers: Iterable[Layer] | None = None,
     activation_dropout: float | None = None,
 ) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
@@ -68,8 +73,9 @@ def specialize(
     ``nn.TransformerEncoder`` leaves its fused inference path, which calls no layers: with a padding mask that path gives 0
     at padded positions, and the ordinary one does not.
 
-    In mode ``forward`` what runs between fc1 and fc2 (the activation, hooks on it or on the two layers) gets a value that
-    stands for the activations and takes ReLU alone: anything else there is an error in every pass, not a number.
+    In mode ``forward`` what runs between the layers of a block (the activation, hooks on it or on the layers) gets a value
+    that stands for the activations and takes elementwise functions of any kind: anything else there is an error in every
+    pass, not a number. Of a gated block the rows of gate and up are masked, and both biases stay.
 
     Args:
         model: any module with the layers that ``masks`` names; not yet wrapped for distributed training or compiled.
@@ -77,7 +83,7 @@ def specialize(
         mode: ``forward``: only active neurons are computed, in training and decoding, as in Tan et al. 2024; equals
             multiplying the mask into the rows of fc1.weight. ``update``: the forward pass is dense, and only the
             gradient of fc1.weight is masked.
-        layers: as in ``find_pairs`` and ``profile``, for layers that are not found by structure and name. Masks may name
+        layers: as in ``find_blocks`` and ``profile``, for layers that are not found by structure and name. Masks may name
             fewer layers than are given or found; those without masks stay dense.
         activation_dropout: 0 sets the dropouts between fc1 and fc2 that are known by structure and name to 0 in mode
             ``forward``, until ``despecialize``; None: one above 0 is an error.
@@ -87,8 +93,8 @@ def specialize(
 
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
-            names); a model that is specialised already; a layer that is not a plain ``nn.Linear`` or whose ``forward`` was
-            replaced; in mode ``forward`` an activation that is not ReLU or an activation dropout above 0.
+            names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
+            does; in mode ``forward`` an activation dropout above 0, unless the block has no biases.
         TypeError: ``masks`` is not a ``NeuronMasks``.
     """
     check_mode(mode)
@@ -96,82 +102,141 @@ def specialize(
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
     if activation_dropout not in (None, 0):
         raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
-    if any(isinstance(module, TaskLinear) for module in model.modules()):
+    if any(isinstance(module, TaskLayer) for module in model.modules()):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
-    pairs = _matching_pairs(model, masks, layers)
-    for pair in pairs:
-        _check_plain(pair)
-        if mode == "forward":
-            check_relu(pair, dropout=activation_dropout is None)
-    changes = fast_paths(model, pairs)
+    known = {block.name: block for block in find_blocks(model, layers)}
+    masks = _fitting(model, masks, known)
+    blocks = [known[layer] for layer in masks.layers]
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in blocks:
+        for layer in projections(block):
+            _check_plain(layer, names[id(layer)])
+        if mode == "forward" and activation_dropout is None:
+            _check_dropout(block)
+    changes = fast_paths(model, blocks)
     if mode == "forward":
-        changes += [(module, name, 0.0) for pair in pairs for module, name, _ in activation_dropouts(pair)]
+        changes += [(module, name, 0.0) for block in blocks for module, name, _ in _dropouts(block, activation_dropout)]
+        changes += [change for block in blocks for change in _own_gradients(block)]
     for module, name, value in changes:
-        module.__dict__.setdefault(_BEFORE, {}).setdefault(name, getattr(module, name))
+        before = (module.__dict__[name],) if name in module.__dict__ else ()
+        module.__dict__.setdefault(_BEFORE, {}).setdefault(name, before)
         setattr(module, name, value)
     shared = Shared()
-    for pair in pairs:
-        pair.fc1.__class__ = TaskLinear if mode == "update" else CompactFc1
-        fc1 = pair.fc1
-        assert isinstance(fc1, TaskLinear)
-        fc1._attach(mode)
-        sets = {task: masks[task][pair.name] for task in masks.tasks}
-        fc1.add_tasks(
-            sets,
-            pair.name,
-            shared=shared,
-            first=pair is pairs[0],
-            routed=is_routed(model, pair.name),
-            batch_dim=batch_dim_of(pair),
-            flattens=flattens(pair),
-        )
-        _rebind(fc1)
-        holder, _, attribute = pair.name.rpartition(".")
-        model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = pair.name
+    for block in blocks:
+        first: TaskLayer | None = None
+        for layer in projections(block):
+            _turn(layer, mode, block)
+            assert isinstance(layer, TaskLayer)
+            layer.add_tasks(
+                {task: masks[task][block.name] for task in masks.tasks},
+                names[id(layer)],
+                shared=shared,
+                first=first is None and block is blocks[0],
+                routed=is_routed(model, block.name),
+                batch_dim=batch_dim_of(block),
+                flattens=flattens(block),
+                with_layer=first,
+            )
+            first = first or layer
+            _rebind(layer)
+            holder, _, attribute = layer.qualified_name.rpartition(".")
+            model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = layer.qualified_name
     return model
 
 
-def _check_plain(pair: Pair) -> None:
-    """Raises ValueError unless fc1 is an ``nn.Linear`` that computes what its class says."""
-    fc1: Any = pair.fc1
-    if type(fc1) is not nn.Linear:
-        way = (
-            "make its weight permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
-            if hasattr(fc1, "parametrizations")
-            else "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
-        )
-        raise ValueError(f"{pair.name} is {type(fc1).__name__}, expected a plain nn.Linear layer: {way}")
-    if "forward" in fc1.__dict__ and not calls_its_class(fc1):
+def projections(block: FeedForward) -> list[nn.Module]:
+    """The layers of a block whose rows are masked: fc1, and up where that is another."""
+    return [block.fc1] if block.up is None else [block.fc1, block.up]
+
+
+def _turn(layer: nn.Module, mode: Mode, block: FeedForward) -> None:
+    """Makes a layer one of those that know tasks."""
+    plain = type(layer)
+    if is_transposed(layer):
+        layer.__class__ = TaskConv1D if mode == "update" else CompactConv1D
+    else:
+        layer.__class__ = TaskLinear if mode == "update" else CompactFc1
+    assert isinstance(layer, TaskLayer)
+    if plain is not nn.Linear:
+        layer.plain = plain
+    if block.gated:
+        layer.gated = True
+    if block.fused:
+        layer.doubled = True
+    layer._attach(mode)
+
+
+def _dropouts(block: FeedForward, rate: float | None) -> list[tuple[Any, str, str]]:
+    """The dropouts of a block that are set to 0: on request those that are known, else none."""
+    return [] if rate is None else activation_dropouts(block)
+
+
+def _check_dropout(block: FeedForward) -> None:
+    """Raises ValueError where activations are dropped out, and neurons that are not active give constants."""
+    if all(layer.bias is None for layer in projections(block)):
+        return  # they give 0, or the first pass says that they do not
+    for module, attribute, shown in activation_dropouts(block):
+        if (rate := getattr(module, attribute)) > 0:
+            raise ValueError(
+                f"{block.name}: {shown} is {rate}, expected 0 in mode 'forward' (the output of a masked neuron is a "
+                "constant, and the method trains without it). Set it to 0, which nspec.specialize(..., "
+                "activation_dropout=0) does, or use mode='update'"
+            )
+
+
+def _own_gradients(block: FeedForward) -> list[tuple[nn.Module, str, Any]]:
+    """Activations that compute their gradient by a function of their own in training, each with the ordinary one.
+
+    BLOOM's is such: in evaluation it calls an ordinary function that computes the same.
+    """
+    found: list[tuple[nn.Module, str, Any]] = []
+    for module in block.parent.children():
+        if type(module).__name__ == "BloomGelu":
+            ordinary = getattr(sys.modules[type(module).__module__], "bloom_gelu_forward", None)
+            if ordinary is not None and "forward" not in module.__dict__:
+                found.append((module, "forward", ordinary))
+    return found
+
+
+def _check_plain(layer: Any, name: str) -> None:
+    """Raises ValueError unless a layer computes what ``nn.Linear`` or ``Conv1D`` does, by its class."""
+    if type(layer) is not nn.Linear:
+        way: str | None = "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
+        if is_linear(layer) and not isinstance(layer, Masked | TaskSwitched):
+            way = computes_linear(layer)
+        if way is not None:
+            raise ValueError(f"{name} is {type(layer).__name__}, expected a plain nn.Linear layer: {way}")
+    if "forward" in layer.__dict__ and not calls_its_class(layer):
         raise ValueError(
-            f"{pair.name} has a forward of its own, put on the module by something else, which would compute the dense "
+            f"{name} has a forward of its own, put on the module by something else, which would compute the dense "
             "layer: take it off first (del layer.forward), specialise, and put it on again"
         )
 
 
-def _rebind(module: nn.Linear) -> None:
+def _rebind(module: nn.Module) -> None:
     """Has a ``forward`` that accelerate put on a module (device maps, offloading) call the one of its class now."""
     if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
-def _matching_pairs(model: nn.Module, masks: NeuronMasks, layers: Iterable[str | tuple[str, str]] | None) -> list[Pair]:
-    """The model's layers that the masks name; every named layer must be there, equally wide."""
-    known = {pair.name: pair for pair in find_pairs(model, layers)}
+def _fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
+    """The masks by the model's own names of layers; every named layer must be there, equally wide."""
     modules = dict(model.named_modules())
+    if wrapped := [n for n in masks.layers if f"module.{n}" in modules or f"_orig_mod.{n}" in modules]:
+        raise ValueError(f"the model is wrapped: specialise it first, then wrap or compile it ({wrapped[0]} is inside)")
+    names = alike(masks.layers, known)
+    if missing := [layer for layer in masks.layers if layer not in names]:
+        raise ValueError(
+            f"masks name layer {missing[0]!r}, which the model does not have; {nearest(missing[0], known)}"
+        )
+    masks = masks.renamed(names)
     for layer in masks.layers:
-        pair = known.get(layer)
-        if pair is None:
-            if f"module.{layer}" in modules or f"_orig_mod.{layer}" in modules:
-                raise ValueError(
-                    f"the model is wrapped: specialise it first, then wrap or compile it ({layer} is inside)"
-                )
-            raise ValueError(f"masks name layer {layer!r}, which the model does not have; {nearest(layer, known)}")
         width = len(masks[masks.tasks[0]][layer])
-        if width != pair.d_ff:
+        if width != known[layer].d_ff:
             raise ValueError(
-                f"masks are of another model: {layer} has d_ff={width} in the masks, {pair.d_ff} in the model"
+                f"masks are of another model: {layer} has d_ff={width} in the masks, {known[layer].d_ff} in the model"
             )
-    return [known[layer] for layer in masks.layers]
+    return masks
 
 
 def despecialize(model: nn.Module) -> nn.Module:
@@ -185,7 +250,7 @@ def despecialize(model: nn.Module) -> nn.Module:
         RuntimeError: another thread has switched the model.
     """
     modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, TaskLinear)]
+    layers = [module for module in modules if isinstance(module, TaskLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
     for layer in layers:
@@ -194,19 +259,19 @@ def despecialize(model: nn.Module) -> nn.Module:
     for switched in (module for module in modules if isinstance(module, TaskSwitched)):
         switched.set_task(None)
     for layer in layers:
-        layer.__class__ = nn.Linear  # type: ignore[assignment]
+        layer.__class__ = layer.plain or nn.Linear
         for name in _STATE:
             layer.__dict__.pop(name, None)
         _rebind(layer)
     for module in modules:
         module.__dict__.pop(PLACES, None)
-        for name, value in module.__dict__.pop(_BEFORE, {}).items():
-            setattr(module, name, value)
+        for name, before in module.__dict__.pop(_BEFORE, {}).items():
+            setattr(module, name, *before) if before else delattr(module, name)
     return model
 
 
-def _check_undoable(layer: TaskLinear) -> None:
-    if type(layer) not in (TaskLinear, CompactFc1):
+def _check_undoable(layer: TaskLayer) -> None:
+    if type(layer) not in (TaskLinear, CompactFc1, TaskConv1D, CompactConv1D):
         raise ValueError(
             f"{layer.qualified_name} is a {type(layer).__name__} now: take off what was put on it since "
             "(torch.nn.utils.parametrize.remove_parametrizations), then despecialise"
@@ -221,8 +286,8 @@ def _check_undoable(layer: TaskLinear) -> None:
 def merge(model: nn.Module, task: str) -> nn.Module:
     """A plain dense copy of the model that computes what ``task`` computes; ``model`` itself is not changed.
 
-    In mode ``forward`` the masked rows of fc1.weight are zero in the copy; in mode ``update`` the forward pass is dense
-    anyway, and the copy is the dense model.
+    In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy; in mode ``update``
+    the forward pass is dense anyway, and the copy is the dense model.
 
     Raises:
         ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew
@@ -233,7 +298,7 @@ def merge(model: nn.Module, task: str) -> nn.Module:
         raise TypeError(f"task is {task!r}, expected the name of a task")
     check_task(task, specialized_layers(model))
     for module in model.modules():
-        if isinstance(module, CompactFc1) and "weight" not in module._parameters:
+        if isinstance(module, CompactLayer) and "weight" not in module._parameters:
             raise ValueError(
                 f"the weight of {module.qualified_name} is made anew in each pass (prune, weight_norm, spectral_norm): "
                 "make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
@@ -241,7 +306,8 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     merged = copy.deepcopy(model)
     with torch.no_grad():
         for module in merged.modules():
-            if isinstance(module, CompactFc1):
-                active = module._sets[task].on(module.weight.device).active
-                module.weight.masked_fill_(~active[:, None], 0)
+            if isinstance(module, CompactLayer):
+                inactive = ~module._sets[task].on(module.weight.device).active
+                inactive = inactive.repeat(2) if module.doubled else inactive
+                module.weight.masked_fill_(inactive if module.transposed else inactive[:, None], 0)
     return despecialize(merged)

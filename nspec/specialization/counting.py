@@ -1,4 +1,4 @@
-"""Counting in the passes of a model: hooks on fc1 and fc2 of each layer, there only while a batch runs."""
+"""Counting in the passes of a model: hooks on the linear layers of each block, there only while a batch runs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from nspec.kernels.linear_relu_count import linear_relu_count
-from nspec.nn.ffn import TaskLinear
+from nspec.nn.ffn import TaskLayer
 
 from .alignment import Alignment
-from .layers import Pair
+from .between import Between, Sample
+from .feed_forward import FeedForward, is_transposed
 from .padding import TokenMask
+from .routing import Routing
 
 Masks = Mapping[str, "TokenMask | Tensor | None"]
 """For each layer the real tokens; a tensor is in the shape of the activations' leading dimensions. None: all count."""
 
 
 class Counters:
-    """Adds up, per layer and neuron, the real tokens with an activation above 0.
+    """Adds up, per layer and neuron, the real tokens with a pre-activation above 0.
 
-    fc1 of a plain layer computes through ``linear_relu_count`` while a batch runs. Where it has a ``forward`` of its own
-    (hooks of accelerate, quantised layers), or hooks that may change what it returns, it runs as it is, and what it
-    returned is counted.
+    That is what fc1 gives, of a gated block the gate projection: ReLU, GELU, SiLU and their like are above 0 exactly where
+    it is, in any dtype. Where the activation is ReLU alone, fc1 computes through ``linear_relu_count`` while a batch runs;
+    all other layers run as they are (also those with a ``forward`` of their own, as hooks of accelerate, or with hooks that
+    may change what they return), and what they returned is counted.
+
+    Args:
+        model: holds the blocks.
+        blocks: what to count.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
-        self._alignment = Alignment()
-        self._relu_seen: set[str] = set()
+    def __init__(self, model: nn.Module, blocks: Sequence[FeedForward]) -> None:
+        self._pairs = blocks
+        self._alignment, self._routing = Alignment(), Routing(model, blocks)
+        self._between = {block.name: Between(block) for block in blocks}
         self._suspect: set[str] = set()  # layers whose every batch is looked at for NaN, value by value
+        self._tokens: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self._task, self._batch = "", 0
         self.leading: dict[str, torch.Size] = {}
@@ -42,7 +50,7 @@ class Counters:
 
     def start(self, task: str) -> None:
         """Begins a task."""
-        self._task, self._batch, self._totals = task, 0, {}
+        self._task, self._batch, self._totals, self._tokens = task, 0, {}, {}
 
     def count(self, run: Callable[[], None], masks: Masks, alone: Callable[[int, int], None] | None) -> None:
         """Runs a batch and adds up what fires in it.
@@ -54,8 +62,9 @@ class Counters:
                 knows how to cut it out.
 
         Raises:
-            ValueError: a mask that does not fit, or in an order that cannot be told; activations that are not finite; a
-                layer with something else than ReLU between fc1 and fc2.
+            ValueError: a mask that does not fit, or in an order that cannot be told; tokens of an expert of which nobody
+                knows whether they are padding; activations that are not finite; a block in which something else than an
+                activation function comes before fc2.
         """
         self._batch += 1
         unsettled = self._pass(run, masks, {pair.name for pair in self._pairs})
@@ -68,40 +77,51 @@ class Counters:
             if unsettled:
                 raise self._cannot_tell(unsettled, masks)
 
-    def totals(self) -> dict[str, Tensor]:
-        """The counts since :meth:`start`, in the order of the layers.
+    def totals(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The counts, and the tokens that were counted, since :meth:`start`, in the order of the layers.
+
+        A layer that did not run has counted 0 tokens.
 
         Raises:
-            ValueError: a layer that did not run, or whose fc2 did not.
+            ValueError: a layer whose fc2 did not get what fc1 gave.
         """
-        if missing := [pair.name for pair in self._pairs if pair.name not in self._totals]:
-            raise ValueError(
-                f"the batches of task {self._task} did not run layer {missing[0]}; choose layers with layers=[...]"
-            )
         for pair in self._pairs:
-            if pair.name not in self._relu_seen and bool(self._totals[pair.name].any()):
+            count = self._totals.get(pair.name)
+            if count is not None and not self._between[pair.name].shown and bool(count.any()):
                 raise ValueError(
-                    f"{pair.name}: fc2 did not get the activations of fc1 in task {self._task}, so nothing shows that "
-                    "there is ReLU between them; choose layers with layers=[...]"
+                    f"{pair.name}: fc2 did not get the activations of fc1 in task {self._task}, so nothing shows what the "
+                    "block computes; choose layers with layers=[...]"
                 )
-        return {pair.name: self._totals[pair.name].cpu() for pair in self._pairs}
+        counts = {
+            pair.name: self._totals[pair.name].cpu() if pair.name in self._totals else torch.zeros(pair.d_ff).long()
+            for pair in self._pairs
+        }
+        return counts, {name: int(self._tokens.get(name, 0)) for name in counts}
+
+    def did_not_run(self) -> list[str]:
+        """The layers that got nothing since :meth:`start`, but for experts, to which nothing may have been sent."""
+        names = [pair.name for pair in self._pairs]
+        return [name for name in names if name not in self._totals and name not in self._routing]
 
     def _pass(self, run: Callable[[], None], masks: Masks, wanted: set[str]) -> set[str]:
         """Runs a batch and counts ``wanted`` layers; those whose mask cannot be placed are given back uncounted."""
-        seen = _Pass(self._alignment, masks, wanted, self._suspect, self._relu_seen, self._where())
-        with seen.attached(self._pairs):
-            run()
+        seen = self._run(run, masks, wanted)
         if strange := {layer for layer, total in seen.sums.items() if not math.isfinite(float(total))}:
             # Padding may be anything: look at what is counted, in this batch and from now on.
             self._suspect |= strange
-            again = _Pass(self._alignment, masks, strange, self._suspect, self._relu_seen, self._where())
-            with again.attached(self._pairs):
-                run()
+            self._run(run, masks, strange)
         self.leading |= seen.leading
         for layer, count in seen.counts.items():
             if layer not in seen.unsettled:
                 self._totals[layer] = count if layer not in self._totals else self._totals[layer] + count
+                self._tokens[layer] = self._tokens.get(layer, 0) + seen.tokens[layer]
         return seen.unsettled
+
+    def _run(self, run: Callable[[], None], masks: Masks, wanted: set[str]) -> _Pass:
+        seen = _Pass(self._alignment, self._routing, self._between, masks, wanted, self._suspect, self._where())
+        with seen.attached(self._pairs), self._routing.attached():
+            run()
+        return seen
 
     def _where(self) -> str:
         return f"batch {self._batch} of task {self._task}"
@@ -140,32 +160,46 @@ class _Pass:
     """One run of the model: what its layers count, and what was seen on the way."""
 
     def __init__(
-        self, alignment: Alignment, masks: Masks, wanted: set[str], suspect: set[str], relu_seen: set[str], where: str
+        self,
+        alignment: Alignment,
+        routing: Routing,
+        between: Mapping[str, Between],
+        masks: Masks,
+        wanted: set[str],
+        suspect: set[str],
+        where: str,
     ) -> None:
         self.counts: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.unsettled: set[str] = set()
         self.leading: dict[str, torch.Size] = {}
-        self._alignment, self._masks, self._wanted = alignment, masks, wanted
-        self._suspect, self._relu_seen, self._where = suspect, relu_seen, where
-        self._last: dict[str, Tensor] = {}
+        self._alignment, self._routing, self._between = alignment, routing, between
+        self._masks, self._wanted, self._suspect, self._where = masks, wanted, suspect, where
+        self._rectified: dict[str, Tensor] = {}
+        self._samples: dict[str, Sample] = {}
+        self._ups: dict[str, Sample] = {}
 
     @contextlib.contextmanager
-    def attached(self, pairs: Sequence[Pair]) -> Iterator[None]:
+    def attached(self, pairs: Sequence[FeedForward]) -> Iterator[None]:
         """The hooks are on the layers within the block, and gone after it."""
         with contextlib.ExitStack() as hooks:
             for pair in pairs:
                 if pair.name not in self._wanted:
                     continue
-                if _is_plain(pair.fc1) and not pair.fc1._forward_hooks:
-                    pair.fc1.forward = functools.partial(self._fused, pair)  # type: ignore[method-assign]
+                between = self._between[pair.name]
+                hooked = bool(pair.fc1._forward_hooks)
+                if between.relu and not hooked and _is_plain(pair.fc1):
+                    pair.fc1.forward = functools.partial(self._fused, pair)
                     hooks.callback(delattr, pair.fc1, "forward")
                 else:
                     hook = functools.partial(self._returned, pair)
                     hooks.callback(pair.fc1.register_forward_hook(hook, with_kwargs=True).remove)
+                if hooked or not all(_is_plain(layer) or is_transposed(layer) for layer in (pair.fc1, pair.fc2)):
                     self._suspect.add(pair.name)
-                if not _is_plain(pair.fc2):
-                    self._suspect.add(pair.name)
+                if pair.up is not None and not between.shown:
+                    up = functools.partial(self._up_returned, pair.name)
+                    hooks.callback(pair.up.register_forward_hook(up).remove)
                 before = functools.partial(self._before_fc2, pair)
                 hooks.callback(pair.fc2.register_forward_pre_hook(before, with_kwargs=True).remove)
                 if pair.name not in self._suspect:
@@ -173,70 +207,90 @@ class _Pass:
                     hooks.callback(pair.fc2.register_forward_hook(after).remove)
             yield
 
-    def _fused(self, pair: Pair, input: Tensor) -> Tensor:
+    def _fused(self, pair: FeedForward, input: Tensor) -> Tensor:
         """In place of fc1: the layer's own ReLU changes nothing of what this returns."""
+        weight: Any = pair.fc1.weight
+        bias: Any = pair.fc1.bias
         placed, valid = self._place(pair, input)
         if not placed:
-            return nn.functional.linear(input, pair.fc1.weight, pair.fc1.bias)
-        h, count = linear_relu_count(input, pair.fc1.weight, pair.fc1.bias, valid=valid)
+            return nn.functional.linear(input, weight, bias)
+        h, count = linear_relu_count(input, weight, bias, valid=valid)
         self._add(pair, h, valid, count)
+        self._rectified[pair.name] = h
         return h
 
     def _returned(
-        self, pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        placed, valid = self._place(pair, args[0] if args else kwargs["input"])
-        if placed:
-            h = torch.relu(output)
-            valid = None if valid is None else valid.to(h.device)
-            fired = h > 0 if valid is None else h[valid] > 0
-            self._add(pair, h, valid, fired.reshape(-1, h.shape[-1]).sum(0))
+        placed, valid = self._place(pair, args[0] if args else next(iter(kwargs.values())))
+        if not placed:
+            return
+        z = output[..., : pair.d_ff]
+        valid = None if valid is None else valid.to(z.device)
+        fired = z > 0 if valid is None else (z > 0) & valid.unsqueeze(-1)
+        self._add(pair, z, valid, fired.reshape(-1, pair.d_ff).sum(0))
+        if not self._between[pair.name].shown:
+            self._samples[pair.name] = Sample(z)
+            if pair.fused:
+                self._ups[pair.name] = Sample(output[..., pair.d_ff :])
 
-    def _place(self, pair: Pair, x: Tensor) -> tuple[bool, Tensor | None]:
+    def _up_returned(self, layer: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._ups[layer] = Sample(output)
+
+    def _place(self, pair: FeedForward, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether the mask of real tokens can be placed, and where they are in ``x [..., d_in]``; None: everywhere."""
         mask = self._masks[pair.name]
         self.leading[pair.name] = x.shape[:-1]
         if mask is None:
             return True, None
+        lay = functools.partial(self._lay, pair, mask)
+        if pair.name in self._routing:
+            placed, valid = self._routing.place(pair, x, lay)
+        else:
+            valid = lay(x)
+            placed = valid is not None
+        if not placed:
+            self.unsettled.add(pair.name)
+        return placed, valid
+
+    def _lay(self, pair: FeedForward, mask: TokenMask | Tensor, x: Tensor) -> Tensor | None:
+        """The mask in the shape of the leading dimensions of ``x``; None where their order cannot be told."""
         if isinstance(mask, TokenMask):
-            placed = self._alignment.place(pair, x, mask)
-            if placed is None:
-                self.unsettled.add(pair.name)
-            return placed is not None, placed
+            return self._alignment.place(pair, x, mask)
         if mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"{pair.name}: valid gave a mask of shape {list(mask.shape)}, expected that of the leading dimensions of "
                 f"the activations, {list(x.shape[:-1])}"
             )
-        return True, mask.to(x.device)
+        return mask.to(x.device)
 
-    def _add(self, pair: Pair, h: Tensor, valid: Tensor | None, count: Tensor) -> None:
+    def _add(self, pair: FeedForward, h: Tensor, valid: Tensor | None, count: Tensor) -> None:
         if pair.name in self._suspect:
-            counted = h if valid is None else h[valid]
+            counted = torch.relu(h if valid is None else h[valid])  # minus infinity has not fired
             if not bool(torch.isfinite(counted).all()):
                 nan, all_values = int(torch.isnan(counted).sum()), counted.numel()
                 raise ValueError(
                     f"{pair.name}: activations are not finite in {self._where}: of {all_values}, {nan} are NaN and "
                     f"{int(torch.isinf(counted).sum())} infinite. Look at the weights, the inputs and the dtype"
                 )
-        earlier = self.counts.get(pair.name)
-        self.counts[pair.name] = count if earlier is None else earlier + count
-        self._last[pair.name] = h
+        tokens = torch.tensor(h[..., 0].numel()) if valid is None else valid.sum()
+        first = pair.name not in self.counts
+        self.counts[pair.name] = count if first else self.counts[pair.name] + count
+        self.tokens[pair.name] = tokens if first else self.tokens[pair.name] + tokens.to(self.tokens[pair.name].device)
 
-    def _before_fc2(self, pair: Pair, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Checks that fc2 gets what ReLU makes of fc1; done for good once that could be seen of a value above 0."""
-        h = self._last.pop(pair.name, None)
-        if h is None or pair.name in self._relu_seen:
+    def _before_fc2(self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Checks what comes between the layers; done for good once that could be seen of a value that is not 0."""
+        between, layer = self._between[pair.name], pair.name
+        h, z, up = self._rectified.pop(layer, None), self._samples.pop(layer, None), self._ups.pop(layer, None)
+        if between.shown or (h is None and z is None):
             return
-        got = args[0] if args else kwargs["input"]
-        h = h.to(got.device, got.dtype)
-        finite = torch.isfinite(h)  # the others are told of after the pass, by what they make of fc2's output
-        if got.shape != h.shape or not torch.equal(got[finite], h[finite]):
-            raise ValueError(f"{pair.name}: what the layer does between fc1 and fc2 is not ReLU alone in eval mode")
-        if bool((h[finite] > 0).any()):
-            self._relu_seen.add(pair.name)
+        got = args[0] if args else next(iter(kwargs.values()))
+        if h is not None:
+            between.see_rectified(h, got)
+        elif z is not None and (up is not None or not pair.gated):
+            between.see(z, up, got)
 
-    def _after_fc2(self, pair: Pair, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _after_fc2(self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """NaN and infinity of an activation are in every output of its token: a look at fc2's is a quarter of the work."""
         half = output.dtype in (torch.float16, torch.bfloat16)
         total = output.sum(dtype=torch.float32 if half else None)
@@ -244,9 +298,9 @@ class _Pass:
         self.sums[pair.name] = total if earlier is None else earlier + total
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer computes what ``nn.Linear`` does: its class is that or ours, and so is ``forward``."""
-    of_class = type(layer).forward is nn.Linear.forward or isinstance(layer, TaskLinear)
+    of_class = type(layer).forward is nn.Linear.forward or isinstance(layer, TaskLayer)
     return of_class and "forward" not in vars(layer)
 
 

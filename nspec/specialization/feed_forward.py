@@ -15,8 +15,15 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
+def is_linear(module: object) -> bool:
+    """Whether it is a linear layer by its class: ``nn.Linear``, one of its subclasses, or GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and is_transposed(module))
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """The sizes of input and output of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features  # a packed weight, of four bits say, has another shape
     weight: Any = module.weight
     if is_transposed(module):
         return weight.shape[0], weight.shape[1]

@@ -1,147 +1,168 @@
-"""Finds the feed-forward layers of a model: pairs of linear layers with a ReLU between them."""
+"""Finds the feed-forward blocks of a model, by structure and by name, and what a block says of itself."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-# Attribute names of the first and the second linear layer, as they are found in the field.
-PAIR_NAMES = (
-    ("fc1", "fc2"),  # fairseq, M2M100, NLLB, mBART, BART, OPT
+from .candidates import what_there_is
+from .feed_forward import FeedForward, features, is_linear, is_transposed
+from .naming import Layer, check_no_adapter, chosen
+from .patterns import nearest as nearest
+
+# Attribute names of the linear layers of a block, as they are found in the field. A first layer of twice the width of the
+# second's input computes gate and up behind one another.
+PLAIN_NAMES = (
+    ("fc1", "fc2"),  # fairseq, M2M100, NLLB, mBART, BART, Marian, OPT, Whisper, Phi
     ("linear1", "linear2"),  # torch.nn.TransformerEncoderLayer
-    ("wi", "wo"),  # T5 with ReLU
+    ("wi", "wo"),  # T5, Switch Transformers
     ("w_1", "w_2"),  # OpenNMT, The Annotated Transformer
+    ("w1", "w2"),
     ("lin1", "lin2"),  # DistilBERT, XLM
-    ("c_fc", "c_proj"),  # nanoGPT and its kin
-    ("up_proj", "down_proj"),
+    ("c_fc", "c_proj"),  # GPT-2, nanoGPT and its kin, Starcoder2
+    ("up_proj", "down_proj"),  # Nemotron, Arcee, MPT
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon, Persimmon; fused in ChatGLM
+    ("intermediate.dense", "output.dense"),  # BERT, RoBERTa, XLM-R, DeBERTa, ESM, ViT, MobileBERT
+    ("intermediate", "output"),  # ProphetNet
+    ("intermediate_dense", "output_dense"),  # wav2vec 2.0
+    ("fc_in", "fc_out"),  # GPT-J, CodeGen
+    ("linear_fc1", "linear_fc2"),  # Megatron, Qwen's vision encoders
+    ("ffn", "ffn_output"),  # ALBERT
 )
-_ACTIVATIONS = ("activation_fn", "activation", "act_fn", "act", "activation_function", "activation_func")
-_GATES = ("gate_proj", "wi_1", "w3", "gate")
+FUSED_NAMES = (
+    ("gate_up_proj", "down_proj"),  # Phi-3, GLM
+    ("Wi", "Wo"),  # ModernBERT
+    ("gated_layers", "wo"),  # Jina BERT
+    ("weights_in", "weights_out"),  # DINOv2
+    ("w12", "w3"),  # DINOv2, xFormers
+)
+GATED_NAMES = (  # gate, up, down
+    ("gate_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo
+    ("wi_0", "wi_1", "wo"),  # T5 1.1, mT5, umT5, MADLAD-400
+    ("w1", "w3", "w2"),  # Llama as released, Mixtral, torchtune
+    ("w_1", "w_3", "w_2"),  # OpenNMT
+    ("gate_proj", "inner_proj", "output_proj"),  # fairseq2
+    ("w2", "w1", "c_proj"),  # Qwen as released
+    ("fc1_g", "fc1_x", "fc2"),  # timm
+    ("fc12", "fc11", "fc2"),  # Nomic BERT
+)
+_ACTIVATIONS = (
+    *("activation_fn", "activation", "act_fn", "act", "activation_function", "activation_func", "intermediate_act_fn"),
+    *("gelu_impl", "activation_func_impl", "ffn_act"),
+)
 _ROUTERS = ("router", "gate", "gating", "gate_network", "wg", "switch")
 _TIME_FIRST = ("transformers.models.fsmt.", "fairseq.modules.")  # layers that do not say so themselves
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_MIXING = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)  # or of another width
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A feed-forward layer: ``name`` is the qualified name of fc1, ``parent`` the module that computes with both."""
-
-    name: str
-    parent: nn.Module
-    fc1: nn.Linear
-    fc2: nn.Linear
-
-    @property
-    def d_ff(self) -> int:
-        """Number of neurons."""
-        return self.fc1.out_features
-
-
-def find_pairs(model: nn.Module, layers: Iterable[str | tuple[str, str]] | None = None) -> list[Pair]:
-    """The feed-forward layers of ``model``, in the order of its modules.
+def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list[FeedForward]:
+    """The feed-forward blocks of ``model``, in the order of its modules.
 
     Args:
         model: any module.
-        layers: names of the fc1 modules to take, or pairs of names (fc1, fc2) for layers with other attribute names.
-            None: all pairs of linear layers with names in ``PAIR_NAMES``, and ``nn.Sequential`` runs of
-            Linear, ReLU, (Dropout,) Linear.
+        layers: the blocks to take: names of fc1 (of a gated block its gate projection); or tuples of names (fc1, fc2), or
+            (gate, up, down), for linear layers with attribute names that are not known. Names may be patterns with ``*``,
+            ``?`` and ``[...]``, as in :func:`nspec.specialization.patterns.matching`: ``"encoder"``, ``"*.fc1"``. In a
+            tuple the names of a block are those whose wildcards stand for the same text:
+            ``("*.intermediate.dense", "*.output.dense")``. None: all blocks whose linear layers (``nn.Linear`` and its
+            subclasses, ``Conv1D`` of Transformers) have names in ``PLAIN_NAMES``, ``FUSED_NAMES`` or ``GATED_NAMES``, and
+            ``nn.Sequential`` runs of Linear, an elementwise activation, (Dropout,) Linear.
 
     Raises:
-        ValueError: nothing was found (the message lists the linear layers there are), a name that is not there, two
-            layers that do not fit together, or a weight that is shared with another module.
+        ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
+            layers that do not fit together, one with an adapter, or a weight that is shared with another module.
+        TypeError: ``layers`` is one text, or has something else than names and tuples of two or three.
     """
-    found = list(_pairs_by_structure(model)) if layers is None else [_named_pair(model, layer) for layer in layers]
+    structural = list(_by_structure(model, every=layers is None))
+    found = structural if layers is None else chosen(dict(model.named_modules()), structural, layers)
     if not found:
+        names = ", ".join("/".join(names) for names in (*PLAIN_NAMES[:4], *FUSED_NAMES[:1], *GATED_NAMES[:3]))
         raise ValueError(
-            f"no feed-forward pair found in {type(model).__name__}: looked for linear layers named "
-            f"{', '.join('/'.join(names) for names in PAIR_NAMES)} in one module, and for Linear-ReLU-Linear sequences. "
-            + _what_there_is(model)
+            f"no feed-forward block found in {type(model).__name__}: looked for linear layers named {names} and the like "
+            f"in one module, and for Linear-activation-Linear sequences. {what_there_is(model)}"
         )
     _check_not_shared(model, found)
     return found
 
 
-def _what_there_is(model: nn.Module) -> str:
-    """For a message where no pair was found: why not, or what to name."""
-    modules = list(model.named_modules())
-    gated = [name for name, m in modules if any(isinstance(getattr(m, gate, None), nn.Linear) for gate in _GATES)]
-    if gated:
-        return f"Its blocks are gated, such as {gated[0]}: the method needs one layer with ReLU"
-    for name, module in modules:
-        for first, _ in PAIR_NAMES:
-            one = getattr(module, first, None)
-            if isinstance(one, nn.Module) and not isinstance(one, nn.Linear):
-                kind = f"{type(one).__module__}.{type(one).__name__}"
-                way = (
-                    "; specialise before adapters are put on, or merge them first" if hasattr(one, "base_layer") else ""
-                )
-                return f"{name}.{first} is a {kind}, expected nn.Linear{way}"
-    linears = [(name, m) for name, m in modules if isinstance(m, nn.Linear)]
-    likely = [
-        f"({n1!r}, {n2!r})"
-        for (n1, one), (n2, two) in zip(linears, linears[1:])
-        if one.out_features == two.in_features > one.in_features
-    ]
-    if likely:
-        return f"Name them with layers=[...], perhaps {', '.join(likely[:3])}{', ...' if len(likely) > 3 else ''}"
-    if not linears:
-        return "It has no linear layers (nn.Linear)"
-    names = ", ".join(name for name, _ in linears[:3]) + (", ..." if len(linears) > 3 else "")
-    return f"Its linear layers ({len(linears)}: {names}) have no two of which the first widens for the second"
-
-
-def _pairs_by_structure(model: nn.Module) -> Iterator[Pair]:
+def _by_structure(model: nn.Module, every: bool) -> Iterator[FeedForward]:
+    """The blocks there are; one with an adapter is an error if all are wanted, and else is none."""
+    taken: set[int] = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if any(hasattr(module, gate) for gate in _GATES):
-            continue  # gated blocks multiply two projections: not the method's feed-forward layer
-        for first, second in PAIR_NAMES:
-            fc1, fc2 = getattr(module, first, None), getattr(module, second, None)
-            if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features:
-                yield Pair(prefix + first, module, fc1, fc2)
-        if isinstance(module, nn.Sequential):
-            children = [(n, m) for n, m in module.named_children() if not isinstance(m, (nn.Dropout, nn.Identity))]
-            for (n1, fc1), (_, act), (_, fc2) in zip(children, children[1:], children[2:]):
-                if isinstance(fc1, nn.Linear) and isinstance(act, nn.ReLU) and isinstance(fc2, nn.Linear):
-                    yield Pair(prefix + n1, module, fc1, fc2)
+        for block in (*_by_names(prefix, module, every), *_in_sequence(prefix, module)):
+            if id(block.fc1) not in taken:
+                taken.add(id(block.fc1))
+                yield block
 
 
-def _named_pair(model: nn.Module, layer: str | tuple[str, str]) -> Pair:
-    modules = dict(model.named_modules())
-    if isinstance(layer, str):
-        known = {pair.name: pair for pair in _pairs_by_structure(model)}
-        if layer not in known:
-            raise ValueError(f"{layer!r} is not fc1 of a feed-forward layer here; {nearest(layer, known)}")
-        return known[layer]
-    first, second = layer
-    for name in layer:
-        if not isinstance(modules.get(name), nn.Linear):
-            linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-            raise ValueError(f"{name!r} is not a linear layer of the model; {nearest(name, linears)}")
-    fc1, fc2 = modules[first], modules[second]
-    assert isinstance(fc1, nn.Linear)
-    assert isinstance(fc2, nn.Linear)
-    if fc1.out_features != fc2.in_features:
-        raise ValueError(f"{first} has {fc1.out_features} outputs, but {second} has {fc2.in_features} inputs")
-    return Pair(first, modules[first.rpartition(".")[0]], fc1, fc2)
+def _by_names(prefix: str, module: nn.Module, every: bool) -> Iterator[FeedForward]:
+    seen: set[int] = set()
+    for names in (*GATED_NAMES, *FUSED_NAMES, *PLAIN_NAMES):
+        parts = [_child(module, name) for name in names]
+        if any(part is None for part in parts) or any(id(part) in seen for part in parts):
+            continue
+        for name, part in zip(names, parts) if every else ():
+            check_no_adapter(prefix + name, part)
+        fc1, *ups, fc2 = [part for part in parts if part is not None]
+        if not all(map(is_linear, (fc1, *ups, fc2))):
+            if ups:  # gated all the same: no two of them are a plain block
+                seen.update(map(id, parts))
+            continue
+        (d_in, width), (d_ff, _) = features(fc1), features(fc2)
+        fused = not ups and width == 2 * d_ff
+        if (width != d_ff and not fused) or any(features(up) != (d_in, width) for up in ups):
+            continue
+        holder = _child(module, names[0].rpartition(".")[0]) if "." in names[0] else module
+        beside = [child for child in holder.children() if child is not fc1 and child is not fc2] if holder else []
+        if not ups and not fused and any(is_linear(child) and features(child) == (d_in, width) for child in beside):
+            continue  # which may be multiplied: gated in a way that is not known
+        seen.update(map(id, (fc1, *ups, fc2)))
+        yield FeedForward(prefix + names[0], module, fc1, fc2, ups[0] if ups else None, fused)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a message: the known names, the nearest first."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-    shown = close or names[:3]
-    return f"known: {', '.join(shown)}{', ...' if len(names) > len(shown) else ''}" if names else "there are none"
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
-def _check_not_shared(model: nn.Module, pairs: Sequence[Pair]) -> None:
-    mine = {id(pair.fc1.weight): pair.name for pair in pairs}
+def _in_sequence(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
+    if not isinstance(module, nn.Sequential):
+        return
+    children = [(n, m) for n, m in module.named_children() if not isinstance(m, (*_DROPOUTS, nn.Identity))]
+    for (name, fc1), (_, act), (_, fc2) in zip(children, children[1:], children[2:]):
+        if is_linear(fc1) and is_linear(fc2) and features(fc1)[1] == features(fc2)[0] and _is_elementwise(act):
+            yield FeedForward(prefix + name, module, fc1, fc2)
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether it is an activation: known as one, or without parameters and the same function of each number."""
+    if isinstance(module, _MIXING) or is_linear(module):
+        return False
+    if type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations"):
+        return True
+    if [*module.parameters(), *module.buffers(), *module.children()]:
+        return False
+    x, order = torch.linspace(-2, 2, 12).view(2, 6), torch.tensor([3, 0, 5, 1, 4, 2])
+    with torch.no_grad():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                whole, turned = module.forward(x.clone()), module.forward(x.flip(0)[:, order])
+        except Exception:  # of a module that takes something else
+            return False
+    fits = isinstance(whole, Tensor) and isinstance(turned, Tensor) and whole.shape == turned.shape == x.shape
+    return fits and torch.equal(whole.flip(0)[:, order], turned) and not torch.equal(whole, x)
+
+
+def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
+    mine = {id(block.fc1.weight) for block in blocks}
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in mine and id(parameter) in seen:
@@ -149,62 +170,119 @@ def _check_not_shared(model: nn.Module, pairs: Sequence[Pair]) -> None:
         seen[id(parameter)] = name
 
 
-def check_relu(pair: Pair, dropout: bool = True) -> None:
-    """Raises ValueError if the layer says that its activation is not ReLU, or that it drops activations out.
+def computes_linear(module: nn.Module) -> str | None:
+    """Why a layer cannot be taken for ``nn.Linear`` or ``Conv1D`` by its weight and bias; None where it can.
+
+    A subclass, or a ``forward`` that was put on the instance, is run on random numbers and compared, as in training and in
+    evaluation. What cannot be run here (weights that are elsewhere) is believed.
+    """
+    if hasattr(module, "parametrizations"):
+        return (
+            "its weight is parametrised: make it permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    own = type(module).forward is not nn.Linear.forward and type(module).__name__ != "Conv1D"
+    if not own and "forward" not in vars(module):
+        return None
+    d_in, width = features(module)
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if weight.is_meta or not weight.numel():
+        return None
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, expected floating point (not quantised)"
+    matrix = weight.t() if is_transposed(module) else weight
+    if list(matrix.shape) != [width, d_in]:
+        return f"its weight has shape {list(weight.shape)}, expected {[width, d_in]}"
+    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    training = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            want = nn.functional.linear(x.to(exact), matrix.to(exact), None if bias is None else bias.to(exact))
+            most = float(want.abs().max()) * min(0.04, 8 * torch.finfo(weight.dtype).eps * d_in**0.5)  # by rounding
+            for mode in (True, False):
+                got = module.train(mode).forward(x)
+                if not isinstance(got, Tensor) or got.shape != want.shape:
+                    return "its output has another shape than that of nn.Linear"
+                if not (off := float((got.to(exact) - want).abs().max())) <= most:
+                    return f"it computes something else than nn.Linear with its weight and bias (off by {off:.2g})"
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"it does not run on a tensor of {d_in} numbers ({str(error).splitlines()[0]})"
+    finally:
+        module.train(training)
+    return None
+
+
+def activation_of(block: FeedForward) -> Any:
+    """What the module of a block says that its activation is: a function, a module or a name; None where nothing does."""
+    if isinstance(block.parent, nn.Sequential):
+        children = [m for m in block.parent.children() if not isinstance(m, (*_DROPOUTS, nn.Identity))]
+        at = next((i for i, child in enumerate(children) if child is block.fc1), None)
+        return None if at is None else children[at + 1]
+    around = [m for m in block.parent.children() if any(child is block.fc1 for child in m.children())]
+    for holder in (block.parent, *around):
+        for attribute in _ACTIVATIONS:
+            if (activation := getattr(holder, attribute, None)) is not None:
+                return activation
+    return None
+
+
+def check_relu(block: FeedForward, dropout: bool = True) -> None:
+    """Raises ValueError if the block is gated, says that its activation is not ReLU, or drops activations out.
 
     Args:
-        pair: the layer.
+        block: the block.
         dropout: whether an activation dropout above 0 is an error. It breaks the constant output of a masked neuron.
     """
-    if gates := [gate for gate in _GATES if isinstance(getattr(pair.parent, gate, None), nn.Module)]:
+    if block.gated:
         raise ValueError(
-            f"{pair.name}: the block is gated ({', '.join(gates)} beside it), expected one layer with ReLU: masks of a "
-            "gated block are not supported; leave its layers out, or use mode='update' with masks of your own"
+            f"{block.name}: the block is gated, expected one layer with ReLU: masks of a gated block are not supported in "
+            "mode 'forward'; leave its layers out, or use mode='update'"
         )
-    for attribute in _ACTIVATIONS:
-        activation = getattr(pair.parent, attribute, None)
-        if activation is not None and not _is_relu(activation):
-            shown = getattr(activation, "__name__", None) or type(activation).__name__
-            raise ValueError(
-                f"{pair.name}: the activation is {shown}, expected ReLU: the method counts neurons with an output above "
-                "0. Choose a ReLU model, or name the layers that have one with layers=[...]"
-            )
-    for module, attribute, shown in activation_dropouts(pair) if dropout else ():
+    activation = activation_of(block)
+    if activation is not None and not is_relu(activation):
+        shown = getattr(activation, "__name__", None) or type(activation).__name__
+        raise ValueError(
+            f"{block.name}: the activation is {shown}, expected ReLU in mode 'forward': choose a ReLU model, or use "
+            "mode='update'"
+        )
+    for module, attribute, shown in activation_dropouts(block) if dropout else ():
         if (rate := getattr(module, attribute)) > 0:
             raise ValueError(
-                f"{pair.name}: {shown} is {rate}, expected 0 in mode 'forward' (the output of a masked neuron is a "
+                f"{block.name}: {shown} is {rate}, expected 0 in mode 'forward' (the output of a masked neuron is a "
                 "constant, and the method trains without it). Set it to 0, which nspec.specialize(..., "
                 "activation_dropout=0) does, or use mode='update'"
             )
 
 
-def activation_dropouts(pair: Pair) -> list[tuple[Any, str, str]]:
+def activation_dropouts(block: FeedForward) -> list[tuple[Any, str, str]]:
     """The dropouts that are known to lie between fc1 and fc2: the module and attribute with the rate, and a name to show.
 
     A layer may have others, which its first training pass finds.
     """
     names = ["activation_dropout", "activation_dropout_module", "relu_dropout", "relu_dropout_module"]
-    attribute = pair.name.rpartition(".")[2]
-    if isinstance(pair.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or attribute == "wi":
+    attribute = block.name.rpartition(".")[2]
+    if isinstance(block.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or attribute == "wi":
         names.append("dropout")
     if attribute == "w_1":
-        names.append("dropout_1" if hasattr(pair.parent, "dropout_1") else "dropout")
+        names.append("dropout_1" if hasattr(block.parent, "dropout_1") else "dropout")
     found: list[tuple[Any, str, str]] = []
     for name in names:
-        value = getattr(pair.parent, name, None)
+        value = getattr(block.parent, name, None)
         if isinstance(value, nn.Module) and isinstance(getattr(value, "p", None), (int, float)):
             found.append((value, "p", f"the rate of {name}"))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((pair.parent, name, name))
-    if isinstance(pair.parent, nn.Sequential):
-        children = list(pair.parent.children())
-        if pair.fc1 in children and pair.fc2 in children:
-            between = children[children.index(pair.fc1) : children.index(pair.fc2)]
+            found.append((block.parent, name, name))
+    if isinstance(block.parent, nn.Sequential):
+        children = list(block.parent.children())
+        if block.fc1 in children and block.fc2 in children:
+            between = children[children.index(block.fc1) : children.index(block.fc2)]
             found += [(m, "p", f"the rate of {type(m).__name__}") for m in between if isinstance(m, _DROPOUTS)]
     return found
 
 
-def _is_relu(activation: Any) -> bool:
+def is_relu(activation: Any) -> bool:
+    """Whether an activation is ReLU, by its name, class or function."""
     if isinstance(activation, str):
         return activation == "relu"
     if isinstance(activation, nn.Module):
@@ -212,12 +290,12 @@ def _is_relu(activation: Any) -> bool:
     return activation in (nn.functional.relu, torch.relu, torch.relu_, nn.functional.relu_)
 
 
-def fast_paths(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[nn.Module, str, Any]]:
+def fast_paths(model: nn.Module, blocks: Sequence[FeedForward]) -> list[tuple[nn.Module, str, Any]]:
     """What keeps ``nn.TransformerEncoder`` from its fused inference path, which would not call fc1 and fc2.
 
     Modules, each with an attribute and the value that does it; nested tensors are of that path too.
     """
-    parents = {id(pair.parent) for pair in pairs if isinstance(pair.parent, nn.TransformerEncoderLayer)}
+    parents = {id(block.parent) for block in blocks if isinstance(block.parent, nn.TransformerEncoderLayer)}
     found: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         if id(module) in parents:
@@ -228,9 +306,9 @@ def fast_paths(model: nn.Module, pairs: Sequence[Pair]) -> list[tuple[nn.Module,
 
 
 @contextlib.contextmanager
-def without_fast_path(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[None]:
+def without_fast_path(model: nn.Module, blocks: Sequence[FeedForward]) -> Iterator[None]:
     """Within the block ``nn.TransformerEncoder`` calls fc1 and fc2 in every pass."""
-    changed = [(module, name, getattr(module, name), value) for module, name, value in fast_paths(model, pairs)]
+    changed = [(module, name, getattr(module, name), value) for module, name, value in fast_paths(model, blocks)]
     for module, name, _, value in changed:
         setattr(module, name, value)
     try:
@@ -240,29 +318,35 @@ def without_fast_path(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[None]
             setattr(module, name, before)
 
 
-def batch_dim_of(pair: Pair) -> int | None:
+def batch_dim_of(block: FeedForward) -> int | None:
     """The dimension of sentences in the layer's input, where the module around it says so (``batch_first``)."""
-    if type(pair.parent).__module__.startswith(_TIME_FIRST):
+    if type(block.parent).__module__.startswith(_TIME_FIRST):
         return 1
-    attention = getattr(pair.parent, "self_attn", None)
+    attention = getattr(block.parent, "self_attn", None)
     batch_first = getattr(attention, "batch_first", None) if isinstance(attention, nn.MultiheadAttention) else None
     return None if batch_first is None else 0 if batch_first else 1
 
 
-def flattens(pair: Pair) -> bool:
+def flattens(block: FeedForward) -> bool:
     """Whether the layer is one of a model that is known to flatten a batch ``[sentences, length, d]`` to tokens."""
-    return type(pair.parent).__name__ in ("OPTDecoderLayer",)
+    return type(block.parent).__name__ in ("OPTDecoderLayer",)
 
 
 def is_routed(model: nn.Module, name: str) -> bool:
     """Whether a router chooses the tokens of the layer of that name: it is an expert, or one of several beside a router."""
+    return routed_within(model, name) is not None
+
+
+def routed_within(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that holds the experts of which the layer of that name is one; None where no router chooses its tokens."""
     parts = name.split(".")
-    if any("expert" in part.lower() for part in parts):
-        return True
+    for place, part in enumerate(parts):
+        if "expert" in part.lower():
+            return model.get_submodule(".".join(parts[:place]))
     for end in range(1, len(parts)):
         holder, items = model.get_submodule(".".join(parts[: end - 1])), model.get_submodule(".".join(parts[:end]))
         if isinstance(items, (nn.ModuleList, nn.ModuleDict)) and len(items) > 1:
             routers = (getattr(holder, router, None) for router in _ROUTERS)
             if any(isinstance(router, nn.Linear) and router.out_features == len(items) for router in routers):
-                return True
-    return False
+                return holder
+    return None

@@ -70,7 +70,7 @@ class NeuronMasks(TaskTensors):
             ValueError: the file is broken, is not one of masks, or holds something else than it says; the message names
                 the file, what was found and what was expected.
         """
-        with reading(Path(folder), _KIND) as (packed, tasks, widths):
+        with reading(Path(folder), _KIND) as (packed, tasks, widths, _):
             bits = {
                 layer: torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=widths[layer], bitorder="little"))
                 for layer, rows in packed.items()
@@ -81,5 +81,6 @@ class NeuronMasks(TaskTensors):
 def _checked(task: str, layer: str, mask: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
         found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask of {task}, {layer}: found {found}, expected a bool tensor [d_ff]")
+        way = " (torch.from_numpy makes one of an array)" if isinstance(mask, np.ndarray) else ""
+        raise TypeError(f"mask of {task}, {layer}: found {found}, expected a bool tensor [d_ff]{way}")
     return mask.detach().to("cpu", copy=True)

@@ -77,7 +77,7 @@ class RealTokens:
         if self.follows_transformers:
             inputs.pop("padding_mask", None)  # of its audio models, where 1 is a real frame: of no known meaning
         for name, value in inputs.items():
-            _check_tensor(name, value)
+            check_tensor(name, value)
         by_side: dict[str, TokenMask | None] = {}
         found = {}
         for layer in layers:
@@ -265,7 +265,8 @@ def _added(name: str, mask: Tensor) -> Tensor:
     return real
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
+    """Raises TypeError where an input that is known to be token ids, labels or a mask is a list or an array."""
     if value is None or isinstance(value, Tensor):
         return
     listed = isinstance(value, (list, tuple)) and isinstance([*value, 0][0], (int, list))

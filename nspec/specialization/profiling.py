@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nspec.nn.ffn import TaskLinear
+from nspec.nn.ffn import TaskLayer
 
+from .candidates import experts_not_taken
 from .counting import Counters, Masks
 from .counts import ActivationCounts
-from .layers import check_relu, find_pairs, without_fast_path
-from .padding import RealTokens, rows_are_samples
+from .feed_forward import FeedForward
+from .layers import computes_linear, find_blocks, without_fast_path
+from .naming import Layer
+from .padding import RealTokens, check_tensor, rows_are_samples
 from .tasks import task as switched_to
 
 
@@ -25,22 +28,27 @@ def profile(
     model: nn.Module,
     batches: Mapping[str, Iterable[Any]],
     *,
-    layers: Iterable[str | tuple[str, str]] | None = None,
+    layers: Iterable[Layer] | None = None,
     padding: str = "exclude",
     valid: Callable[[str, Any], Tensor | None] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> ActivationCounts:
-    """Counts, per task, layer and neuron, the tokens with an activation above 0, with teacher forcing in eval mode.
+    """Counts, per task, layer and neuron, the tokens that fire it, with teacher forcing in eval mode.
+
+    A neuron fires where its pre-activation is above 0: there ReLU, GELU, SiLU, squared ReLU and their like are above 0, and
+    for activations that are never 0 (the sigmoid) it is the definition. Of a gated block, which is called by its gate
+    projection, the pre-activation is the gate's. Experts count the tokens that a router sends to them. What the model
+    computes is not changed (where the activation is ReLU alone, fc1 runs through ``linear_relu_count``).
 
     A specialised model is profiled dense. The model is changed only while a batch runs: what the batches' generator does
     with it (back-translation, say) is as it would be elsewhere, and does not count.
 
     Args:
-        model: any module with feed-forward layers (two linear layers with ReLU between them). DataParallel and
-            DistributedDataParallel are passed by, and compiled code runs uncompiled.
+        model: any module with feed-forward blocks: plain (fc1, activation, fc2), gated, or with both projections of a gated
+            one in one layer. DataParallel and DistributedDataParallel are passed by, and compiled code runs uncompiled.
         batches: for each task the batches to run: what ``model(**batch)`` takes (a mapping), or ``model(*batch)`` (a
             tuple, named or not, or list), or one tensor. Tensors are moved to the model's device. Iterated once.
-        layers: as in ``find_pairs``; None takes all.
+        layers: as in ``find_blocks``; None takes all.
         padding: ``exclude``: only real tokens count. ``include``: padded positions count too, as in the release of Tan
             et al. 2024.
         valid: ``valid(layer, batch)`` gives the bool mask of real tokens of a layer, in the shape of the leading
@@ -54,16 +62,18 @@ def profile(
 
     Returns:
         int64 counts for each task, exact, and the same however the text is split into batches as long as the model's
-        activations are.
+        activations are; and the numbers of tokens that were counted. A layer that did not run has counts of 0.
 
     Raises:
-        ValueError: no task or a task without batches, layers that are not ReLU, a mask that does not fit the activations
-            or may fit in two ways, an activation of a real token that is NaN or infinite (one of minus infinity before
-            ReLU has not fired).
+        ValueError: no task or a task without batches; a layer that computes something else than its weight and bias say, or
+            a block that does more than an activation function between its layers; a mask that does not fit the activations
+            or may fit in two ways; padding that cannot be told among the tokens of an expert; a pre-activation of a real
+            token that is NaN or infinite (one of minus infinity has not fired).
         TypeError: batches that are no mapping of tasks to several batches, or a batch that no model takes.
 
     Warns:
-        UserWarning: once, where padding is to be excluded and a batch says nothing about it: all positions count then.
+        UserWarning: once, where padding is to be excluded and a batch says nothing about it: all positions count then;
+            where a layer did not run; and where experts are left out, as they are held as one parameter.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -78,27 +88,35 @@ def profile(
         )
     if not batches:
         raise ValueError("no task: batches is empty")
-    pairs = find_pairs(model, layers)
-    for pair in pairs:
-        check_relu(pair, dropout=False)  # dropout is off in eval mode
-    names = [pair.name for pair in pairs]
+    blocks = find_blocks(model, layers)
+    for block in blocks:
+        _check_countable(block)
+    if layers is None and (experts := experts_not_taken(model)):
+        warnings.warn(experts, UserWarning, stacklevel=2)
+    names = [block.name for block in blocks]
     real = RealTokens(model)
-    counters = Counters(pairs)
+    counters = Counters(model, blocks)
     warned = padding == "include" or valid is not None
-    counts = {}
+    counts: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, dict[str, int]] = {}
+    silent_layers: list[str] = []
     for task, task_batches in batches.items():
         counters.start(task)
         done = 0
         for batch in _several(task, task_batches):
             batch = _to_device(task, batch, _device(model))
+            if real.follows_transformers:
+                for name, value in real.named(batch).items():
+                    check_tensor(name, value)
             masks: Masks = dict.fromkeys(names)
             if padding == "exclude":
                 masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
-            with torch.no_grad(), _evaluating(model), without_fast_path(model, pairs), _uncompiled(model):
+            with torch.no_grad(), _evaluating(model), without_fast_path(model, blocks), _uncompiled(model):
                 alone = functools.partial(_run_alone, model, batch) if real.follows_transformers else None
                 counters.count(functools.partial(_run, model, batch), masks, alone)
             if not warned:
-                silent = [n for n in names if masks[n] is None and not rows_are_samples(batch, counters.leading.get(n))]
+                ran = [name for name in names if name in counters.leading]
+                silent = [n for n in ran if masks[n] is None and not rows_are_samples(batch, counters.leading[n])]
                 if silent:
                     warned = True
                     warnings.warn(_nothing_to_exclude(task, silent, real.named(batch)), UserWarning, stacklevel=2)
@@ -107,8 +125,36 @@ def profile(
                 progress(task, done)
         if not done:
             raise ValueError(f"task {task} has no batches: there is nothing to profile it on")
-        counts[task] = counters.totals()
-    return ActivationCounts(counts)
+        counts[task], tokens[task] = counters.totals()
+        if not silent_layers and (silent_layers := counters.did_not_run()):
+            warnings.warn(
+                f"the batches of task {task} did not run {_shown(silent_layers)}: their counts are 0; leave them out with "
+                "layers=[...]",
+                UserWarning,
+                stacklevel=2,
+            )
+    return ActivationCounts(counts, tokens)
+
+
+def _check_countable(block: FeedForward) -> None:
+    """ValueError where a block's layers compute something else than their weights say, or its gate is cut anew."""
+    for layer in (block.fc1, block.up, block.fc2):
+        if layer is None or isinstance(layer, TaskLayer):
+            continue
+        if why := computes_linear(layer):
+            raise ValueError(
+                f"{block.name}: {'fc2' if layer is block.fc2 else 'up' if layer is block.up else 'fc1'} of this block is a "
+                f"{type(layer).__name__}, expected one that computes what nn.Linear does: {why}"
+            )
+    if (cut := getattr(block.parent, "activation_sparsity", 0)) and cut > 0:
+        raise ValueError(
+            f"{block.name}: the block cuts its gate off at a threshold over the layer's neurons (activation_sparsity "
+            f"{cut}), expected a function of each: leave such layers out with layers=[...]"
+        )
+
+
+def _shown(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
 
 
 def _several(task: str, batches: Any) -> Iterable[Any]:
@@ -133,11 +179,10 @@ def _given(valid: Callable[[str, Any], Tensor | None], names: Sequence[str], bat
 
 
 def _nothing_to_exclude(task: str, layers: Sequence[str], inputs: Mapping[str, Any]) -> str:
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return (
-        f"task {task}: nothing in a batch says which positions of {shown} are padding, so all of them count. Looked for "
-        "masks (attention_mask, decoder_attention_mask, src_key_padding_mask, tgt_key_padding_mask and the like), labels "
-        f"and token ids with a known padding id; the batch has {', '.join(inputs) or 'unnamed inputs'}. Give "
+        f"task {task}: nothing in a batch says which positions of {_shown(layers)} are padding, so all of them count. "
+        "Looked for masks (attention_mask, decoder_attention_mask, src_key_padding_mask, tgt_key_padding_mask and the "
+        f"like), labels and token ids with a known padding id; the batch has {', '.join(inputs) or 'unnamed inputs'}. Give "
         "valid=, or padding='include' where there is no padding"
     )
 
@@ -146,7 +191,7 @@ def _nothing_to_exclude(task: str, layers: Sequence[str], inputs: Mapping[str, A
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no task, as long as the block lasts; each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
-    specialized = any(isinstance(module, TaskLinear) for module in model.modules())
+    specialized = any(isinstance(module, TaskLayer) for module in model.modules())
     with switched_to(model, None) if specialized else contextlib.nullcontext():
         model.eval()
         try:

@@ -48,8 +48,9 @@ def _keep(count: Tensor, share: Fraction, task: str, layer: str) -> Tensor:
     fired = total(count)
     if fired == 0:
         raise ValueError(
-            f"nothing fired in layer {layer} for task {task}: every count is 0. Profile it on text that is not empty, or "
-            "check the model (a dead layer, weights that are not trained or not finite)"
+            f"nothing fired in layer {layer} for task {task}: every count is 0. Profile it on text that is not empty, "
+            "leave out a layer that got no tokens (counts.only(...)), or check the model (a dead layer, weights that are "
+            "not trained or not finite)"
         )
     line = -(-share.numerator * fired // share.denominator)  # the smallest integer >= share * fired
     order = torch.sort(count, descending=True, stable=True).indices

@@ -3,7 +3,8 @@
 ``<kind>.safetensors`` holds one tensor per layer, named by the qualified name of fc1, with a row per task: int32 or
 int64 ``[tasks, d_ff]`` for counts, uint8 ``[tasks, ceil(d_ff / 8)]`` for masks (bit j % 8 of byte j // 8 is neuron j, the
 bits after the last neuron are 0). Its metadata has one entry, ``nspec``, a JSON object with ``format`` (1), ``kind``,
-``tasks``, ``d_ff`` by layer and ``sha256`` (older files have none), the digest of the other entries and of the tensors:
+``tasks``, ``d_ff`` by layer, in counts ``tokens`` (by task, and by layer where layers differ; older files have none) and
+``sha256`` (nor that), the digest of the other entries and of the tensors:
 one entry, because safetensors writes several in an order that changes, and equal masks should be equal bytes. Only this
 file is read; the JSON is for people and for other tools. No pickle anywhere.
 
@@ -56,11 +57,12 @@ class Kind(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """What a file holds: the tensors ``[tasks, columns]`` by layer, the tasks, and the size of each layer."""
+    """What a file holds: the tensors ``[tasks, columns]`` by layer, the tasks, the size of each layer, other entries."""
 
     tensors: dict[str, Tensor]
     tasks: list[str]
     sizes: dict[str, Any]
+    more: dict[str, Any] = {}
 
 
 def save_stacked(folder: Path, kind: Kind, stacked: Stacked, readable: Mapping[str, Any]) -> None:
@@ -75,7 +77,7 @@ def save_stacked(folder: Path, kind: Kind, stacked: Stacked, readable: Mapping[s
             f"no layer can be called {_RESERVED} in {folder / kind.name}.safetensors: the format has the name for itself; "
             "rename the module"
         )
-    about = {"format": FORMAT, "kind": kind.name, "tasks": stacked.tasks, kind.entry: stacked.sizes}
+    about = {"format": FORMAT, "kind": kind.name, "tasks": stacked.tasks, kind.entry: stacked.sizes} | stacked.more
     tensors = {layer: tensor.contiguous() for layer, tensor in stacked.tensors.items()}
     about["sha256"] = _digest(about, tensors)
     with replacing(folder / f"{kind.name}.safetensors") as part:
@@ -141,7 +143,7 @@ def reading(folder: Path, kind: Kind) -> Iterator[Stacked]:
     for layer, rows in tensors.items():
         _check_spare(path, kind, layer, rows, sizes[layer])
     try:
-        yield Stacked(tensors, tasks, sizes)
+        yield Stacked(tensors, tasks, sizes, {key: value for key, value in about.items() if key not in _own(kind)})
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}; write it again") from error
 
@@ -187,9 +189,13 @@ def _about(metadata: Mapping[str, str] | None, path: Path, kind: Kind) -> dict[s
             fits = isinstance(size, list) and len(size) == 2 and all(_whole(side, 0) for side in size)
             need(fits, f"the shape of {_shown_name(layer)}", size, f"two whole numbers from 0 to {_LARGEST}")
     # Without its digest a file is one of an older version, which wrote these entries only.
-    other = sorted(set(about) - {"format", "kind", "tasks", kind.entry, "sha256"})
+    other = sorted(set(about) - _own(kind))
     need("sha256" in about or not other, "its metadata", other, f"format, kind, tasks, {kind.entry} and sha256")
     return about
+
+
+def _own(kind: Kind) -> set[str]:
+    return {"format", "kind", "tasks", kind.entry, "sha256"}
 
 
 def _whole(value: Any, least: int) -> bool:

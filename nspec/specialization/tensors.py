@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .patterns import matching
+from .patterns import matching, nearest
 
 _Same = TypeVar("_Same", bound="TaskTensors")
 _Value = TypeVar("_Value")
@@ -59,8 +59,61 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
             ValueError: no pattern, or one that matches no layer; the message names the layers that there are.
             TypeError: ``patterns`` is a text itself.
         """
-        kept = matching(self.layers, patterns)
-        return type(self)({task: {layer: own[layer] for layer in kept} for task, own in self._by_task.items()})
+        kept = dict.fromkeys(matching(self.layers, patterns))
+        return self._renamed({layer: layer for layer in kept})
+
+    def renamed(
+        self: _Same, names: Mapping[str, str] | Callable[[str], str] | str, replacement: str | None = None
+    ) -> _Same:
+        """The same values under other names of layers, for a model whose modules are called otherwise.
+
+        Args:
+            names: {name: new name}, where layers that are left out keep theirs; or a function of the name; or, with
+                ``replacement``, the beginning of names that is replaced ("" matches all).
+            replacement: what names then begin with.
+
+        Raises:
+            ValueError: a layer that is not there, no layer that begins so, or two layers that would have one name.
+            TypeError: ``names`` is something else, or gives something else than names.
+
+        Example:
+            >>> masks.renamed("model.", "base_model.model.model.")
+        """
+        if isinstance(names, str):
+            if not isinstance(replacement, str):
+                raise TypeError(
+                    "renamed takes a mapping, a function, or two texts: the old and the new beginning of names"
+                )
+            if not any(layer.startswith(names) for layer in self.layers):
+                raise ValueError(f"no layer begins with {names!r}; {nearest(names, self.layers)}")
+            begins = {layer: replacement + layer[len(names) :] for layer in self.layers if layer.startswith(names)}
+            return self.renamed(begins)
+        if replacement is not None:
+            raise TypeError(f"replacement is {replacement!r}, expected None beside a {type(names).__name__}")
+        if isinstance(names, Mapping):
+            if unknown := [layer for layer in names if layer not in self.layers]:
+                raise ValueError(f"there is no layer {unknown[0]!r}; {nearest(str(unknown[0]), self.layers)}")
+            new = {layer: names.get(layer, layer) for layer in self.layers}
+        elif callable(names):
+            new = {layer: names(layer) for layer in self.layers}
+        else:
+            raise TypeError(f"names is a {type(names).__name__}, expected a mapping, a function or a text")
+        seen: dict[str, str] = {}
+        for layer, name in new.items():
+            _check_name("layer", name)
+            if name in seen:
+                raise ValueError(f"layers {seen[name]} and {layer} would both be called {name}")
+            seen[name] = layer
+        return self._renamed(new)
+
+    def _renamed(self: _Same, names: Mapping[str, str]) -> _Same:
+        """Of the layers in ``names`` alone, under their new names."""
+        tasks = {task: {new: own[old] for old, new in names.items()} for task, own in self._by_task.items()}
+        return self._with(tasks, names)
+
+    def _with(self: _Same, tasks: dict[str, dict[str, Tensor]], names: Mapping[str, str]) -> _Same:
+        """One of the same kind with these values; ``names`` are the old and the new ones of the layers."""
+        return type(self)(tasks)
 
 
 def is_name(value: object) -> bool:

@@ -40,7 +40,7 @@ def test_attention_and_feed_forward_of_every_layer_are_pruned_and_nothing_else()
 
 
 def test_a_model_whose_layers_are_not_found_is_refused() -> None:
-    with pytest.raises(ValueError, match="no feed-forward pair"):
+    with pytest.raises(ValueError, match="no feed-forward block"):
         prunable_layers(nn.Sequential(nn.Linear(3, 4)))
     with pytest.raises(ValueError, match="self_attn is nn.MultiheadAttention"):
         prunable_layers(nn.TransformerEncoderLayer(8, 2, 16))

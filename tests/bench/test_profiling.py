@@ -15,7 +15,7 @@ import nspec
 pytest.importorskip("transformers")
 
 from bench import profiling
-from nspec.specialization.layers import find_pairs
+from nspec.specialization.layers import find_blocks
 
 CPU = torch.device("cpu")
 WORK = profiling.SETS["cpu"]["smoke"][0]
@@ -30,14 +30,14 @@ def by_hand(model: nn.Module, text: profiling.Corpus, padding: str) -> dict[str,
     """The counts by adding up ``h > 0``, with the masks of the batch."""
     totals: dict[str, dict[str, torch.Tensor]] = {}
     for task, batches in text.items():
-        counts = totals.setdefault(task, {pair.name: torch.zeros(pair.d_ff).long() for pair in find_pairs(model)})
+        counts = totals.setdefault(task, {pair.name: torch.zeros(pair.d_ff).long() for pair in find_blocks(model)})
         for batch in batches:
             seen: dict[str, torch.Tensor] = {}
             hooks = [
                 pair.fc2.register_forward_pre_hook(
                     lambda _, args, name=pair.name, seen=seen: seen.update({name: args[0]})
                 )
-                for pair in find_pairs(model)
+                for pair in find_blocks(model)
             ]
             with torch.no_grad():
                 model(**batch)
@@ -57,13 +57,13 @@ def test_the_hooks_count_what_counting_by_hand_gives(model: nn.Module) -> None:
         for name, count in layers.items():
             assert torch.equal(found[task][name], count), (task, name)
             assert 0 < int(count.sum()) < count.numel() * sum(b["input_ids"].numel() for b in text[task])
-    real = profiling.HookCounts(find_pairs(model), list(text), profiling.RealTokens(model))
+    real = profiling.HookCounts(find_blocks(model), list(text), profiling.RealTokens(model))
     with real.attached():
         profiling.run(model, text, CPU, real)
     for task, layers in by_hand(model, text, "exclude").items():
         for name, count in layers.items():
             assert torch.equal(real.totals[task][name], count), (task, name)
-    assert not any(pair.fc2._forward_pre_hooks for pair in find_pairs(model)), "the hooks are gone afterwards"
+    assert not any(pair.fc2._forward_pre_hooks for pair in find_blocks(model)), "the hooks are gone afterwards"
 
 
 def test_counts_of_ours_are_those_of_the_release(model: nn.Module) -> None:

@@ -103,6 +103,7 @@ def test_several_processes_count_what_one_counts(toy: Toy) -> None:
     for name, expected in alone.items():
         found = nspec.ActivationCounts.load(Path(toy.folder) / f"counts-{name}")
         assert found.tasks == expected.tasks
+        assert found.tokens == expected.tokens
         assert all(
             torch.equal(found[t][layer], expected[t][layer]) for t in expected.tasks for layer in expected.layers
         )

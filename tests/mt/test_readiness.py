@@ -67,12 +67,11 @@ def renamed(model: Any) -> None:
     ("change", "systems", "message"),
     [
         (gelu, ("forward",), "the activation is GELU, expected ReLU"),
-        (gelu, ("update",), "the activation is GELU, expected ReLU"),
         (hidden_gelu, ("random",), "ReLU"),
         (dropout, ("forward",), "activation_dropout is 0.3, expected 0"),
-        (renamed, ("forward",), "no feed-forward pair found"),
-        (renamed, ("adapters",), "no feed-forward pair found"),
-        (renamed, ("lass",), "no feed-forward pair found"),
+        (renamed, ("forward",), "no feed-forward block found"),
+        (renamed, ("adapters",), "no feed-forward block found"),
+        (renamed, ("lass",), "no feed-forward block found"),
     ],
 )
 def test_a_model_that_does_not_suit_is_an_error(toy: Toy, change: Any, systems: tuple[str, ...], message: str) -> None:
@@ -80,6 +79,12 @@ def test_a_model_that_does_not_suit_is_an_error(toy: Toy, change: Any, systems: 
     change(model)
     with pytest.raises(ValueError, match=rf"model.pretrained FOLDER does not suit run.systems: .*{message}"):
         check_model(config(*systems), model)
+
+
+def test_mode_update_suits_any_activation(toy: Toy) -> None:
+    model = copy.deepcopy(toy.model())
+    gelu(model)
+    check_model(config("update"), model)
 
 
 def test_layers_that_are_chosen_must_be_there(toy: Toy) -> None:

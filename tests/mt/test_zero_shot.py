@@ -18,7 +18,7 @@ from nspec.baselines.lass import apply_weight_masks, prunable_layers
 from nspec.baselines.weight_masks import WeightMasks
 from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.zero_shot import combined, description, parts_of, sides_of
-from nspec.specialization.layers import find_pairs
+from nspec.specialization.layers import find_blocks
 from nspec.specialization.tasks import specialized_layers
 
 TASKS = ["en-de", "de-en", "en-fr", "fr-en"]
@@ -60,7 +60,7 @@ def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
 
 def neuron_masks() -> tuple[Any, Any]:
     model, other = m2m100(), m2m100()
-    drawn = draw({pair.name: (pair.d_ff,) for pair in find_pairs(model)})
+    drawn = draw({pair.name: (pair.d_ff,) for pair in find_blocks(model)})
     nspec.specialize(model, nspec.NeuronMasks(drawn))
     nspec.specialize(other, nspec.NeuronMasks(by_hand(drawn)))
     return model, other

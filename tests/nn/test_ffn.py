@@ -8,7 +8,7 @@ from torch import nn
 
 import nspec
 from nspec import NeuronMasks
-from nspec.nn import ffn
+from nspec.nn import ffn, packed
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -16,7 +16,8 @@ def test_a_capture_needs_a_run_before_it(grad: bool, monkeypatch: pytest.MonkeyP
     model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 3))
     nspec.specialize(model, NeuronMasks({"a": {"0": torch.arange(70) % 2 == 0}}))
     x, capturing = torch.ones(2, 4), False
-    monkeypatch.setattr(ffn, "capturing", lambda device: capturing)
+    for module in (ffn, packed):
+        monkeypatch.setattr(module, "capturing", lambda device: capturing)
     with nspec.task(model, "a"), torch.set_grad_enabled(grad):
         for _ in ("as specialised", "with other weights"):
             capturing = True

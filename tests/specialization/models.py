@@ -40,10 +40,10 @@ def batch(seed: int = 0, sentences: int = 3, source: int = 9, target: int = 7) -
 
 def masks_for(model: nn.Module, tasks: tuple[str, ...] = ("en-de", "de-en"), share: float = 0.5) -> nspec.NeuronMasks:
     """Random masks; the first layer of the second task has no neuron, the last has them all."""
-    from nspec.specialization.layers import find_pairs
+    from nspec.specialization.layers import find_blocks
 
     g = torch.Generator().manual_seed(5)
-    pairs = find_pairs(model)
+    pairs = find_blocks(model)
     drawn = {t: {p.name: torch.rand(p.d_ff, generator=g) < share for p in pairs} for t in tasks}
     drawn[tasks[-1]][pairs[0].name].fill_(False)
     drawn[tasks[-1]][pairs[-1].name].fill_(True)

@@ -44,13 +44,6 @@ class Fairseq(nn.Module):
         return self.fc2(self.activation_dropout_module(torch.relu(self.fc1(x))))
 
 
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"vocab_size": 90, "d_model": 16, "d_kv": 4, "d_ff": 80, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     "torch.nn": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 96, batch_first=True), 2),
@@ -59,7 +52,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     ),
     "torch.nn decoder": (lambda: nn.TransformerDecoderLayer(8, 2, 96, dropout=0.4), "dropout", 0.4),
     "M2M100": (lambda: m2m100(activation_dropout=0.1), "activation_dropout", 0.1),
-    "T5": (t5, "dropout", 0.1),
     "OpenNMT": (OpenNMT, "dropout_1", 0.1),
     "fairseq": (Fairseq, "activation_dropout_module", 0.3),
     "a sequence": (
@@ -121,3 +113,30 @@ def test_one_that_is_raised_later_is_an_error_in_every_training_pass() -> None:
 def test_only_0_can_be_asked_for() -> None:
     with pytest.raises(ValueError, match="activation_dropout is 0.1, expected 0"):
         nspec.specialize(OpenNMT(), masks_for(OpenNMT()), activation_dropout=0.1)
+
+
+def test_it_stays_where_the_other_neurons_give_exactly_0() -> None:
+    """T5 has no biases: of the neurons that are not active nothing is there to drop."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 90, "d_model": 16, "d_kv": 4, "d_ff": 80, "num_layers": 1, "num_heads": 4}
+    for kind in ("relu", "gated-gelu"):
+        config = T5Config(**sizes, decoder_start_token_id=0, feed_forward_proj=kind, dropout_rate=0.0)
+        model = T5ForConditionalGeneration(config)
+        block = model.encoder.block[0].layer[1].DenseReluDense
+        nspec.specialize(model, masks_for(model), activation_dropout=None)
+        x = torch.randn(4000, 16)
+        with nspec.task(model, "en-de"):
+            want = block(x)
+            block.dropout.p = 0.5
+            drawn = torch.stack([block(x) for _ in range(3)])
+            assert not torch.equal(drawn[0], want)
+            assert (drawn.mean((0, 1)) - want.mean(0)).abs().max() < 0.2 * want.std()
+        assert torch.isfinite(drawn).all()
+
+
+def test_one_that_gives_constants_is_an_error_in_the_pass() -> None:
+    model = nn.Sequential(nn.Linear(6, 72, bias=False), nn.Sigmoid(), nn.Dropout(0.2), nn.Linear(72, 6))
+    nspec.specialize(model, masks_for(model))
+    with nspec.task(model, "en-de"), pytest.raises(ValueError, match="^0: .*p=0.2 .*give constants"):
+        model(torch.randn(3, 6))

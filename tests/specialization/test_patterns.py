@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from nspec import ActivationCounts, NeuronMasks
+from nspec.specialization.patterns import alike
 
 LAYERS = [f"model.{side}.layers.{number}.fc1" for side in ("encoder", "decoder") for number in range(13)]
 
@@ -78,3 +80,58 @@ def test_matching_names_does_not_load_torch() -> None:
         "assert matching(['a.b', 'c'], ['c', 'b']) == ['a.b', 'c']; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_layers_are_renamed_by_a_mapping_a_function_or_their_beginning() -> None:
+    some = masks().only(["layers.[01]"])
+    assert some.renamed({"model.encoder.layers.0.fc1": "x"}).layers == ["x", *some.layers[1:]]
+    assert some.renamed(lambda name: name.replace("fc1", "wi")).layers == [n.replace("fc1", "wi") for n in some.layers]
+    inside = some.renamed("model.encoder.", "enc.")
+    assert inside.layers == [name.replace("model.encoder.", "enc.") for name in some.layers]
+    assert torch.equal(inside["de-en"]["enc.layers.1.fc1"], some["de-en"]["model.encoder.layers.1.fc1"])
+    assert some.renamed("", "a.").renamed("a.", "").layers == some.layers
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (
+            (lambda name: "x",),
+            ValueError,
+            r"layers.0.fc1 and model.encoder.layers.1.fc1 would both be called x",
+        ),
+        ((lambda name: "",), ValueError, "is no name"),
+        ((lambda name: 3,), TypeError, "layer 3 is int"),
+        (({"y": "x"},), ValueError, "there is no layer 'y'"),
+        (("encoder.", "x."), ValueError, "no layer begins with 'encoder.'"),
+        (("model.",), TypeError, "expected|two texts"),
+        (({}, "x"), TypeError, "replacement is 'x', expected None beside a dict"),
+        ((3,), TypeError, "names is a int, expected a mapping, a function or a text"),
+    ],
+)
+def test_wrong_new_names_are_one_clear_error(names: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        masks().renamed(*names)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "found"),
+    [
+        ("encoder.layers.0.fc1", ["model.encoder.layers.0.fc1", "model.encoder.layers.1.fc1"], 0),
+        ("model.encoder.layers.0.fc1", ["encoder.layers.0.fc1"], 0),
+        ("a.fc1", ["module.base_model.model.a.fc1"], 0),
+        ("a.0.fc1", ["a.0._orig_mod.fc1"], 0),
+        ("a.fc1", ["model.a.fc1", "a.fc1"], 1),
+        ("a.fc1", ["b.a.fc1"], None),
+        ("a.model.fc1", ["a.fc1"], None),
+    ],
+)
+def test_names_are_alike_but_for_wrappers(name: str, known: list[str], found: int | None) -> None:
+    assert alike([name], known) == ({} if found is None else {name: known[found]})
+
+
+def test_names_that_are_alike_in_two_ways_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a.fc1 may be module.a.fc1 or model.a.fc1 of the model.*masks.renamed"):
+        alike(["a.fc1"], ["module.a.fc1", "model.a.fc1"])
+    with pytest.raises(ValueError, match=r"^model.a.fc1 and module.a.fc1 may both be a.fc1"):
+        alike(["model.a.fc1", "module.a.fc1"], ["a.fc1"])

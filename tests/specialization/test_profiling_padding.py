@@ -13,7 +13,7 @@ from models import m2m100
 from torch import Tensor, nn
 
 import nspec
-from nspec.specialization.layers import find_pairs
+from nspec.specialization.layers import find_blocks
 
 SOURCE, TARGET = torch.tensor([8, 5, 7, 3]), torch.tensor([3, 7, 5, 8])
 SQUARE = torch.tensor([8, 5, 7, 3, 1, 6, 2, 4])  # 8 sentences of at most 8 tokens
@@ -21,7 +21,7 @@ SQUARE = torch.tensor([8, 5, 7, 3, 1, 6, 2, 4])  # 8 sentences of at most 8 toke
 
 def one_by_one(model: nn.Module, sentences: list[dict[str, Any]]) -> dict[str, Tensor]:
     """The definition, by hooks of its own: what fc2 gets above 0, of sentences without padding."""
-    counts = {pair.name: torch.zeros(pair.d_ff, dtype=torch.int64) for pair in find_pairs(model)}
+    counts = {pair.name: torch.zeros(pair.d_ff, dtype=torch.int64) for pair in find_blocks(model)}
 
     def hook(name: str) -> Any:
         def count(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -29,7 +29,7 @@ def one_by_one(model: nn.Module, sentences: list[dict[str, Any]]) -> dict[str, T
 
         return count
 
-    hooks = [pair.fc2.register_forward_pre_hook(hook(pair.name)) for pair in find_pairs(model)]
+    hooks = [pair.fc2.register_forward_pre_hook(hook(pair.name)) for pair in find_blocks(model)]
     model.eval()  # with gradients: torch.nn's fused path would not call fc2
     for sentence in sentences:
         model(**sentence)
