@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.active import places_of
-from ..common.products import by_library, ways
+from ..common.products import Ways, by_library, ways
 from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
 from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
 from ..row_sparse_wgrad.triton import Expand, Product
@@ -27,15 +27,15 @@ def supports(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets
 def _forward_plan(
     device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool, in_place: bool, *alike: Any
 ) -> Multiply:
-    return Multiply("y", device, dtype, grouped, library, True, has_b, in_place, fill=True)
+    return Multiply(device, dtype, grouped, library, True, has_b, in_place, fill=True)
 
 
 class _Backward:
     """The launches of backward passes that are alike in all that Triton compiles for."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool) -> None:
-        self.dx = Multiply("dx", device, dtype, grouped, library, to_neurons=False)
-        self.product, self.expand = Product(device, dtype, grouped), Expand(grouped)
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways, has_b: bool) -> None:
+        self.dx = Multiply(device, dtype, grouped, way.dx, to_neurons=False)
+        self.product, self.expand = Product(device, dtype, grouped, way.dw), Expand(grouped)
         self.sums = Sums(grouped) if has_b else None
 
     def __call__(
@@ -52,9 +52,9 @@ class _Backward:
 
 @planned
 def _backward_plan(
-    device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool, *alike: Any
+    device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways, has_b: bool, *alike: Any
 ) -> _Backward:
-    return _Backward(device, dtype, grouped, library, has_b)
+    return _Backward(device, dtype, grouped, way, has_b)
 
 
 def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
@@ -80,8 +80,8 @@ def backward(
     index, x = index.contiguous(), rows16(x)
     places, dz = places_of(index, d_ff), wide(dz, compact_width(index))
     plan = _backward_plan(
-        *(x.device, x.dtype, tasks.offsets is not None, by_library("dx", x.dtype, task_offsets), has_b),
-        *(index.shape[1], w.shape, w.stride(), x.stride(0), precision(x.dtype), ways(x.dtype, task_offsets)),
+        *(x.device, x.dtype, tasks.offsets is not None, ways(x.dtype, task_offsets), has_b),
+        *(index.shape[1], w.shape, w.stride(), x.stride(0), precision(x.dtype)),
         aligned(w, index, places),
     )
     return launching(x.device, plan, dz, x, w, index, places, tasks, task_offsets)

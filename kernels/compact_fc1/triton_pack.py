@@ -10,8 +10,8 @@ from torch import Tensor
 from ..common import checks
 from ..common.triton_launch import Launcher, Shipped, cdiv, padded, pointer, precision, processors, target_of
 from ..common.triton_tasks import WIDTH_MULTIPLE, Tasks, compact_width
-from ..compact_ffn.triton import features_tile
 from ..compact_ffn.triton_kernels import from_neurons_kernel
+from ..compact_ffn.triton_tiles import features_tile
 
 _PACK = {"NEURONS": 64, "FEATURES": 64, "num_warps": 4}
 
@@ -124,7 +124,6 @@ class Multiply:
     """The product of each task's tokens with the weights of its neurons; for a plan.
 
     Args:
-        product: its key in ``common/products.py``.
         device: of the operands.
         dtype: of the operands.
         grouped: whether there are several tasks.
@@ -137,7 +136,6 @@ class Multiply:
 
     def __init__(
         self,
-        product: str,
         device: torch.device,
         dtype: torch.dtype,
         grouped: bool,

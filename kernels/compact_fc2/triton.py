@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.active import places_of
-from ..common.products import by_library, mm_float32, ways
+from ..common.products import Ways, by_library, mm_float32, ways
 from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
 from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
 from ..compact_fc1.triton_pack import Multiply, shipped_packing, wide
@@ -33,15 +33,16 @@ def _others(constant: Tensor, places: Tensor) -> Tensor:
 def _forward_plan(
     device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, added: bool, *alike: Any
 ) -> Multiply:
-    return Multiply("y", device, dtype, grouped, library, False, added)
+    return Multiply(device, dtype, grouped, library, False, added)
 
 
 class _Backward:
     """The launches of backward passes that are alike in all that Triton compiles for."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool) -> None:
-        self.dh = Multiply("dx", device, dtype, grouped, library, to_neurons=True)
-        self.product, self.expand, self.sums = Product(device, dtype, grouped), Expand(grouped), Sums(grouped)
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways) -> None:
+        self.dh = Multiply(device, dtype, grouped, way.dx, to_neurons=True)
+        self.product = Product(device, dtype, grouped, way.dw)
+        self.expand, self.sums = Expand(grouped), Sums(grouped)
 
     def __call__(
         self,
@@ -72,8 +73,8 @@ class _Backward:
 
 
 @planned
-def _backward_plan(device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, *alike: Any) -> _Backward:
-    return _Backward(device, dtype, grouped, library)
+def _backward_plan(device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways, *alike: Any) -> _Backward:
+    return _Backward(device, dtype, grouped, way)
 
 
 def forward(
@@ -109,9 +110,9 @@ def backward(
     index, dy = index.contiguous(), rows16(dy)
     places, h = places_of(index, d_ff), wide(h, compact_width(index))
     plan = _backward_plan(
-        *(h.device, h.dtype, tasks.offsets is not None, by_library("dx", h.dtype, task_offsets)),
+        *(h.device, h.dtype, tasks.offsets is not None, ways(h.dtype, task_offsets)),
         *(index.shape[1], w.shape, w.stride(), dy.stride(0), constant is None or tasks.number == 1),
-        *(precision(h.dtype), ways(h.dtype, task_offsets), aligned(w, index, places)),
+        *(precision(h.dtype), aligned(w, index, places)),
     )
     return launching(h.device, plan, dy, h, constant, w, index, places, tasks, task_offsets, has_b)
 
