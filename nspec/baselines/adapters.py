@@ -141,7 +141,7 @@ class TaskAdapters(nn.Module, TaskSwitched):
         self.check_thread()
         use: Any = self._nspec.current()
         group, batch = use
-        alone = None if group is None else self.groups[_key(group)]
+        alone: Any = None if group is None else self.groups[_key(group)]
         if alone is None and batch is None:
             (marked,) = self._nspec.passes.note(use, x)
             return x if marked is x else marked.clone()  # a mark is a view, which the model may not write into

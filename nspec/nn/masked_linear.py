@@ -151,9 +151,7 @@ class Masked(nn.Module):
     transposed: bool = False
 
     weight: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
+    bias: Any
     _nspec: NeuronState
 
     @property
@@ -174,10 +172,10 @@ class Masked(nn.Module):
             return _composed(x, weight, bias, active, batch, self.mode)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
         x, weight, bias = cast_inputs(x, weight, bias)
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, x.shape[-1])
         sets = active.active, active.rows, active.index
         y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     def _dense(self, use: Use, x: Tensor) -> Tensor:
         """What the layer computes without active neurons."""
@@ -222,7 +220,7 @@ class Masked(nn.Module):
         if self.transposed or not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
         used = None if active is None else active.on(weight.device).union
-        if used is not None and self._nspec.doubled and len(used) != self.out_features:
+        if used is not None and self._nspec.doubled and len(used) != len(weight):
             used = used.repeat(2)
         touched = self._nspec.touched
         if touched.device != weight.device:
@@ -252,8 +250,11 @@ class Masked(nn.Module):
     def _rows(self) -> TouchedRows:
         kept = self._nspec
         if kept.touched.device != self.weight.device:
-            kept.touched = TouchedRows(self.out_features, self.weight.device)
+            kept.touched = TouchedRows(self._neurons(), self.weight.device)
         return kept.touched
+
+    def _neurons(self) -> int:
+        return self.weight.shape[1 if self.transposed else 0]
 
     def _attach(self, kept: NeuronState) -> None:
         self._nspec = kept
@@ -261,11 +262,11 @@ class Masked(nn.Module):
 
     def _begin_notes(self) -> None:
         # Now and not when they are needed: a graph of torch.compile would be made again.
-        self._nspec.begin_notes(self.out_features, self.weight.device)
+        self._nspec.begin_notes(self._neurons(), self.weight.device)
         _LAYERS.add(self)
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()
         replica._nspec = self._nspec.replica()
         return replica
 

@@ -230,7 +230,8 @@ def despecialize(model: nn.Module) -> nn.Module:
     for switched in (module for module in modules if isinstance(module, TaskSwitched)):
         switched.set_task(None)
     for layer in layers:
-        layer.__class__ = layer.__dict__.pop("_nspec").plain or nn.Linear
+        plain: Any = layer.__dict__.pop("_nspec").plain or nn.Linear
+        layer.__class__ = plain
         _rebind(layer)
     for module in modules:
         module.__dict__.pop(PLACES, None)
