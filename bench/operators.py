@@ -7,12 +7,16 @@
 Each round calls every provider of a case, in turn, on inputs that rotate. A figure is the median over rounds of
 (time of the baseline / time of the provider) in the same round, with the ends of the middle 80 % of the rounds. What a
 provider computes is compared with the definition in float64 before it is timed. The cases are in ``bench/cases.py``.
+
+On a GPU each provider has two figures: as called, with the host's time where the device waits for it, and of the device
+alone. Targets are about the device there.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +25,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, OPERATORS, SETS, Case, cases, target
+from bench import trouble
+from bench.cases import BATCHES, DTYPES, OPERATORS, SETS, Case, cases, target
 from bench.ceilings import ceilings
 from bench.machine import device_name, pick_device
 from bench.providers import Problem, problem
 from bench.rows import Row, Writer, figure, timing_fields
-from bench.timing import interleaved, paired, peak_bytes, spread
+from bench.timing import interleaved, interleaved_on_device, paired, paired_on_device, peak_bytes, spread
 
 
 def rows_of(
@@ -44,7 +49,7 @@ def rows_of(
         made: the case with its inputs.
         device: that they are on.
         rounds: of each provider, as many of them as ``most_seconds`` allows.
-        most_seconds: for all rounds together; at least four are always done.
+        most_seconds: for all rounds together; at least four are always done. On a GPU half of it is for device times.
         memory: measure peak memory too.
         again: makes the inputs anew for the second half of the rounds. Where memory lies decides how fast a product
             runs, for as long as it lies there.
@@ -55,6 +60,8 @@ def rows_of(
     case = made.case
     made.check()
     times: dict[str, list[float]] = {provider.name: [] for provider in made.providers}
+    on_device: dict[str, list[float]] = {provider.name: [] for provider in made.providers}
+    gpu = device.type == "cuda"
     halves = 1 if again is None else 2
     for half in range(halves):
         if half == 1 and again is not None:
@@ -62,16 +69,16 @@ def rows_of(
             del made  # before the next, so that both need not fit
             made = again()
             made.absent = absent
-        part = interleaved(
-            {provider.name: provider.call for provider in made.providers},
-            device,
-            rounds=-(-rounds // halves),
-            least_seconds=most_seconds / 2 / halves,
-            most_seconds=most_seconds / halves,
-            always=4,
-        )
+        calls = {provider.name: provider.call for provider in made.providers}
+        share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
+        part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
         for name, values in part.items():
             times[name] += values
+        if gpu:
+            queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share)
+            done = max(map(len, queued.values()), default=0)
+            for name, values in on_device.items():
+                values += queued.get(name, [math.nan] * done)
     baseline = times[made.baseline.name]
     common = {
         "operator": case.operator,
@@ -88,6 +95,9 @@ def rows_of(
         values = times[provider.name]
         flops, moved = made.work(provider.computes)
         milliseconds = spread([1e3 * value for value in values])
+        timing = timing_fields(milliseconds, paired(baseline, values), len(values))
+        if gpu:
+            timing |= device_fields(on_device[made.baseline.name], on_device[provider.name])
         yield {
             "kind": "operator",
             **common,
@@ -95,7 +105,7 @@ def rows_of(
             "ours": provider.ours,
             "computes": provider.computes,
             "backend": provider.backend,
-            **timing_fields(milliseconds, paired(baseline, values), len(values)),
+            **timing,
             "input_sets": made.input_sets,
             "peak_bytes": peak_bytes(functools.partial(provider.call, 0), device) if memory else None,
             "flops": flops,
@@ -106,6 +116,12 @@ def rows_of(
         yield {"kind": "absent", **common, "provider": name, "reason": reason}
 
 
+def device_fields(baseline: Sequence[float], own: Sequence[float]) -> Row:
+    """The device time and its ratio to the baseline's, from seconds by round; nothing where they cannot be told."""
+    found = paired_on_device([1e3 * value for value in baseline], [1e3 * value for value in own])
+    return {} if found is None else timing_fields(*found, prefix="device_")
+
+
 def show(row: Row) -> None:
     """Prints one row."""
     if row["kind"] == "absent":
@@ -114,13 +130,19 @@ def show(row: Row) -> None:
     memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
     wanted = "" if row["target"] is None else f"  target {row['target']:.2f}x"
     taken = f"  ({row['backend']})" if row["backend"] else ""
-    print(f"  {row['provider']:<32} {row['milliseconds']:9.3f} ms {figure(row):>20}{memory}{taken}{wanted}", flush=True)
+    device = ""
+    if row.get("device_speedup") is not None:
+        device = f" | device {row['device_milliseconds']:9.3f} ms {figure(row, 'device_'):>20}"
+    elif row["device_type"] == "cuda":
+        device = " | device: not known, the call waits for it"
+    called = f"{row['milliseconds']:9.3f} ms {figure(row):>20}"
+    print(f"  {row['provider']:<32} {called}{device}{memory}{taken}{wanted}", flush=True)
 
 
 def measure(
     chosen: Sequence[Case], device: torch.device, write: Writer, rounds: int, most_seconds: float, memory: bool = True
 ) -> int:
-    """Measures and prints cases; a provider that is wrong is reported and its case left out.
+    """Measures and prints cases; one in which something raises or is wrong is reported and left out.
 
     Returns:
         The number of cases that were left out.
@@ -137,12 +159,15 @@ def measure(
             options: dict[str, Any] = {"rounds": rounds, "most_seconds": most_seconds, "memory": memory, "again": again}
             for row in rows_of(problem(case, device), device, **options):
                 show(write(row))
-        except AssertionError as error:
+        except AssertionError as error:  # a wrong result: where it was noticed says nothing
             wrong += 1
             print(f"error: not timed: {error}", file=sys.stderr, flush=True)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
             wrong += 1
-            print(f"error: not timed: {case.label} needs more memory: {error}", file=sys.stderr, flush=True)
+            trouble.report(f"not timed: {case.label}", error)
+            if trouble.device_is_lost(device):
+                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
+                return wrong + len(chosen) - number - 1
     return wrong
 
 
@@ -161,8 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--densities", type=float, nargs="+")
     parser.add_argument("--shapes", type=_shape, nargs="+", metavar="TOKENSxD_MODELxD_FF[xTASKS]")
+    parser.add_argument("--batches", choices=BATCHES, default="all", help="of one task, of several, or all")
     parser.add_argument("--no-compile", action="store_true", help="without the torch.compile providers")
+    parser.add_argument("--no-grouped", action="store_true", help="without those that call PyTorch's grouped product")
     parser.add_argument("--no-memory", action="store_true", help="without peak memory")
+    parser.add_argument("--no-ceilings", action="store_true", help="without the device's best speeds")
     parser.add_argument("--rounds", type=int, default=15, help="as many as fit into --seconds, at most about these")
     parser.add_argument("--seconds", type=float, help="longest time for the rounds of one case")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -178,12 +206,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = args.seconds if args.seconds is not None else {"full": 6.0, "quick": 2.0, "smoke": 0.05}[args.set]
     chosen = cases(
         args.set, device.type, operators=args.operators, dtypes=args.dtypes, densities=args.densities,
-        shapes=args.shapes, compiled=not args.no_compile,
+        shapes=args.shapes, compiled=not args.no_compile, grouped=not args.no_grouped, batches=args.batches,
     )  # fmt: skip
     write = Writer(args.json, device)
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} cases")
     print("speed-up over the first provider of a case: median of paired ratios [middle 80 % of the rounds]")
-    for row in ceilings(device, sorted({case.dtype for case in chosen}), small=args.set == "smoke"):
+    if device.type == "cuda":
+        print("as called, with the host's time where the device waits for it, and of the device alone; targets: device")
+    dtypes = sorted({case.dtype for case in chosen})
+    for row in () if args.no_ceilings else ceilings(device, dtypes, small=args.set == "smoke"):
         unit = "GB/s" if row["what"] == "memory" else "Gflop/s"
         print(f"ceiling: {row['what']} {row['dtype']}: {row['per_second'] / 1e9:.0f} {unit}")
         write(row)

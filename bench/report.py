@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.machine import ROOT
-from bench.reporting import figures, tables
-from bench.reporting.summary import KINDS, agreement, by_device, check, values
+from bench.reporting import figures, probe_tables, tables
+from bench.reporting.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
 
@@ -31,6 +31,11 @@ GPU_MISSING = "GPU figures are still to be measured."
 _SPEED = (
     "`1.63× [1.60, 1.66]` is time of the baseline / time of the other, the median over rounds of the ratio within a round, "
     "and the middle 80 % of the rounds (all, of fewer than ten); above 1 is faster."
+)
+_TWO_TIMES = (
+    "Where a cell has two figures of a GPU, the first is as called, with the host's time where the device waits for it, "
+    "which is what a user gets, and the second that of the device alone. Targets are about the second; a plot and a figure "
+    "that stands alone are as called."
 )
 
 
@@ -50,6 +55,7 @@ _MEASURED = {
     "step": "Training steps were",
     "tasks": "Growth with the number of tasks was",
     "profiling": "Profiling was",
+    "probe": "Kernel by kernel nothing was",
 }
 PARTS: dict[str, Part] = {
     "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
@@ -72,6 +78,10 @@ PARTS: dict[str, Part] = {
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
     "ceilings": Part("Ceilings", "ceiling", tables.ceilings, "No ceiling has a figure."),
+    "predictions": Part(
+        "Predicted against measured", "probe", probe_tables.predictions, "Nothing measured was predicted."
+    ),
+    "probe": Part("Kernels and products one by one", "probe", probe_tables.probe),
     "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
 }
 FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
@@ -226,6 +236,7 @@ class Report:
     def markdown(self, folder: Path | None) -> str:
         """The whole report; its figures are written into ``folder``, and linked, where one is given."""
         lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
+        lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
         for name in figures.FIGURES if folder is not None else ():
             drawing = self.drawing(name)
             lines += [f"## {figures.FIGURES[name][1]}", ""]
@@ -235,7 +246,8 @@ class Report:
             assert folder is not None
             write_text(folder / f"bench-{name}.svg", drawing)
             lines += [f"![{figures.FIGURES[name][1]}](bench-{name}.svg)", ""]
-        for name in _IN_REPORT:
+        of_gpu = ("predictions", "probe") if of_kind(self.rows, "probe") else ()
+        for name in (*_IN_REPORT, *of_gpu):
             lines += [f"## {PARTS[name].title}", "", *section(name, self.devices), ""]
         lines += ["## Two runs of the same", "", self._runs(), ""]
         others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))

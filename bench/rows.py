@@ -1,8 +1,8 @@
 """Result files: JSON lines, one measured row each, stamped with the machine. Reading, writing, printing.
 
-Every row has ``kind`` (``operator``, ``absent``, ``ceiling``, ``step``, ``tasks``, ``profiling``) and the fields of
-:func:`bench.machine.stamp`. Times are in milliseconds, memory in bytes; ``low`` and ``high`` are the ends of the middle
-80 % of the rounds.
+Every row has ``kind`` (``operator``, ``absent``, ``ceiling``, ``step``, ``tasks``, ``profiling``, ``probe``) and the fields
+of :func:`bench.machine.stamp`. Times are in milliseconds, memory in bytes; ``low`` and ``high`` are the ends of the middle
+80 % of the rounds. Rows of a GPU may have ``device_...`` beside them, the same of the kernels alone (``bench/timing.py``).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bench.timing import Spread
 Row = dict[str, Any]
 
 
-def timing_fields(milliseconds: Spread, speedup: Spread, rounds: int) -> Row:
-    """The fields of a time and of its ratio to the baseline's."""
-    fields: Row = {"rounds": rounds}
-    for name, value, digits in (("milliseconds", milliseconds, 4), ("speedup", speedup, 4)):
-        fields[name] = round(value.median, digits)
-        fields[name + "_low"], fields[name + "_high"] = round(value.low, digits), round(value.high, digits)
+def timing_fields(milliseconds: Spread, speedup: Spread, rounds: int, prefix: str = "") -> Row:
+    """The fields of a time and of its ratio to the baseline's; with the prefix ``device_`` those of the device time."""
+    fields: Row = {f"{prefix}rounds": rounds}
+    for name, value in ((f"{prefix}milliseconds", milliseconds), (f"{prefix}speedup", speedup)):
+        fields[name] = round(value.median, 4)
+        fields[name + "_low"], fields[name + "_high"] = round(value.low, 4), round(value.high, 4)
     return fields
 
 
@@ -65,6 +65,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
     return rows
 
 
-def figure(row: Mapping[str, Any]) -> str:
-    """``1.63x [1.60, 1.66]``: a row's speed-up over the baseline with its spread."""
-    return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+def figure(row: Mapping[str, Any], prefix: str = "") -> str:
+    """``1.63x [1.60, 1.66]``: a row's speed-up over the baseline with its spread; ``device_`` for that of the device."""
+    median, low, high = (row[f"{prefix}speedup{end}"] for end in ("", "_low", "_high"))
+    return f"{median:.2f}x [{low:.2f}, {high:.2f}]"

@@ -9,6 +9,9 @@ system). The systems are checked against plain PyTorch first, and what is wrong 
 their real sizes and compute in bfloat16 autocast; on a CPU they are scaled down.
 
 Peak memory is what a step allocates beyond parameters, optimiser state and masks, gradients included.
+
+Steps are timed as called, on a GPU too: a step has more kernels than can be queued. A system that raises is reported and
+left out, and so is a shape whose other systems cannot be measured.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from bench import trouble
 from bench.machine import device_name, pick_device
 from bench.rows import Row, Writer, timing_fields
 from bench.stepping import summary as step_summary
@@ -42,13 +46,12 @@ from bench.stepping.model import (
     random_batches,
     task_name,
 )
-from bench.stepping.plan import Plan, plan, shape_for
+from bench.stepping.plan import BATCHES, OPTIMIZERS, Plan, plan, shape_for
 from bench.stepping.tasks import growth
-from bench.timing import Call, interleaved, paired, peak_bytes, spread
+from bench.timing import Call, interleaved, paired, peak_bytes, spread, synchronize
 
 BASELINE, AGAIN = "dense, adamw", "dense again"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIMIZERS = ("adamw", "row_sparse_adamw")
 TASKS = 16  # of the model, at each density: IWSLT-8's
 MIXED = 8  # tasks in a mixed batch
 PART_STEPS = 5  # on a GPU, with a synchronisation after each part
@@ -94,7 +97,8 @@ def providers(chosen: Plan) -> list[Provider]:
                 found.append(Provider(system, optimizer, density, False))
                 if density in chosen.mixed and (optimizer == "adamw" or chosen.mixed_row_sparse):
                     found.append(Provider(system, optimizer, density, True))
-    return found
+    asked = lambda p: p.optimizer in chosen.optimizers and ("mixed" if p.mixed else "pure") in chosen.batches
+    return [provider for provider in found if asked(provider)]
 
 
 class Group:
@@ -116,6 +120,7 @@ class Group:
             for kind, optimizer in kinds
         }
         self._records: dict[str, list[dict[str, float]]] = {}
+        self.raised: dict[str, str] = {}
 
     def refuse_wrong(self) -> dict[str, str]:
         """Leaves out the systems whose results are wrong; which those are, and why.
@@ -159,9 +164,10 @@ class Group:
 
         first, calls[BASELINE] = calls[BASELINE], shown
         gpu = self.device.type == "cuda"
-        warm = {p.name: p.key for p in self.providers}.values()
-        for key in (BASELINE, self.skipped.kind, *warm):  # optimiser states, and code that is loaded at first use
+        for key in (BASELINE, self.skipped.kind):  # optimiser states, and code that is loaded at first use
             calls[key](0)
+        for raising in self._raising(calls):
+            del calls[raising.key]
         seen[0] = 0
         times = interleaved(
             calls,
@@ -180,6 +186,22 @@ class Group:
         print(flush=True)
         return times
 
+    def _raising(self, calls: Mapping[str, Call]) -> list[Provider]:
+        """Runs every provider once, and leaves out and gives back those that raise."""
+        raised = []
+        for provider in self.providers:
+            try:
+                calls[provider.key](0)
+                synchronize(self.device)
+            except Exception as error:
+                trouble.report(f"not timed: {provider.key}", error)
+                if trouble.device_is_lost(self.device):
+                    raise
+                raised.append(provider)
+                self.raised[provider.key] = trouble.in_a_line(error)
+        self.providers = [provider for provider in self.providers if provider not in raised]
+        return raised
+
     def parts(self, key: str) -> dict[str, float]:
         """Median milliseconds of each part."""
         records = self._records[key]
@@ -187,7 +209,7 @@ class Group:
 
     def peak(self, provider: Provider | None) -> int | None:
         """Bytes that a step allocates at most; None where the plan does not ask for it."""
-        if provider is not None and provider.density not in self.plan.memory:
+        if (provider is None and not self.plan.memory) or (provider and provider.density not in self.plan.memory):
             return None
         system = self.dense if provider is None else self.systems[provider.name]
         tasks = provider.tasks(0, self.shape.sentences) if provider is not None else ""
@@ -214,7 +236,7 @@ class Group:
 
 
 def run_group(group: Group, write: Writer) -> tuple[list[Row], dict[str, str]]:
-    """Checks, measures and prints one shape and dtype; its rows, and what was wrong and is not among them."""
+    """Checks, measures and prints one shape and dtype; its rows, and what was wrong or raised and is not among them."""
     shape = group.shape
     wrong = group.refuse_wrong()
     for name, why in wrong.items():
@@ -251,11 +273,11 @@ def run_group(group: Group, write: Writer) -> tuple[list[Row], dict[str, str]]:
         rows.append(write(row))
         print(step_summary.line(row), flush=True)
     print(step_summary.conclusion(rows, share, paired(dense, times[AGAIN])), flush=True)
-    return rows, wrong
+    return rows, wrong | group.raised
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 1 where a system computed something wrong."""
+    """The command line; 1 where a system computed something wrong or something raised."""
     options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -268,26 +290,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = shape_for(name, options.set, device)
         print(f"\n{step_summary.title(shape, dtype)}\n  checking, then rounds ", end="", flush=True)
         started = time.perf_counter()
-        group = Group(shape, DTYPES[dtype], device, chosen)
-        wrong |= run_group(group, write)[1]
+        try:
+            group = Group(shape, DTYPES[dtype], device, chosen)
+            wrong |= run_group(group, write)[1]
+            del group
+        except Exception as error:
+            wrong[name] = trouble.in_a_line(error)
+            trouble.report(f"not measured: {name}, {dtype}", error)
+            if trouble.device_is_lost(device):
+                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
+                return 1
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-        del group
         free(device)
     limit = 2**30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
     limit = 2**20 if options.set == "smoke" else limit
     for name, dtype in chosen.growing if chosen.counts else ():
         shape = shape_for(name, options.set, device)
         print(f"\nNumber of tasks: {step_summary.title(shape, dtype)}", flush=True)
-        growth(
-            shape,
-            device,
-            DTYPES[dtype],
-            chosen.counts,
-            chosen.systems,
-            write,
-            rounds=options.rounds or chosen.growth_rounds,
-            release_limit=limit,
-        )
+        try:
+            growth(
+                shape,
+                device,
+                DTYPES[dtype],
+                chosen.counts,
+                chosen.systems,
+                write,
+                rounds=options.rounds or chosen.growth_rounds,
+                release_limit=limit,
+            )
+        except Exception as error:
+            wrong[f"number of tasks, {name}"] = trouble.in_a_line(error)
+            trouble.report(f"not measured: number of tasks, {name}, {dtype}", error)
+            if trouble.device_is_lost(device):
+                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
+                return 1
     print(f"\n{time.perf_counter() - began:.0f} s")
     return 1 if wrong else 0
 
@@ -306,8 +342,16 @@ def _chosen(options: argparse.Namespace, given: Plan) -> Plan:
         )
     if options.systems:
         given = replace(given, systems=tuple(name for name in options.systems if name != "dense"))
+    if options.optimizers:
+        given = replace(given, optimizers=tuple(options.optimizers))
+    if options.batches:
+        given = replace(given, batches=tuple(options.batches))
     if options.rounds:
         given = replace(given, rounds=options.rounds, seconds=float("inf"))
+    if options.seconds is not None:
+        given = replace(given, seconds=options.seconds)
+    if options.no_memory:
+        given = replace(given, memory=())
     return given if options.tasks is None else replace(given, counts=tuple(sorted(set(options.tasks) - {0})))
 
 
@@ -319,8 +363,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=list(DTYPES), help="bfloat16 is autocast")
     add("--densities", nargs="+", type=_density, help="shares of active neurons, in (0, 1]")
     add("--systems", nargs="+", choices=("dense", "release", "forward", "update"), help="beside dense, always there")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, help="of the systems beside dense")
+    add("--batches", nargs="+", choices=BATCHES, help="pure: of one task, mixed: of several")
     add("--tasks", nargs="+", type=int, metavar="N", help="numbers of tasks of the second part; 0: leave it out")
     add("--rounds", type=int, help="at least so many, however long they take")
+    add("--seconds", type=float, help="no round of a shape is begun after so many; three are done anyway")
+    add("--no-memory", action="store_true", help="without peak memory")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     add("--json", type=Path, help="append the rows to this file")

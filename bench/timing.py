@@ -3,10 +3,15 @@
 A shared machine drifts by a factor of two within minutes, so a time alone says little. What is compared is run in rounds,
 each provider once a round, and a figure is the median over rounds of the ratio *within* a round. The spread is that of
 the middle 80 % of the rounds (of all, where they are fewer than ten).
+
+On a GPU there are two times. *As called*: what a user gets, with the time of the host wherever the device waits for it,
+over samples long enough that their start does not count. *Device*: what the kernels take, with the calls queued behind a
+kernel that only waits, so that the host is ahead; it is checked that it was. On a CPU there is one.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
@@ -19,9 +24,16 @@ import torch
 Call = Callable[[int], object]
 """What is timed: called with the number of the input set to use."""
 
-GPU_SAMPLE_SECONDS = 1e-3
-"""On a GPU calls are put together until a sample lasts this long: then the host runs ahead, as in a training."""
-
+GPU_SAMPLE_SECONDS = 1e-2
+"""On a GPU calls are put together until a sample as called lasts this long: of its start, where the device waits for the
+first kernel, a few per cent are left at most."""
+MOST_CALLS = 1000
+DEVICE_SAMPLE_SECONDS = 2e-3
+"""A sample of device time; events tell half a microsecond."""
+MOST_QUEUED = 20
+"""Calls of a sample of device time: a stream takes about a thousand kernels before it makes the host wait."""
+LONGEST_SLEEP = 0.2
+"""Seconds. A host that is not ahead after them waits for the device itself."""
 
 FEW = 10
 """Of fewer values than this no tenth can be left out at an end."""
@@ -49,6 +61,17 @@ def paired(base: Sequence[float], other: Sequence[float]) -> Spread:
     return spread([b / o for b, o in zip(base, other, strict=True)])
 
 
+def paired_on_device(base: Sequence[float], other: Sequence[float]) -> tuple[Spread, Spread, int] | None:
+    """Seconds of ``other``, its speed-up over ``base`` and the number of rounds, of those in which both were measured.
+
+    None where these are fewer than three.
+    """
+    both = [(b, o) for b, o in zip(base, other, strict=True) if not math.isnan(b) and not math.isnan(o)]
+    if len(both) < 3:
+        return None
+    return spread([o for _, o in both]), spread([b / o for b, o in both]), len(both)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for what was started on a GPU; nothing to wait for on a CPU."""
     if device.type == "cuda":
@@ -56,7 +79,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) -> float:
-    """Mean seconds of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
+    """Mean seconds as called of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
 
     On a GPU by device events, from the start of the first kernel to the end of the last: where the host is too slow to
     keep the device busy, the gaps count, as they do for a user.
@@ -76,6 +99,61 @@ def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) ->
     return (time.perf_counter() - began) / calls
 
 
+@functools.cache
+def _cycles_per_second(device: torch.device) -> float:
+    """The clock that ``torch.cuda._sleep`` counts, as fast as it runs now."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    cycles = 10**7
+    for _ in range(2):  # the first time its code is loaded
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+    return cycles / (float(start.elapsed_time(end)) / 1e3)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """How a call is queued on a GPU: so many calls behind a kernel that waits so many seconds."""
+
+    calls: int
+    sleep: float
+
+
+def queued_seconds(call: Call, device: torch.device, first: int, queue: Queue) -> float | None:
+    """Mean seconds on the GPU of ``queue.calls`` calls in a row; None where the host was not ahead of it.
+
+    The device sleeps first. If it still does when all calls are queued, it computes them without a gap.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(queue.sleep * _cycles_per_second(device)))
+    start.record()
+    for number in range(queue.calls):
+        call(first + number)
+    end.record()
+    ahead = not start.query()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / queue.calls if ahead else None
+
+
+def queue_for(call: Call, device: torch.device) -> Queue | None:
+    """How to queue a call that has run before; None where the host can never be ahead: the call waits for the device."""
+    synchronize(device)
+    began = time.perf_counter()
+    call(0)
+    host = time.perf_counter() - began
+    synchronize(device)
+    calls = max(1, min(MOST_QUEUED, math.ceil(DEVICE_SAMPLE_SECONDS / max(seconds(call, device), 1e-6))))
+    sleep = 2 * host * calls + 1e-3
+    while sleep <= LONGEST_SLEEP:
+        # Longer for a slow host; fewer calls because the queue may have been full, which also stops it.
+        if queued_seconds(call, device, 0, Queue(calls, sleep)) is not None:
+            return Queue(calls, 1.5 * sleep)  # a host is not equally fast in every round
+        calls, sleep = max(1, calls // 2), 2 * sleep
+    return None
+
+
 def interleaved(
     calls: Mapping[str, Call],
     device: torch.device,
@@ -86,7 +164,7 @@ def interleaved(
     warmup: int = 2,
     always: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round.
+    """Seconds as called of each call in each round.
 
     Each round begins with another call than the one before, so that no provider always follows the same one.
 
@@ -108,8 +186,50 @@ def interleaved(
     if device.type == "cuda":
         for name in names:
             once = seconds(calls[name], device)
-            repeat[name] = max(1, min(100, math.ceil(GPU_SAMPLE_SECONDS / max(once, 1e-6))))
+            repeat[name] = max(1, min(MOST_CALLS, math.ceil(GPU_SAMPLE_SECONDS / max(once, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in names}
+
+    def sample(name: str, number: int) -> None:
+        times[name].append(seconds(calls[name], device, first=number, calls=repeat[name]))
+
+    _in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
+    return times
+
+
+def interleaved_on_device(
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int = 11, most_seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds on the GPU of each call in each round; nothing for a call that waits for the device.
+
+    Args:
+        calls: as of :func:`interleaved`; they have run before, and so need no warming up.
+        device: a GPU.
+        rounds: of each, unless ``most_seconds`` is reached.
+        most_seconds: no round is begun after so many seconds; four are always done.
+    """
+    queues = {name: queue for name, call in calls.items() if (queue := queue_for(call, device)) is not None}
+    times: dict[str, list[float]] = {name: [] for name in queues}
+
+    def sample(name: str, number: int) -> None:
+        # NaN where the host was late: the round has no figure of this call, and keeps those of the others.
+        found = queued_seconds(calls[name], device, number, queues[name])
+        times[name].append(math.nan if found is None else found)
+
+    if queues:
+        _in_rounds(list(queues), sample, rounds, 0.0, most_seconds, 4)
+    return times
+
+
+def _in_rounds(
+    names: Sequence[str],
+    sample: Callable[[str, int], None],
+    rounds: int,
+    least_seconds: float,
+    most_seconds: float,
+    always: int,
+) -> None:
+    """Samples each name once a round; see :func:`interleaved`."""
+    names = list(names)
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of one provider's turn would be charged to it
     try:
@@ -118,10 +238,10 @@ def interleaved(
         while True:
             elapsed = time.perf_counter() - began
             if done >= always and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
-                return times
+                return
             shift = done % len(names)
             for name in names[shift:] + names[:shift]:
-                times[name].append(seconds(calls[name], device, first=done, calls=repeat[name]))
+                sample(name, done)
             done += 1
     finally:
         if collecting:

@@ -124,7 +124,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     if offsets is None:
         theirs.append(Provider("weight x mask, compiled", step(lambda t: mask(*t, masks[0])), results))
     compiled(made, theirs)
-    if offsets is not None:
+    if offsets is not None and case.grouped:
         _grouped(made, step, results, index, active, offsets)
     made.providers += ours(
         lambda: explained(compact_ffn, *sets[0][0], chosen, task_offsets=offsets, index=index),
@@ -160,7 +160,7 @@ def _grouped(
     call = step(block)
     try:
         call(0)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:  # an older PyTorch has no such function
         made.absent["grouped_mm"] = str(error).splitlines()[0]
     else:
         made.providers.append(Provider("grouped_mm", call, results))

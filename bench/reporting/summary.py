@@ -31,6 +31,7 @@ _CASE: dict[str, tuple[str, ...]] = {
     "step": (*_MODEL, "tokens", "batch", "tasks_in_batch", "system", "optimizer", "dtype", "density"),
     "tasks": (*_MODEL, "tokens", "system", "tasks", "density", "dtype", "optimizer"),
     "profiling": (*_MODEL, "way", "padding", "sentences", "tokens", "dtype"),
+    "probe": ("experiment", "name"),
 }
 KINDS = tuple(_CASE)
 NEEDED = {
@@ -40,6 +41,7 @@ NEEDED = {
     "step": ("shape", "system", "optimizer", "batch", "dtype", "density"),
     "tasks": ("shape", "system", "tasks"),
     "profiling": ("shape", "way", "dtype"),
+    "probe": ("experiment", "name"),
 }
 
 
@@ -120,6 +122,11 @@ def is_ours(row: Row) -> bool:
     return bool(row.get("ours")) and not forced
 
 
+def has_device_time(row: Row) -> bool:
+    """Whether the device alone was timed too; rows of a CPU, and older ones, have one time."""
+    return row.get("device_speedup") is not None
+
+
 def shape_of(row: Row) -> str:
     """``4096 × 512 × 2048`` (tokens × d × d_ff; AdamW has no tokens), and the number of tasks in the batch."""
     named = ("d_model", "d_ff") if row.get("operator") == "row_sparse_adamw" else ("tokens", "d_model", "d_ff")
@@ -134,11 +141,15 @@ operator_case = fields("operator", "dtype", "tokens", "d_model", "d_ff", "tasks"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure against its target: ``missed`` is the share by which the median is below it, 0 when it is not."""
+    """A figure against its target: ``missed`` is the share by which the median is below it, 0 when it is not.
+
+    ``prefix`` of the fields of the figure: ``device_`` where the device alone was timed, else empty (as called).
+    """
 
     row: Row
     missed: float
     within_spread: bool
+    prefix: str = ""
 
     @property
     def met(self) -> bool:
@@ -150,11 +161,12 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """Of every row of ours with a target and a measured speed-up."""
     found = []
     for row in of_kind(rows, "operator"):
-        target, speedup = row.get("target"), row.get("speedup")
+        prefix = "device_" if has_device_time(row) else ""
+        target, speedup = row.get("target"), row.get(f"{prefix}speedup")
         if target is None or speedup is None or not row.get("ours"):
             continue
         missed = max(0.0, 1 - speedup / target)
-        found.append(Verdict(row, missed, (row.get("speedup_high") or speedup) >= target))
+        found.append(Verdict(row, missed, (row.get(f"{prefix}speedup_high") or speedup) >= target, prefix))
     return sorted(found, key=lambda v: rank(OPERATORS, v.row.get("operator")))
 
 
@@ -244,10 +256,12 @@ def roof(row: Row, limits: dict[tuple[str, str], float]) -> Roof | None:
 
     The memory ceiling is taken from any dtype (bytes are bytes), the products' only from the row's own. None where a
     ceiling, a count or the time is missing. Above 1 the data came from caches, which memory's ceiling knows nothing of.
+    The time is that of the device alone where it is known.
     """
     memory = max((limit for (what, _), limit in limits.items() if what == "memory"), default=None)
     matmul = limits.get(("matmul", str(row.get("dtype"))))
-    milliseconds, flops, moved = row.get("milliseconds"), row.get("flops"), row.get("bytes")
+    milliseconds = row.get("device_milliseconds") or row.get("milliseconds")
+    flops, moved = row.get("flops"), row.get("bytes")
     if not milliseconds or memory is None or moved is None or (flops and matmul is None):
         return None
     computing = flops / matmul if flops and matmul else 0.0

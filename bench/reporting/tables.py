@@ -18,6 +18,7 @@ from bench.reporting.summary import (
     fastest_other,
     fields,
     groups,
+    has_device_time,
     is_ours,
     losses,
     of_kind,
@@ -52,14 +53,20 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}×"
 
 
-def speedup(row: Row | None, spread: bool = True) -> str:
-    """``1.63× [1.60, 1.66]``, or the median alone."""
-    if row is None or row.get("speedup") is None:
+def speedup(row: Row | None, spread: bool = True, prefix: str = "") -> str:
+    """``1.63× [1.60, 1.66]``, or the median alone; with the prefix ``device_`` that of the device."""
+    median, low, high = ((row or {}).get(f"{prefix}speedup{end}") for end in ("", "_low", "_high"))
+    if median is None:
         return NONE
-    low, high = row.get("speedup_low"), row.get("speedup_high")
     if not spread or low is None or high is None:
-        return times(row["speedup"])
-    return f"{row['speedup']:.2f}× [{low:.2f}, {high:.2f}]"
+        return times(median)
+    return f"{median:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def both_speedups(row: Row | None, spread: bool = True) -> str:
+    """``1.63× / 1.80×``: as called and of the device, where both were measured."""
+    called = speedup(row, spread)
+    return f"{called} / {speedup(row, spread, 'device_')}" if row is not None and has_device_time(row) else called
 
 
 def milliseconds(value: float | None) -> str:
@@ -171,19 +178,26 @@ def operators(
                 best = [fastest_other([r for r in case if r.get("density") == density]) for density in densities]
                 if any(best):
                     body.append([*place, "fastest other", *map(_named, best)])
-        lines += [f"`{operator}`, over {_baseline(members) or 'an unnamed baseline'}:", "", *table(header, body), ""]
+        two = "; as called / device alone" if any(map(has_device_time, members)) else ""
+        lines += [
+            f"`{operator}`, over {_baseline(members) or 'an unnamed baseline'}{two}:",
+            "",
+            *table(header, body),
+            "",
+        ]
     return lines[:-1]
 
 
 def _operator_cell(row: Row | None, is_baseline: bool, spread: bool) -> str:
     """The baseline shows its time, the others their speed-up over it."""
-    if is_baseline and row is not None:
-        return milliseconds(row.get("milliseconds"))
-    return speedup(row, spread)
+    if not is_baseline or row is None:
+        return both_speedups(row, spread)
+    called = milliseconds(row.get("milliseconds"))
+    return f"{called} / {milliseconds(row.get('device_milliseconds'))}" if has_device_time(row) else called
 
 
 def _named(row: Row | None) -> str:
-    return NONE if row is None else f"{times(row['speedup'])} {row.get('provider')}"
+    return NONE if row is None else f"{both_speedups(row, spread=False)} {row.get('provider')}"
 
 
 def _distinct(rows: Iterable[Row], field: str) -> str:
@@ -192,15 +206,19 @@ def _distinct(rows: Iterable[Row], field: str) -> str:
 
 def targets(rows: Sequence[Row]) -> Lines:
     """Every figure that has a target, and whether it is met."""
-    body = []
-    for verdict in verdicts(rows):
+    body, found = [], verdicts(rows)
+    two = any(verdict.prefix for verdict in found)
+    for verdict in found:
         row = verdict.row
         said = "met" if verdict.met else f"missed by {100 * verdict.missed:.2g} %"
         said += ", within the spread" if not verdict.met and verdict.within_spread else ""
         name = f"`{row.get('operator')}`" + ("" if row.get("provider") == "ours" else f", {provider_name(row)}")
         where = [str(row.get("dtype")), shape_of(row), density_of(row)]
-        body.append([name, *where, f"{row['target']:.2f}×", speedup(row), str(row.get("baseline") or NONE), said])
-    header = ["operator", "<dtype", "<shape", "density", "target", "measured", "<over", "<verdict"]
+        figure = [speedup(row, prefix=verdict.prefix)]
+        figure += ["device" if verdict.prefix else "as called"] if two else []
+        body.append([name, *where, f"{row['target']:.2f}×", *figure, str(row.get("baseline") or NONE), said])
+    header = ["operator", "<dtype", "<shape", "density", "target", "measured", *(["<of"] if two else [])]
+    header += ["<over", "<verdict"]
     return table(header, body) if body else []
 
 
@@ -211,7 +229,7 @@ def loss_table(rows: Sequence[Row]) -> Lines:
         row = loss.row
         where = [f"`{row.get('operator')}`", provider_name(row), str(row.get("dtype")), shape_of(row)]
         said = f"{100 * (1 - loss.ratio):.0f} %" + (", within the spread" if loss.within_spread else "")
-        body.append([*where, density_of(row), speedup(row), loss.winner, said])
+        body.append([*where, density_of(row), both_speedups(row), loss.winner, said])
     header = ["operator", "<ours", "<dtype", "<shape", "density", "over the baseline", "<fastest", "<ours is slower by"]
     return table(header, body) if body else []
 

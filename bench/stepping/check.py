@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bench import trouble
 from bench.stepping.model import Batch, Masks, System, Tasks
 
 Gradients = dict[str, Tensor]
@@ -73,7 +74,7 @@ def check(
     mixed: Tasks | None,
     masks: Masks,
 ) -> dict[str, str]:
-    """What is wrong with each system, in words; nothing for those that are right.
+    """What is wrong with each system, in words; nothing for those that are right. One that raises is wrong.
 
     Args:
         dense: a plain system with the same weights, from which the right results come.
@@ -90,21 +91,41 @@ def check(
         members = {
             name: system
             for name, system in systems.items()
-            if system.kind == mode or (system.kind == "release" and mode == "forward" and isinstance(tasks, str))
+            if name not in wrong
+            and (system.kind == mode or (system.kind == "release" and mode == "forward" and isinstance(tasks, str)))
         }
         if not members:
             continue
         right_loss, right = expected(dense, mode, batch, tasks, masks)
         for name, system in members.items():
-            error, whose = errors(*system.gradients(batch, tasks), right_loss, right)
+            try:
+                error, whose = errors(*system.gradients(batch, tasks), right_loss, right)
+            except Exception as raised:
+                wrong[name] = _raised(name, raised, dense.device)
+                continue
             bound = TOLERANCE[system.dtype]
             if not error <= bound:
                 kind = "one task" if isinstance(tasks, str) else "several tasks"
                 wrong[name] = f"{whose} is off by {error:.2g} with {kind} in a batch, expected at most {bound:g}"
     for name, system in systems.items():
-        if system.optimizer_name == "row_sparse_adamw" and (moved := _moved(system, batch, task, masks)):
+        if system.optimizer_name != "row_sparse_adamw" or name in wrong:
+            continue
+        try:
+            moved = _moved(system, batch, task, masks)
+        except Exception as raised:
+            wrong[name] = _raised(name, raised, dense.device)
+            continue
+        if moved:
             wrong[name] = f"an update changed rows of {moved} that {task} does not use"
     return wrong
+
+
+def _raised(name: str, error: Exception, device: torch.device) -> str:
+    """Reports an exception of a system, and raises it again where it has ended the use of the device."""
+    trouble.report(name, error)
+    if trouble.device_is_lost(device):
+        raise error
+    return f"it raised {trouble.in_a_line(error)}"
 
 
 def _moved(system: System, batch: Batch, task: str, masks: Masks) -> str:

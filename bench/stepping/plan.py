@@ -10,6 +10,10 @@ from bench.reporting.summary import REAL_DENSITY
 from bench.stepping.model import SHAPES, Shape, scaled_down, tiny
 from nspec.mt.trainer import resolve_precision
 
+OPTIMIZERS = ("adamw", "row_sparse_adamw")
+BATCHES = ("pure", "mixed")
+"""Of one task, and of several."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -24,6 +28,8 @@ class Plan:
         mixed_row_sparse: ... and whether with mixed batches too.
         memory: densities at which peak memory is measured.
         systems: beside dense.
+        optimizers: of these systems.
+        batches: that these systems are measured with.
         rounds: least number of rounds.
         seconds: no round of a group is begun after so many seconds (three are done anyway).
         checked: sentences of the micro-batch on which the systems are checked.
@@ -40,6 +46,8 @@ class Plan:
     mixed_row_sparse: bool = True
     memory: tuple[float, ...] = (0.3, 0.5, 0.78, 1.0)
     systems: tuple[str, ...] = ("release", "forward", "update")
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    batches: tuple[str, ...] = BATCHES
     rounds: int = 15
     seconds: float = 600.0
     checked: int = 1_000_000

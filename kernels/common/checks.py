@@ -13,15 +13,18 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:
     """Raises ValueError unless ``tensor`` has the expected shape; None in ``expected`` stands for any size."""
-    found = tuple(tensor.shape)
-    if len(found) != len(expected) or any(want is not None and have != want for have, want in zip(found, expected)):
+    found = tensor.shape
+    fits = len(found) == len(expected)
+    for have, want in zip(found, expected):
+        fits = fits and (want is None or have == want)
+    if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
 
 
 def boolean(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is bool."""
-    if tensor.dtype.is_floating_point or str(tensor.dtype) != "torch.bool":
+    if tensor.dtype is not torch.bool:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
 
 
@@ -29,7 +32,8 @@ def active_sets(active: Tensor, d_ff: int, task_offsets: Tensor | None) -> None:
     """Checks ``active``: bool ``[d_ff]``, or ``[tasks, d_ff]`` together with ``task_offsets`` ``[tasks + 1]``."""
     boolean("active", active)
     if task_offsets is None:
-        shape("active", active, [d_ff])
+        if active.shape != (d_ff,):
+            shape("active", active, [d_ff])
         return
     shape("active", active, [None, d_ff])
     offsets(task_offsets, active.shape[0])
@@ -37,7 +41,7 @@ def active_sets(active: Tensor, d_ff: int, task_offsets: Tensor | None) -> None:
 
 def offsets(task_offsets: Tensor, tasks: int | None = None) -> None:
     """Checks dtype and shape of ``task_offsets``; the values are checked where they are read."""
-    if task_offsets.dtype.is_floating_point or str(task_offsets.dtype) not in ("torch.int32", "torch.int64"):
+    if task_offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"task_offsets has dtype {task_offsets.dtype}, expected torch.int32 or torch.int64")
     shape("task_offsets", task_offsets, [None if tasks is None else tasks + 1])
     if task_offsets.shape[0] < 1:

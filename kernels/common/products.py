@@ -11,6 +11,8 @@ HOST.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,19 @@ def by_library(product: str, dtype: torch.dtype, task_offsets: Tensor | None) ->
     return way == HOST and task_offsets.device.type == "cpu"
 
 
-def ways(dtype: torch.dtype, task_offsets: Tensor | None) -> tuple[bool, ...]:
-    """:func:`by_library` of every product."""
-    return tuple([by_library(product, dtype, task_offsets) for product in LIBRARY])
+class Ways(NamedTuple):
+    """:func:`by_library` of every product of a call."""
+
+    h: bool
+    y: bool
+    dh: bool
+    dx: bool
+    dw: bool
+
+
+def ways(dtype: torch.dtype, task_offsets: Tensor | None) -> Ways:
+    """How the products of a call are computed, for the key of its plan."""
+    return Ways(*[by_library(product, dtype, task_offsets) for product in Ways._fields])
 
 
 def launched(product: str, dtype: torch.dtype, several: bool, target: str) -> bool:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gpu
 from .triton_launch import Launcher, cdiv, offsets_on
 
 TOKENS = 64  # tokens of a tile of sums
@@ -85,21 +86,26 @@ def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int, same
     """
     first = tensors[0]
     assert first is not None
-    if first.dtype not in DTYPES or (same and any(t is not None and t.dtype != first.dtype for t in tensors)):
-        given = ", ".join(str(t.dtype) for t in tensors if t is not None)
-        return f"the dtypes are {given}; it takes one of float32, bfloat16 and float16"
-    if first.device.type == "cpu" and first.dtype == torch.bfloat16:
+    dtype, device, strided, largest, smallest = first.dtype, first.device, torch.strided, tokens, 1
+    for t in tensors:
+        if t is None:
+            continue
+        if (same and t.dtype != dtype) or dtype not in DTYPES:
+            given = ", ".join(str(t.dtype) for t in tensors if t is not None)
+            return f"the dtypes are {given}; it takes one of float32, bfloat16 and float16"
+        if t.device != device or t.layout is not strided:
+            return f"a tensor is {t.layout} on {t.device}, the first one on {device}"
+        if t.dim() == 2:
+            rows, columns = t.shape
+            largest, smallest = max(largest, rows, columns), min(smallest, columns)
+    if index.device != device:
+        return f"a tensor is {index.layout} on {index.device}, the first one on {device}"
+    if device.type == "cpu" and dtype == torch.bfloat16 and gpu.interpreted():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
-    for t in (*tensors, index):
-        if t is not None and (t.device != first.device or t.layout is not torch.strided):
-            return f"a tensor is {t.layout} on {t.device}, the first one on {first.device}"
-    sizes = [size for t in tensors if t is not None for size in t.shape]
     # Coordinates are int32, and so are the rows of all tasks' packed weights.
-    if max(*sizes, tokens, index.shape[0] * compact_width(index)) > LIMIT:
+    if max(largest, index.shape[0] * compact_width(index)) > LIMIT:
         return f"a size is above {LIMIT}"
-    if any(0 in t.shape[1:] for t in tensors if t is not None):
-        return "a layer has no features"
-    return None
+    return None if smallest else "a layer has no features"
 
 
 @triton.jit
@@ -282,4 +288,6 @@ def task_sums_launch(grouped: bool) -> dict[str, Any]:
 
 def whole(matrix: Tensor, columns: int) -> Tensor:
     """``matrix [rows, columns]``, contiguous, without the further columns that padding to 16 bytes gave it."""
+    if matrix.shape[1] == columns:
+        return matrix.contiguous()
     return matrix[:, :columns].contiguous()

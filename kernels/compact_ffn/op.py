@@ -124,14 +124,21 @@ class _Eager(torch.autograd.Function):
         y, kept = backend.forward(x, w1, b1, w2, b2, index, task_offsets, places)
         ctx.backend, ctx.biases = backend, (b1 is not None, b2 is not None)
         ctx.save_for_backward(x, w1, b1, w2, index, task_offsets, *kept)
-        return torch.as_tensor(y)
+        output: Tensor = y
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
-        has_b1, has_b2 = ctx.biases
-        return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
+        return _once(ctx, dy) if torch.is_grad_enabled() else _eager_gradient(ctx, dy)
+
+
+def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
+    has_b1, has_b2 = ctx.biases
+    return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
+
+
+_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
 
 
 @explainable
@@ -187,13 +194,15 @@ def compact_ffn(
     d_ff, d_in = w1.shape
     checks.shape("x", x, [*x.shape[:-1], d_in])
     checks.shape("w2", w2, [None, d_ff])
-    if b1 is not None:
+    if b1 is not None and b1.shape != (d_ff,):
         checks.shape("b1", b1, [d_ff])
-    if b2 is not None:
+    if b2 is not None and b2.shape != w2.shape[:1]:
         checks.shape("b2", b2, [w2.shape[0]])
     checks.active_sets(active, d_ff, task_offsets)
     if index is None:
         index = active_index(active)
+    if x.dim() == 2:
+        return _compute(x, (w1, b1, w2, b2), active, index, places, task_offsets)
     y = _compute(x.reshape(-1, d_in), (w1, b1, w2, b2), active, index, places, task_offsets)
     return y.view(*x.shape[:-1], w2.shape[0])
 
@@ -207,8 +216,8 @@ def _compute(
     task_offsets: Tensor | None,
 ) -> Tensor:
     """The block for ``x [tokens, d_in]`` in the way that suits the call; ``weights`` are w1, b1, w2, b2."""
-    dtype = compute_dtype(x, *weights)
-    x, wanted, whole = x.to(dtype), requested("compact_ffn"), opaque(x, *weights)
+    dtype, wanted, whole = compute_dtype(x, *weights), requested("compact_ffn"), opaque(x, *weights)
+    x = x if x.dtype == dtype else x.to(dtype)
     if wanted == "auto" and not torch.compiler.is_compiling():
         compute: Any = None
         if torch._C._functorch.maybe_current_level() is not None:
@@ -217,16 +226,31 @@ def _compute(
             compute = dense.block
         if compute is not None:
             answer("compact_ffn", "dense", why)
-            return torch.as_tensor(compute(x, *_cast(weights, dtype), active, task_offsets))
+            y: Tensor = compute(x, *_cast(weights, dtype), active, task_offsets)
+            return y
     if whole:
-        return torch.as_tensor(_compact_ffn(x, *_cast(weights, dtype), index, task_offsets)[0])
-    if not any(
-        backend.casts and wanted in ("auto", backend.name) and backend.refuses(x, *weights, index, task_offsets) is None
-        for backend in BACKENDS
-    ):
-        weights = _cast(weights, dtype)
-    backend = choose("compact_ffn", BACKENDS, x, *weights, index, task_offsets)
-    return torch.as_tensor(_Eager.apply(backend, x, *weights, index, task_offsets, places))
+        y, _ = _compact_ffn(x, *_cast(weights, dtype), index, task_offsets)
+        return y
+    args = (index, task_offsets)
+    backend = None
+    if any([t is not None and t.dtype != dtype for t in weights]):
+        backend = next((one for one in BACKENDS if one.casts and _takes(one, wanted, x, *weights, *args)), None)
+        if backend is None:
+            weights = _cast(weights, dtype)
+    if backend is None:
+        module = choose("compact_ffn", BACKENDS, x, *weights, *args)
+    else:
+        answer("compact_ffn", backend.name, "preferred, and it takes the call")
+        module = backend.implementation
+    if not torch.is_grad_enabled():
+        y, _ = module.forward(x, *weights, *args, places)
+        return y
+    y = _Eager.apply(module, x, *weights, *args, places)
+    return y
+
+
+def _takes(backend: Backend, wanted: str, *args: Any) -> bool:
+    return wanted in ("auto", backend.name) and backend.refuses(*args) is None
 
 
 def _cast(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:

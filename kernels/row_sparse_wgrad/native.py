@@ -40,7 +40,12 @@ def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) 
 
 
 def forward(
-    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dh [tokens, d_ff]``, ``x [tokens, d_in]``, ``index [tasks, width]`` -> ``dw [d_ff, d_in]``, ``db [d_ff]``."""
     segments = checks.segments(task_offsets, dh.shape[0])

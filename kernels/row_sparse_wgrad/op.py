@@ -79,6 +79,7 @@ def row_sparse_wgrad(
     index: Tensor | None = None,
     places: Tensor | None = None,
     add_to: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient of a linear layer whose outputs are only partly trained, and its dense bias gradient.
 
@@ -91,6 +92,7 @@ def row_sparse_wgrad(
         places: ``places_of(index, d_ff)``, likewise; computed where it is needed.
         add_to: float32 ``[d_ff, d_in]``, a gradient to which the new one is added in place, summed in float32; its other
             rows are neither read nor written. Returned as ``dw``. Not differentiable.
+        dtype: of the result, in place of that of ``dh``: in float32 sums are not rounded where the backend has them so.
 
     Returns:
         ``dw [d_ff, d_in]``: the sum over tasks of ``dhᵀ x`` over the rows active for the task, all other rows exactly
@@ -120,9 +122,10 @@ def row_sparse_wgrad(
     if add_to is None:
         if direct:
             args = (dh, x, index, task_offsets)
-            dw, db = choose("row_sparse_wgrad", BACKENDS, *args).forward(*args, places)
-            return dw, db
-        return _row_sparse_wgrad(dh, x, index, task_offsets)
+            dw, db = choose("row_sparse_wgrad", BACKENDS, *args).forward(*args, places, dtype or dh.dtype)
+        else:
+            dw, db = _row_sparse_wgrad(dh, x, index, task_offsets)
+        return (dw, db) if dtype is None else (dw.to(dtype), db.to(dtype))
     checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
     if add_to.dtype != torch.float32:
         raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")

@@ -10,11 +10,16 @@ from ..common.active import rows_of
 
 
 def forward(
-    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dh [tokens, d_ff]``, ``x [tokens, d_in]``, ``index [tasks, width]`` -> ``dw [d_ff, d_in]``, ``db [d_ff]``.
 
-    ``places`` (``places_of(index)``) may help another backend.
+    ``places`` (``places_of(index)``) may help another backend; ``dtype`` is that of the result, if it can give it.
     """
     segments = checks.segments(task_offsets, dh.shape[0])
     # Sums over tasks are kept in float32 at least, so that the number of tasks costs no precision.
@@ -24,7 +29,7 @@ def forward(
         rows = rows_of(row)
         product = dh[start:stop].index_select(1, rows).t() @ x[start:stop]
         dw.index_add_(0, rows, product.to(wide))
-    return dw.to(dh.dtype), dh.sum(0)
+    return dw.to(dtype or dh.dtype), dh.sum(0)
 
 
 def accumulate(

@@ -218,9 +218,11 @@ class Product:
         device: of the operands.
         dtype: of the operands.
         grouped: whether there are several tasks.
+        library: whether the library computes it.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool) -> None:
+        self.library = library
         precise, target = precision(dtype), target_of(device)
         self.tile, self.programs = product_tile(target, dtype, precise), processors(device)
         keywords = {"GROUPED": grouped, "TMA": has_tma(target), **self.tile.keywords(precise)}
@@ -239,7 +241,7 @@ class Product:
             float32 ``[parts, >= width, >= columns]``, the chunks of a task behind each other; the tokens in a chunk.
         """
         width, columns = left.shape[1], right.shape[1]
-        if by_library("dw", left.dtype, task_offsets):
+        if self.library:
             if tasks.number == 1:
                 return mm_float32(left.t(), right)[None], tasks.tokens
             bounds = checks.segments(task_offsets, tasks.tokens)
@@ -301,7 +303,7 @@ def expand_launch(grouped: bool, constant: bool, add: bool, whole: bool = False)
     return {**kinds, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
 
 
-def packs(d_in: int, d_ff: int, width: int, dtype: torch.dtype, task_offsets: Tensor | None) -> bool:
+def packs(d_in: int, d_ff: int, width: int, library: bool) -> bool:
     """Whether the active columns of dh are packed; else the product is that of all columns, and its rows are chosen.
 
     Packing reads dh once, as the sums for db do anyway, and writes its active columns, ``2 (1 + width / d_ff)`` bytes for
@@ -310,22 +312,28 @@ def packs(d_in: int, d_ff: int, width: int, dtype: torch.dtype, task_offsets: Te
     """
     if width == d_ff:
         return False
-    return not by_library("dw", dtype, task_offsets) or (d_ff - width) * d_in >= SAVED * d_ff
+    return not library or (d_ff - width) * d_in >= SAVED * d_ff
 
 
 def forward(
-    dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference; sums are in float32, also within a task."""
-    dw = x.new_empty((dh.shape[1], x.shape[1]))
-    return dw, _gradient(dw, dh, x, index, task_offsets, places, add=False)
+    dw = x.new_empty((dh.shape[1], x.shape[1]), dtype=dtype)
+    db = _gradient(dw, dh, x, index, task_offsets, places, add=False)
+    return dw, db.to(dw.dtype)
 
 
 def accumulate(
     total: Tensor, dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None, places: Tensor | None = None
 ) -> Tensor:
     """As the reference."""
-    return _gradient(total, dh, x, index, task_offsets, places, add=True)
+    return _gradient(total, dh, x, index, task_offsets, places, add=True).to(dh.dtype)
 
 
 def _gradient(
@@ -337,20 +345,21 @@ def _gradient(
     places: Tensor | None,
     add: bool,
 ) -> Tensor:
-    """Writes dw or adds to it; gives db."""
+    """Writes dw or adds to it; gives db in float32."""
     tasks = tasks_of(dh.shape[0], task_offsets, dh.device)
     (tokens, d_ff), d_in, width = dh.shape, x.shape[1], index.shape[1]
     if tokens == 0 or width == 0:
         if not add:
             dw.zero_()
-        return dh.sum(0, dtype=torch.float32).to(dh.dtype)
+        return dh.sum(0, dtype=torch.float32)
     if places is None:
         places = places_of(index, d_ff)
-    index, x, pack = index.contiguous(), rows16(x), packs(d_in, d_ff, width, dh.dtype, task_offsets)
+    index, x, library = index.contiguous(), rows16(x), by_library("dw", dh.dtype, task_offsets)
+    pack = packs(d_in, d_ff, width, library)
     dh = rows16(dh) if not pack else dh if dh.stride(1) == 1 else dh.contiguous()
     plan = _plan(
-        *(dh.device, dh.dtype, dw.dtype, tasks.offsets is not None, pack, add),
-        *(d_ff, d_in, width, dh.stride(0), x.stride(0), dw.stride(), by_library("dw", dh.dtype, task_offsets)),
+        *(dh.device, dh.dtype, tasks.offsets is not None, library, pack, add, dw.dtype),
+        *(d_ff, d_in, width, dh.stride(0), x.stride(0), dw.stride()),
         *(precision(dh.dtype), aligned(dh, index, places, dw)),
     )
     return launching(dh.device, plan, dw, dh, x, index, places, tasks, task_offsets)
@@ -359,9 +368,11 @@ def _gradient(
 class _Plan:
     """The launches of calls that are alike in all that Triton compiles for."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, pack: bool, add: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, pack: bool, add: bool
+    ) -> None:
         self.columns = column_sums(grouped, True) if pack else None
-        self.product, self.expand = Product(device, dtype, grouped), Expand(grouped, add=add, whole=not pack)
+        self.product, self.expand = Product(device, dtype, grouped, library), Expand(grouped, add=add, whole=not pack)
 
     def __call__(
         self,
@@ -380,20 +391,20 @@ class _Plan:
             left = dh.new_empty((dh.shape[0], compact_width(index)))
             sums = self.columns(dh, tasks, left, index, places).sum(0)
         self.expand(*self.product(left, x, tasks, task_offsets), places, tasks, dw)
-        return sums.to(dh.dtype)
+        return sums
 
 
 @planned
 def _plan(
     device: torch.device,
     dtype: torch.dtype,
-    given: torch.dtype,
     grouped: bool,
+    library: bool,
     pack: bool,
     add: bool,
     *alike: Any,
 ) -> _Plan:
-    return _Plan(device, dtype, grouped, pack, add)
+    return _Plan(device, dtype, grouped, library, pack, add)
 
 
 def supports(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> str | None:

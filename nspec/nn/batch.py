@@ -173,13 +173,11 @@ class TaskBatch:
 class _Reorder(torch.autograd.Function):
     """Rows in another order. Its gradient is the inverse permutation, not a sum with atomics."""
 
+    # With a setup_context apart PyTorch would look up the signature of forward in each call.
     @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:

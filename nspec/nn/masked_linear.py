@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nspec.kernels.common.autocast import cast_inputs
+from nspec.kernels.common.autocast import cast_inputs, compute_dtype
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 from .active import ActiveSet
@@ -35,45 +35,53 @@ def check_mode(mode: str) -> None:
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Forward over the active rows (or dense), gradient of the weight over the active rows only."""
+    """Forward over the active rows (or dense), gradient of the weight over the active rows only.
 
+    Computes in the dtype of ``x``; under autocast the weight and its gradient are in float32.
+    """
+
+    # With a setup_context apart PyTorch would look up the signature of forward in each call.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         active: Tensor,
         rows: Tensor,
         index: Tensor,
+        places: Tensor,
         masked: bool,
         order: Tensor | None,
         task_offsets: Tensor | None,
     ) -> Tensor:
+        cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+        b = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        ctx.masked, ctx.bias = masked, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, cast, active, rows, index, places, order, task_offsets)
         if not masked:
-            return F.linear(x, weight, bias)
-        y = x.new_zeros((x.shape[0], weight.shape[0])) if bias is None else bias.repeat(x.shape[0], 1)
-        part = F.linear(x, weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows))
+            return F.linear(x, cast, b)
+        y = x.new_zeros((x.shape[0], weight.shape[0])) if b is None else b.repeat(x.shape[0], 1)
+        part = F.linear(x, cast.index_select(0, rows), None if b is None else b.index_select(0, rows))
         return y.index_copy_(1, rows, part)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, active, rows, index, ctx.masked, order, task_offsets = inputs
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, active, rows, index, order, task_offsets)
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, active, rows, index, order, task_offsets = ctx.saved_tensors
+        x, weight, cast, active, rows, index, places, order, task_offsets = ctx.saved_tensors
+        second = torch.is_grad_enabled()
+        if second:
+            cast = weight.to(x.dtype)
         if ctx.masked:
-            dx = dy.index_select(1, rows) @ weight.index_select(0, rows)
-        elif torch.is_grad_enabled():  # the masked rows are constants to a second derivative too
-            dx = _second(dy, weight, active, order, task_offsets)
+            dx = dy.index_select(1, rows) @ cast.index_select(0, rows)
+        elif second:  # the masked rows are constants to a second derivative too
+            dx = _second(dy, cast, active, order, task_offsets)
         else:
-            dx = dy @ weight
+            dx = dy @ cast
         if order is not None:  # the forward pass and dx do not mind the order of the tokens
             dy, x = dy.index_select(0, order), x.index_select(0, order)
-        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, index=index, task_offsets=task_offsets)
-        return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
+        options = {"index": index, "places": places, "task_offsets": task_offsets, "dtype": weight.dtype}
+        dw, db = row_sparse_wgrad(dy.contiguous(), x, active, **options)
+        return dx, dw, None if ctx.bias is None else db.to(ctx.bias), *[None] * 7
 
 
 def _second(dy: Tensor, weight: Tensor, active: Tensor, order: Tensor | None, task_offsets: Tensor | None) -> Tensor:
@@ -171,11 +179,12 @@ class Masked(nn.Module):
         if in_transform():
             return _composed(x, weight, bias, active, batch, self.mode)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
-        x, weight, bias = cast_inputs(x, weight, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        sets = active.active, active.rows, active.index
-        y = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        dtype = compute_dtype(x, weight, bias)
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        flat = flat if flat.dtype == dtype else flat.to(dtype)
+        sets = active.active, active.rows, active.index, active.places
+        y: Tensor = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     def _dense(self, use: Use, x: Tensor) -> Tensor:
         """What the layer computes without active neurons."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
@@ -19,11 +20,16 @@ import torch
 
 from bench import rows
 from bench.gpu import small_calls, synthetic_text
+from bench.gpu.predictions import PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
-PARTS = ["environment", "gpu_tests", "operators", "steps", "profiling", "training", "small_calls"]
-PARTS += ["memcheck", "racecheck", "report"]
+KERNELS = ["compact_ffn", "block", "row_sparse_wgrad", "linear_relu_count", "row_sparse_adamw"]
+CALLS = {
+    "1": ["environment", "small_calls", "probe", *KERNELS, "steps", "gpu_tests", "report"],
+    "2": ["environment", "tuning", *KERNELS, "compiled", "base", "grouped", "report"],
+    "3": ["environment", "all_steps", "profiling", "training", "memcheck", "counters", "report"],
+}
 LIMIT = 16 * 10**6
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -31,9 +37,10 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
 # What stands for Python: it does what the words of its command line ask for, at once.
 PRETEND = """#!/bin/bash
 echo "$*" >> "$CALLS"
+echo "$TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR" > "$CALLS.caches"
 case "$*" in
-  *bench.operators*) {operators} ;;
-  *bench.steps*) echo '{{"kind": "step"}}' >> "${{!#}}" ;;
+  *bench.operators*compact_ffn*) {operators} ;;
+  *bench.steps*) echo '{{"kind": "step"}}' >> "$(sed 's/.*--json \\([^ ]*\\).*/\\1/' <<< "$*")" ;;
   *nspec.cli*)
     for word; do case $word in run.folder=*) run=${{word#*=}} ;; esac; done
     mkdir -p "$run/report"; echo page > "$run/report/index.html" ;;
@@ -52,7 +59,9 @@ def interpreter(folder: Path, text: str) -> Path:
     return path
 
 
-def check(folder: Path, python: Path | str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check(
+    folder: Path, python: Path | str, *options: str, script: Path = SCRIPT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the script from another folder than the checkout's, with its temporary files where a test can look."""
     work = folder.parent / "work"
     work.mkdir(exist_ok=True)
@@ -61,45 +70,66 @@ def check(folder: Path, python: Path | str, *options: str, **environment: str) -
         "PYTHON": str(python),
         "TMPDIR": str(work),
         "CALLS": str(folder.parent / "calls"),
+        "XDG_CACHE_HOME": str(folder.parent / "cache"),
         **environment,
     }
-    command = ["bash", str(SCRIPT), folder.name, "--device", "cpu", "--set", "smoke", *options]
-    return subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=280)
+    command = ["bash", str(script), folder.name, "--device", "cpu", "--set", "smoke", *options]
+    return subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=580)
 
 
-def statuses(folder: Path) -> dict[str, str]:
+def statuses(folder: Path, parts: list[str] = CALLS["1"]) -> dict[str, str]:
     """The status of each part, after a look at what every run has to leave."""
     files = list(folder.iterdir())
     assert len(files) <= 8
     assert all(file.is_file() and file.stat().st_size <= LIMIT for file in files)
     assert list((folder.parent / "work").iterdir()) == [], "temporary files are left"
-    parts = json.loads((folder / "summary.json").read_text())["parts"]
-    assert [part["part"] for part in parts] == PARTS
-    assert all(part["seconds"] >= 0 for part in parts)
-    return {part["part"]: part["status"] for part in parts}
+    found = json.loads((folder / "summary.json").read_text())["parts"]
+    assert [part["part"] for part in found] == parts
+    assert all(part["seconds"] >= 0 for part in found)
+    return {part["part"]: part["status"] for part in found}
 
 
-def test_it_goes_on_after_a_failing_part_and_says_so_last(tmp_path: Path) -> None:
+def test_it_goes_on_after_a_failing_part_and_says_last_how_to_run_it_again(tmp_path: Path) -> None:
     done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="echo wrong >&2; exit 3")))
     assert done.returncode == 1, done.stdout + done.stderr
     found = statuses(tmp_path / "out")
-    assert found.pop("operators") == "failed (exit 3)"
-    assert {found.pop("memcheck"), found.pop("racecheck")} == {"absent"}
+    assert found.pop("compact_ffn") == "failed (exit 3)"
     assert set(found.values()) == {"ok"}
-    last = [line.split() for line in done.stdout.splitlines()[-len(PARTS) - 2 :]]
+    *table, again = done.stdout.splitlines()[-len(CALLS["1"]) - 3 :]
+    assert again.endswith("bench/gpu_check.sh NEW_FOLDER --device cpu --set smoke --only compact_ffn")
+    last = [line.split() for line in table]
     assert last[0] == ["part", "status", "seconds"]
-    assert [line[0] for line in last[1:]] == [*PARTS, "all"]
+    assert [line[0] for line in last[1:]] == [*CALLS["1"], "all"]
     assert last[-1][1] == "failed"
     log = (tmp_path / "out/log.txt").read_text()
     assert log == done.stdout
     assert "wrong\n" in log, "what a part writes to standard error is in the log"
 
 
+def test_what_is_compiled_is_kept_outside_the_temporary_folder(tmp_path: Path) -> None:
+    python = interpreter(tmp_path, PRETEND.format(operators="true"))
+    check(tmp_path / "out", python, "--only", "environment")
+    kept = tmp_path / "cache" / "nspec-gpu-check"
+    assert (tmp_path / "calls.caches").read_text().split() == [str(kept / "triton"), str(kept / "inductor")]
+    check(tmp_path / "again", python, "--only", "environment", TRITON_CACHE_DIR="/mine")
+    assert (tmp_path / "calls.caches").read_text().split()[0] == "/mine"
+
+
+@pytest.mark.parametrize("call", ["2", "3"])
+def test_a_later_call_has_its_own_parts(call: str, tmp_path: Path) -> None:
+    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="true")), "--call", call)
+    found = statuses(tmp_path / "out", CALLS[call])
+    absent = {"2": {"report"}, "3": {"memcheck", "counters"}}[call]  # the pretended operators leave no rows
+    assert {part for part, status in found.items() if status != "ok"} == absent, done.stdout
+    assert "run again" not in done.stdout
+
+
 def test_it_keeps_three_figures_and_no_file_that_is_too_large(tmp_path: Path) -> None:
     filler = "head -c 17000000 /dev/zero | tr '\\0' x"
-    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators=filler)))
+    python = interpreter(tmp_path, PRETEND.format(operators=filler))
+    done = check(tmp_path / "out", python, "--only", "operators,steps,training")
     assert done.returncode == 1
-    assert set(statuses(tmp_path / "out").values()) == {"ok", "absent"}
+    assert set(statuses(tmp_path / "out", [*KERNELS, "steps", "training", "report"]).values()) == {"ok"}
     wanted = {"log.txt", "rows.jsonl", "summary.json", "report.md", "b.svg", "c.svg", "training.html"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == wanted
     log = (tmp_path / "out/log.txt").read_text()
@@ -107,25 +137,32 @@ def test_it_keeps_three_figures_and_no_file_that_is_too_large(tmp_path: Path) ->
     assert log.splitlines()[-1].split()[:2] == ["all", "failed"], "the end of a long log is kept"
 
 
-def test_a_part_that_hangs_is_stopped_and_the_others_have_their_time(tmp_path: Path) -> None:
-    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="sleep 100")), "--seconds", "8")
+def test_a_part_that_hangs_is_interrupted_so_that_it_can_tell_and_the_others_have_their_time(tmp_path: Path) -> None:
+    told = "trap 'echo what it was doing; exit 1' INT; sleep 100 & sleep 100"
+    done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators=told)), "--seconds", "8")
     assert done.returncode == 1
     found = statuses(tmp_path / "out")
-    assert found["operators"] == "out of time"
+    assert found["compact_ffn"] == "out of time"
     assert found["report"] == "ok"
+    assert "what it was doing" in done.stdout
     assert json.loads((tmp_path / "out/summary.json").read_text())["seconds"] <= 9
 
 
-def test_benchmarks_are_asked_for_bfloat16_on_the_device_and_write_into_one_file(tmp_path: Path) -> None:
+def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: Path) -> None:
     check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="true")))
     calls = (tmp_path / "calls").read_text().splitlines()
-    for part in ("operators", "steps", "profiling"):
-        options = f"--set smoke --device cpu --dtypes bfloat16 --json {tmp_path}/out/rows.jsonl"
-        assert f"-m bench.{part} {options}" in calls
+    common = f"--set smoke --device cpu --json {tmp_path}/out/rows.jsonl"
+    for kernel in KERNELS:
+        (own,) = (call for call in calls if f"--operators {kernel}" in call and "-m bench.operators" in call)
+        assert common in own
+        assert {"--no-compile", "--no-memory", "--no-grouped"} <= set(own.split())
+    assert any(f"-m bench.steps {common} --shapes big" in call for call in calls)
+    assert sum("-m bench.gpu.small_calls" in call for call in calls) == 4, "a process for each operator"
     (tests,) = (call.split() for call in calls if "-m pytest" in call)
     for file in ROOT.joinpath("tests").rglob("test_*.py"):
         marked = "mark" + ".gpu" in file.read_text()
         assert (str(file.relative_to(ROOT)) in tests) == marked, file
+    assert "tests/kernels/test_products.py" in tests
 
 
 @pytest.mark.parametrize(
@@ -135,6 +172,8 @@ def test_benchmarks_are_asked_for_bfloat16_on_the_device_and_write_into_one_file
         (["out", "--seconds", "soon"], "expected a whole number of seconds"),
         (["out", "--set"], "--set needs a value"),
         (["out", "--fast"], "unknown option --fast"),
+        (["out", "--call", "4"], "--call 4: expected 1, 2 or 3"),
+        (["out", "--only", "probe,kernels"], "--only kernels: there is no such part; there are operators, "),
         (["full"], "is not empty"),
         ([], "usage:"),
     ],
@@ -156,28 +195,69 @@ def test_a_machine_without_a_gpu_is_an_error_before_anything_runs(tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
+PLANTED = """
+_whole = linear_relu_count
+
+def linear_relu_count(*args, **options):
+    if options.get("explain"):
+        return _whole(*args, **options)
+    raise RuntimeError("planted")
+"""
+BLOCKED = """
+import importlib.machinery, importlib.metadata as metadata, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.split(".")[0] in {"babel", "datasets", "qwanqwa", "qq", "ruff", "mypy"}
+        return None if absent else super().find_spec(name, path, target)
+
+rest = [f for f in sys.meta_path if f is not importlib.machinery.PathFinder and "editable" not in str(f).lower()]
+sys.meta_path[:] = [*rest, Finder]
+sys.path[:] = [path for path in sys.path if path != CHECKOUT]
+found = metadata.Distribution.from_name.__func__
+def from_name(cls, name):
+    if name.lower() in {"nspec", "babel", "datasets", "qwanqwa"}:
+        raise metadata.PackageNotFoundError(name)
+    return found(cls, name)
+metadata.Distribution.from_name = classmethod(from_name)
+"""
+"""A sitecustomize: what the image of a GPU machine lacks cannot be imported, and the package is not installed."""
+
+
 @pytest.mark.slow
-def test_without_a_gpu_every_part_runs_at_the_smallest_size(tmp_path: Path) -> None:
-    for name in ("transformers", "sentencepiece", "sacrebleu", "matplotlib", "typer"):
-        pytest.importorskip(name, reason=f"the training needs {name}")
-    # Libraries that only other corpora need are not to be imported: here they cannot be.
-    blocked = "import sys; sys.modules |= dict.fromkeys(('babel', 'datasets', 'qq'))"
+@pytest.mark.timeout(600)
+def test_a_copy_without_git_and_with_a_broken_kernel_delivers_every_other_part(tmp_path: Path) -> None:
+    for name in ("transformers", "matplotlib", "triton"):
+        pytest.importorskip(name, reason=f"the benchmarks need {name}")
+    copy = tmp_path / "copy"
+    for name in ("bench", "kernels", "nspec", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    operator = copy / "kernels/linear_relu_count/op.py"
+    operator.write_text(operator.read_text() + PLANTED)
     (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(blocked + "\n")
-    failing = f'case "$*" in *bench.operators*) echo planted; exit 4 ;; esac\nexec {sys.executable} "$@"'
-    python = interpreter(tmp_path, f"#!/bin/bash\n{failing}\n")
-    done = check(tmp_path / "out", python, PYTHONPATH=str(tmp_path / "site"), OMP_NUM_THREADS="1")
+    (tmp_path / "site/sitecustomize.py").write_text(f"CHECKOUT = {str(ROOT)!r}\n{BLOCKED}")
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "NSPEC_COMMIT": "abc123"}
+    script = copy / "bench/gpu_check.sh"
+    done = check(tmp_path / "out", sys.executable, "--seconds", "4000", script=script, **environment)  # no part is cut
     found = statuses(tmp_path / "out")
-    assert found.pop("operators") == "failed (exit 4)", done.stdout
-    assert found == dict.fromkeys(found, "ok") | {"memcheck": "absent", "racecheck": "absent"}, done.stdout
-    assert done.returncode == 1
-    kinds = {row["kind"] for row in rows.read([tmp_path / "out/rows.jsonl"])}
-    assert {"step", "tasks", "profiling"} <= kinds
-    files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"log.txt", "rows.jsonl", "summary.json", "report.md", "training.html"} <= files
-    page = (tmp_path / "out/training.html").read_text()
-    assert all(language.code in page for language in synthetic_text.LANGUAGES)
-    assert 'src="http' not in page
+    broken = {part: found.pop(part) for part in ("small_calls", "probe", "linear_relu_count")}
+    assert broken == dict.fromkeys(broken, "failed (exit 1)"), done.stdout
+    assert found == dict.fromkeys(found, "ok"), done.stdout
+    log = done.stdout
+    assert log.splitlines()[-1].endswith("--only small_calls,probe,linear_relu_count")
+    assert "error: not timed: linear_relu_count 96x32x128 float32 1.00: RuntimeError: planted" in log
+    for other in ("row_sparse_wgrad", "compact_ffn", "row_sparse_adamw"):
+        assert re.search(rf"\d+ right results of {other} on cpu .*; 0 calls failed", log), other
+    measured = rows.read([tmp_path / "out/rows.jsonl"])
+    assert {row["kind"] for row in measured} == {"ceiling", "operator", "probe", "step"}
+    assert {row["commit"] for row in measured} == {"abc123"}
+    assert {row["operator"] for row in measured if row["kind"] == "operator"} == set(KERNELS) - {"linear_relu_count"}
+    probed = [row for row in measured if row["kind"] == "probe"]
+    assert [row["name"] for row in probed if row.get("reason")] == ["host: linear_relu_count, public"]
+    named = {(row["experiment"], row["name"]) for row in probed}
+    assert named >= set(PREDICTIONS), "what is predicted is measured under that name"
 
 
 def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -191,7 +271,7 @@ def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(small_calls, "row_sparse_wgrad", wrong)
     assert small_calls.main(["--device", "cpu"]) == 1
-    assert "wrong: row_sparse_wgrad: db" in capsys.readouterr().out
+    assert "torch.float32: row_sparse_wgrad: db: relative error nan" in capsys.readouterr().out
 
 
 def test_small_calls_covers_every_operator() -> None:

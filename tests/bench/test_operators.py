@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_what_is_measured_can_be_narrowed() -> None:
         "full", "cpu", operators=["compact_ffn"], dtypes=["bfloat16"], densities=[0.4], shapes=[(64, 8, 32, 1)]
     )
     assert [case.label for case in found] == ["compact_ffn 64x8x32 bfloat16 0.40"]
+
+
+def test_batches_of_several_tasks_and_the_grouped_product_can_be_chosen() -> None:
+    several = cases.cases("quick", "cuda", batches="several", grouped=False)
+    assert several
+    assert all(case.tasks > 1 and not case.grouped for case in several)
+    one = cases.cases("quick", "cuda", batches="one")
+    assert all(case.tasks == 1 and case.grouped for case in one)
+    assert len(one) + len(several) == len(cases.cases("quick", "cuda"))
+    small = [replace(case, tokens=96, d_model=32, d_ff=128, dtype="float32", compiled=False) for case in several]
+    for case in small[:1] + small[-1:]:
+        assert not [provider.name for provider in problem(case, CPU).providers if "grouped" in provider.name]
 
 
 def test_targets_hold_at_full_size_and_for_one_task() -> None:
@@ -144,3 +157,24 @@ def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
     small, large = (problem(Case("compact_ffn", 32, 16, 64, "float32", p, compiled=False), CPU) for p in (0.25, 0.5))
     assert small.work("all") == large.work("all")
     assert 2 * small.work("active")[0] == large.work("active")[0] == 12 * 32 * 16 * 32
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_case_that_raises_costs_itself_and_the_rest_only_where_the_device_is_lost(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = SMOKE[0], SMOKE[-1]
+    real = operators.problem
+
+    def raising(case: Case, *args: object, **options: object) -> object:
+        if case == first:
+            raise RuntimeError("\nout of resource: shared memory\nmore")
+        return real(case, *args, **options)
+
+    monkeypatch.setattr(operators, "problem", raising)
+    monkeypatch.setattr(operators.trouble, "device_is_lost", lambda _: lost)
+    assert operators.measure([first, second], CPU, Writer(None, CPU), 3, 0.01) == (2 if lost else 1)
+    said = capsys.readouterr()
+    assert f"error: not timed: {first.label}: RuntimeError: out of resource: shared memory\n" in said.err
+    assert ("run it again" in said.err) == lost
+    assert (second.label in said.out) != lost

@@ -331,8 +331,8 @@ def test_any_shape_layout_and_grouping_equals_the_reference(
         )
         index, offsets = active_index(active), draw.offsets(sizes)
         high = [None if t is None else t.double() for t in (x, w1, b1, w2, b2)]
-        y, h = reference.forward(*high, index, offsets)
-        want = [y, *reference.backward(dy.double(), *high[:4], index, offsets, h)]
+        y, kept = reference.forward(*high, index, offsets)
+        want = [y, *reference.backward(dy.double(), *high[:4], index, offsets, *kept)]
         given_ = [x, layouts[layout](w1), b1, layouts[layout](w2), b2]
         given_ = [None if t is None else t.to(dtype).requires_grad_() for t in given_]
         ours = run(given_, dy.to(dtype), active, task_offsets=offsets)

@@ -36,7 +36,11 @@ def module(operator: str) -> ModuleType:
     return importlib.import_module(f"nspec.kernels.{operator}.triton")
 
 
-@pytest.fixture(params=["one task", "several tasks"])
+# On a machine with a GPU they are tests of the GPU, which `-m gpu` runs.
+_ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=[pytest.param(name, marks=_ON_GPU) for name in ("one task", "several tasks")])
 def call(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Operands of integers, exact in float16, with their sets and offsets."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,9 +81,9 @@ def test_compact_ffn_is_exact_on_integers_either_way(
     backend = module("compact_ffn")
     several = call["task_offsets"] is not None
     library, ours = [], []
-    multiply, launch = backend._multiply, backend.launch
+    multiply, launch = backend._multiply, backend.Launcher.__call__
     monkeypatch.setattr(backend, "_multiply", lambda *a: (library.append(1), multiply(*a)))
-    monkeypatch.setattr(backend, "launch", lambda kernel, *a, **k: (ours.append(kernel), launch(kernel, *a, **k)))
+    monkeypatch.setattr(backend.Launcher, "__call__", lambda self, *a: (ours.append(self.kernel), launch(self, *a)))
     got = ffn(backend, call, dtype)
     want = ffn(importlib.import_module("nspec.kernels.compact_ffn.reference"), call, torch.float64)
     for name, a, b in zip(("y", "h", "dx", "dw1", "db1", "dw2", "db2"), got, want):
@@ -120,7 +124,7 @@ WRONG = {  # offsets of 70 tokens, and what the kernels make of their lower 32 b
 
 
 @pytest.mark.parametrize("way", [NEVER], indirect=True)
-@pytest.mark.parametrize("call", ["several tasks"], indirect=True)
+@pytest.mark.parametrize("call", [pytest.param("several tasks", marks=_ON_GPU)], indirect=True)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_offsets_on_a_device_lead_nowhere_outside_the_tensors(
     way: str, call: dict[str, Any], wrong: str, monkeypatch: pytest.MonkeyPatch

@@ -199,7 +199,10 @@ def test_statistics_over_neurons_are_refused_by_name() -> None:
 
     masks = {"a": {block.name: torch.arange(block.d_ff) % 2 == 0 for block in find_blocks(model)}}
     nspec.specialize(model, nspec.NeuronMasks(masks))
-    with nspec.task(model, "a"), pytest.raises(ValueError, match=r"mlp.gate_proj: .*not elementwise: it calls (mean|std)"):
+    with (
+        nspec.task(model, "a"),
+        pytest.raises(ValueError, match=r"mlp.gate_proj: .*not elementwise: it calls (mean|std)"),
+    ):
         model(torch.tensor([[3, 4, 5]]))
 
 

@@ -1,0 +1,142 @@
+"""What each kernel and product takes on this GPU, against the roof and against what was expected: experiments E1 to E9.
+
+    python -m bench.gpu.probe --json runs/probe.jsonl
+    python -m bench.gpu.probe --only E3,E5
+    python -m bench.gpu.probe --device cpu --set smoke        # tiny sizes in Triton's interpreter, to see that it runs
+
+A time of the device is taken with the calls queued behind a kernel that waits (``bench/timing.py``). The same inputs are
+used in each call. Block sizes that are not the shipped ones are checked before they are timed. What raises costs its own
+line; rows are on disk line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import trouble
+from bench.ceilings import ceilings
+from bench.gpu.lab import DeviceLost, Lab
+from bench.gpu.predictions import SOURCE
+from bench.machine import device_name, pick_device
+from bench.reporting import probe_tables, tables
+from bench.reporting.summary import ceilings as limits_of
+from bench.rows import Row, Writer
+
+Experiment = Callable[[Lab], Iterator[Row]]
+EXPERIMENTS = {
+    "E1": ("experiments", "products"),
+    "E2": ("experiments", "fused_relu"),
+    "E3": ("experiments", "tiles"),
+    "E4": ("experiments", "small_kernels"),
+    "E5": ("experiments", "packing"),
+    "E6": ("calls", "host"),
+    "E7": ("calls", "optimizer"),
+    "E8": ("calls", "graphs"),
+    "E9": ("calls", "mixed"),
+}
+"""Module and function. They are imported one by one: one that does not import costs itself."""
+
+
+def chosen(text: str) -> list[str]:
+    """``E1,E3`` -> names, in their order.
+
+    Raises:
+        ArgumentTypeError: there is no such experiment.
+    """
+    asked = text.split(",")
+    if unknown := sorted(set(asked) - set(EXPERIMENTS)):
+        raise argparse.ArgumentTypeError(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    return [name for name in EXPERIMENTS if name in asked]
+
+
+def line(row: Row) -> str:
+    """One measurement as it comes."""
+    if row.get("absent"):
+        return f"  {row['name']:<58} not here: {row['absent']}"
+    if row["reason"]:
+        return f"  {row['name']:<58} FAILED: {row['reason']}"
+    share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
+    expected = "" if row.get("expected_low") is None else f"  expected {probe_tables.expected_range(row)}"
+    note = f"  ({row['note']})" if row["note"] else ""
+    return f"  {row['name']:<58} {row['microseconds']:10.1f} us {row['of']}{share}{expected}{note}"
+
+
+def made(name: str, lab: Lab) -> Iterator[Row]:
+    """The rows of an experiment; where it raises as a whole, a row that says so."""
+    module, function = EXPERIMENTS[name]
+    try:
+        experiment: Experiment = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
+        print(f"\n{(experiment.__doc__ or name).splitlines()[0]}", flush=True)
+        yield from experiment(lab)
+    except DeviceLost:
+        raise
+    except Exception as error:
+        trouble.report(name, error)
+        if trouble.device_is_lost(lab.device):
+            raise DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
+        yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": trouble.in_a_line(error)}
+
+
+def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[str]]:
+    """Makes the experiments; their rows, and the names of those in which something failed or that were not made."""
+    rows: list[Row] = []
+    failed: list[str] = []
+    for number, name in enumerate(names):
+        began = time.perf_counter()
+        try:
+            for row in made(name, lab):
+                rows.append(write(row))
+                print(line(row), flush=True)
+                if row.get("reason") and name not in failed:
+                    failed.append(name)
+        except DeviceLost as error:
+            print(f"error: {error}\nerror: {trouble.LOST}", file=sys.stderr, flush=True)
+            return rows, [*failed, *(one for one in names[number:] if one not in failed)]
+        print(f"  {name}: {time.perf_counter() - began:.1f} s", flush=True)
+    return rows, failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 where something failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", type=chosen, default=list(EXPERIMENTS), metavar="E1,E3", help="default: all")
+    parser.add_argument("--set", choices=("full", "smoke"), default="full", help="smoke: tiny sizes")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, help="file that rows are appended to")
+    args = parser.parse_args(arguments)
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    small = args.set == "smoke"
+    if device.type == "cpu":
+        if not small:
+            parser.error("on a CPU the kernels run in Triton's interpreter, for tiny sizes alone: add --set smoke")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
+    os.environ["NSPEC_BACKEND"] = "triton"
+    lab, write = Lab(device, small), Writer(args.json, device)
+    print(f"{device_name(device)}, torch {torch.__version__}: {', '.join(args.only)}")
+    found = [write(row) for row in ceilings(device, [str(lab.dtype).removeprefix("torch.")], seconds=1.0, small=small)]
+    lab.limits = limits_of(found)
+    for row in found:
+        print(f"ceiling: {row['what']} {row['dtype']}: {tables.per_second(row)}")
+    rows, failed = run(args.only, lab, write)
+    compared = [row for row in rows if row.get("expected_low") is not None]
+    if compared:
+        print(f"\nPredicted against measured ({SOURCE}):")
+        print("\n".join(probe_tables.predictions(compared)))
+    if failed:
+        print(f"error: something failed in {', '.join(failed)}; see above", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

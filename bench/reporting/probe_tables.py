@@ -1,0 +1,45 @@
+"""Rows of the probe of a GPU (``bench/gpu/probe.py``) as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.reporting.summary import of_kind
+from bench.reporting.tables import NONE, Lines, table
+from bench.rows import Row
+
+
+def expected_range(row: Row) -> str:
+    """``120 to 135 us``: what arithmetic says that a kernel takes."""
+    low, high = row["expected_low"], row["expected_high"]
+    before = ", before a change" if row.get("expected_before") else ""
+    return (f"{low:g} us" if low == high else f"{low:g} to {high:g} us") + before
+
+
+def probe(rows: Sequence[Row]) -> Lines:
+    """Every measurement of the probe of a GPU."""
+    body = []
+    for row in of_kind(rows, "probe"):
+        failed = row.get("reason") or row.get("absent")
+        measured = NONE if row.get("microseconds") is None else f"{row['microseconds']:.1f} us"
+        share = NONE if row.get("roof_share") is None else f"{100 * row['roof_share']:.0f} %"
+        note = str(failed or row.get("note") or NONE).replace("|", "/")
+        body.append([row["experiment"], row["name"], measured, str(row.get("of") or NONE), share, note])
+    return table(["experiment", "<what", "measured", "<of", "share of the roof", "<note"], body) if body else []
+
+
+def predictions(rows: Sequence[Row]) -> Lines:
+    """What was expected of the probe's measurements, from arithmetic for an H100, against what was found."""
+    body = []
+    for row in of_kind(rows, "probe"):
+        low, high, found = row.get("expected_low"), row.get("expected_high"), row.get("microseconds")
+        if low is None or high is None:
+            continue
+        said = str(row.get("reason") or "not measured") if found is None else "as expected"
+        if found is not None and not 0.95 * low <= found <= 1.05 * high:
+            said = f"{low / found:.2f} times as fast" if found < low else f"{found / high:.2f} times as slow"
+        if row.get("device_type") != "cuda":
+            said = "not compared: measured on a CPU"
+        measured = NONE if found is None else f"{found:.1f} us"
+        body.append([row["experiment"], row["name"], expected_range(row), measured, said.replace("|", "/")])
+    return table(["experiment", "<what", "expected", "measured", "<verdict"], body) if body else []
