@@ -6,15 +6,17 @@ group may be one translation direction, or all directions of a language family.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.nn.batch import TaskBatch, reorder
-from nspec.nn.recompute import ForwardPasses, backward_pass
+from nspec.nn.recompute import backward_pass
+from nspec.nn.state import LayerState, SwitchedTo
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.feed_forward import features
 from nspec.specialization.layers import find_blocks, nearest
@@ -25,14 +27,6 @@ _HANDLE = "_adapters_hook"  # on a layer: what takes the hook off, and keeps its
 _NESTED = "_nested_without_adapters"  # on an nn.TransformerEncoder: what its use_nested_tensor was
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are their content
 _RESERVED = frozenset(dir(nn.ModuleDict()))  # no keys of one
-
-
-class AdapterState(NamedTuple):
-    """What adapters are switched to, and the backward pass in which that was set."""
-
-    task: str | None
-    batch: TaskBatch | None
-    set_in: int
 
 
 class Bottleneck(nn.Module):
@@ -97,9 +91,7 @@ class TaskAdapters(nn.Module, TaskSwitched):
         self.width, self.bottleneck = width, bottleneck
         names = dict.fromkeys(self.group_of.values())
         self.groups = nn.ModuleDict({_key(name): Bottleneck(width, bottleneck) for name in names})
-        self._task: str | None = None
-        self._batch: TaskBatch | None = None
-        self._set_in, self._passes = -1, ForwardPasses()
+        self._nspec = LayerState()
 
     @property
     def tasks(self) -> list[str]:
@@ -114,7 +106,8 @@ class TaskAdapters(nn.Module, TaskSwitched):
     @property
     def task(self) -> str | tuple[str, ...] | None:
         """The current task, or the task of each sentence of a batch; None: no adapter is used."""
-        return self._task if self._batch is None else self._batch.tasks
+        task: str | tuple[str, ...] | None = self._nspec.task
+        return task
 
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to the adapter of a task's group, or of each sentence's; None uses none.
@@ -126,20 +119,12 @@ class TaskAdapters(nn.Module, TaskSwitched):
         for name in names:
             if name not in self.group_of:
                 raise ValueError(f"there are no adapters of task {name!r}; {nearest(name, self.group_of)}")
-        batch, task = (task, None) if isinstance(task, TaskBatch) else (None, task)
-        self.restore(AdapterState(task, batch, backward_pass()))
-
-    def state(self) -> AdapterState:
-        """What the adapters are switched to, for :meth:`restore`."""
-        return AdapterState(self._task, self._batch, self._set_in)
-
-    def restore(self, state: AdapterState) -> None:
-        """Switches back to an earlier state."""
-        self._task, self._batch, self._set_in = state
-
-    def again(self, state: AdapterState) -> AdapterState:
-        """The same, set in the backward pass that is running."""
-        return state._replace(set_in=backward_pass())
+        if isinstance(task, TaskBatch):
+            self.switch(SwitchedTo(task.tasks, None, task, backward_pass()))
+        else:
+            # The group says what a pass uses, so that two tasks of one may share a backward pass.
+            group = None if task is None else sys.intern(self.group_of[task])
+            self.switch(SwitchedTo(task, group, None, backward_pass()))
 
     @torch.compiler.disable  # a graph for each group would reach the limit of recompilation, and all become eager
     def forward(self, x: Tensor) -> Tensor:
@@ -154,17 +139,14 @@ class TaskAdapters(nn.Module, TaskSwitched):
                 "inside is: expected the hidden state; name other layers with layers=[...]"
             )
         self.check_thread()
-        # The bottleneck itself says what a pass used, so that two tasks of a group may share a backward pass.
-        use: Any = (None if self._task is None else self._of(self._task), self._batch)
-        running = backward_pass()
-        if running >= 0 and running != self._set_in:
-            use = self._passes.recomputed()
-        alone, batch = use
+        use: Any = self._nspec.current()
+        group, batch = use
+        alone: Any = None if group is None else self.groups[_key(group)]
         if alone is None and batch is None:
-            (marked,) = self._passes.note(use, x)
+            (marked,) = self._nspec.passes.note(use, x)
             return x if marked is x else marked.clone()  # a mark is a view, which the model may not write into
         added = alone(x) if batch is None else self._by_sentence(x, batch)
-        (added,) = self._passes.note(use, added)
+        (added,) = self._nspec.passes.note(use, added)
         return x + added.to(x.dtype)
 
     def _by_sentence(self, x: Tensor, batch: TaskBatch) -> Tensor:

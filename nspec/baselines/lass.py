@@ -21,7 +21,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from nspec.kernels.common.autocast import cast_inputs
 from nspec.nn.batch import TaskBatch, reorder
 from nspec.nn.captured import capturing, keep
-from nspec.nn.recompute import ForwardPasses, backward_pass
+from nspec.nn.recompute import backward_pass
+from nspec.nn.state import LayerState, SwitchedTo
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.layers import find_blocks, nearest
 from nspec.specialization.tasks import set_task
@@ -40,7 +41,7 @@ from .weight_masks import PackedMask, WeightMasks
 
 # Modules that compute with the weights of their linear layers and do not always call them: a mask would be passed by.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_STATE = ("_masks", "_task", "_mask", "_batch", "_set_in", "_passes", "_unpacked", "_product", "_block")
+_STATE = ("_masks", "_unpacked", "_product", "_nspec")
 
 
 def prunable_layers(model: nn.Module) -> list[str]:
@@ -255,15 +256,6 @@ class _MaskedWeight(torch.autograd.Function):
         return dx, dw, db, None
 
 
-class WeightState(NamedTuple):
-    """What a layer is switched to: a task, or the tasks of a batch, and the backward pass in which it was set."""
-
-    task: str | tuple[str, ...] | None
-    mask: PackedMask | None
-    batch: TaskBatch | None
-    set_in: int
-
-
 class TaskMaskedWeight(nn.Linear, TaskSwitched):
     """A linear layer with a mask over its weights for each task. ``nn.Linear`` modules are turned into it in place.
 
@@ -278,8 +270,7 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
 
     def attach(self, masks: dict[str, PackedMask]) -> None:
         """Sets the mask of each task, ``[out_features, in_features]``; the layer is dense then."""
-        self._masks, self._unpacked, self._passes = masks, {}, ForwardPasses()
-        self.restore(WeightState(None, None, None, -1))
+        self._masks, self._unpacked, self._product, self._nspec = masks, {}, None, LayerState()
 
     @property
     def tasks(self) -> list[str]:
@@ -294,31 +285,24 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
     @property
     def task(self) -> str | tuple[str, ...] | None:
         """The current task, or the task of each sentence of a batch; None is dense."""
-        return self._task
+        task: str | tuple[str, ...] | None = self._nspec.task
+        return task
 
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to the mask of a task, or of each task of a batch; None makes the layer dense."""
         if isinstance(task, TaskBatch):
-            self.restore(WeightState(task.tasks, None, task, backward_pass()))
+            self.switch(SwitchedTo(task.tasks, None, task, backward_pass()))
             used = [self._masks[name] for name in task.names]
         else:
             used = [] if task is None else [self._masks[task]]
-            self.restore(WeightState(task, used[0] if used else None, None, backward_pass()))
+            self.switch(SwitchedTo(task, used[0] if used else None, None, backward_pass()))
         if used:  # between two batches of a task the model is dense: its masks stay
             self._unpacked = {mask: bits for mask, bits in self._unpacked.items() if mask in used}
 
-    def state(self) -> WeightState:
-        """What the layer is switched to, for :meth:`restore`."""
-        return WeightState(self._task, self._mask, self._batch, self._set_in)
-
-    def restore(self, state: WeightState) -> None:
-        """Switches back to an earlier state."""
-        self._task, self._mask, self._batch, self._set_in = state
+    def switch(self, to: SwitchedTo) -> None:
+        """Switches to what a task, a batch or an earlier state says."""
+        super().switch(to)
         self._product = None
-
-    def again(self, state: WeightState) -> WeightState:
-        """The same, set in the backward pass that is running."""
-        return state._replace(set_in=backward_pass())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``.
@@ -354,14 +338,11 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
 
         A pass that activation checkpointing computes again uses the masks of the first, see ``nspec/nn/recompute.py``.
         """
-        use: Any = (self._mask, self._batch)
+        use: Any = self._nspec.current()
         if torch.compiler.is_compiling():
             return use, x, self.weight, self.bias
         self.check_thread()
-        running = backward_pass()
-        if running >= 0 and running != self._set_in:
-            use = self._passes.recomputed()
-        return use, *self._passes.note(use, x, self.weight, self.bias)
+        return use, *self._nspec.passes.note(use, x, self.weight, self.bias)
 
     def _on(self, mask: PackedMask, device: torch.device) -> Tensor:
         """The mask on a device, bool ``[out_features, in_features]``."""
@@ -406,7 +387,7 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
 
     def extra_repr(self) -> str:
         """Adds the number of tasks and the current one to what ``nn.Linear`` shows."""
-        return f"{super().extra_repr()}, tasks={len(self._masks)}, task={self._task}"
+        return f"{super().extra_repr()}, tasks={len(self._masks)}, task={self.task}"
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__) | {"_unpacked": {}, "_product": None}

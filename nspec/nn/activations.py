@@ -305,8 +305,8 @@ class GateAndUp(Activations):
     def take(self, function: str, of: Any, dim: Any) -> Any:
         """The halves, of ``chunk`` and its kin."""
         half = self.width // 2
-        wanted = 2 if function == "chunk" else (half, [half, half], (half, half))
-        if dim not in (-1, self.ndim - 1) or (of != wanted if function == "chunk" else of not in wanted):
+        fits = of == 2 if function == "chunk" else of in (half, [half, half], (half, half))
+        if dim not in (-1, self.ndim - 1) or not fits:
             self.refuse(f"it calls {function}({of}, dim={dim}), expected the two halves of gate and up")
         return self.halves
 
@@ -364,7 +364,7 @@ def elementwise(
         ValueError: it is not elementwise, or takes other tensors.
     """
     values = [one for one in (*args, *kwargs.values()) if isinstance(one, Activations)]
-    shown = name or getattr(function, "__name__", str(function))
+    shown = name or str(getattr(function, "__name__", None) or function)
     first: Any = values[0] if values else _first((*args, *kwargs.values()))
     if len(values) > 1 and (fused := _gated(function, values, args, kwargs)) is not None:
         return fused
@@ -526,7 +526,7 @@ def _reshaped(value: Activations, shape: Any) -> Activations:
         known = -math.prod(lead)
         lead[lead.index(-1)] = tokens // known if known != 0 else 0
     other = value.copy()
-    other.lead = tuple(lead)
+    other.lead = torch.Size(lead)
     if other.active is not None and other.use[1] is None:
         other.active = other.active.reshape(*lead, other.active.shape[-1])
     _as_views(value, other)

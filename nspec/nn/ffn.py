@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,41 +24,59 @@ from .activations import Activations, GateAndUp
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
 from .captured import capturing, keep
-from .masked_linear import Masked, MaskedLinear, Mode
+from .masked_linear import Masked, MaskedLinear, Mode, NeuronState
 from .packed import PackedWeights, pack_first, pack_second, refuse_capture
 from .recompute import Use, backward_pass
+from .state import SwitchedTo
 from .switched import Shared, TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
 
 
-class TaskState(NamedTuple):
-    """What a layer is switched to: a task, or the tasks of a batch, and the backward pass in which it was set."""
+class TaskLayerState(NeuronState):
+    """What is kept on a layer that knows tasks.
 
-    task: str | tuple[str | None, ...] | None
-    active: ActiveSet | None
-    batch: TaskBatch | None
-    set_in: int
+    Attributes:
+        name: of the layer in its model, for messages.
+        sets: the active neurons of each task; those of both projections of a gated block are one dictionary.
+        stacks: those of several tasks as one.
+        gated: whether it is one of the two projections of a gated block, or both in one.
+        routed: whether a router chooses the tokens of the layer, so that their sentences are not known.
+        batch_dim: the dimension of sentences in the layer's input, where the model says it.
+        flattens: whether the model is known to flatten a batch to tokens before the layer.
+        packed: in mode ``forward``, packed weights.
+    """
+
+    def __init__(self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None) -> None:
+        super().__init__(mode)
+        self.gated, self.doubled, self.plain, self.name = gated, doubled, plain, "fc1"
+        self.sets: dict[str, ActiveSet] = {}
+        self.stacks: dict[tuple[str | None, ...], ActiveSet] = {}
+        self.routed, self.flattens = False, False
+        self.batch_dim: int | None = None
+        self.packed = PackedWeights()
+
+    def replica(self) -> Any:
+        """The state of a replica, with weights of its own."""
+        other = super().replica()
+        other.packed = PackedWeights()
+        return other
 
 
 class TaskLayer(Masked, TaskSwitched):
-    """A masked layer that knows the active sets of several tasks. Layers are turned into one of its kinds in place.
+    """A masked layer that knows the active sets of several tasks. Layers are turned into one of its kinds in place."""
 
-    Attributes:
-        gated: whether it is one of the two projections of a gated block, or both in one.
-    """
+    _nspec: TaskLayerState
 
-    gated: bool = False
+    @property
+    def qualified_name(self) -> str:
+        """The name of the layer in its model."""
+        return self._nspec.name
 
-    _sets: dict[str, ActiveSet]
-    _stacks: dict[tuple[str | None, ...], ActiveSet]
-    _task: str | tuple[str | None, ...] | None
-    qualified_name: str
-
-    _shared: Shared
-    _routed: bool
-    _batch_dim: int | None
-    _flattens: bool
+    @property
+    def gated(self) -> bool:
+        """Whether it is one of the two projections of a gated block, or both in one."""
+        return self._nspec.gated
 
     def add_tasks(
         self,
@@ -84,24 +102,23 @@ class TaskLayer(Masked, TaskSwitched):
             flattens: whether the model is known to flatten a batch to tokens before the layer.
             with_layer: another projection of the same block, whose sets are used and masks ignored.
         """
+        kept = self._nspec
         if with_layer is not None:
-            self._sets, self._stacks = with_layer._sets, with_layer._stacks
+            kept.sets, kept.stacks = with_layer._nspec.sets, with_layer._nspec.stacks
         else:
-            twice = self.doubled and self.mode == "update"
-            self._sets = {task: ActiveSet(mask.repeat(2) if twice else mask) for task, mask in masks.items()}
-            self._stacks = {}
-        self._task = None
-        self.qualified_name, self._shared, self._first = name, shared or Shared(), first
-        self._routed, self._batch_dim, self._flattens = routed, batch_dim, flattens
+            twice = kept.doubled and self.mode == "update"
+            kept.sets = {task: ActiveSet(mask.repeat(2) if twice else mask) for task, mask in masks.items()}
+        kept.name, kept.shared, kept.first = name, shared or Shared(), first
+        kept.routed, kept.batch_dim, kept.flattens = routed, batch_dim, flattens
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that this layer has masks of."""
-        return list(self._sets)
+        return list(self._nspec.sets)
 
     def knows(self, task: str | None) -> bool:
         """Whether the layer has a mask of the task. None, with all neurons, may be among the tasks of a batch."""
-        return task is None or task in self._sets
+        return task is None or task in self._nspec.sets
 
     @property
     def decodes_by_task(self) -> bool:
@@ -111,42 +128,40 @@ class TaskLayer(Masked, TaskSwitched):
     @property
     def task(self) -> str | tuple[str | None, ...] | None:
         """The current task, or the task of each sentence of a batch; None is dense."""
-        return self._task
+        return self._nspec.task
 
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to the mask of a task, or of each task of a batch; None makes the layer dense."""
         if isinstance(task, TaskBatch):
-            self._task = task.tasks
-            self._use(self._stack(task.names), task)
+            self.switch(SwitchedTo(task.tasks, self._stack(task.names), task, backward_pass()))
         else:
-            self._task = task
-            self._use(None if task is None else self._sets[task])
+            self.switch(SwitchedTo(task, None if task is None else self._nspec.sets[task], None, backward_pass()))
 
     def _stack(self, names: tuple[str | None, ...]) -> ActiveSet:
         """The sets of several tasks as one, all neurons for None; the set itself of a single one."""
         if len(names) == 1 and names[0] is not None:
-            return self._sets[names[0]]
-        stack = self._stacks.get(names)
+            return self._nspec.sets[names[0]]
+        stack = self._nspec.stacks.get(names)
         if stack is None:
-            if len(self._stacks) >= _STACKS:
-                del self._stacks[next(iter(self._stacks))]
-            sets = [self._every() if name is None else self._sets[name] for name in names]
+            if len(self._nspec.stacks) >= _STACKS:
+                del self._nspec.stacks[next(iter(self._nspec.stacks))]
+            sets = [self._every() if name is None else self._nspec.sets[name] for name in names]
             if not self.weight.is_meta:  # weights that are offloaded come when the layer runs
                 sets = [one.on(self.weight.device) for one in sets]
-            self._stacks[names] = stack = ActiveSet.stack(sets)
+            self._nspec.stacks[names] = stack = ActiveSet.stack(sets)
         return stack
 
     def _every(self) -> ActiveSet:
-        neurons = len(next(iter(self._sets.values())).active)
+        neurons = len(next(iter(self._nspec.sets.values())).active)
         return ActiveSet(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()
-        if self._batch is not None:
-            self._check_rows(x, self._batch)
+        if self._nspec.batch is not None:
+            self._check_rows(x, self._nspec.batch)
         use = super()._begin(x)
         if use[0] is None and not torch.compiler.is_compiling() and self._trains_untold():
-            self._shared.told = True
+            self._nspec.shared.told = True
             warnings.warn(
                 f"{self.qualified_name} is specialised, and a training pass runs without a task: it is dense, and every "
                 "row is trained. Set the task of each batch (with nspec.task(model, name)), or say that the base is meant "
@@ -157,40 +172,26 @@ class TaskLayer(Masked, TaskSwitched):
 
     def _check_rows(self, x: Tensor, batch: TaskBatch) -> None:
         """Raises ValueError where the rows of ``x`` do not say which sentence they are of."""
-        if self._routed:
+        if self._nspec.routed:
             raise ValueError(
                 f"{self.qualified_name} is an expert: the tokens that a router sends it do not say which sentence they are "
                 "of. Run one task at a time (nspec.task(model, name)), or leave the experts out of the masks"
             )
-        if self._batch_dim is not None and x.dim() > 2 and batch.batch_dim != self._batch_dim:
+        if self._nspec.batch_dim is not None and x.dim() > 2 and batch.batch_dim != self._nspec.batch_dim:
             raise ValueError(
-                f"batch_dim is {batch.batch_dim}, and {self.qualified_name} says batch_first={self._batch_dim == 0}: "
-                f"expected batch_dim={self._batch_dim}"
+                f"batch_dim is {batch.batch_dim}, and {self.qualified_name} says batch_first={self._nspec.batch_dim == 0}: "
+                f"expected batch_dim={self._nspec.batch_dim}"
             )
-        if not self._flattens:
+        if not self._nspec.flattens:
             batch.check_rows(x, self.qualified_name)
 
     def _trains_untold(self) -> bool:
         """Whether this is a training pass of which nobody has said that it has no task."""
-        if self._shared.told or not self.training:
+        if self._nspec.shared.told or not self.training:
             return False
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        held = self._block is not None and self._block.open
+        held = self._nspec.block is not None and self._nspec.block.open
         return trains and not held and backward_pass() < 0
-
-    def state(self) -> TaskState:
-        """What the layer is switched to, for :meth:`restore`."""
-        return TaskState(self._task, self._active, self._batch, self._set_in)
-
-    def restore(self, state: TaskState) -> None:
-        """Switches back to an earlier state."""
-        self._task = state.task
-        self._use(state.active, state.batch)
-        self._set_in = state.set_in
-
-    def again(self, state: TaskState) -> TaskState:
-        """The same, set in the backward pass that is running."""
-        return state._replace(set_in=backward_pass())
 
 
 class TaskLinear(TaskLayer, MaskedLinear):
@@ -221,15 +222,10 @@ class TaskConv1D(TransposedFeatures, TaskLayer):
 class CompactLayer(TaskLayer):
     """fc1 or up of a specialised block in mode ``forward``. Without a task it is the layer that it was."""
 
-    _packed: PackedWeights
-
-    def _attach(self, mode: Mode) -> None:
-        super()._attach(mode)
-        self._packed = PackedWeights()
-
-    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
-        super()._use(active, batch)
-        self._packed.clear()
+    def switch(self, to: SwitchedTo) -> None:
+        """See :meth:`Masked.switch`."""
+        super().switch(to)
+        self._nspec.packed.clear()
 
     def forward(self, x: Tensor) -> Any:
         """Without a task ``[..., d_ff]``; under one :class:`Activations` of that shape, for the activation and fc2."""
@@ -243,7 +239,7 @@ class CompactLayer(TaskLayer):
             weight = weight.t()
         if not self.gated:
             return Activations(self, use, (x, weight, bias), rectified=False)
-        if not self.doubled:
+        if not self._nspec.doubled:
             value = Activations(self, use, (x, weight, bias), rectified=False)
             value.compute()
             return value
@@ -263,8 +259,8 @@ class CompactLayer(TaskLayer):
                 f"{self.qualified_name} has backward hooks, and there is no gradient of its activations under a task in "
                 "mode 'forward': take them off, or use mode='update'"
             )
-        if self._forward_hooks and not self._shared.hooked:
-            self._shared.hooked = True
+        if self._forward_hooks and not self._nspec.shared.hooked:
+            self._nspec.shared.hooked = True
             warnings.warn(
                 f"{self.qualified_name} has forward hooks, which get a value that stands for its activations under a task "
                 "in mode 'forward': its shape, dtype and device can be read, all else is an error, and a hook that looks "
@@ -378,7 +374,7 @@ class CompactLayer(TaskLayer):
         if torch.compiler.is_compiling():
             return True
         if torch.is_grad_enabled():
-            self._packed.clear()  # what follows a training pass is an update, and wrappers write weights unseen
+            self._nspec.packed.clear()  # what follows a training pass is an update, and wrappers write weights unseen
             return True
         return False
 
@@ -399,7 +395,7 @@ class CompactLayer(TaskLayer):
     def _pack(
         self, purpose: str, x: Tensor, weights: tuple[Tensor | None, ...], active: ActiveSet, make: Callable[..., Any]
     ) -> list[Any]:
-        return self._packed.of(purpose, x, weights, active, make, "forward" not in self.__dict__)
+        return self._nspec.packed.of(purpose, x, weights, active, make, "forward" not in self.__dict__)
 
 
 class CompactFc1(CompactLayer, TaskLinear):

@@ -15,7 +15,8 @@ from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 from .active import ActiveSet
 from .batch import TaskBatch
 from .captured import keep
-from .recompute import ForwardPasses, Use, backward_pass
+from .recompute import Use, backward_pass
+from .state import LayerState, SwitchedTo
 from .touched import Arrivals, TouchedRows
 from .transforms import in_transform, outside_transforms
 
@@ -114,31 +115,57 @@ def _is_called(module: nn.Module, inputs: Any) -> None:
     """Does nothing: ``nn.TransformerEncoderLayer`` calls layers with hooks, instead of reading their weights."""
 
 
+class NeuronState(LayerState):
+    """What is kept on a layer with a mask over its neurons.
+
+    Attributes:
+        mode: ``forward`` or ``update``.
+        plain: the class that the layer had, where its ``forward`` is the dense layer and not that of ``nn.Linear``.
+        doubled: whether the weight holds each neuron twice: gate and up of a gated block behind one another.
+        touched: the rows that the gradient of the weight is made of.
+        arrivals: tells of gradients.
+    """
+
+    touched: TouchedRows
+    arrivals: Arrivals
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__()
+        self.mode: Mode = mode
+        self.plain: Any = None
+        self.doubled = False
+
+    def begin_notes(self, rows: int, device: torch.device) -> None:
+        """Begins to note rows, of which nothing has a gradient."""
+        self.touched, self.arrivals = TouchedRows(rows, device), Arrivals()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("touched", "arrivals")}
+
+    def replica(self) -> Any:
+        """See :meth:`LayerState.replica`; the notes are those of the layer, where it has them on its device."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        return other
+
+
 class Masked(nn.Module):
     """What a linear layer with a mask over its neurons does, however its weight lies.
 
     Attributes:
-        mode: ``forward`` or ``update``.
         transposed: whether the weight is ``[in_features, out_features]``.
-        doubled: whether the weight holds each neuron twice: gate and up of a gated block behind one another.
-        plain: the class whose ``forward`` is the dense layer, where that is not ``nn.Linear``.
     """
 
     transposed: bool = False
-    doubled: bool = False
-    plain: Any = None
 
     weight: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
-    mode: Mode
-    _active: ActiveSet | None
-    _batch: TaskBatch | None
-    _set_in: int  # the backward pass in which the active set was set; -1 outside of one
-    _passes: ForwardPasses
-    _touched: TouchedRows
-    _arrivals: Arrivals
+    bias: Any
+    _nspec: NeuronState
+
+    @property
+    def mode(self) -> Mode:
+        """``forward`` or ``update``."""
+        return self._nspec.mode
 
     def forward(self, x: Tensor) -> Any:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
@@ -153,26 +180,26 @@ class Masked(nn.Module):
             return _composed(x, weight, bias, active, batch, self.mode)
         order, _, offsets = (None, None, None) if batch is None else batch.layout(x)
         dtype = compute_dtype(x, weight, bias)
-        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         flat = flat if flat.dtype == dtype else flat.to(dtype)
         sets = active.active, active.rows, active.index, active.places
         y: Tensor = _MaskedLinear.apply(flat, weight, bias, *sets, self.mode == "forward", order, offsets)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     def _dense(self, use: Use, x: Tensor) -> Tensor:
         """What the layer computes without active neurons."""
-        if self.plain is None:
+        plain = self._nspec.plain
+        if plain is None:
             return F.linear(*self._noted(use, x, self.note_use(None, self.weight), self.bias))
         (x,) = self._noted(use, x)
-        y: Tensor = self.plain.forward(self, x)
+        y: Tensor = plain.forward(self, x)
         return self.note_use(None, y) if self.weight.requires_grad else y
 
-    def _use(self, active: ActiveSet | None, batch: TaskBatch | None = None) -> None:
+    def switch(self, to: SwitchedTo) -> None:
         """Sets what the next forward passes use: the active set, and where it is of several tasks their batch."""
-        self._active, self._batch = active, batch
-        if active is not None:
-            active.let_sizes_vary()
-        self._set_in = backward_pass()
+        self._nspec.switch(to)
+        if to.use is not None:
+            to.use.let_sizes_vary()
 
     def _begin(self, x: Tensor) -> Use:
         """Begins a forward pass: what it uses.
@@ -185,12 +212,7 @@ class Masked(nn.Module):
                 "a masked layer got a nested tensor, expected a padded one: nn.TransformerEncoder makes them with "
                 "enable_nested_tensor=True (set its use_nested_tensor to False)"
             )
-        use: Use = (self._active, self._batch)
-        if not torch.compiler.is_compiling():
-            running = backward_pass()
-            if running >= 0 and running != self._set_in:
-                use = self._passes.recomputed()
-        active, batch = use
+        active, batch = use = self._nspec.current()
         if batch is not None:
             batch.check(x)
             use = active, None if batch.single else batch
@@ -198,7 +220,7 @@ class Masked(nn.Module):
 
     def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
-        return tensors if torch.compiler.is_compiling() else self._passes.note(use, *tensors)
+        return tensors if torch.compiler.is_compiling() else self._nspec.passes.note(use, *tensors)
 
     # What the optimiser needs to know: the rows that the gradient of the weight is made of.
 
@@ -207,9 +229,11 @@ class Masked(nn.Module):
         if self.transposed or not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
         used = None if active is None else active.on(weight.device).union
-        if used is not None and self.doubled and len(used) != self.out_features:
+        if used is not None and self._nspec.doubled and len(used) != len(weight):
             used = used.repeat(2)
-        touched = self._touched if self._touched.device == weight.device else self._rows()
+        touched = self._nspec.touched
+        if touched.device != weight.device:
+            touched = self._rows()
         return touched.note(weight, used)
 
     def gradient_arrives(self, parameter: Tensor) -> None:
@@ -230,25 +254,30 @@ class Masked(nn.Module):
 
     def follow(self, parameter: Tensor) -> None:
         """Has :meth:`gradient_arrives` called for the parameter that an optimiser steps in place of the weight."""
-        self._arrivals.follow(parameter, self)
+        self._nspec.arrivals.follow(parameter, self)
 
     def _rows(self) -> TouchedRows:
-        if self._touched.device != self.weight.device:
-            self._touched = TouchedRows(self.out_features, self.weight.device)
-        return self._touched
+        kept = self._nspec
+        if kept.touched.device != self.weight.device:
+            kept.touched = TouchedRows(self._neurons(), self.weight.device)
+        return kept.touched
 
-    def _attach(self, mode: Mode) -> None:
-        self.mode, self._active, self._batch = mode, None, None
-        self._set_in, self._passes = -1, ForwardPasses()
+    def _neurons(self) -> int:
+        return self.weight.shape[1 if self.transposed else 0]
+
+    def _attach(self, kept: NeuronState) -> None:
+        self._nspec = kept
         self._begin_notes()
 
     def _begin_notes(self) -> None:
         # Now and not when they are needed: a graph of torch.compile would be made again.
-        self._touched, self._arrivals = TouchedRows(self.out_features, self.weight.device), Arrivals()
+        self._nspec.begin_notes(self._neurons(), self.weight.device)
         _LAYERS.add(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_touched", "_arrivals")}
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._nspec = self._nspec.replica()
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -300,7 +329,7 @@ class MaskedLinear(Masked, nn.Linear):
     ) -> None:
         check_mode(mode)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._attach(mode)
+        self._attach(NeuronState(mode))
         self.register_forward_pre_hook(_is_called)
 
     @classmethod
@@ -336,7 +365,7 @@ class MaskedLinear(Masked, nn.Linear):
         # The dictionaries themselves, so that the handles that were given out still remove their hooks.
         masked.__dict__.update({name: value for name, value in vars(module).items() if "_hooks" in name})
         masked._is_full_backward_hook = module._is_full_backward_hook
-        masked._attach(mode)
+        masked._attach(NeuronState(mode))
         masked.register_forward_pre_hook(_is_called)
         return masked
 
@@ -354,12 +383,14 @@ class MaskedLinear(Masked, nn.Linear):
             )
         if mask is not None and tuple(mask.shape) != (self.out_features,):
             raise ValueError(f"mask has shape {list(mask.shape)}, expected [{self.out_features}]")
-        self._use(None if mask is None else ActiveSet(mask))
+        self.switch(SwitchedTo(use=None if mask is None else ActiveSet(mask), set_in=backward_pass()))
 
     def extra_repr(self) -> str:
         """Adds mode and density to what ``nn.Linear`` shows."""
         density = (
-            "dense" if self._active is None else f"density={len(self._active.rows) / max(1, self.out_features):.3f}"
+            "dense"
+            if self._nspec.use is None
+            else f"density={len(self._nspec.use.rows) / max(1, self.out_features):.3f}"
         )
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 

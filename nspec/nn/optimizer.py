@@ -97,7 +97,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
         for owner in self._owners().values():
             owner.gradient_is_dropped()
 
-    def _owners(self) -> dict[Tensor, Masked]:
+    def _owners(self) -> dict[Tensor, Any]:
         """The specialised layers whose weights are among the parameters."""
         now, found, made_of = owners(), {}, makers()
         # A wrapper that shards may have put another tensor in the place of a parameter for a while (FSDP between a

@@ -13,6 +13,7 @@ import torch
 
 from .batch import TaskBatch
 from .recompute import backward_pass
+from .state import SwitchedTo
 
 
 class Holder(NamedTuple):
@@ -66,7 +67,7 @@ class Block:
         layers = list(layers)
         count_switch(layers)
         for layer in layers:
-            self.before[id(layer)] = layer, layer.state(), layer._block
+            self.before[id(layer)] = layer, layer.state(), layer._nspec.block
             layer.hold(self)
 
     def leave(self) -> None:
@@ -75,10 +76,14 @@ class Block:
         count_switch(layer for layer, _, _ in self.before.values())
         for key, (layer, _, _) in self.before.items():
             # A layer that was despecialised within the block has none.
-            while (block := layer.__dict__.get("_block")) is not None and not block.open:
+            while (
+                (kept := layer.__dict__.get("_nspec")) is not None
+                and (block := kept.block) is not None
+                and not block.open
+            ):
                 _, state, outer = block.before[key]
                 layer.hold(outer)
-                layer.restore(state)
+                layer.switch(state)
 
     def elsewhere(self) -> bool:
         """Whether it belongs to another thread, or task of asyncio, that is still running."""
@@ -111,7 +116,7 @@ class Shared:
 
 def count_switch(layers: Iterable[TaskSwitched]) -> None:
     """Notes that this thread switches the layers, before it does."""
-    of_models: set[Shared | None] = {layer.__dict__.get("_shared") for layer in layers}
+    of_models: set[Shared | None] = {layer._nspec.shared for layer in layers if "_nspec" in layer.__dict__}
     for shared in of_models:
         if shared is not None:
             shared.switches, shared.by = shared.switches + 1, threading.get_ident()
@@ -134,9 +139,7 @@ class TaskSwitched:
     then know the same tasks.
     """
 
-    _block: Block | None = None
-    _shared: Shared | None = None
-    _first: bool = True  # whether a pass begins with it
+    _nspec: Any
 
     @property
     def tasks(self) -> list[str]:
@@ -156,23 +159,18 @@ class TaskSwitched:
         """Switches to a task, or to the task of each sentence of a batch; None switches off what depends on it."""
         raise NotImplementedError
 
-    def state(self) -> Any:
-        """What the layer is switched to, for :meth:`restore`."""
-        raise NotImplementedError
+    def switch(self, to: SwitchedTo) -> None:
+        """Switches to what a task, a batch or an earlier state says."""
+        self._nspec.switch(to)
 
-    def restore(self, state: Any) -> None:
-        """Switches back to an earlier state."""
-        raise NotImplementedError
-
-    def again(self, state: Any) -> Any:
-        """A state under which a backward pass may compute the forward pass again (activation checkpointing)."""
+    def state(self) -> SwitchedTo:
+        """What the layer is switched to, for :meth:`switch`."""
+        state: SwitchedTo = self._nspec.switched_to()
         return state
 
     def hold(self, block: Block | None) -> None:
         """Notes the block that switches the layer now; None: nobody does."""
-        self.__dict__.pop("_block", None)
-        if block is not None:
-            self.__dict__["_block"] = block
+        self._nspec.block = block
 
     def check_thread(self) -> None:
         """For the beginning of a forward pass: raises RuntimeError inside a ``nspec.task`` block of another thread.
@@ -183,7 +181,7 @@ class TaskSwitched:
         """
         if torch.compiler.is_compiling():
             return
-        block = self._block
+        block = self._nspec.block
         self._check_same_pass()
         if block is not None and block.ahead and not fetches_ahead():
             raise RuntimeError(
@@ -206,14 +204,14 @@ class TaskSwitched:
 
     def _check_same_pass(self) -> None:
         """Raises RuntimeError where another thread has switched the model since the last layer of this pass."""
-        shared = self._shared
+        shared = self._nspec.shared
         if shared is None:
             return
         passes = _passes.of
         before = passes.get(shared)
         if before == shared.switches:
             return
-        mine = before is None or self._first or shared.by == threading.get_ident()
+        mine = before is None or self._nspec.first or shared.by == threading.get_ident()
         if not mine and not self._in_other_thread_of_torch():
             del passes[shared]
             raise RuntimeError(

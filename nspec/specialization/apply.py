@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer, TaskConv1D, TaskLayer, TaskLinear
+from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer, TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
 
@@ -30,30 +30,6 @@ from .naming import Layer
 from .patterns import alike, nearest
 from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
 
-# What specialisation leaves on the modules, and despecialisation takes away.
-_STATE = (
-    "mode",
-    "_active",
-    "_batch",
-    "_set_in",
-    "_passes",
-    "_touched",
-    "_arrivals",
-    "_sets",
-    "_stacks",
-    "_task",
-    "_packed",
-    "_shared",
-    "_first",
-    "_routed",
-    "_batch_dim",
-    "_flattens",
-    "_block",
-    "qualified_name",
-    "plain",
-    "doubled",
-    "gated",
-)
 _BEFORE = "_nspec_before"  # on a module of which an attribute was changed: what it was
 
 
@@ -157,13 +133,8 @@ def _turn(layer: nn.Module, mode: Mode, block: FeedForward) -> None:
     else:
         layer.__class__ = TaskLinear if mode == "update" else CompactFc1
     assert isinstance(layer, TaskLayer)
-    if plain is not nn.Linear:
-        layer.plain = plain
-    if block.gated:
-        layer.gated = True
-    if block.fused:
-        layer.doubled = True
-    layer._attach(mode)
+    before = None if plain is nn.Linear else plain
+    layer._attach(TaskLayerState(mode, gated=block.gated, doubled=block.fused, plain=before))
 
 
 def _dropouts(block: FeedForward, rate: float | None) -> list[tuple[Any, str, str]]:
@@ -259,9 +230,8 @@ def despecialize(model: nn.Module) -> nn.Module:
     for switched in (module for module in modules if isinstance(module, TaskSwitched)):
         switched.set_task(None)
     for layer in layers:
-        layer.__class__ = layer.plain or nn.Linear
-        for name in _STATE:
-            layer.__dict__.pop(name, None)
+        plain: Any = layer.__dict__.pop("_nspec").plain or nn.Linear
+        layer.__class__ = plain
         _rebind(layer)
     for module in modules:
         module.__dict__.pop(PLACES, None)
@@ -307,7 +277,7 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     with torch.no_grad():
         for module in merged.modules():
             if isinstance(module, CompactLayer):
-                inactive = ~module._sets[task].on(module.weight.device).active
-                inactive = inactive.repeat(2) if module.doubled else inactive
+                inactive = ~module._nspec.sets[task].on(module.weight.device).active
+                inactive = inactive.repeat(2) if module._nspec.doubled else inactive
                 module.weight.masked_fill_(inactive if module.transposed else inactive[:, None], 0)
     return despecialize(merged)

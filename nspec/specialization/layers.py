@@ -227,34 +227,6 @@ def activation_of(block: FeedForward) -> Any:
     return None
 
 
-def check_relu(block: FeedForward, dropout: bool = True) -> None:
-    """Raises ValueError if the block is gated, says that its activation is not ReLU, or drops activations out.
-
-    Args:
-        block: the block.
-        dropout: whether an activation dropout above 0 is an error. It breaks the constant output of a masked neuron.
-    """
-    if block.gated:
-        raise ValueError(
-            f"{block.name}: the block is gated, expected one layer with ReLU: masks of a gated block are not supported in "
-            "mode 'forward'; leave its layers out, or use mode='update'"
-        )
-    activation = activation_of(block)
-    if activation is not None and not is_relu(activation):
-        shown = getattr(activation, "__name__", None) or type(activation).__name__
-        raise ValueError(
-            f"{block.name}: the activation is {shown}, expected ReLU in mode 'forward': choose a ReLU model, or use "
-            "mode='update'"
-        )
-    for module, attribute, shown in activation_dropouts(block) if dropout else ():
-        if (rate := getattr(module, attribute)) > 0:
-            raise ValueError(
-                f"{block.name}: {shown} is {rate}, expected 0 in mode 'forward' (the output of a masked neuron is a "
-                "constant, and the method trains without it). Set it to 0, which nspec.specialize(..., "
-                "activation_dropout=0) does, or use mode='update'"
-            )
-
-
 def activation_dropouts(block: FeedForward) -> list[tuple[Any, str, str]]:
     """The dropouts that are known to lie between fc1 and fc2: the module and attribute with the rate, and a name to show.
 

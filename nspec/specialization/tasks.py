@@ -106,14 +106,14 @@ def set_task(
         layer.set_task(switch)
     lasting = Block(lasting=True, ahead=fetches_ahead())
     for layer in layers:
-        if layer._block is None or layer._block.lasting:
+        if layer._nspec.block is None or layer._nspec.block.lasting:
             layer.hold(None if switch is None else lasting)
 
 
 def refuse_other_threads(layers: Iterable[TaskSwitched]) -> None:
     """Raises RuntimeError where another thread has switched a layer. What a backward pass computes again may."""
     for layer in layers:
-        block = layer._block
+        block = layer._nspec.block
         if block is not None and block.open and block.elsewhere() and backward_pass() < 0:
             way = (
                 "let it set None first (nspec.set_task(model, None))"
@@ -300,9 +300,9 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
 def _switched(layers: list[TaskSwitched], states: list[Any]) -> Iterator[None]:
     before = [layer.state() for layer in layers]
     for layer, state in zip(layers, states):
-        layer.restore(layer.again(state))
+        layer.switch(state._replace(set_in=backward_pass()))
     try:
         yield
     finally:
         for layer, state in zip(layers, before):
-            layer.restore(state)
+            layer.switch(state)

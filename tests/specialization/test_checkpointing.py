@@ -212,7 +212,7 @@ def test_only_the_rows_of_the_forward_pass_are_stepped(mode: str, reentrant: boo
     model = checkpointed(mode, reentrant)
     optimizer = nspec.RowSparseAdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     before = model.first.fc1.weight.detach().clone()
-    active = model.first.fc1._sets["a"].active
+    active = model.first.fc1._nspec.sets["a"].active
     loss = loss_of(model, "a")
     nspec.set_task(model, "c")
     loss.backward()
@@ -256,7 +256,7 @@ def test_layers_with_open_passes_can_be_copied_and_pickled_and_keep_nothing_aliv
         assert_equal(gradients(other), wanted("forward", "b"))
     del loss, other
     gc.collect()
-    passes = model.first.fc1._passes
+    passes = model.first.fc1._nspec.passes
     assert not list(passes._reentrant)
     assert not [node for node, _ in passes._marked if node() is not None]
 

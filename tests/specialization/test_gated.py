@@ -216,3 +216,13 @@ def test_columns_of_a_transposed_layer_are_refused_by_the_row_optimiser() -> Non
     nspec.specialize(model, nspec.NeuronMasks(masks))
     with pytest.raises(ValueError, match="its neurons are columns.*torch.optim.AdamW"):
         nspec.RowSparseAdamW(model.parameters())
+
+
+@BOTH
+@EACH
+def test_specialisation_leaves_one_object_on_a_layer(kind: type[nn.Module], mode: str) -> None:
+    plain, model = Model(kind), specialised(kind, mode)
+    for (name, before), (_, after) in zip(plain.named_modules(), model.named_modules(), strict=True):
+        if type(before) is nn.Linear:
+            left = set(vars(after)) - set(vars(before))
+            assert left == (set() if type(after) is nn.Linear else {"_nspec"}), name

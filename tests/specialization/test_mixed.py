@@ -235,7 +235,7 @@ def test_many_mixes_keep_a_bounded_number_of_stacked_sets() -> None:
                 y = model(x)
             with nspec.task(model, first):
                 torch.testing.assert_close(y[:1], model(x[:1]))
-    assert len(model[0]._stacks) == 16
+    assert len(model[0]._nspec.stacks) == 16
 
 
 def test_copies_and_pickles_of_a_switched_model_compute_the_same() -> None:

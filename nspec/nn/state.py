@@ -1,0 +1,66 @@
+"""What nspec keeps on a layer, as its one attribute ``_nspec``: what it is switched to, and the passes that it has made."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+
+from .batch import TaskBatch
+from .recompute import ForwardPasses, Use, backward_pass
+
+
+class SwitchedTo(NamedTuple):
+    """What a layer is switched to.
+
+    Attributes:
+        task: the task, or the task of each sentence of a batch; None: none.
+        use: what the layer computes with for it: its neurons, its mask, its adapter.
+        batch: of several tasks.
+        set_in: the backward pass in which it was set; -1 outside of one.
+    """
+
+    task: Any = None
+    use: Any = None
+    batch: TaskBatch | None = None
+    set_in: int = -1
+
+
+class LayerState:
+    """The state of one layer.
+
+    Attributes:
+        task: as of :class:`SwitchedTo`; so are ``use``, ``batch`` and ``set_in``.
+        passes: the forward passes that may be computed again.
+        block: the ``nspec.task`` block that switches the layer now; None: nobody does.
+        shared: what the layers of a model have in common.
+        first: whether a pass begins with it.
+    """
+
+    def __init__(self) -> None:
+        self.task, self.use, self.batch, self.set_in = SwitchedTo()
+        self.passes = ForwardPasses()
+        self.block: Any = None
+        self.shared: Any = None
+        self.first = True
+
+    def switch(self, to: SwitchedTo) -> None:
+        """Sets what the next forward passes use."""
+        self.task, self.use, self.batch, self.set_in = to
+
+    def switched_to(self) -> SwitchedTo:
+        """What it is switched to."""
+        return SwitchedTo(self.task, self.use, self.batch, self.set_in)
+
+    def current(self) -> Use:
+        """What a forward pass uses that begins now: in a backward pass what the one used that is computed again."""
+        if not torch.compiler.is_compiling():
+            running = backward_pass()
+            if running >= 0 and running != self.set_in:
+                return self.passes.recomputed()
+        return self.use, self.batch
+
+    def replica(self) -> Any:
+        """The state of a replica of the layer, which runs in a thread of its own."""
+        return copy.copy(self)
