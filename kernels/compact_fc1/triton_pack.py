@@ -75,7 +75,8 @@ class Pack:
 
     def __init__(self, rows: bool, bias: bool = False, in_place: bool = False, fill: bool = False) -> None:
         self.rows = rows
-        keywords = {"BIAS": bias, "IN_PLACE": in_place, "FILL": fill and not in_place, **_PACK}
+        # Without a bias the layout makes no difference here.
+        keywords = {"BIAS": bias, "IN_PLACE": bias and in_place, "FILL": fill and not in_place, **_PACK}
         self.launcher = Launcher(pack_neurons_kernel, keywords)
 
     def __call__(self, source: Tensor, bias: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -211,15 +212,15 @@ def shipped_packing(dtype: torch.dtype, columns_of_source: bool) -> list[Shipped
         strides = ["neuron_stride", "feature_stride", "out_neuron_stride", "out_feature_stride"]
         ones = {strides.pop(0 if columns_of_source else 1): 1, strides.pop(-1 if rows else -2): 1}
         sizes = dict.fromkeys(("index_width", "width", "features", "out_features", *strides), "i32")
-        for biased, in_place in (
-            ((False, False),) if columns_of_source else ((False, False), (True, False), (True, True))
-        ):
-            fill = biased and not in_place
+        kinds = ((False, False), (False, True), (True, True), (True, False))
+        for biased, fill in kinds[:1] if columns_of_source else kinds:
+            in_place = biased and not fill
+            covered = not (rows if columns_of_source else biased and fill)
             none = {} if biased else {"bias_ptr": None, "out_bias_ptr": None}
             more = {"bias_ptr": p, "out_bias_ptr": "*fp32"} if biased else {}
             signature = {**pointers, **more, **sizes}
             keywords = {"BIAS": biased, "IN_PLACE": in_place, "FILL": fill, **none, **ones, **_PACK}
-            kind = " with bias in place" if in_place else " with bias" if biased else ""
+            kind = " with bias in place" if in_place else " with bias" if biased else " filled" if fill else ""
             label = f"pack {'rows' if rows else 'columns'}{kind} {name}"
-            kernels.append(Shipped(label, pack_neurons_kernel, signature, keywords, tuple(signature), covered=not fill))
+            kernels.append(Shipped(label, pack_neurons_kernel, signature, keywords, tuple(signature), covered=covered))
     return kernels

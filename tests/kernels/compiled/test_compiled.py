@@ -68,7 +68,9 @@ def bits(counts: dict[str, int], what: str) -> set[int]:
 
 def test_every_kernel_compiles(compiled: dict[str, dict[str, Any]], target: str) -> None:
     assert {name: found["error"] for name, found in compiled[target].items() if "error" in found} == {}
-    assert {name.split("/")[0] for name in compiled[target]} == OPERATORS
+    # What has no product compiles to the same on a target like another, and is compiled for that one alone.
+    names = {*compiled[target], *(compiled["cuda:80"] if target == "cuda:86" else ())}
+    assert {name.split("/")[0] for name in names} == OPERATORS
 
 
 def test_nothing_spills(kernels: dict[str, Any]) -> None:
