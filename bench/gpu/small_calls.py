@@ -95,11 +95,11 @@ def calls(
     hidden.requires_grad_()
     if "compact_fc1" in operators:
         leaves = [tensor.requires_grad_() for tensor in (x, w1, b1)]
-        z = compact_fc1(*leaves, active, task_offsets=offsets, index=index)
+        z = compact_fc1(x, w1, b1, active, task_offsets=offsets, index=index)
         yield _named("compact_fc1", ("z", "dx", "dw", "db"), (z, *torch.autograd.grad(z, leaves, dz)))
     if "compact_fc2" in operators:
         leaves = [tensor.requires_grad_() for tensor in (hidden, b1, w2, b2)]
-        y = compact_fc2(*leaves, active, task_offsets=offsets, index=index)
+        y = compact_fc2(hidden, b1, w2, b2, active, task_offsets=offsets, index=index)
         yield _named("compact_fc2", ("y", "dh", "dconstant", "dw", "db"), (y, *torch.autograd.grad(y, leaves, dy)))
     if "gated_activation" in operators:
         leaves = [hidden, up.requires_grad_()]
