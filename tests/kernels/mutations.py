@@ -252,7 +252,7 @@ MUTATIONS = [
         ("constant of active neurons too", "return torch.where(places < 0, constant, 0)", "return constant.expand(places.shape)", "integers"),
         ("rank-one gradient", "dw.addmm_(s.t().to(dw.dtype), _others(constant, places).to(dw.dtype))", "pass", "integers"),
         ("gradient of the constant of active neurons", ".masked_fill_(places >= 0, 0)", "", "integers"),
-        ("sums over tasks rounded", "several = constant is not None and tasks.number > 1", "several = False", "many_tasks"),
+        ("sums over tasks rounded", "several = constant is not None and tasks.number > 1", "several = False", "rounded_once"),
     ),
     *_of("gated_activation", "reference", "reference.py",
         ("activation not rounded", "return activate(gate, kind) * up", "return activate(gate.double(), kind).to(gate.dtype) * up if kind == 'relu' else (activate(gate.float(), kind) * up.float()).to(gate.dtype)", "rounded"),

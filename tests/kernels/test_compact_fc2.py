@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from active_sets import LAYOUTS
+from active_sets import LAYOUTS, in_place_index
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -144,6 +144,19 @@ def test_sums_over_many_tasks_are_kept_in_float32(place: Any, draw: Any) -> None
                 _, _, dc, dw, db = run(tensors, dy, active, task_offsets=draw.offsets((1,) * 9), index=index)
                 for sums in (dc[~active[0]], dw, db):
                     assert (sums == large + 8).all()
+
+
+def test_a_column_of_active_and_constant_neurons_is_rounded_once(place: Any, draw: Any) -> None:
+    if place.backend != "triton":
+        pytest.skip("the CPU rounds the product of each task")
+    # 2048 + 1 where the neuron is active, 1 where it is constant: float16 holds 2048 and 2050, and nothing between them.
+    active = torch.tensor([[True], [False]], device=place.device).expand(2, 70)
+    h, w, c, dy = (torch.ones(s, dtype=torch.float16, device=place.device) for s in ((3, 70), (1, 70), (70,), (3, 1)))
+    dy[0] = 2048
+    index = in_place_index(active)
+    tensors = [t.requires_grad_() for t in (h, c, w)]
+    y = compact_fc2(*tensors, None, active, task_offsets=draw.offsets((2, 1)), index=index)
+    assert (torch.autograd.grad(y, w, dy)[0] == 2050).all()
 
 
 @pytest.mark.parametrize("missing", [(1,), (3,), (1, 3)], ids=str)
