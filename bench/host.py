@@ -198,7 +198,7 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
             return compact_ffn(*leaves, active, **kept)  # type: ignore[call-arg]
 
         found |= _passes(f"linear_relu_count{label}", count, leaves[:3], dh)
-        wgrad = functools.partial(row_sparse_wgrad, dh, x, active, **options)
+        wgrad = functools.partial(row_sparse_wgrad, dh, x, active, **kept)
         found[f"row_sparse_wgrad{label}"] = Measured(wgrad)
         found[f"row_sparse_wgrad{label}, added"] = Measured(functools.partial(wgrad, add_to=total))
         found |= _passes(f"compact_ffn{label}", block, leaves, dy)

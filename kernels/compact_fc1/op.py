@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..common import checks, gpu, native
+from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import reference
-from .layout import index_for
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", gpu.why_not),
@@ -69,6 +69,24 @@ def _gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
 _compact_fc1.register_autograd(_gradient, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as ten launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Any, x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+    ) -> Tensor:
+        ctx.backend, ctx.has_b = backend, b is not None
+        ctx.save_for_backward(x, w, index, task_offsets)
+        return torch.as_tensor(backend.forward(x, w, b, index, task_offsets))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.backend.backward(dz, *ctx.saved_tensors, ctx.has_b)
+        return None, dx, dw, db if ctx.has_b else None, None, None
+
+
 @explainable
 def compact_fc1(
     x: Tensor,
@@ -91,8 +109,7 @@ def compact_fc1(
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
             ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
-        index: ``active_index(active)`` or, as :func:`index_for` may choose, the in-place one, for callers that keep it;
-            ``index_for(x, w, active)`` when None.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
 
     Returns:
         ``z [..., width]`` in the layout of the index (``kernels/common/active.py``). Compact, its padding repeats an
@@ -119,13 +136,16 @@ def compact_fc1(
     checks.active_sets(active, d_ff, task_offsets)
     x, w, b = cast_inputs(x, w, b)
     if index is None:
-        index = index_for(x, w, active)
+        index = active_index(active)
     checks.shape("index", index, [active.shape[0] if active.dim() == 2 else 1, None])
     flat = x.reshape(-1, d_in)
     by_torch = requested("compact_fc1") == "auto" and not torch.compiler.is_compiling()
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("compact_fc1", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         z = reference.forward(flat, w, b, index, task_offsets)
-    else:
+    elif opaque(flat, w, b, index, task_offsets):
         z = _compact_fc1(flat, w, b, index, task_offsets)
+    else:
+        args = (flat, w, b, index, task_offsets)
+        z = torch.as_tensor(_Eager.apply(choose("compact_fc1", BACKENDS, *args), *args))
     return z.view(*x.shape[:-1], index.shape[1])

@@ -5,18 +5,56 @@ The products of one task are the library's (``common/products.py``), those of se
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..common.triton_launch import Shipped, rows16
-from ..common.triton_tasks import compact_width, places_of, refuses, task_sums, tasks_of, tile_sums, whole
-from ..row_sparse_wgrad.triton import expand, product_parts
-from .triton_pack import multiply, shipped_packing, wide
+from ..common.active import places_of
+from ..common.products import by_library, ways
+from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
+from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
+from ..row_sparse_wgrad.triton import Expand, Product
+from .triton_pack import Multiply, shipped_packing, wide
 
 
 def supports(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> str | None:
     """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
     return refuses((x, w, b), index, x.shape[0])
+
+
+@planned
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool, in_place: bool, *alike: Any
+) -> Multiply:
+    return Multiply("y", device, dtype, grouped, library, True, has_b, in_place, fill=True)
+
+
+class _Backward:
+    """The launches of backward passes that are alike in all that Triton compiles for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool) -> None:
+        self.dx = Multiply("dx", device, dtype, grouped, library, to_neurons=False)
+        self.product, self.expand = Product(device, dtype, grouped), Expand(grouped)
+        self.sums = Sums(grouped) if has_b else None
+
+    def __call__(
+        self, dz: Tensor, x: Tensor, w: Tensor, index: Tensor, places: Tensor, tasks: Tasks, task_offsets: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx = whole(self.dx(dz, w, None, index, tasks, task_offsets), w.shape[1])
+        dw = w.new_empty(w.shape)
+        self.expand(*self.product(dz, x, tasks, task_offsets), places, tasks, dw)
+        if self.sums is None:
+            return dx, dw, x.new_empty(0)
+        sums = self.sums(dz, tasks).gather(1, places.clamp(min=0).long())
+        return dx, dw, sums.masked_fill_(places < 0, 0).sum(0).to(x.dtype)
+
+
+@planned
+def _backward_plan(
+    device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, has_b: bool, *alike: Any
+) -> _Backward:
+    return _Backward(device, dtype, grouped, library, has_b)
 
 
 def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
@@ -25,26 +63,28 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets:
     if tasks.tokens == 0:
         return x.new_empty((0, index.shape[1]))
     index, b = index.contiguous(), None if b is None else b.contiguous()
-    z = multiply("y", x, w, b, index, tasks, task_offsets, to_neurons=True)
-    return whole(z, index.shape[1])
+    plan = _forward_plan(
+        *(x.device, x.dtype, tasks.offsets is not None, by_library("y", x.dtype, task_offsets), b is not None),
+        *(index.shape[1] == len(w), index.shape[1], w.shape, w.stride(), precision(x.dtype), aligned(w, b, index)),
+    )
+    return whole(launching(x.device, plan, x, w, b, index, tasks, task_offsets), index.shape[1])
 
 
 def backward(
     dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; sums over tokens and over tasks are in float32."""
-    (d_ff, d_in), tasks = w.shape, tasks_of(x.shape[0], task_offsets, x.device)
+    d_ff, tasks = len(w), tasks_of(x.shape[0], task_offsets, x.device)
     if tasks.tokens == 0:
         return x.new_zeros(x.shape), x.new_zeros(w.shape), x.new_zeros(d_ff if has_b else 0)
-    index = index.contiguous()
+    index, x = index.contiguous(), rows16(x)
     places, dz = places_of(index, d_ff), wide(dz, compact_width(index))
-    dx = whole(multiply("dx", dz, w, None, index, tasks, task_offsets, to_neurons=False), d_in)
-    dw = w.new_empty(w.shape)
-    expand(*product_parts(dz, rows16(x), tasks, task_offsets), places, tasks, dw)
-    if not has_b:
-        return dx, dw, x.new_empty(0)
-    sums = task_sums(tile_sums(dz, tasks), tasks).gather(1, places.clamp(min=0).long())
-    return dx, dw, sums.masked_fill_(places < 0, 0).sum(0).to(x.dtype)
+    plan = _backward_plan(
+        *(x.device, x.dtype, tasks.offsets is not None, by_library("dx", x.dtype, task_offsets), has_b),
+        *(index.shape[1], w.shape, w.stride(), x.stride(0), precision(x.dtype), ways(x.dtype, task_offsets)),
+        aligned(w, index, places),
+    )
+    return launching(x.device, plan, dz, x, w, index, places, tasks, task_offsets)
 
 
 def shipped(target: str) -> list[Shipped]:

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import checks
-from ..common.products import by_library
-from ..common.triton_launch import Shipped, launch, padded, pointer, precision, processors, target_of
+from ..common.triton_launch import Launcher, Shipped, cdiv, padded, pointer, precision, processors, target_of
 from ..common.triton_tasks import WIDTH_MULTIPLE, Tasks, compact_width
 from ..compact_ffn.triton import features_tile
 from ..compact_ffn.triton_kernels import from_neurons_kernel
@@ -47,7 +46,7 @@ def pack_neurons_kernel(
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     neuron = tl.load(index_ptr + task * index_width + place, mask=place < index_width, other=-1)
     if FILL:
-        first = tl.load(index_ptr + task * index_width)
+        first = tl.load(index_ptr + task * index_width, mask=index_width > 0, other=-1)
         neuron = tl.where(neuron < 0, first, neuron)
     has = neuron >= 0
     source = source_ptr + neuron[:, None] * neuron_stride + feature.to(tl.int64)[None, :] * feature_stride
@@ -64,42 +63,52 @@ def pack_neurons_kernel(
         tl.store(out_bias_ptr + task * width + place, bias.to(tl.float32), mask=here)
 
 
-def pack_neurons(
-    source: Tensor, bias: Tensor | None, index: Tensor, rows: bool, fill: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """The weights of the neurons of every task.
+class Pack:
+    """The weights of the neurons of every task; for a plan.
 
     Args:
-        source: ``[d_ff, features]``, of any strides.
-        bias: ``[d_ff]``, contiguous, or None.
-        index: int64 ``[tasks, index width]``, contiguous.
         rows: whether a neuron is a row of the result, or a column.
+        bias: whether there is one.
+        in_place: whether the index is in the in-place layout.
         fill: whether the padding of the compact layout repeats the task's first neuron.
-
-    Returns:
-        ``[tasks * width, padded features]``, each row of whole 16 bytes, or ``[tasks * deep features, width]`` with whole
-        steps of a product, and the bias, float32 ``[tasks, width]``; ``width`` is that of ``compact_width``.
     """
-    (tasks, index_width), (d_ff, features) = index.shape, source.shape
-    width = compact_width(index)
-    out_features = padded(features, source.dtype) if rows else deep(features)
-    out = source.new_empty((tasks * width, out_features) if rows else (tasks * out_features, width))
-    packed_bias = None
-    if bias is not None:
-        packed_bias = torch.empty((tasks, width), dtype=torch.float32, device=source.device)
-    in_place = index_width == d_ff
-    strides = (*source.stride(), *(out.stride() if rows else out.stride()[::-1]))
-    sizes = (index_width, width, features, out_features, *strides)
-    keywords = {"BIAS": bias is not None, "IN_PLACE": in_place, "FILL": fill and not in_place and index_width > 0}
-    grid = (triton.cdiv(width, _PACK["NEURONS"]), triton.cdiv(out_features, _PACK["FEATURES"]), tasks)
-    pointers = (source, bias, index, out, packed_bias)
-    launch(pack_neurons_kernel, grid, source.device, *pointers, *sizes, **keywords, **_PACK)
-    return out, packed_bias
+
+    def __init__(self, rows: bool, bias: bool = False, in_place: bool = False, fill: bool = False) -> None:
+        self.rows = rows
+        keywords = {"BIAS": bias, "IN_PLACE": in_place, "FILL": fill and not in_place, **_PACK}
+        self.launcher = Launcher(pack_neurons_kernel, keywords)
+
+    def __call__(self, source: Tensor, bias: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Packs.
+
+        Args:
+            source: ``[d_ff, features]``, of any strides.
+            bias: ``[d_ff]``, contiguous, or None.
+            index: int64 ``[tasks, index width]``, contiguous.
+
+        Returns:
+            ``[tasks * width, padded features]``, each row of whole 16 bytes, or ``[tasks * deep features, width]`` with
+            whole steps of a product, and the bias, float32 ``[tasks, width]``; ``width`` is that of ``compact_width``.
+        """
+        (tasks, index_width), features, width = index.shape, source.shape[1], compact_width(index)
+        if self.rows:
+            out_features = padded(features, source.dtype)
+            out = source.new_empty((tasks * width, out_features))
+            strides = (*source.stride(), out_features, 1)
+        else:
+            out_features = deep(features)
+            out = source.new_empty((tasks * out_features, width))
+            strides = (*source.stride(), 1, width)
+        packed_bias = None if bias is None else source.new_empty((tasks, width), dtype=torch.float32)
+        sizes = (index_width, width, features, out_features, *strides)
+        grid = (cdiv(width, _PACK["NEURONS"]), cdiv(out_features, _PACK["FEATURES"]), tasks)
+        self.launcher(grid, source, bias, index, out, packed_bias, *sizes)
+        return out, packed_bias
 
 
 def deep(features: int) -> int:
     """``features``, rounded up to whole steps of a product over them."""
-    return triton.cdiv(features, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    return cdiv(features, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def wide(matrix: Tensor, columns: int) -> Tensor:
@@ -111,65 +120,88 @@ def wide(matrix: Tensor, columns: int) -> Tensor:
     return copy
 
 
-def multiply(
-    product: str,
-    inputs: Tensor,
-    source: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    tasks: Tasks,
-    task_offsets: Tensor | None,
-    to_neurons: bool,
-    constant: Tensor | None = None,
-) -> Tensor:
-    """The product of each task's tokens with the weights of its neurons.
+class Multiply:
+    """The product of each task's tokens with the weights of its neurons; for a plan.
 
     Args:
         product: its key in ``common/products.py``.
-        inputs: ``[tokens, features]``, or ``[tokens, width]`` in the layout of the index.
-        source: ``[d_ff, features]``, of any strides.
-        bias: of the neurons, ``[d_ff]``, contiguous, or None; with ``to_neurons``.
-        index: int64 ``[tasks, index width]``, contiguous.
-        tasks: at least one token.
-        task_offsets: as the operator got them.
-        to_neurons: ``inputs sourceᵀ + bias``, with padding that repeats a neuron where there is a product of the forward
-            pass; else ``inputs source + constant``.
-        constant: float32 ``[tasks, features]`` or None; without ``to_neurons``.
-
-    Returns:
-        ``[tokens, width]`` or ``[tokens, padded features]``.
+        device: of the operands.
+        dtype: of the operands.
+        grouped: whether there are several tasks.
+        library: whether the library computes it.
+        to_neurons: ``inputs sourceᵀ + bias``; else ``inputs source + constant``.
+        added: whether there is that bias, or that constant.
+        in_place: whether the index is in the in-place layout.
+        fill: whether the padding of the compact layout repeats the result of the task's first neuron.
     """
-    width, device, dtype = compact_width(index), inputs.device, inputs.dtype
-    library = by_library(product, dtype, task_offsets)
-    rows = library or not to_neurons
-    weight, packed_bias = pack_neurons(source, bias, index, rows, fill=to_neurons and product == "y")
-    columns = width if to_neurons else weight.shape[1]
-    added = packed_bias if to_neurons else constant
-    if added is not None and added.shape[1] < columns:
-        added = torch.nn.functional.pad(added, (0, columns - added.shape[1]))
-    depth = (weight.shape[1] if library else deep(source.shape[1])) if to_neurons else width
-    inputs = wide(inputs, depth)
-    out = inputs.new_empty((tasks.tokens, columns))
-    if library:
-        bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
-        for task, (start, stop) in enumerate(bounds):
-            own = weight[task * width : (task + 1) * width]
-            own = own.t() if to_neurons else own
-            if added is None:
-                torch.mm(inputs[start:stop], own, out=out[start:stop])
-            else:
-                torch.addmm(added[task].to(dtype), inputs[start:stop], own, out=out[start:stop])
+
+    def __init__(
+        self,
+        product: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        grouped: bool,
+        library: bool,
+        to_neurons: bool,
+        added: bool = False,
+        in_place: bool = False,
+        fill: bool = False,
+    ) -> None:
+        self.library, self.to_neurons = library, to_neurons
+        self.pack = Pack(library or not to_neurons, to_neurons and added, in_place, fill)
+        precise, target = precision(dtype), target_of(device)
+        self.tile, self.programs = features_tile(target, dtype, precise), processors(device)
+        keywords = {"GROUPED": grouped, "CONSTANT": added, **self.tile.keywords(precise)}
+        self.launcher = Launcher(from_neurons_kernel, keywords)
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        source: Tensor,
+        added: Tensor | None,
+        index: Tensor,
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+    ) -> Tensor:
+        """Multiplies.
+
+        Args:
+            inputs: ``[tokens, features]``, or ``[tokens, width]`` in the layout of the index.
+            source: ``[d_ff, features]``, of any strides.
+            added: to neurons the bias ``[d_ff]``, contiguous; else the constant, float32 ``[tasks, features]``; or None.
+            index: int64 ``[tasks, index width]``, contiguous.
+            tasks: at least one token.
+            task_offsets: as the operator got them.
+
+        Returns:
+            ``[tokens, width]`` or ``[tokens, padded features]``.
+        """
+        width, dtype = compact_width(index), inputs.dtype
+        weight, bias = self.pack(source, added if self.to_neurons else None, index)
+        columns = width if self.to_neurons else weight.shape[1]
+        if self.to_neurons:
+            added = bias
+        elif added is not None and added.shape[1] < columns:
+            added = torch.nn.functional.pad(added, (0, columns - added.shape[1]))
+        depth = (weight.shape[1] if self.library else deep(source.shape[1])) if self.to_neurons else width
+        inputs = wide(inputs, depth)
+        out = inputs.new_empty((tasks.tokens, columns))
+        if self.library:
+            bounds = [(0, tasks.tokens)] if tasks.number == 1 else checks.segments(task_offsets, tasks.tokens)
+            for task, (start, stop) in enumerate(bounds):
+                own = weight[task * width : (task + 1) * width]
+                own = own.t() if self.to_neurons else own
+                if added is None:
+                    torch.mm(inputs[start:stop], own, out=out[start:stop])
+                else:
+                    torch.addmm(added[task].to(dtype), inputs[start:stop], own, out=out[start:stop])
+            return out
+        # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
+        assert depth % self.tile.k == 0, f"{depth} packed columns are no multiple of a step of {self.tile.k}"
+        programs = min(self.programs, tasks.most_tiles(self.tile.m) * cdiv(columns, self.tile.n))
+        sizes = (tasks.tokens, tasks.number, depth, columns)
+        self.launcher((programs, 1, 1), inputs, weight, added, out, tasks.offsets, *sizes)
         return out
-    precise = precision(dtype)
-    tile = features_tile(target_of(device), dtype, precise)
-    # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
-    assert depth % tile.k == 0, f"{depth} packed columns are no multiple of a step of {tile.k}"
-    programs = min(processors(device), tasks.most_tiles(tile.m) * triton.cdiv(columns, tile.n))
-    pointers = (inputs, weight, added, out, tasks.offsets)
-    sizes = (tasks.tokens, tasks.number, depth, columns)
-    keywords = {"GROUPED": tasks.offsets is not None, "CONSTANT": added is not None}
-    launch(from_neurons_kernel, (programs,), device, *pointers, *sizes, **keywords, **tile.keywords(precise))
-    return out
 
 
 def shipped_packing(dtype: torch.dtype, columns_of_source: bool) -> list[Shipped]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, requested
-from ..compact_fc1.layout import in_place_index
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import reference
 
 BACKENDS = (
@@ -77,6 +76,32 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _compact_fc2.register_autograd(_gradient, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as ten launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        h: Tensor,
+        constant: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+        index: Tensor,
+        task_offsets: Tensor | None,
+    ) -> Tensor:
+        ctx.backend, ctx.given = backend, (constant is not None, b is not None)
+        ctx.save_for_backward(h, constant, w, index, task_offsets)
+        return torch.as_tensor(backend.forward(h, constant, w, b, index, task_offsets))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        has_constant, has_b = ctx.given
+        dh, dc, dw, db = ctx.backend.backward(dy, *ctx.saved_tensors, has_b)
+        return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None
+
+
 @explainable
 def compact_fc2(
     h: Tensor,
@@ -101,7 +126,7 @@ def compact_fc2(
         b: fc2.bias, ``[d_out]`` or None.
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: as for ``compact_fc1``.
-        index: that of ``compact_fc1``; when None, the one of ``active`` that has the width of h.
+        index: ``active_index(active)``, for callers that keep it; computed when None.
 
     Returns:
         ``y [..., d_out]``. Differentiable once in h, constant, w and b; columns of the gradient of ``w`` that no task
@@ -133,7 +158,7 @@ def compact_fc2(
         elif constant.dim() > 2:
             raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
     if index is None:
-        index = in_place_index(active) if h.dim() and h.shape[-1] == d_ff else active_index(active)
+        index = active_index(active)
     checks.shape("index", index, [tasks, None])
     checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
     h, constant, w, b = cast_inputs(h, constant, w, b)
@@ -144,6 +169,9 @@ def compact_fc2(
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         y = reference.forward(flat, constant, w, b, index, task_offsets)
-    else:
+    elif opaque(flat, constant, w, b, index, task_offsets):
         y = _compact_fc2(flat, constant, w, b, index, task_offsets)
+    else:
+        args = (flat, constant, w, b, index, task_offsets)
+        y = torch.as_tensor(_Eager.apply(choose("compact_fc2", BACKENDS, *args), *args))
     return y.view(*h.shape[:-1], d_out)

@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..common.products import mm_float32
-from ..common.triton_launch import Shipped, rows16
-from ..common.triton_tasks import compact_width, places_of, refuses, task_sums, tasks_of, tile_sums, whole
-from ..compact_fc1.triton_pack import multiply, shipped_packing, wide
-from ..row_sparse_wgrad.triton import expand, product_parts
+from ..common.active import places_of
+from ..common.products import by_library, mm_float32, ways
+from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
+from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
+from ..compact_fc1.triton_pack import Multiply, shipped_packing, wide
+from ..row_sparse_wgrad.triton import Expand, Product
 
 
 def supports(
     h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
 ) -> str | None:
     """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
-    if (reason := refuses((w, h.new_empty((h.shape[0], 1)), constant, b), index, h.shape[0])) is not None:
-        return reason
-    return "a layer has no features" if 0 in w.shape else None
+    # Where no neuron is active, h has no columns, and that is no reason.
+    reason = refuses((w, h if h.shape[1] else None, constant, b), index, h.shape[0])
+    return "a layer has no features" if reason is None and 0 in w.shape else reason
 
 
 def _others(constant: Tensor, places: Tensor) -> Tensor:
     """The constants of each task's inactive neurons, zero for the active ones, ``[tasks, d_ff]``."""
     return torch.where(places < 0, constant, 0)
+
+
+@planned
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, added: bool, *alike: Any
+) -> Multiply:
+    return Multiply("y", device, dtype, grouped, library, False, added)
+
+
+class _Backward:
+    """The launches of backward passes that are alike in all that Triton compiles for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool) -> None:
+        self.dh = Multiply("dx", device, dtype, grouped, library, to_neurons=True)
+        self.product, self.expand, self.sums = Product(device, dtype, grouped), Expand(grouped), Sums(grouped)
+
+    def __call__(
+        self,
+        dy: Tensor,
+        h: Tensor,
+        constant: Tensor | None,
+        w: Tensor,
+        index: Tensor,
+        places: Tensor,
+        tasks: Tasks,
+        task_offsets: Tensor | None,
+        has_b: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dh = whole(self.dh(dy, w.t(), None, index, tasks, task_offsets), index.shape[1])
+        # With several tasks a column can be active for one and constant for another: rounded once, in the end.
+        several = constant is not None and tasks.number > 1
+        dw = w.new_empty(w.shape, dtype=torch.float32 if several else w.dtype)
+        self.expand(*self.product(h, dy, tasks, task_offsets), places, tasks, dw.t())
+        dc, db = w.new_empty(0), w.new_empty(0)
+        if has_b or constant is not None:
+            s = whole(self.sums(dy, tasks), w.shape[0])
+            db = s.sum(0).to(w.dtype) if has_b else db
+        if constant is not None:
+            dw.addmm_(s.t().to(dw.dtype), _others(constant, places).to(dw.dtype))
+            dc = mm_float32(s.to(w.dtype), w).masked_fill_(places >= 0, 0)
+            dc = (dc.sum(0, keepdim=True) if len(constant) == 1 else dc).to(w.dtype)
+        return dh, dc, dw.to(w.dtype), db
+
+
+@planned
+def _backward_plan(device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, *alike: Any) -> _Backward:
+    return _Backward(device, dtype, grouped, library)
 
 
 def forward(
@@ -34,14 +84,17 @@ def forward(
     tasks = tasks_of(h.shape[0], task_offsets, h.device)
     if tasks.tokens == 0:
         return h.new_empty((0, d_out))
-    index = index.contiguous()
+    index, h = index.contiguous(), wide(h, compact_width(index))
     added = None if b is None else b.float().expand(tasks.number, d_out)
     if constant is not None:
         own = mm_float32(_others(constant, places_of(index, d_ff)), w.t())
         added = own if added is None else own + added
-    h = wide(h, compact_width(index))
     added = None if added is None else added.contiguous()
-    return whole(multiply("y", h, w.t(), None, index, tasks, task_offsets, False, added), d_out)
+    plan = _forward_plan(
+        *(h.device, h.dtype, tasks.offsets is not None, by_library("y", h.dtype, task_offsets), added is not None),
+        *(index.shape[1], w.shape, w.stride(), precision(h.dtype), aligned(w, index, added)),
+    )
+    return whole(launching(h.device, plan, h, w.t(), added, index, tasks, task_offsets), d_out)
 
 
 def backward(
@@ -52,24 +105,15 @@ def backward(
     if tasks.tokens == 0:
         none, zeros = h.new_empty(0), h.new_zeros
         dc = none if constant is None else zeros(constant.shape)
-        return zeros(h.shape), dc, zeros(w.shape), zeros(d_out) if has_b else none
-    index = index.contiguous()
+        return zeros(h.shape), dc, zeros(w.shape), zeros(d_out if has_b else 0)
+    index, dy = index.contiguous(), rows16(dy)
     places, h = places_of(index, d_ff), wide(h, compact_width(index))
-    dh = whole(multiply("dx", dy, w.t(), None, index, tasks, task_offsets, to_neurons=True), index.shape[1])
-    rows = rows16(dy)
-    # With several tasks a column can be active for one and constant for another: rounded once, in the end.
-    several = constant is not None and tasks.number > 1
-    dw = torch.empty_like(w, dtype=torch.float32 if several else w.dtype, memory_format=torch.contiguous_format)
-    expand(*product_parts(h, rows, tasks, task_offsets), places, tasks, dw.t())
-    dc, db = h.new_empty(0), h.new_empty(0)
-    if has_b or constant is not None:
-        s = whole(task_sums(tile_sums(rows, tasks), tasks), d_out)
-        db = s.sum(0).to(h.dtype) if has_b else db
-    if constant is not None:
-        dw.addmm_(s.t().to(dw.dtype), _others(constant, places).to(dw.dtype))
-        dc = mm_float32(s.to(w.dtype), w).masked_fill_(places >= 0, 0)
-        dc = (dc.sum(0, keepdim=True) if len(constant) == 1 else dc).to(h.dtype)
-    return dh, dc, dw.to(w.dtype), db
+    plan = _backward_plan(
+        *(h.device, h.dtype, tasks.offsets is not None, by_library("dx", h.dtype, task_offsets)),
+        *(index.shape[1], w.shape, w.stride(), dy.stride(0), constant is None or tasks.number == 1),
+        *(precision(h.dtype), ways(h.dtype, task_offsets), aligned(w, index, places)),
+    )
+    return launching(h.device, plan, dy, h, constant, w, index, places, tasks, task_offsets, has_b)
 
 
 def shipped(target: str) -> list[Shipped]:

@@ -84,13 +84,10 @@ def shipped(target: str) -> list[Shipped]:
             kernels += _shipped_packing(given, dtype)
         for precise in precisions(target, dtype):
             kernels += _shipped_products(target, dtype, precise)
-    for grouped in (False, True):
-        signature = {"sums_ptr": "*fp32", "out_ptr": "*fp32", **dict.fromkeys(("tokens", "columns", "size"), "i32")}
-        name = f"sums of tasks {_label(grouped)}"
-        offsets = _offsets(grouped, signature)
-        keywords = {**offsets, **task_sums_launch(grouped)}
-        aligned = ("sums_ptr", "out_ptr", "columns")
-        kernels.append(Shipped(name, task_sums_kernel, signature, keywords, aligned, covered=not grouped))
+    signature = {"sums_ptr": "*fp32", "out_ptr": "*fp32", "offsets_ptr": "*i64"}
+    signature |= dict.fromkeys(("tokens", "columns", "size"), "i32")
+    aligned = ("sums_ptr", "out_ptr", "columns")
+    kernels.append(Shipped("sums of tasks", task_sums_kernel, signature, task_sums_launch(True), aligned))
     return kernels
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, answer, choose, explainable, requested
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
 from . import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -60,6 +60,22 @@ def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
 _gated_activation.register_autograd(_gradient, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The same for eager calls: a custom operator costs the host as much as ten launches."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        ctx.backend, ctx.kind = backend, kind
+        ctx.save_for_backward(gate, up)
+        return torch.as_tensor(backend.forward(gate, up, kind))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        dgate, dup = ctx.backend.backward(dh, *ctx.saved_tensors, ctx.kind)
+        return None, dgate, dup, None
+
+
 @explainable
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """What a gated feed-forward block puts between its layers: ``act(gate) · up``, elementwise (SwiGLU, GeGLU, ReGLU).
@@ -94,4 +110,6 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("gated_activation", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         return reference.forward(gate, up, kind)
-    return _gated_activation(gate, up, kind)
+    if opaque(gate, up):
+        return _gated_activation(gate, up, kind)
+    return torch.as_tensor(_Eager.apply(choose("gated_activation", BACKENDS, gate, up, kind), gate, up, kind))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton_launch import Shipped, launch, pointer
+from ..common.triton_launch import Launcher, Shipped, aligned, cdiv, launching, planned, pointer
 from ..common.triton_tasks import DTYPES
 
 _LAUNCH = {"BLOCK": 2048, "num_warps": 4}  # 16 bytes for each thread of the wider wavefronts of AMD too
@@ -76,16 +78,25 @@ def supports(gate: Tensor, up: Tensor, kind: str) -> str | None:
     return None
 
 
-def _grid(elements: int) -> tuple[int]:
-    return (triton.cdiv(elements, _LAUNCH["BLOCK"]),)
+@planned
+def _plan(device: torch.device, kind: str, forward: bool, *alike: Any) -> Launcher:
+    return Launcher(forward_kernel if forward else backward_kernel, {"KIND": kind, **_LAUNCH})
+
+
+def _launch(kind: str, forward: bool, *tensors: Tensor) -> None:
+    first, n = tensors[0], tensors[0].numel()
+    if n == 0:
+        return
+    alike = first.dtype, n % 16 == 0, n == 1, n >= 2**31, aligned(*tensors)
+    plan = _plan(first.device, kind, forward, *alike)
+    launching(first.device, plan, (cdiv(n, _LAUNCH["BLOCK"]), 1, 1), *tensors, n)
 
 
 def forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """As the reference."""
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate)
-    if n := gate.numel():
-        launch(forward_kernel, _grid(n), gate.device, gate, up, h, n, KIND=kind, **_LAUNCH)
+    _launch(kind, True, gate, up, h)
     return h
 
 
@@ -93,8 +104,7 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
     """As the reference."""
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
-    if n := gate.numel():
-        launch(backward_kernel, _grid(n), gate.device, dh, gate, up, dgate, dup, n, KIND=kind, **_LAUNCH)
+    _launch(kind, False, dh, gate, up, dgate, dup)
     return dgate, dup
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,6 +23,8 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from nspec.kernels.common import gpu, native
+
+sys.path.insert(0, str(Path(__file__).parent))  # active_sets.py, for the tests of the layers
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from active_sets import LAYOUTS, in_place_index
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from nspec.kernels.common.active import active_index
-from nspec.kernels.compact_fc1 import compact_fc1, index_for
-from nspec.kernels.compact_fc1.layout import in_place_index
+from nspec.kernels.compact_fc1 import compact_fc1
 from nspec.kernels.compact_fc1.op import _compact_fc1
 
 OPERATOR = "compact_fc1"
@@ -29,7 +29,6 @@ CASES = [(0, 8, 130, 50, "random"), (1, 1, 1, 1, "random"), (1, 16, 64, 0, "rand
 LARGE = [(65, 1000, 200, 65, "random"), (129, 24, 4096, 1500, "random")]
 TASKS = [((), ()), ((0,), (9,)), ((7, 0, 5), (0, 90, 130)), ((0, 12, 0), (1, 64, 65)), ((1, 1, 10), (100, 0, 3)),
          ((64, 1, 65), (64, 63, 1)), ((30, 40), (149, 150))]  # fmt: skip
-LAYOUTS = (active_index, in_place_index)
 
 
 def exact(
@@ -323,22 +322,6 @@ def test_torch_func_takes_derivatives_where_the_backend_is_free(monkeypatch: pyt
         want = torch.autograd.grad(total(*leaves), leaves)
         for a, c in zip(torch.func.grad(total, argnums=(0, 1, 2))(x, w, b), want):
             torch.testing.assert_close(a, c)
-
-
-def test_small_blocks_are_computed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NSPEC_BACKEND", raising=False)
-
-    def width(tokens: int, share: float, tasks: int = 0, dtype: torch.dtype = torch.float32) -> int:
-        active = torch.arange(1024) < share * 1024
-        active = active.expand(tasks, -1) if tasks else active
-        return index_for(torch.empty(tokens, 256, dtype=dtype), torch.empty(1024, 256), active).shape[1]
-
-    assert width(512, 0.78) == 1024
-    assert width(1024, 0.78) == 832
-    assert width(1024, 0.78, dtype=torch.bfloat16) == 1024
-    assert width(1024, 0.5, tasks=8) == 1024
-    assert width(4096, 0.5, tasks=8) == 512
-    assert width(64, 0.5, dtype=torch.float64) == 512
 
 
 def test_wrong_arguments_are_named() -> None:

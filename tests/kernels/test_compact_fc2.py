@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from active_sets import LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from nspec.kernels.common.active import active_index
-from nspec.kernels.compact_fc1.layout import in_place_index
 from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_fc2.op import _compact_fc2
 
@@ -29,7 +29,6 @@ CASES = [(0, 130, 8, 50, "random"), (1, 1, 1, 1, "random"), (1, 64, 16, 0, "rand
 LARGE = [(65, 200, 1000, 65, "random"), (129, 4096, 24, 1500, "random")]
 TASKS = [((), ()), ((0,), (9,)), ((7, 0, 5), (0, 90, 130)), ((0, 12, 0), (1, 64, 65)), ((1, 1, 10), (100, 0, 3)),
          ((64, 1, 65), (64, 63, 1)), ((30, 40), (149, 150))]  # fmt: skip
-LAYOUTS = (active_index, in_place_index)
 
 
 def exact(

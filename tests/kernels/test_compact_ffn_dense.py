@@ -1,4 +1,4 @@
-"""Small blocks on a CPU are computed dense where packing would cost more than it saves, with the same result."""
+"""Small blocks are computed dense where packing, or its launches, would cost more than it saves, with the same result."""
 
 from __future__ import annotations
 
@@ -89,6 +89,43 @@ def test_several_tasks_have_to_save_their_packing_each() -> None:
     assert "128 tokens that it saves a task (at least 400)" in str(why(1024, 0.5, 4, torch.bfloat16))
     assert "64 tokens that it saves a task (at least 128)" in str(why(1024, 0.5, 8))
     assert "(at least 128)" in str(why(2**20, 0.99, 2**13))  # however large the whole is
+
+
+class OnGpu:
+    """What the choice looks at of an input on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, tokens: int, d_in: int, dtype: torch.dtype) -> None:
+        self.dtype, self._numel = dtype, tokens * d_in
+
+    def numel(self) -> int:
+        return self._numel
+
+
+def test_on_a_gpu_the_work_saved_has_to_be_worth_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def why(tokens: int, d: int, share: float, tasks: int = 1, dtype: torch.dtype = torch.bfloat16) -> str | None:
+        active = torch.arange(4 * d).expand(tasks, 4 * d) < share * 4 * d
+        x: Any = OnGpu(tokens, d, dtype)
+        return dense.reason(x, torch.empty(4 * d, d, device="meta"), active_index(active))
+
+    assert why(16384, 1024, 0.78) is None
+    assert "5.4e+09 multiplications that it saves (at least 1e+10)" in str(why(16384, 1024, 0.92))
+    assert "(at least 1e+10)" in str(why(16384, 512, 0.5))
+    assert why(16384, 512, 0.5, dtype=torch.float32) is None
+    assert why(16384, 512, 0.5, tasks=8) is None  # as many launches as the dense block of several tasks
+    assert why(16384, 512, 0.5, dtype=torch.float64) is None
+    capturing = True
+    assert why(16384, 512, 0.5) is None
+
+
+def test_on_a_gpu_nothing_waits_for_the_device_to_choose_and_to_mask() -> None:
+    x, w1, b1, w2, b2 = (t.detach().to("meta") for t in inputs(9, 5, 200, torch.float32))
+    active = some(200, 0.5).to("meta")  # whose values cannot be read
+    assert dense.block(x, w1, b1, w2, b2, active, None).shape == (9, 5)
 
 
 @pytest.mark.parametrize("frozen", range(5))

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from active_sets import LAYOUTS
 from torch import Tensor
 from torch.nn import functional as F
 
-from nspec.kernels.common.active import active_index
 from nspec.kernels.compact_fc1 import compact_fc1
-from nspec.kernels.compact_fc1.layout import in_place_index
 from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.gated_activation import gated_activation
 
-LAYOUTS = (active_index, in_place_index)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "sigmoid": torch.sigmoid, "softplus": F.softplus,
     "squared relu": lambda t: F.relu(t).square(), "tanh": torch.tanh,
