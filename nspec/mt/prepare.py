@@ -26,7 +26,7 @@ from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.language_tags import language_id, language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
 from nspec.mt.model_files import load_config
-from nspec.mt.readiness import check_architecture, check_pretrained
+from nspec.mt.readiness import check_pretrained
 from nspec.mt.tokenizer_fit import token_ids
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def prepare(config: Config, folder: Path, progress: Progress | None = None) -> N
     from nspec.mt.corpus import open_corpus
 
     if config.model.pretrained:
-        check_architecture(config, load_config(config.model.pretrained))
+        load_config(config.model.pretrained)  # what cannot be read is an error before weights are loaded
         check_pretrained(config)
     else:
         vocabulary.check_model_type(config.tokenizer)

@@ -12,22 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_architecture(config: Config, architecture: Any) -> None:
-    """Checks what the configuration of ``model.pretrained`` says, before any text is read.
-
-    Raises:
-        ValueError: neurons are to be counted and the activation is not ReLU.
-    """
-    activation = getattr(architecture, "activation_function", None)
-    masked = list(masked_systems(config))
-    if masked and activation not in (None, "relu"):
-        raise ValueError(
-            f"model.pretrained {config.model.pretrained} has the activation {activation}, and {', '.join(masked)} count "
-            "neurons with an output above 0, which needs relu: take a ReLU model (M2M100, NLLB), or leave these systems "
-            "out of run.systems"
-        )
-
-
 def check_pretrained(config: Config) -> None:
     """Loads ``model.pretrained`` and tries what the run will do with it, before any text is read.
 
@@ -45,8 +29,8 @@ def check_model(config: Config, model: nn.Module) -> None:
     """Tries on a few tokens what the systems of the run will do with a model; its weights stay as they are.
 
     Raises:
-        ValueError: it has no feed-forward layers that are found or chosen, they are not ReLU, or adapters or masks of
-            weights find no layers.
+        ValueError: it has no feed-forward layers that are found or chosen, what they compute is not elementwise, or
+            adapters or masks of weights find no layers.
     """
     import torch
 

@@ -328,6 +328,25 @@ class GateAndUp(Activations):
                 return self.halves[1]
         return self.refuse("it takes a part that is neither gate nor up")
 
+    def copy(self) -> Activations:
+        """Another value that stands for the same."""
+        return GateAndUp(*(half.copy() for half in self.halves))
+
+    def view(self, *shape: Any) -> Activations:
+        """The same with other leading dimensions."""
+        sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+        if sizes[-1] != self.width:
+            self.refuse(f"it reshapes {list(self.shape)} to {sizes}, expected {self.width} at its end")
+        return GateAndUp(*(half.view(*sizes[:-1], self.width // 2) for half in self.halves))
+
+    def relu_(self) -> Activations:
+        """Refuses."""
+        return self.refuse("it calls relu on gate and up before it takes them apart")
+
+    def relu(self) -> Activations:
+        """Refuses."""
+        return self.relu_()
+
     def compute(self) -> Tensor:
         """Refuses: the halves are what is computed."""
         return self.refuse("it uses gate and up before it takes them apart")

@@ -147,12 +147,17 @@ def test_the_halves_of_a_fused_projection_are_taken_apart_or_refused() -> None:
         "torch.chunk": lambda h: torch.chunk(h, 2, dim=2),
         "split": lambda h: h.split([D_FF, D_FF], dim=-1),
         "slices": lambda h: (h[..., :D_FF], h[..., D_FF:]),
+        "tokens": lambda h: [half.view(4, 3, D_FF) for half in h.view(-1, 2 * D_FF).clone().chunk(2, -1)],
     }
     wrong: dict[str, tuple[Any, str]] = {
         "three": (lambda h: h.chunk(3, -1), r"chunk\(3, dim=-1\)"),
         "another dimension": (lambda h: h.chunk(2, 1), "dim=1"),
         "a third": (lambda h: (h[..., :10], h[..., 10:]), "neither gate nor up"),
         "at once": (lambda h: (torch.tanh(h), h), "before it takes them apart"),
+        "ReLU of both": (lambda h: F.relu(h).chunk(2, -1), "relu on gate and up"),
+        "ReLU of both in place": (lambda h: F.relu_(h).chunk(2, -1), "relu on gate and up"),
+        "dropout of both": (lambda h: F.dropout(h, 0.5).chunk(2, -1), "before it takes them apart"),
+        "three parts": (lambda h: h.view(4, 3, -1).view(4, 6, D_FF).chunk(2, 1), "expected 192 at its end"),
     }
     model = specialised(Fused, "forward")
     with nspec.task(model, "a"):
