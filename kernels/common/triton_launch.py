@@ -177,7 +177,7 @@ def launching(device: torch.device, function: Callable[P, R], *args: P.args, **k
     holds again afterwards.
     """
     # set_allocator sets a context variable and has no inverse, hence a context of its own.
-    return contextvars.copy_context().run(_launching, device, function, args, keywords)  # type: ignore[arg-type]
+    return contextvars.copy_context().run(_launching, device, function, args, keywords)
 
 
 def _launching(device: torch.device, function: Callable[..., R], args: Sequence[Any], keywords: Mapping[str, Any]) -> R:

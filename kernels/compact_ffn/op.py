@@ -220,12 +220,13 @@ def _compute(
     x = x if x.dtype == dtype else x.to(dtype)
     if wanted == "auto" and not torch.compiler.is_compiling():
         compute: Any = None
+        why: str | None
         if torch._C._functorch.maybe_current_level() is not None:
             compute, why = dense.composed, "torch.func knows the derivatives of PyTorch's operations only"
         elif (why := dense.reason(x, weights[0], index, task_offsets)) is not None:
             compute = dense.block
         if compute is not None:
-            answer("compact_ffn", "dense", why)
+            answer("compact_ffn", "dense", str(why))
             y: Tensor = compute(x, *_cast(weights, dtype), active, task_offsets)
             return y
     if whole:

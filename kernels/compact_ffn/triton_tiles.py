@@ -140,8 +140,13 @@ def _shipped_packing(given: torch.dtype, dtype: torch.dtype) -> list[Shipped]:
     sizes = ("tokens", "tasks", "size", "width", "d_ff", "d_out", "w2_stride")
     for grouped in (False, True):
         pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": "*fp32" if grouped else w}
-        keywords = {"GROUPED": grouped, **_offsets(grouped, pointers), "w2_column_stride": 1, **EXPAND_BIAS}
-        add(f"expand bias {_label(grouped)}", expand_bias_kernel, pointers, sizes, keywords, covered=not grouped)
+        options: dict[str, Any] = {
+            "GROUPED": grouped,
+            **_offsets(grouped, pointers),
+            "w2_column_stride": 1,
+            **EXPAND_BIAS,
+        }
+        add(f"expand bias {_label(grouped)}", expand_bias_kernel, pointers, sizes, options, covered=not grouped)
     return kernels
 
 
