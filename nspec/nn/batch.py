@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .active import let_sizes_vary
 from .captured import capturing, keep
+from .transforms import in_transform
 
 _LAYOUTS = 8  # input shapes remembered for a batch: encoder, decoder and a decoding step are three
 
@@ -189,5 +190,7 @@ def reorder(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
     """``x[order]`` along dimension 0, differentiably; ``x`` itself without an order."""
     if order is None or inverse is None:
         return x
+    if in_transform():
+        return x.index_select(0, order)  # whose derivatives torch.func knows
     y: Tensor = _Reorder.apply(x, order, inverse)
     return y

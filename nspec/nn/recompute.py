@@ -96,8 +96,12 @@ class _Mark(torch.autograd.Function):
     """The identity; its node lives as long as the graph of the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
