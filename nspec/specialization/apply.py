@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer, TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
+from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer
 from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
+from nspec.nn.task_layers import TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 
 from .feed_forward import FeedForward, is_linear, is_transposed
 from .layers import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nspec.kernels.linear_relu_count import linear_relu_count
-from nspec.nn.ffn import TaskLayer
+from nspec.nn.task_layers import TaskLayer
 
 from .alignment import Alignment
 from .between import Between, Sample

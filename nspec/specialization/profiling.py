@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nspec.nn.ffn import TaskLayer
+from nspec.nn.task_layers import TaskLayer
 
 from .candidates import experts_not_taken
 from .counting import Counters, Masks

@@ -196,7 +196,7 @@ MUTATIONS = [
         ("rank-one gradient", "total += tl.where(has, 0.0, output * s[None, :])", "total += tl.where(has, 0.0, 0.0)", "integers"),
     ),
     *_of("compact_ffn", "triton", "common/triton_tasks.py",
-        ("a tile is dropped", "last = first + tl.cdiv(stop - start, size)", "last = first + (stop - start) // size", "integers"),
+        ("a tile is dropped", "last = first + tl.cdiv(stop - start, size)", "last = first + (stop - start) // size", "grouped"),
         ("tiles of the tasks before", "for earlier in range(task):", "for earlier in range(task - 1):", "grouped"),
     ),
     *_of("compact_fc1", "reference", "reference.py",
