@@ -49,7 +49,7 @@ from .triton_kernels import (
     pack_fc2_kernel,
     to_neurons_kernel,
 )
-from .triton_tiles import CONSTANT, EXPAND_BIAS, PACK_COLUMNS, PACK_ROWS, features_tile, flattens, neurons_tile
+from .triton_tiles import CONSTANT, PACK_COLUMNS, PACK_ROWS, expand_bias_launch, features_tile, flattens, neurons_tile
 from .triton_tiles import shipped as shipped
 
 
@@ -228,7 +228,7 @@ class _Backward:
         self.features = _Features(device, dtype, grouped, constant=False, library=library.dx)
         self.product1, self.product2 = (Product(device, dtype, grouped, library.dw) for _ in range(2))
         self.fc1, self.fc2 = Expand(grouped), Expand(grouped, constant=has_b1)
-        self.bias = Launcher(expand_bias_kernel, {"GROUPED": grouped, **EXPAND_BIAS})
+        self.bias = Launcher(expand_bias_kernel, expand_bias_launch(target_of(device), grouped))
 
     def __call__(
         self,
@@ -254,7 +254,7 @@ class _Backward:
             return dx, dw1, None, dw2, db2
         db1 = b1.new_empty((tasks.number, d_ff), dtype=b1.dtype if one else torch.float32)
         sizes = (tasks.tokens, tasks.number, size, width, d_ff, d_out, *w2.stride())
-        grid = (cdiv(d_ff, EXPAND_BIAS["NEURONS"]), tasks.number, 1)
+        grid = (cdiv(d_ff, self.bias.keywords["NEURONS"]), tasks.number, 1)
         self.bias(grid, active, s, w2, b1, places, tasks.offsets, db1, *sizes)
         return dx, dw1, db1[0] if one else db1.sum(0).to(b1.dtype), dw2, db2
 

@@ -23,15 +23,18 @@ from .triton_kernels import (
 PACK_ROWS = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 PACK_COLUMNS = {"NEURONS": 64, "OUTPUTS": 64, "num_warps": 4}
 CONSTANT = {"BLOCKS": 64, "COLUMNS": 128, "num_warps": 8}
-# Few programs, each a chain of loads: the more outputs a step has, the shorter (9.0: 95 registers, no spill, Triton 3.6).
-EXPAND_BIAS = {"NEURONS": 32, "OUTPUTS": 256, "TILES": 16, "num_warps": 8}
 
 
-def _float32_tile(precise: str, warps: int) -> Tile:
+def expand_bias_launch(target: str, grouped: bool) -> dict[str, Any]:
+    """What a launch of ``expand_bias_kernel`` gives by keyword."""
+    # Few programs, each a chain of loads: the more outputs a step has, the shorter. 256 spill for 8.0.
+    outputs = 128 if target in ("cuda:80", SMALL) else 256
+    return {"GROUPED": grouped, "NEURONS": 32, "OUTPUTS": outputs, "TILES": 16, "num_warps": 8}
+
+
+def _float32_tile(precise: str, warps: int, stages: int) -> Tile:
     """Without tensor cores ("ieee") accumulator and operands share the registers: a spill decides the warps."""
-    if precise == "tf32":
-        return Tile(64, 64, 32, 8, 4, 2)
-    return Tile(64, 64, 16, 8, warps, 2 if warps == 4 else 3)
+    return Tile(64, 64, 32, 8, 4, 2) if precise == "tf32" else Tile(64, 64, 16, 8, warps, stages)
 
 
 def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> Tile:
@@ -39,8 +42,8 @@ def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> T
     if target == INTERPRETER:
         return Tile(64, 32, 32, 2, 4, 1)
     if dtype == torch.float32:
-        # 4 warps spill for 8.6 without gate (Triton 3.6), 8 with it (Triton 3.7).
-        return _float32_tile(precise, 8 if target == SMALL and not gate else 4)
+        # 4 warps, or 3 stages, spill for 8.6 without gate (Triton 3.6), 8 warps with it (Triton 3.7).
+        return _float32_tile(precise, 8 if target == SMALL and not gate else 4, 2)
     return {
         "cuda:80": Tile(128, 128, 64, 8, 8, 3),
         SMALL: Tile(128, 128, 32, 8, 8, 3),
@@ -66,7 +69,7 @@ def features_tile(target: str, dtype: torch.dtype, precise: str) -> Tile:
         return Tile(32, 32, 32, 2, 4, 1)
     if dtype == torch.float32:
         # 4 warps spill for 10.0 (Triton 3.6); with 8, the wider wavefronts of AMD would load less than 16 bytes a thread.
-        return _float32_tile(precise, 4 if target.startswith("hip") else 8)
+        return _float32_tile(precise, 4, 2) if target.startswith("hip") else _float32_tile(precise, 8, 3)
     return {
         "cuda:80": Tile(128, 128, 64, 8, 8, 3),
         SMALL: Tile(128, 128, 32, 8, 8, 3),
@@ -81,7 +84,7 @@ def shipped(target: str) -> list[Shipped]:
     kernels = []
     for dtype in (torch.bfloat16, torch.float32):
         for given in dict.fromkeys((dtype, torch.float32)):
-            kernels += _shipped_packing(given, dtype)
+            kernels += _shipped_packing(target, given, dtype)
         for precise in precisions(target, dtype):
             kernels += _shipped_products(target, dtype, precise)
     signature = {"sums_ptr": "*fp32", "out_ptr": "*fp32", "offsets_ptr": "*i64"}
@@ -103,7 +106,7 @@ def _offsets(grouped: bool, signature: dict[str, str]) -> dict[str, None]:
     return {}
 
 
-def _shipped_packing(given: torch.dtype, dtype: torch.dtype) -> list[Shipped]:
+def _shipped_packing(target: str, given: torch.dtype, dtype: torch.dtype) -> list[Shipped]:
     """The kernels that read weights in dtype ``given``, for products in ``dtype``."""
     w, p = pointer(given), pointer(dtype)
     name = str(dtype).removeprefix("torch.") + ("" if given == dtype else " of float32")
@@ -140,12 +143,8 @@ def _shipped_packing(given: torch.dtype, dtype: torch.dtype) -> list[Shipped]:
     sizes = ("tokens", "tasks", "size", "width", "d_ff", "d_out", "w2_stride")
     for grouped in (False, True):
         pointers = {**reads, "active_ptr": "*fp32", "sums_ptr": "*fp32", "out_ptr": "*fp32" if grouped else w}
-        options: dict[str, Any] = {
-            "GROUPED": grouped,
-            **_offsets(grouped, pointers),
-            "w2_column_stride": 1,
-            **EXPAND_BIAS,
-        }
+        options: dict[str, Any] = {**_offsets(grouped, pointers), "w2_column_stride": 1}
+        options |= expand_bias_launch(target, grouped)
         add(f"expand bias {_label(grouped)}", expand_bias_kernel, pointers, sizes, options, covered=not grouped)
     return kernels
 
