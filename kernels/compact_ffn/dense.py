@@ -48,7 +48,7 @@ def reason(x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None = N
         if least is None or tasks > 1 or saved >= least or torch.cuda.is_current_stream_capturing():
             return None  # the launches of a graph cost the host nothing
         return (
-            f"its launches cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.0e})"
+            f"its launches cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.1e})"
         )
     least = LEAST_SAVED.get(x.dtype)
     if x.device.type != "cpu" or least is None:
@@ -63,7 +63,7 @@ def reason(x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None = N
         )
     if saved >= least or whole >= LARGE:
         return None
-    return f"packing would cost more than the {saved:.1e} multiplications that it saves (at least {least:.0e})"
+    return f"packing would cost more than the {saved:.1e} multiplications that it saves (at least {least:.1e})"
 
 
 def block(
