@@ -3,7 +3,6 @@
     python examples/vision_classes.py [FIGURE]
 
 A tiny ViT with new weights and coloured shapes drawn here, half a minute on a CPU; needs transformers and matplotlib.
-With a model and images of your own the calls are the same: batches of each class to nspec.profile.
 """
 
 from __future__ import annotations
@@ -43,25 +42,25 @@ def train(model: ViTForImageClassification, steps: int, seed: int, specialised: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for number in range(seed, seed + steps):
         labels = torch.randint(len(CLASSES), (64,), generator=torch.Generator().manual_seed(number))
-        with nspec.task(model, labels) if specialised else nullcontext():  # the numbers of masks.tasks, or names
+        tasks = [CLASSES[label] for label in labels.tolist()]
+        with nspec.task(model, tasks) if specialised else nullcontext():
             model(drawn(labels, number), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
+@torch.no_grad()
 def accuracy(model: ViTForImageClassification) -> float:
     """The share of new images whose class is found."""
     labels = torch.arange(256) % len(CLASSES)
-    with torch.no_grad():
-        return float((model(drawn(labels, seed=1)).logits.argmax(-1) == labels).float().mean())
+    return float((model(drawn(labels, seed=1)).logits.argmax(-1) == labels).float().mean())
 
 
 def overlap_figure(masks: nspec.NeuronMasks) -> Figure:
     """For each layer, the IoU of the neurons of every two classes."""
     iou = layer_iou(masks, masks.layers)
     figure = Figure(figsize=(2.6 * len(iou) + 1.4, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(iou), sharey=True)
-    for number, (panel, values) in enumerate(zip(panels, iou)):
+    for number, (panel, values) in enumerate(zip(panels := figure.subplots(1, len(iou), sharey=True), iou)):
         shown = panel.imshow(values, cmap="viridis", vmin=0, vmax=1)
         panel.set_title(f"layer {number}")
         panel.set_xticks(range(len(CLASSES)), CLASSES, rotation=90)
@@ -73,17 +72,15 @@ def overlap_figure(masks: nspec.NeuronMasks) -> Figure:
 def main(figure: str = "vision_classes.svg", steps: int = 160) -> None:
     """Trains for ``steps`` dense, and for half as many specialised; writes ``figure``."""
     torch.manual_seed(1)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
-    sizes["initializer_range"] = 0.1
-    model = ViTForImageClassification(ViTConfig(image_size=SIZE, patch_size=4, num_labels=len(CLASSES), **sizes))
+    sizes = {"image_size": SIZE, "patch_size": 4, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 192, "initializer_range": 0.1, "num_labels": len(CLASSES)}
+    model = ViTForImageClassification(ViTConfig(**sizes))
     train(model, steps, seed=1000)
     print(f"dense, {steps} updates: {accuracy(model):.1%} of new images right")
-
     batches = {name: [drawn(torch.full((64,), number), seed=2)] for number, name in enumerate(CLASSES)}
     masks = nspec.select(nspec.profile(model, batches, padding="include"), k=0.9)  # images have no padding
     overlap_figure(masks).savefig(figure, bbox_inches="tight")
     print(f"{masks}; which of them the classes share: {figure}")
-
     # The class of a new image is not known: mode "update" needs it in training alone. "forward" would need it here too.
     nspec.specialize(model, masks, mode="update")
     train(model, steps // 2, seed=2000, specialised=True)
