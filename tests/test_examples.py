@@ -15,3 +15,13 @@ def test_an_own_trainer_goes_from_profile_to_merge(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "copy: validation loss" in shown
     assert "merged for reverse: " in shown
+
+
+def test_classes_of_images_go_from_profile_to_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the figure needs it")
+    figure = tmp_path / "classes.svg"
+    runpy.run_path(str(EXAMPLES / "vision_classes.py"))["main"](str(figure), steps=4)
+    shown = capsys.readouterr().out
+    assert "NeuronMasks(8 tasks, 3 layers" in shown
+    assert "specialised, 2 more: " in shown
+    assert figure.read_text(encoding="utf-8").count("<image") >= 3  # a panel for each layer

@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     are drawn with a standard deviation of ``d_model ** -0.5``: what fairseq takes for embeddings and, for square
     matrices, equal to its Xavier initialisation. The caller's random state is left alone.
 
-    In both cases there is no dropout between ReLU and ``fc2``, as the specialised forward pass needs a deselected
+    In both cases there is no dropout between the activation and ``fc2``, as the specialised forward pass needs a deselected
     neuron to be constant, and no layer drop, as every parameter must take part in each step of several processes.
 
     Args:

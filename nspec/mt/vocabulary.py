@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 MODEL_FILE = "spm.model"
 
+_WANTED = (
+    "expected a model that begins source and target with the tag of their language (M2M100, NLLB, mBART-50); any other one "
+    "can be specialised in a Trainer of your own (nspec.specialize, nspec.TaskTrainerMixin)"
+)
 _MASK = "<mask>"
 _SPACE_SIGN = "\u2581"
 # SentencePiece writes it for what it does not know, and leaves lines that have it out of the training without an error.
@@ -260,15 +264,22 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     )
     with reading("tokenizer", folder, hint):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(tokenizer, "supported_language_codes"):  # Marian's
+        raise ValueError(
+            f"the tokenizer in {folder} is a {type(tokenizer).__name__}, whose models know one direction, or read the "
+            f"target language in the source text (>>deu<<), and may spell the two sides otherwise; {_WANTED}"
+        )
     check_tokenizer_files(Path(folder), tokenizer)
     tags = languages_of(tokenizer)
     if not tags:
-        raise ValueError(f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no language tags such as __de__")
+        raise ValueError(
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no language tags such as __de__; {_WANTED}"
+        )
     layout = tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)
     if layout[0] not in tags.values() or layout[-1] != tokenizer.eos_token:
         raise ValueError(
             f"the tokenizer in {folder} ({type(tokenizer).__name__}) writes {' '.join(layout)}; "
-            "expected the language tag first and the end of sentence last"
+            f"expected the language tag first and the end of sentence last: {_WANTED}"
         )
     return tokenizer
 

@@ -38,18 +38,19 @@ class Activations(Value):
         """ReLU in place."""
         if self.active is not None:
             return elementwise(torch.relu_, (self,), {})
-        if torch.is_grad_enabled() != self.grad:
-            self.check()
+        self.check_grad()
         self.changed()
         self.rectified = True
         return self
 
     def contiguous(self, **_: Any) -> Activations:
         """Itself."""
+        self.check_grad()
         return self
 
     def clone(self, **_: Any) -> Activations:
         """Another value, which a function in place on this one does not change."""
+        self.check_grad()
         return self.copy()
 
     def to(self, *args: Any, **kwargs: Any) -> Activations:

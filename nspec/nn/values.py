@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -79,8 +80,7 @@ class Value:
         Raises:
             ValueError: gradients or autocast were switched since, or what fc1 read was changed in place.
         """
-        if torch.is_grad_enabled() != self.grad:
-            self.refuse(f"it switches gradients {'off' if self.grad else 'on'} between the two")
+        self.check_grad()
         if self.stale:
             self.refuse("it uses them after another view of them was changed in place")
         if self.active is not None:
@@ -90,6 +90,13 @@ class Value:
             self.refuse("it switches autocast between the two")
         if _versions(self.inputs) != self.versions:
             self.refuse("it changes the input or a parameter of fc1 in place between the two")
+
+    def check_grad(self) -> None:
+        """Whether gradients are on as they were where fc1 ran; see :meth:`check`."""
+        if torch.is_grad_enabled() != self.grad:
+            if (function := _autograd_function()) is not None:
+                self.refuse(f"it gives them to {function}, a torch.autograd.Function, which takes tensors")
+            self.refuse(f"it switches gradients {'off' if self.grad else 'on'} between the two")
 
     def compute(self) -> Tensor:
         """The active columns, with everything applied that was noted."""
@@ -169,6 +176,7 @@ class Value:
         Raises:
             ValueError: the last dimension would not be that of the neurons.
         """
+        self.check_grad()
         return reshaped(self, shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
 
     def reshape(self: V, *shape: Any) -> V:
@@ -227,6 +235,17 @@ def flattened(value: V, start_dim: int = 0, end_dim: int = -1) -> V:
     if end == last and start != end:
         value.refuse(f"it calls flatten({start_dim}, {end_dim}), which mixes neurons")
     return reshaped(value, [*sizes[:start], math.prod(sizes[start : end + 1]), *sizes[end + 1 :]])
+
+
+def _autograd_function() -> str | None:
+    """The name of the ``torch.autograd.Function`` whose forward is running, where one is."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        for value in frame.f_locals.values() if frame.f_code.co_name == "forward" else ():
+            if isinstance(value, torch.autograd.function.BackwardCFunction):
+                return str(type(value)._forward_cls.__name__)  # type: ignore[attr-defined]
+        frame = frame.f_back
+    return None
 
 
 def _versions(tensors: Any) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.switched import Shared, TaskSwitched
 from nspec.nn.task_layers import TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 
+from . import own_gradients
 from .feed_forward import FeedForward, is_linear, is_transposed
 from .layers import (
     activation_dropouts,
@@ -71,7 +71,8 @@ def specialize(
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
             names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
-            does; in mode ``forward`` an activation dropout above 0, unless the block has no biases.
+            does; in mode ``forward`` an activation dropout above 0, unless the block has no biases, or a block that gives
+            its activations to a ``torch.autograd.Function`` (kernels that Liger puts in place of a layer's forward).
         TypeError: ``masks`` is not a ``NeuronMasks``.
     """
     check_mode(mode)
@@ -92,8 +93,11 @@ def specialize(
             _check_dropout(block)
     changes = fast_paths(model, blocks)
     if mode == "forward":
+        ordinary = [change for block in blocks for change in own_gradients.ordinary(block)]
+        for block in blocks:
+            own_gradients.check(block, [module for module, _, _ in ordinary])
+        changes += ordinary
         changes += [(module, name, 0.0) for block in blocks for module, name, _ in _dropouts(block, activation_dropout)]
-        changes += [change for block in blocks for change in _own_gradients(block)]
     for module, name, value in changes:
         before = (module.__dict__[name],) if name in module.__dict__ else ()
         module.__dict__.setdefault(_BEFORE, {}).setdefault(name, before)
@@ -154,20 +158,6 @@ def _check_dropout(block: FeedForward) -> None:
                 "constant, and the method trains without it). Set it to 0, which nspec.specialize(..., "
                 "activation_dropout=0) does, or use mode='update'"
             )
-
-
-def _own_gradients(block: FeedForward) -> list[tuple[nn.Module, str, Any]]:
-    """Activations that compute their gradient by a function of their own in training, each with the ordinary one.
-
-    BLOOM's is such: in evaluation it calls an ordinary function that computes the same.
-    """
-    found: list[tuple[nn.Module, str, Any]] = []
-    for module in block.parent.children():
-        if type(module).__name__ == "BloomGelu":
-            ordinary = getattr(sys.modules[type(module).__module__], "bloom_gelu_forward", None)
-            if ordinary is not None and "forward" not in module.__dict__:
-                found.append((module, "forward", ordinary))
-    return found
 
 
 def _check_plain(layer: Any, name: str) -> None:

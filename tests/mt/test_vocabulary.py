@@ -365,6 +365,18 @@ def test_a_tokenizer_that_puts_the_tag_last_is_refused(folder, tmp_path):
         vocabulary.load_tokenizer(tmp_path)
 
 
+def test_a_marian_folder_is_one_line_that_says_what_is_expected(model, tmp_path):
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).write_bytes(model)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    words = ["</s>", "<unk>", *(pieces.id_to_piece(index) for index in range(4, len(pieces))), ">>deu<<", "<pad>"]
+    write_json(tmp_path / "vocab.json", {piece: index for index, piece in enumerate(words)})
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "MarianTokenizer"})
+    with pytest.raises(ValueError, match=r"is a MarianTokenizer, .*>>deu<<.* expected a .*mBART-50") as caught:
+        vocabulary.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer can be loaded from") as caught:
         vocabulary.load_tokenizer(tmp_path)

@@ -222,14 +222,14 @@ def test_a_function_with_a_gradient_of_its_own_and_a_checkpoint_of_fc2_alone_are
     model, _ = specialised(Reversal.apply)
     x = torch.ones(5, 8).double()
     with nspec.task(model, "a"):
-        with pytest.raises(ValueError, match="switches gradients"):
+        with pytest.raises(ValueError, match="gives them to Reversal, a torch.autograd.Function"):
             model(x)
         for reentrant in (True, False):
             h = torch.relu(model.fc1(x))
             if not reentrant:
                 torch.utils.checkpoint.checkpoint(model.fc2, h, use_reentrant=False).sum().backward()
                 continue
-            with pytest.raises((ValueError, TypeError), match="gradients|save"):
+            with pytest.raises((ValueError, TypeError), match="gives them to CheckpointFunction"):
                 torch.utils.checkpoint.checkpoint(model.fc2, h, use_reentrant=True)
 
 
