@@ -11,8 +11,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bench.blocks import ACTIVATIONS
-
 OPERATORS = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw", "block")
 """The four operators, and a block of a model with its modules (:mod:`bench.providers.block`)."""
 
@@ -28,7 +26,7 @@ class Case:
 
     ``tasks`` is 1 for a batch of one task; for more, tokens are sorted by task, equally many of each. ``compiled`` and
     ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product. ``activation``: of a
-    block, one of ``ACTIVATIONS``; the operators that have one have ReLU.
+    block, one of ``bench.blocks.ACTIVATIONS``; the operators that have one have ReLU.
     """
 
     operator: str
@@ -83,9 +81,7 @@ class Grid:
             if operator == "row_sparse_adamw" and dtype != "float32":
                 continue  # parameters and moments are kept in float32 whatever the products are in
             for density in (1.0,) if operator == "linear_relu_count" else self.densities:
-                yield Case(
-                    operator, *shape[:3], dtype, density, shape[3], self.compiled, self.grouped, activation
-                )
+                yield Case(operator, *shape[:3], dtype, density, shape[3], self.compiled, self.grouped, activation)
 
 
 _A, _B = (4096, 512, 2048, 1), (2048, 1024, 4096, 1)  # the blocks of Transformer-base and -big
@@ -104,7 +100,10 @@ _SMOKE = (
 
 
 def _blocks(
-    plain: tuple[int, int, int, int], gated: tuple[int, int, int, int], dtypes: Sequence[str], densities: Sequence[float]
+    plain: tuple[int, int, int, int],
+    gated: tuple[int, int, int, int],
+    dtypes: Sequence[str],
+    densities: Sequence[float],
 ) -> tuple[Grid, Grid]:
     """Blocks with other activations than ReLU."""
     make = functools.partial(Grid, ("block",), dtypes=dtypes, densities=densities, compiled=False)
@@ -208,7 +207,10 @@ kernel, on a CPU product and ReLU. Neither counts.
 """
 
 FULL_SIZE = 2**32
-"""Multiplications of a product (tokens x d_model x d_ff, of a gated block half as many again) from which a target holds; smaller cases have launch costs of their own."""
+"""Multiplications (tokens x d_model x d_ff, of a gated block half as many again) from which a target holds.
+
+Smaller cases have launch costs of their own.
+"""
 
 
 def target(case: Case, device_type: str) -> float | None:

@@ -185,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.operators", description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS, default="quick", help="which of the declared cases")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS)
-    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, help="blocks with these; relu: the operators too")
+    parser.add_argument(
+        "--activations", nargs="+", choices=ACTIVATIONS, help="blocks with these; relu: the operators too"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--densities", type=float, nargs="+")
     parser.add_argument("--shapes", type=_shape, nargs="+", metavar="TOKENSxD_MODELxD_FF[xTASKS]")

@@ -133,10 +133,9 @@ def problem(case: Case, device: torch.device) -> Problem:
         count,
     )
     made.providers.append(Provider("mode forward", step(specialized("forward")), results, ours=True))
-    made.providers.append(
-        # Forward as dense; of the gradients all but those of the masked weights are dense's, which the other providers hold.
-        Provider("mode update", step(specialized("update")), lambda a: _update(results(a), masked, active), "all", ours=True)
-    )
+    # Forward as dense; of the gradients all but those of the masked weights are dense's, which the other providers hold.
+    update = lambda answer: _update(results(answer), masked, active)
+    made.providers.append(Provider("mode update", step(specialized("update")), update, "all", ours=True))
     return made
 
 
