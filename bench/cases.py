@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OPERATORS = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw", "block")
 """The four operators, and a block of a model with its modules (:mod:`bench.providers.block`)."""
@@ -24,7 +25,8 @@ class Case:
     """One comparison.
 
     ``tasks`` is 1 for a batch of one task; for more, tokens are sorted by task, equally many of each. ``compiled`` and
-    ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product.
+    ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product. ``activation``: of a
+    block, one of ``bench.blocks.ACTIVATIONS``; the operators that have one have ReLU.
     """
 
     operator: str
@@ -36,6 +38,17 @@ class Case:
     tasks: int = 1
     compiled: bool = True
     grouped: bool = True
+    activation: str = "relu"
+
+    @property
+    def name(self) -> str:
+        """``block`` with ReLU, ``block gelu`` with another activation."""
+        return self.operator if self.activation == "relu" else f"{self.operator} {self.activation}"
+
+    @property
+    def matrices(self) -> int:
+        """Weights of a block: three of a gated one."""
+        return 3 if self.activation == "swiglu" else 2
 
     @property
     def active(self) -> int:
@@ -46,7 +59,7 @@ class Case:
     def label(self) -> str:
         """``compact_ffn 4096x512x2048 float32 0.50``: for tables, logs and test names."""
         tasks = f" {self.tasks} tasks" if self.tasks > 1 else ""
-        return f"{self.operator} {self.tokens}x{self.d_model}x{self.d_ff}{tasks} {self.dtype} {self.density:.2f}"
+        return f"{self.name} {self.tokens}x{self.d_model}x{self.d_ff}{tasks} {self.dtype} {self.density:.2f}"
 
 
 @dataclass(frozen=True)
@@ -59,17 +72,20 @@ class Grid:
     densities: Sequence[float]
     compiled: bool = True
     grouped: bool = True
+    activations: Sequence[str] = ("relu",)
 
     def cases(self) -> Iterator[Case]:
         """Density varies fastest: what torch.compile made for a shape then serves the next case."""
-        for operator, shape, dtype in itertools.product(self.operators, self.shapes, self.dtypes):
+        chosen = itertools.product(self.operators, self.activations, self.shapes, self.dtypes)
+        for operator, activation, shape, dtype in chosen:
             if operator == "row_sparse_adamw" and dtype != "float32":
                 continue  # parameters and moments are kept in float32 whatever the products are in
             for density in (1.0,) if operator == "linear_relu_count" else self.densities:
-                yield Case(operator, *shape[:3], dtype, density, shape[3], self.compiled, self.grouped)
+                yield Case(operator, *shape[:3], dtype, density, shape[3], self.compiled, self.grouped, activation)
 
 
 _A, _B = (4096, 512, 2048, 1), (2048, 1024, 4096, 1)  # the blocks of Transformer-base and -big
+_GATED, _GPU_GATED = (4096, 512, 1376, 1), (16384, 1024, 2752, 1)  # three matrices as large as two of the others
 _MIXED = (4096, 512, 2048, 8)
 _GPU_BASE, _GPU_BIG, _GPU_MIXED = (16384, 512, 2048, 1), (16384, 1024, 4096, 1), (16384, 1024, 4096, 8)
 _ALL = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw", "block")
@@ -79,19 +95,34 @@ _SMOKE = (
     Grid(("linear_relu_count",), ((96, 32, 128, 1),), ("float32",), (1.0,)),
     Grid(_ALL[1:], ((96, 32, 128, 1),), ("float32", "bfloat16"), (0.5,), compiled=False),
     Grid(_GROUPED, ((96, 32, 128, 3),), ("float32",), (0.5,), compiled=False),
+    Grid(("block",), ((96, 32, 128, 1),), ("float32",), (0.5,), activations=("gelu", "swiglu"), compiled=False),
 )
+
+
+def _blocks(
+    plain: tuple[int, int, int, int],
+    gated: tuple[int, int, int, int],
+    dtypes: Sequence[str],
+    densities: Sequence[float],
+) -> tuple[Grid, Grid]:
+    """Blocks with other activations than ReLU."""
+    make = functools.partial(Grid, ("block",), dtypes=dtypes, densities=densities, compiled=False)
+    return make((plain,), activations=("gelu",)), make((gated,), activations=("swiglu",))
+
 
 GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
     "cpu": {
         "full": (
             Grid(_ALL, (_A, _B), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_MIXED,), ("float32", "bfloat16"), _DENSITIES),
+            *_blocks(_A, _GATED, ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
         ),
         "quick": (
             Grid(_ALL, (_A,), ("float32",), _DENSITIES),
             Grid(_ALL, (_B,), ("float32",), (0.5, 0.78), compiled=False),
             Grid(_ALL, (_A,), ("bfloat16",), (0.5, 0.78, 1.0), compiled=False),
             Grid(_GROUPED, (_MIXED,), ("float32",), (0.78,), compiled=False),
+            *_blocks(_A, _GATED, ("float32",), (0.5, 0.78, 1.0)),
         ),
         "smoke": _SMOKE,
     },
@@ -99,6 +130,7 @@ GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
         "full": (
             Grid(_ALL, (_GPU_BASE, _GPU_BIG), ("bfloat16", "float16", "float32"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_GPU_MIXED,), ("bfloat16",), _DENSITIES),
+            *_blocks(_GPU_BIG, _GPU_GATED, ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0)),
         ),
         "quick": (
             Grid(_ALL, (_GPU_BIG,), ("bfloat16",), _DENSITIES),
@@ -124,6 +156,7 @@ def cases(
     compiled: bool = True,
     grouped: bool = True,
     batches: str = "all",
+    activations: Sequence[str] | None = None,
 ) -> list[Case]:
     """The cases of a set on a kind of device, each once.
 
@@ -137,13 +170,16 @@ def cases(
         compiled: False leaves torch.compile out everywhere.
         grouped: False leaves PyTorch's grouped product out.
         batches: one of ``BATCHES``.
+        activations: only blocks with these, and the operators where ReLU is among them.
     """
     found: dict[Case, None] = {}
     for grid in GRIDS[device_type][name]:
         wanted = [o for o in grid.operators if operators is None or o in operators]
-        narrowed = Grid(
-            wanted, shapes or grid.shapes, grid.dtypes, densities or grid.densities, grid.compiled and compiled, grouped
-        )
+        narrowed = replace(
+            grid, operators=wanted, shapes=shapes or grid.shapes, densities=densities or grid.densities,
+            compiled=grid.compiled and compiled, grouped=grouped,
+            activations=[a for a in grid.activations if activations is None or a in activations],
+        )  # fmt: skip
         for case in narrowed.cases():
             asked = batches == "all" or (case.tasks > 1) == (batches == "several")
             if asked and (dtypes is None or case.dtype in dtypes or case.operator == "row_sparse_adamw"):
@@ -156,12 +192,14 @@ TARGETS: dict[tuple[str, str, str], dict[float, float]] = {
     ("cpu", "row_sparse_wgrad", "float32"): {0.5: 1.75, 0.78: 1.15, 0.9: 0.97, 1.0: 0.97},
     ("cpu", "compact_ffn", "float32"): {0.5: 1.8, 0.78: 1.2},
     ("cpu", "row_sparse_adamw", "float32"): {0.5: 1.5},
+    ("cpu", "block gelu", "float32"): {0.5: 1.7, 0.78: 1.15, 1.0: 0.97},
+    ("cpu", "block swiglu", "float32"): {0.5: 1.7, 0.78: 1.15, 1.0: 0.97},
     ("cuda", "linear_relu_count", "bfloat16"): {1.0: 0.9},
     ("cuda", "row_sparse_wgrad", "bfloat16"): {0.5: 1.1, 0.78: 1.0, 1.0: 0.95},
     ("cuda", "compact_ffn", "bfloat16"): {0.5: 1.9, 0.78: 1.22},
     ("cuda", "row_sparse_adamw", "float32"): {0.5: 1.8},
 }
-"""The speed-up over the baseline that is wanted, by (kind of device, operator, dtype) and density, at full size.
+"""The speed-up over the baseline that is wanted, by (kind of device, ``Case.name``, dtype) and density, at full size.
 
 On a GPU it is that of the device alone. The baseline of ``row_sparse_wgrad`` there is the dense product with its bias
 gradient, on a CPU the product alone; that of ``linear_relu_count`` there is cuBLASLt's product with bias and ReLU in one
@@ -169,11 +207,14 @@ kernel, on a CPU product and ReLU. Neither counts.
 """
 
 FULL_SIZE = 2**32
-"""Multiplications (tokens x d_model x d_ff) from which a target holds; smaller cases have launch costs of their own."""
+"""Multiplications (tokens x d_model x d_ff, of a gated block half as many again) from which a target holds.
+
+Smaller cases have launch costs of their own.
+"""
 
 
 def target(case: Case, device_type: str) -> float | None:
     """The target of a case, or None where there is none."""
-    if case.tasks > 1 or case.tokens * case.d_model * case.d_ff < FULL_SIZE:
+    if case.tasks > 1 or case.tokens * case.d_model * case.d_ff * case.matrices // 2 < FULL_SIZE:
         return None
-    return TARGETS.get((device_type, case.operator, case.dtype), {}).get(case.density)
+    return TARGETS.get((device_type, case.name, case.dtype), {}).get(case.density)

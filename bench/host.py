@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from bench.blocks import dense_block
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
 from bench.rows import Row, Writer
@@ -62,6 +63,8 @@ block takes a third longer."""
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DENSE, DENSE_AUTOCAST = "dense block", "dense block, autocast"
+KINDS = {"relu": "", "gelu": "GELU ", "swiglu": "SwiGLU "}
+"""Of blocks, with what stands before their names; those that are not ReLU's are measured for one task, without autocast."""
 _SEVERAL = f", {TASKS} tasks"
 _TRIES = 20
 """Of a sample; on a core that is never left alone the last is taken."""
@@ -210,10 +213,6 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
     return found
 
 
-def _model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(D_MODEL, D_FF), nn.ReLU(), nn.Linear(D_FF, D_MODEL))
-
-
 def _step(model: nn.Module, dtype: torch.dtype, autocast: bool) -> Call:
     """Forward and backward pass, gradients fresh, of the input too: it is the layer before that makes it."""
     make, shape = _made(torch.float32 if autocast else dtype), (len(SENTENCES), LENGTH, D_MODEL)
@@ -232,9 +231,13 @@ def _step(model: nn.Module, dtype: torch.dtype, autocast: bool) -> Call:
 
 
 def _dense(dtype: torch.dtype) -> dict[str, Measured]:
-    found = {DENSE: Measured(_step(_model(), dtype, False))}
+    found = {}
+    for activation, name in KINDS.items():
+        dense = name + DENSE
+        found[dense] = Measured(_step(dense_block(activation, D_MODEL, D_FF)[0], dtype, False), dense)
     if dtype != torch.float32:
-        found[DENSE_AUTOCAST] = Measured(_step(_model(), dtype, True), DENSE_AUTOCAST)
+        model, _ = dense_block("relu", D_MODEL, D_FF)
+        found[DENSE_AUTOCAST] = Measured(_step(model, dtype, True), DENSE_AUTOCAST)
     return found
 
 
@@ -243,18 +246,19 @@ def _blocks(dtype: torch.dtype) -> dict[str, Measured]:
     from nspec.nn.masked_linear import MODES
 
     names = [f"task-{number}" for number in range(TASKS)]
-    masks = nspec.NeuronMasks({name: {"0": active} for name, active in zip(names, _active())})
     found = {}
     one, several = names[0], [names[task] for task in SENTENCES]
     kinds: list[tuple[str, str | list[str], bool]] = [("", one, False), (", autocast", one, True)]
     kinds.append((_SEVERAL, several, False))
-    for mode, (label, task, autocast) in itertools.product(MODES, kinds):
-        if autocast and dtype == torch.float32:
+    for (activation, name), mode, (label, task, autocast) in itertools.product(KINDS.items(), MODES, kinds):
+        if (autocast and dtype == torch.float32) or (label and activation != "relu"):
             continue
-        model = nspec.specialize(_model(), masks, mode=cast("Mode", mode))
+        dense, firsts = dense_block(activation, D_MODEL, D_FF)
+        masks = nspec.NeuronMasks({name: {firsts[0]: active} for name, active in zip(names, _active())})
+        model = nspec.specialize(dense, masks, mode=cast("Mode", mode))
         nspec.set_task(model, task)
-        baseline = DENSE_AUTOCAST if autocast else DENSE
-        found[f"block in mode {mode}{label}"] = Measured(_step(model, dtype, autocast), baseline)
+        baseline = DENSE_AUTOCAST if autocast else name + DENSE
+        found[f"{name}block in mode {mode}{label}"] = Measured(_step(model, dtype, autocast), baseline)
     return found
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench import trouble
+from bench.blocks import ACTIVATIONS
 from bench.cases import BATCHES, DTYPES, OPERATORS, SETS, Case, cases, target
 from bench.ceilings import ceilings
 from bench.machine import device_name, pick_device
@@ -82,6 +83,7 @@ def rows_of(
     baseline = times[made.baseline.name]
     common = {
         "operator": case.operator,
+        "activation": case.activation,
         "tokens": case.tokens,
         "d_model": case.d_model,
         "d_ff": case.d_ff,
@@ -149,7 +151,7 @@ def measure(
     """
     wrong, began, group = 0, time.perf_counter(), None
     for number, case in enumerate(chosen):
-        if group != (group := (case.operator, case.tokens, case.d_model, case.dtype)):
+        if group != (group := (case.name, case.tokens, case.d_model, case.dtype)):
             torch._dynamo.reset()  # torch.compile stops compiling a function after eight shapes
         left = (time.perf_counter() - began) / number * (len(chosen) - number) if number else 0.0
         note = f", about {left:.0f} s left" if number else ""
@@ -183,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.operators", description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS, default="quick", help="which of the declared cases")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS)
+    parser.add_argument(
+        "--activations", nargs="+", choices=ACTIVATIONS, help="blocks with these; relu: the operators too"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--densities", type=float, nargs="+")
     parser.add_argument("--shapes", type=_shape, nargs="+", metavar="TOKENSxD_MODELxD_FF[xTASKS]")
@@ -207,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = cases(
         args.set, device.type, operators=args.operators, dtypes=args.dtypes, densities=args.densities,
         shapes=args.shapes, compiled=not args.no_compile, grouped=not args.no_grouped, batches=args.batches,
+        activations=args.activations,
     )  # fmt: skip
     write = Writer(args.json, device)
     print(f"{device_name(device)}, torch {torch.__version__}: {len(chosen)} cases")

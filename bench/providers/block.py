@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nspec
+from bench.blocks import dense_block
 from bench.cases import Case
 from bench.providers.problem import (
     CHECK,
@@ -37,22 +39,31 @@ class _MaskedWeight(nn.Linear):
 
 
 def problem(case: Case, device: torch.device) -> Problem:
-    """Least work: as of compact_ffn; mode `update` saves one product of six. Weights and gradients are float32."""
+    """Least work: mode `update` saves one product of six. Weights and gradients are float32.
+
+    With ReLU as of compact_ffn; an activation whose derivative its output does not tell keeps its input too.
+    """
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
-    dense = nn.Sequential(nn.Linear(d, d_ff), nn.ReLU(), nn.Linear(d_ff, d)).to(device)
+    dense, firsts = dense_block(case.activation, d, d_ff)
+    dense = dense.to(device)
+    names = [name for name, _ in dense.named_parameters()]
+    masked = [f"{name}.weight" for name in firsts]
     active = random_sets(1, d_ff, case.active, device)[0]
-    masks = nspec.NeuronMasks({"task": {"0": active.cpu()}})
+    masks = nspec.NeuronMasks({"task": {firsts[0]: active.cpu()}})
     count = input_sets(8 * tokens * (d + d_ff))
-    inputs = [
-        (noise(tokens, d, device=device).requires_grad_(), noise(tokens, d, device=device).to(dtype))
-        for _ in range(count)
-    ]
-    check = [small_integers(tokens, d, device=device, dtype=kind) for kind in (torch.float32, dtype)]
-    check[0].requires_grad_()
-    kept = {name: p.detach().clone() for name, p in dense.named_parameters()}
-    exact = {name: small_integers(*p.shape, device=device, dtype=p.dtype) for name, p in kept.items()}
-    exact["0.bias"] += 0.5
-    results = lambda answer: dict(zip(("y", "dx", *(f"gradient of {n}" for n, _ in dense.named_parameters())), answer))
+
+    def drawn(draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        return draw(tokens, d, device=device).float().requires_grad_(), draw(tokens, d, device=device).to(dtype)
+
+    inputs = [drawn(noise) for _ in range(count)]
+    exact = kept = {name: p.detach().clone() for name, p in dense.named_parameters()}
+    check = drawn(noise)
+    if case.activation == "relu":  # the others are smooth: rounding decides nothing
+        integers = functools.partial(small_integers, dtype=torch.float32)
+        check = drawn(integers)
+        exact = {name: integers(*p.shape, device=device) for name, p in kept.items()}
+        exact["0.bias"] += 0.5
+    results = lambda answer: dict(zip(("y", "dx", *(f"gradient of {name}" for name in names)), answer))
 
     def step(model: nn.Module) -> Call:
         parameters = list(model.parameters())
@@ -83,27 +94,33 @@ def problem(case: Case, device: torch.device) -> Problem:
 
     def release() -> nn.Module:
         model = copy.deepcopy(dense)
-        first = _MaskedWeight(d, d_ff, device=device)
-        first.load_state_dict(model[0].state_dict())
-        first.register_buffer("mask", active[:, None].expand(d_ff, d).clone())  # one byte a weight, as theirs
-        return nn.Sequential(first, *list(model)[1:])
+        for name in firsts:
+            plain = model.get_submodule(name)
+            layer = _MaskedWeight(d, d_ff, bias=plain.bias is not None, device=device)
+            layer.load_state_dict(plain.state_dict())
+            layer.register_buffer("mask", active[:, None].expand(d_ff, d).clone())  # one byte a weight, as theirs
+            setattr(model, name, layer)
+        return model
 
     def expected(computes: Computes) -> Results:
         wide: Any = copy.deepcopy(dense).double()
         wide.load_state_dict(exact)
         x, dy = check[0].detach().double().requires_grad_(), check[1]
+        parameters = dict(wide.named_parameters())
         if computes == "active":
-            nn.utils.parametrize.register_parametrization(wide[0], "weight", _Times(active[:, None].double()))
+            for name in firsts:
+                layer = wide.get_submodule(name)
+                nn.utils.parametrize.register_parametrization(layer, "weight", _Times(active[:, None].double()))
+                parameters[f"{name}.weight"] = layer.parametrizations.weight.original
         y = wide(x)
         y.backward(dy.double())
-        weights = [wide[0].bias.grad, wide[2].weight.grad, wide[2].bias.grad]
-        first = wide[0].parametrizations.weight.original.grad if computes == "active" else wide[0].weight.grad
-        return results((y.detach(), x.grad, first, *weights))
+        return results((y.detach(), x.grad, *(parameters[name].grad for name in names)))
 
     def work(computes: Computes) -> tuple[int, int]:
         n = case.active if computes == "active" else d_ff
-        moved = dtype.itemsize * (7 * tokens * n + 6 * tokens * d) + 4 * (4 * n * d + 2 * d_ff * d)
-        return 12 * tokens * d * n, moved
+        passes = {"relu": 7, "gelu": 8, "swiglu": 13}[case.activation]  # over matrices [tokens, n]
+        moved = dtype.itemsize * (passes * tokens * n + 6 * tokens * d) + 4 * case.matrices * (2 * n * d + d_ff * d)
+        return 6 * case.matrices * tokens * d * n, moved
 
     made = Problem(
         case,
@@ -116,10 +133,9 @@ def problem(case: Case, device: torch.device) -> Problem:
         count,
     )
     made.providers.append(Provider("mode forward", step(specialized("forward")), results, ours=True))
-    made.providers.append(
-        # Forward as dense; of the gradients all but that of fc1.weight are dense's, which the other providers hold.
-        Provider("mode update", step(specialized("update")), lambda a: _update(results(a), active), "all", ours=True)
-    )
+    # Forward as dense; of the gradients all but those of the masked weights are dense's, which the other providers hold.
+    update = lambda answer: _update(results(answer), masked, active)
+    made.providers.append(Provider("mode update", step(specialized("update")), update, "all", ours=True))
     return made
 
 
@@ -132,9 +148,10 @@ class _Times(nn.Module):
         return weight * self.mask
 
 
-def _update(found: Results, active: Tensor) -> Results:
+def _update(found: Results, masked: Sequence[str], active: Tensor) -> Results:
     """The results of mode ``update`` that equal the dense ones; that inactive rows have no gradient is asserted here."""
-    rows = found.pop("gradient of 0.weight")[~active]
-    if rows.any():
-        raise AssertionError(f"mode update: {int(rows.any(1).sum())} inactive rows have a gradient")
+    for name in masked:
+        rows = found.pop(f"gradient of {name}")[~active]
+        if rows.any():
+            raise AssertionError(f"mode update: {int(rows.any(1).sum())} inactive rows of {name} have a gradient")
     return found

@@ -54,7 +54,7 @@ _GREY, _INK, _GRID, _BLUE = "#8c8c8c", "#222222", "#dddddd", "#0072b2"
 _DTYPES = {"float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#009e73"}
 _SYSTEMS = {"dense": _GREY, "release": "#e69f00", "forward": "#0072b2", "update": "#009e73"}
 _PARTS = {"task switch": "#cc79a7", "forward": "#56b4e9", "backward": "#0072b2", "optimizer": "#e69f00"}
-_STYLES = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D")]
+_STYLES: list[tuple[Any, str]] = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v")]
 _IDEAL: dict[str, Any] = {"color": _INK, "lw": 1.0, "ls": (0, (1, 1.5))}
 _STEP = "training step"
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "row_sparse_adamw": "row-sparse AdamW"}
@@ -94,7 +94,7 @@ def _speed_panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found | ({_STEP: pure} if len(values(pure, "density")) > 1 else {})
 
 
-def _line(axes: Axes, points: Sequence[Row], colour: str, style: tuple[str, str], filled: bool = True) -> None:
+def _line(axes: Axes, points: Sequence[Row], colour: str, style: tuple[Any, str], filled: bool = True) -> None:
     """Medians with bars from the 10 % to the 90 % quantile."""
     points = sorted(points, key=lambda row: row["density"])
     x, y = [row["density"] for row in points], np.array([row["speedup"] for row in points])

@@ -25,8 +25,8 @@ STEP_PARTS = ("task switch", "forward", "backward", "optimizer")
 # What makes two rows measurements of one thing. NSPEC_BACKEND is among it: a forced backend is not what users run.
 _MODEL = ("shape", "scaled", "d_model", "d_ff", "heads", "encoder_layers", "decoder_layers", "vocabulary")
 _CASE: dict[str, tuple[str, ...]] = {
-    "operator": ("operator", "provider", "tokens", "d_model", "d_ff", "tasks", "dtype", "density"),
-    "absent": ("operator", "provider", "tokens", "d_model", "d_ff", "tasks", "dtype", "density"),
+    "operator": ("operator", "activation", "provider", "tokens", "d_model", "d_ff", "tasks", "dtype", "density"),
+    "absent": ("operator", "activation", "provider", "tokens", "d_model", "d_ff", "tasks", "dtype", "density"),
     "ceiling": ("what", "dtype"),
     "step": (*_MODEL, "tokens", "batch", "tasks_in_batch", "system", "optimizer", "dtype", "density"),
     "tasks": (*_MODEL, "tokens", "system", "tasks", "density", "dtype", "optimizer"),
@@ -34,6 +34,8 @@ _CASE: dict[str, tuple[str, ...]] = {
     "probe": ("experiment", "name"),
 }
 KINDS = tuple(_CASE)
+_OLDER = {"activation": "relu"}
+"""What rows mean that were written before they had a field."""
 NEEDED = {
     "operator": ("operator", "provider", "baseline", "dtype", "density"),
     "absent": ("operator", "provider", "reason"),
@@ -64,12 +66,12 @@ def case_of(row: Row) -> Hashable:
     """What a row measures, as a key: equal for two runs of one case on one device."""
     named = _CASE.get(row["kind"], tuple(sorted(row)))
     backend = row.get("backend_asked") or "auto"
-    return (row["kind"], row.get("device"), backend, *(repr(row.get(field)) for field in named))
+    return (row["kind"], row.get("device"), backend, *(repr(row.get(field, _OLDER.get(field))) for field in named))
 
 
 def fields(*names: str) -> Callable[[Row], tuple[Any, ...]]:
-    """A key for :func:`groups`: the values of some fields, None where a row lacks one."""
-    return lambda row: tuple(row.get(name) for name in names)
+    """A key for :func:`groups`: the values of some fields, what older rows mean or None where a row lacks one."""
+    return lambda row: tuple(row.get(name, _OLDER.get(name)) for name in names)
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
@@ -128,14 +130,16 @@ def has_device_time(row: Row) -> bool:
 
 
 def shape_of(row: Row) -> str:
-    """``4096 × 512 × 2048`` (tokens × d × d_ff; AdamW has no tokens), and the number of tasks in the batch."""
+    """``4096 × 512 × 2048`` (tokens × d × d_ff; AdamW has no tokens), an activation other than ReLU, tasks in the batch."""
     named = ("d_model", "d_ff") if row.get("operator") == "row_sparse_adamw" else ("tokens", "d_model", "d_ff")
     text = " × ".join(str(row[name]) for name in named if row.get(name))
+    if row.get("activation", "relu") != "relu":
+        text += f", {row['activation']}"
     tasks = row.get("tasks") or 1
     return text if tasks == 1 else f"{text}, {tasks} tasks"
 
 
-operator_case = fields("operator", "dtype", "tokens", "d_model", "d_ff", "tasks")
+operator_case = fields("operator", "activation", "dtype", "tokens", "d_model", "d_ff", "tasks")
 """All that a case has but provider and density."""
 
 

@@ -70,7 +70,13 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets:
 
 
 def backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dz: Tensor,
+    x: Tensor,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``w`` and ``b`` (``[0]`` without one) by the formulas of ``reference.py``, summed over tasks.
 

@@ -74,17 +74,32 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Any, x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+        ctx: Any,
+        backend: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        index: Tensor,
+        task_offsets: Tensor | None,
+        places: Tensor | None,
     ) -> Tensor:
         ctx.backend, ctx.has_b = backend, b is not None
-        ctx.save_for_backward(x, w, index, task_offsets)
-        return torch.as_tensor(backend.forward(x, w, b, index, task_offsets))
+        ctx.save_for_backward(x, w, index, task_offsets, places)
+        z: Tensor = backend.forward(x, w, b, index, task_offsets)
+        return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = ctx.backend.backward(dz, *ctx.saved_tensors, ctx.has_b)
-        return None, dx, dw, db if ctx.has_b else None, None, None
+        return _once(ctx, dz) if torch.is_grad_enabled() else _eager_gradient(ctx, dz)
+
+
+def _eager_gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, index, task_offsets, places = ctx.saved_tensors
+    dx, dw, db = ctx.backend.backward(dz, x, w, index, task_offsets, ctx.has_b, places)
+    return None, dx, dw, db if ctx.has_b else None, None, None, None
+
+
+_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
 
 
 @explainable
@@ -96,6 +111,7 @@ def compact_fc1(
     *,
     task_offsets: Tensor | None = None,
     index: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """First layer of a feed-forward block, ``x wᵀ + b``, of the active neurons only, before the activation.
 
@@ -110,6 +126,7 @@ def compact_fc1(
         task_offsets: int32 or int64 ``[tasks + 1]``, for tokens sorted by task: those of task t are
             ``offsets[t]:offsets[t + 1]`` of the flattened leading dimensions.
         index: ``active_index(active)``, for callers that keep it; computed when None.
+        places: ``places_of(index, d_ff)``, likewise; computed where it is needed.
 
     Returns:
         ``z [..., width]`` in the layout of the index (``kernels/common/active.py``). Compact, its padding repeats an
@@ -138,7 +155,8 @@ def compact_fc1(
     if index is None:
         index = active_index(active)
     checks.shape("index", index, [active.shape[0] if active.dim() == 2 else 1, None])
-    flat = x.reshape(-1, d_in)
+    flat = x if x.dim() == 2 else x.reshape(-1, d_in)
+    z: Tensor
     by_torch = requested("compact_fc1") == "auto" and not torch.compiler.is_compiling()
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("compact_fc1", "reference", "torch.func knows the derivatives of PyTorch's operations only")
@@ -147,5 +165,6 @@ def compact_fc1(
         z = _compact_fc1(flat, w, b, index, task_offsets)
     else:
         args = (flat, w, b, index, task_offsets)
-        z = torch.as_tensor(_Eager.apply(choose("compact_fc1", BACKENDS, *args), *args))
-    return z.view(*x.shape[:-1], index.shape[1])
+        module = choose("compact_fc1", BACKENDS, *args)
+        z = _Eager.apply(module, *args, places) if torch.is_grad_enabled() else module.forward(*args)
+    return z if x.dim() == 2 else z.view(*x.shape[:-1], index.shape[1])

@@ -52,9 +52,18 @@ def _forward_one(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor) -> Tenso
 
 
 def backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dz: Tensor,
+    x: Tensor,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``w`` and ``b`` (``[0]`` without one) by the formulas above, summed over tasks."""
+    """Gradients of ``x``, ``w`` and ``b`` (``[0]`` without one) by the formulas above, summed over tasks.
+
+    ``places`` (``places_of(index)``) may help a backend.
+    """
     segments = checks.segments(task_offsets, x.shape[0])
     # Sums over tasks are kept in float32 at least, so that the number of tasks costs no precision.
     wide = x.dtype if len(segments) == 1 else torch.promote_types(x.dtype, torch.float32)

@@ -46,8 +46,13 @@ class _Backward:
         self.expand(*self.product(dz, x, tasks, task_offsets), places, tasks, dw)
         if self.sums is None:
             return dx, dw, x.new_empty(0)
-        sums = self.sums(dz, tasks).gather(1, places.clamp(min=0).long())
-        return dx, dw, sums.masked_fill_(places < 0, 0).sum(0).to(x.dtype)
+        if tasks.number > 1:
+            sums = self.sums(dz, tasks).gather(1, places.clamp(min=0).long())
+            return dx, dw, sums.masked_fill_(places < 0, 0).sum(0).to(x.dtype)
+        width = dz.shape[1]
+        one = dz.new_zeros(width + 1)  # the last is what an inactive neuron has
+        torch.sum(dz, 0, out=one[:width])
+        return dx, dw, one.index_select(0, places[0] % (width + 1))
 
 
 @planned
@@ -71,14 +76,20 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets:
 
 
 def backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dz: Tensor,
+    x: Tensor,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; sums over tokens and over tasks are in float32."""
     d_ff, tasks = len(w), tasks_of(x.shape[0], task_offsets, x.device)
     if tasks.tokens == 0:
         return x.new_zeros(x.shape), x.new_zeros(w.shape), x.new_zeros(d_ff if has_b else 0)
     index, x = index.contiguous(), rows16(x)
-    places, dz = places_of(index, d_ff), wide(dz, compact_width(index))
+    places, dz = places_of(index, d_ff) if places is None else places, wide(dz, compact_width(index))
     plan = _backward_plan(
         *(x.device, x.dtype, tasks.offsets is not None, ways(x.dtype, task_offsets), has_b),
         *(index.shape[1], w.shape, w.stride(), x.stride(0), precision(x.dtype)),

@@ -167,7 +167,8 @@ class Multiply:
         Args:
             inputs: ``[tokens, features]``, or ``[tokens, width]`` in the layout of the index.
             source: ``[d_ff, features]``, of any strides.
-            added: to neurons the bias ``[d_ff]``, contiguous; else the constant, float32 ``[tasks, features]``; or None.
+            added: to neurons the bias ``[d_ff]``, contiguous; else the constant ``[tasks, features]``, float32 unless the
+                library computes; or None.
             index: int64 ``[tasks, index width]``, contiguous.
             tasks: at least one token.
             task_offsets: as the operator got them.

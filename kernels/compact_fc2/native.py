@@ -49,7 +49,13 @@ def _of_task(constant: Tensor | None, task: int) -> Tensor | None:
 
 
 def forward(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """``h [tokens, width]``, ``constant [1 or tasks, d_ff]``, ``index [tasks, width]`` -> ``y [tokens, d_out]``."""
     segments = checks.segments(task_offsets, h.shape[0])
@@ -77,7 +83,14 @@ def _with_constants(h: Tensor, constant: Tensor | None, index: Tensor, segments:
 
 
 def backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dy: Tensor,
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``h``, ``constant``, ``w`` and ``b`` by the formulas of ``reference.py``, summed over tasks.
 

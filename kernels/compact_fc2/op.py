@@ -89,17 +89,26 @@ class _Eager(torch.autograd.Function):
         b: Tensor | None,
         index: Tensor,
         task_offsets: Tensor | None,
+        places: Tensor | None,
     ) -> Tensor:
         ctx.backend, ctx.given = backend, (constant is not None, b is not None)
-        ctx.save_for_backward(h, constant, w, index, task_offsets)
-        return torch.as_tensor(backend.forward(h, constant, w, b, index, task_offsets))
+        ctx.save_for_backward(h, constant, w, index, task_offsets, places)
+        y: Tensor = backend.forward(h, constant, w, b, index, task_offsets, places)
+        return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        has_constant, has_b = ctx.given
-        dh, dc, dw, db = ctx.backend.backward(dy, *ctx.saved_tensors, has_b)
-        return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None
+        return _once(ctx, dy) if torch.is_grad_enabled() else _eager_gradient(ctx, dy)
+
+
+def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    h, constant, w, index, task_offsets, places = ctx.saved_tensors
+    has_constant, has_b = ctx.given
+    dh, dc, dw, db = ctx.backend.backward(dy, h, constant, w, index, task_offsets, has_b, places)
+    return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
+
+
+_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
 
 
 @explainable
@@ -112,6 +121,7 @@ def compact_fc2(
     *,
     task_offsets: Tensor | None = None,
     index: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Second layer of a feed-forward block, ``h wᵀ + b``, in which inactive neurons have constant outputs.
 
@@ -127,6 +137,7 @@ def compact_fc2(
         active: bool ``[d_ff]``; ``[tasks, d_ff]`` with ``task_offsets``.
         task_offsets: as for ``compact_fc1``.
         index: ``active_index(active)``, for callers that keep it; computed when None.
+        places: ``places_of(index, d_ff)``, likewise; computed where it is needed.
 
     Returns:
         ``y [..., d_out]``. Differentiable once in h, constant, w and b; columns of the gradient of ``w`` that no task
@@ -164,7 +175,8 @@ def compact_fc2(
     h, constant, w, b = cast_inputs(h, constant, w, b)
     if constant is not None and constant.dim() < 2:
         constant = constant.expand(1, d_ff)
-    flat = h.reshape(h.shape[:-1].numel(), index.shape[1])
+    flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
+    y: Tensor
     by_torch = requested("compact_fc2") == "auto" and not torch.compiler.is_compiling()
     if by_torch and torch._C._functorch.maybe_current_level() is not None:
         answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
@@ -173,5 +185,6 @@ def compact_fc2(
         y = _compact_fc2(flat, constant, w, b, index, task_offsets)
     else:
         args = (flat, constant, w, b, index, task_offsets)
-        y = torch.as_tensor(_Eager.apply(choose("compact_fc2", BACKENDS, *args), *args))
-    return y.view(*h.shape[:-1], d_out)
+        module = choose("compact_fc2", BACKENDS, *args)
+        y = _Eager.apply(module, *args, places) if torch.is_grad_enabled() else module.forward(*args, places)
+    return y if h.dim() == 2 else y.view(*h.shape[:-1], d_out)

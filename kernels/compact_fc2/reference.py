@@ -25,7 +25,13 @@ def others_of(rows: Tensor, d_ff: int) -> Tensor:
 
 
 def forward(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """``h [tokens, width]``, ``constant [1 or tasks, d_ff]``, ``index [tasks, width]`` -> ``y [tokens, d_out]``.
 
@@ -46,7 +52,14 @@ def forward(
 
 
 def backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dy: Tensor,
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``h``, ``constant``, ``w`` and ``b`` by the formulas above, summed over tasks.
 

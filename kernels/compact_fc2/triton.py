@@ -24,9 +24,9 @@ def supports(
     return "a layer has no features" if reason is None and 0 in w.shape else reason
 
 
-def _others(constant: Tensor, places: Tensor) -> Tensor:
+def _others(constant: Tensor, active: Tensor) -> Tensor:
     """The constants of each task's inactive neurons, zero for the active ones, ``[tasks, d_ff]``."""
-    return torch.where(places < 0, constant, 0)
+    return constant.masked_fill(active, 0)
 
 
 @planned
@@ -57,18 +57,22 @@ class _Backward:
         has_b: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dh = whole(self.dh(dy, w.t(), None, index, tasks, task_offsets), index.shape[1])
+        one = tasks.number == 1
         # With several tasks a column can be active for one and constant for another: rounded once, in the end.
-        several = constant is not None and tasks.number > 1
+        several = constant is not None and not one
         dw = w.new_empty(w.shape, dtype=torch.float32 if several else w.dtype)
         self.expand(*self.product(h, dy, tasks, task_offsets), places, tasks, dw.t())
         dc, db = w.new_empty(0), w.new_empty(0)
         if has_b or constant is not None:
             s = whole(self.sums(dy, tasks), w.shape[0])
-            db = s.sum(0).to(w.dtype) if has_b else db
+            rounded = s if not one and constant is None else s.to(w.dtype)
+            if has_b:
+                db = rounded[0] if one else s.sum(0).to(w.dtype)
         if constant is not None:
-            dw.addmm_(s.t().to(dw.dtype), _others(constant, places).to(dw.dtype))
-            dc = mm_float32(s.to(w.dtype), w).masked_fill_(places >= 0, 0)
-            dc = (dc.sum(0, keepdim=True) if len(constant) == 1 else dc).to(w.dtype)
+            active = places >= 0
+            dw.addmm_((s if several else rounded).t(), _others(constant, active).to(dw.dtype))
+            dc = mm_float32(rounded, w).masked_fill_(active, 0)
+            dc = (dc.sum(0, keepdim=True) if several and len(constant) == 1 else dc).to(w.dtype)
         return dh, dc, dw.to(w.dtype), db
 
 
@@ -78,7 +82,13 @@ def _backward_plan(device: torch.device, dtype: torch.dtype, grouped: bool, way:
 
 
 def forward(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """As the reference; what the constants add is summed in float32."""
     d_out, d_ff = w.shape
@@ -86,20 +96,29 @@ def forward(
     if tasks.tokens == 0:
         return h.new_empty((0, d_out))
     index, h = index.contiguous(), wide(h, compact_width(index))
-    added = None if b is None else b.float().expand(tasks.number, d_out)
+    library, added = by_library("y", h.dtype, task_offsets), b
     if constant is not None:
-        own = mm_float32(_others(constant, places_of(index, d_ff)), w.t())
-        added = own if added is None else own + added
-    added = None if added is None else added.contiguous()
+        places = places_of(index, d_ff) if places is None else places
+        own = mm_float32(_others(constant, places >= 0), w.t())
+        added = own if b is None else own + b
+    if added is not None:
+        added = (added if library else added.float()).expand(tasks.number, d_out).contiguous()
     plan = _forward_plan(
-        *(h.device, h.dtype, tasks.offsets is not None, by_library("y", h.dtype, task_offsets), added is not None),
+        *(h.device, h.dtype, tasks.offsets is not None, library, added is not None),
         *(index.shape[1], w.shape, w.stride(), precision(h.dtype), aligned(w, index, added)),
     )
     return whole(launching(h.device, plan, h, w.t(), added, index, tasks, task_offsets), d_out)
 
 
 def backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
+    dy: Tensor,
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    index: Tensor,
+    task_offsets: Tensor | None,
+    has_b: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference; sums over tokens and over tasks are in float32."""
     (d_out, d_ff), tasks = w.shape, tasks_of(h.shape[0], task_offsets, h.device)
@@ -108,7 +127,7 @@ def backward(
         dc = none if constant is None else zeros(constant.shape)
         return zeros(h.shape), dc, zeros(w.shape), zeros(d_out if has_b else 0)
     index, dy = index.contiguous(), rows16(dy)
-    places, h = places_of(index, d_ff), wide(h, compact_width(index))
+    places, h = places_of(index, d_ff) if places is None else places, wide(h, compact_width(index))
     plan = _backward_plan(
         *(h.device, h.dtype, tasks.offsets is not None, ways(h.dtype, task_offsets)),
         *(index.shape[1], w.shape, w.stride(), dy.stride(0), constant is None or tasks.number == 1),

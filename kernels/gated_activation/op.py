@@ -67,13 +67,20 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, backend: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
         ctx.backend, ctx.kind = backend, kind
         ctx.save_for_backward(gate, up)
-        return torch.as_tensor(backend.forward(gate, up, kind))
+        h: Tensor = backend.forward(gate, up, kind)
+        return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        dgate, dup = ctx.backend.backward(dh, *ctx.saved_tensors, ctx.kind)
-        return None, dgate, dup, None
+        return _once(ctx, dh) if torch.is_grad_enabled() else _eager_gradient(ctx, dh)
+
+
+def _eager_gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    dgate, dup = ctx.backend.backward(dh, *ctx.saved_tensors, ctx.kind)
+    return None, dgate, dup, None
+
+
+_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
 
 
 @explainable
@@ -112,4 +119,6 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         return reference.forward(gate, up, kind)
     if opaque(gate, up):
         return _gated_activation(gate, up, kind)
-    return torch.as_tensor(_Eager.apply(choose("gated_activation", BACKENDS, gate, up, kind), gate, up, kind))
+    module = choose("gated_activation", BACKENDS, gate, up, kind)
+    h: Tensor = _Eager.apply(module, gate, up, kind) if torch.is_grad_enabled() else module.forward(gate, up, kind)
+    return h

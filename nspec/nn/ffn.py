@@ -95,7 +95,8 @@ class CompactLayer(TaskLayer):
         order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
         tokens = x if batch is None else reorder(x.reshape(-1, x.shape[-1]), order, inverse)
         if self._computes_anew():
-            z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, index=active.index)
+            sets = {"index": active.index, "places": active.places}
+            z = compact_fc1(tokens, w, b, active.active, task_offsets=offsets, **sets)
         else:
             packed = self._pack("first", x, (w, b), active, pack_first)
             z = _by_task(tokens, packed, batch, x, lambda part, one: F.linear(part, *one))
@@ -171,7 +172,8 @@ class CompactLayer(TaskLayer):
         order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
         y: Tensor
         if self._computes_anew():
-            y = compact_fc2(computed, constant, w2, b2, active.active, task_offsets=offsets, index=active.index)
+            kept = {"index": active.index, "places": active.places}
+            y = compact_fc2(computed, constant, w2, b2, active.active, task_offsets=offsets, **kept)
         else:
             sets = active.active if active.active.dim() == 2 else active.active[None]
             added = [b2] * len(sets) if constant is None else [_constant(constant, w2, b2, one) for one in sets]

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Triton launches, library products, other kernels of PyTorch: of the forward and backward pass where the name says nothing.
 COUNTS = {
     "dense block": (0, 6, 4),
+    "GELU dense block": (0, 6, 4),
+    "SwiGLU dense block": (0, 9, 5),
     "dense block, autocast": (0, 6, 14),
     "linear_relu_count": (1, 2, 3),
     "linear_relu_count, forward": (1, 0, 1),
@@ -52,6 +54,10 @@ COUNTS = {
     "block in mode update": (1, 6, 6),
     "block in mode update, autocast": (1, 6, 13),
     "block in mode update, 3 tasks": (3, 5, 8),
+    "GELU block in mode forward": (6, 8, 23),
+    "GELU block in mode update": (1, 6, 6),
+    "SwiGLU block in mode forward": (11, 9, 3),
+    "SwiGLU block in mode update": (2, 9, 11),
 }
 
 SCRIPT = """
@@ -97,7 +103,8 @@ def test_rows_carry_counts_and_the_ratio_to_the_dense_block(printed: tuple[list[
         assert {kind: sum(names.values()) for kind, names in row["names"].items()} == {
             kind: row[kind] for kind in ("launches", "products", "kernels")
         }
-        assert row["baseline"] == ("dense block, autocast" if "autocast" in row["name"] else "dense block")
+        kind, _, rest = row["name"].partition("block in mode update")
+        assert row["baseline"] == f"{kind}dense block" + (rest if rest == ", autocast" else "")
         assert row["ratio"] > 0.2, "ours does all that the dense block does"
         assert row["name"] in table
     assert "expand_kernel" in table

@@ -17,9 +17,9 @@ from bench.rows import Writer
 CPU = torch.device("cpu")
 SMOKE = cases.cases("smoke", "cpu", compiled=False)
 FIELDS = {
-    "kind", "operator", "provider", "baseline", "ours", "computes", "backend", "tokens", "d_model", "d_ff", "tasks",
-    "dtype", "density", "active", "milliseconds", "milliseconds_low", "milliseconds_high", "speedup", "speedup_low",
-    "speedup_high", "rounds", "input_sets", "peak_bytes", "flops", "bytes", "target",
+    "kind", "operator", "activation", "provider", "baseline", "ours", "computes", "backend", "tokens", "d_model", "d_ff",
+    "tasks", "dtype", "density", "active", "milliseconds", "milliseconds_low", "milliseconds_high", "speedup",
+    "speedup_low", "speedup_high", "rounds", "input_sets", "peak_bytes", "flops", "bytes", "target",
 }  # fmt: skip
 
 
@@ -40,6 +40,17 @@ def test_what_is_measured_can_be_narrowed() -> None:
     assert [case.label for case in found] == ["compact_ffn 64x8x32 bfloat16 0.40"]
 
 
+def test_blocks_with_other_activations_can_be_chosen() -> None:
+    found = cases.cases("quick", "cpu", activations=["gelu", "swiglu"])
+    assert {(case.operator, case.activation, case.d_ff) for case in found} == {
+        ("block", "gelu", 2048),
+        ("block", "swiglu", 1376),
+    }
+    assert {case.density for case in found} == {0.5, 0.78, 1.0}
+    assert "block swiglu 4096x512x1376 float32 0.50" in [case.label for case in found]
+    assert all(case.activation == "relu" for case in cases.cases("quick", "cpu", activations=["relu"]))
+
+
 def test_batches_of_several_tasks_and_the_grouped_product_can_be_chosen() -> None:
     several = cases.cases("quick", "cuda", batches="several", grouped=False)
     assert several
@@ -57,9 +68,12 @@ def test_targets_hold_at_full_size_and_for_one_task() -> None:
     assert cases.target(big, "cpu") == 1.8
     assert cases.target(Case("compact_ffn", 96, 32, 128, "float32", 0.5), "cpu") is None
     assert cases.target(Case("compact_ffn", 4096, 512, 2048, "float32", 0.5, tasks=8), "cpu") is None
-    for device_type, operator, dtype in cases.TARGETS:
+    gated = Case("block", 4096, 512, 1376, "float32", 0.5, activation="swiglu")  # three matrices: as much as ReLU's two
+    assert cases.target(gated, "cpu") == 1.7
+    assert cases.target(replace(gated, activation="relu"), "cpu") is None
+    for device_type, name, dtype in cases.TARGETS:
         assert device_type in cases.GRIDS
-        assert operator in cases.OPERATORS
+        assert name in cases.OPERATORS or name in ("block gelu", "block swiglu")
         assert dtype in cases.DTYPES
 
 
@@ -157,6 +171,24 @@ def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
     small, large = (problem(Case("compact_ffn", 32, 16, 64, "float32", p, compiled=False), CPU) for p in (0.25, 0.5))
     assert small.work("all") == large.work("all")
     assert 2 * small.work("active")[0] == large.work("active")[0] == 12 * 32 * 16 * 32
+
+
+def test_a_gated_block_that_leaves_inactive_rows_of_up_a_gradient_is_wrong() -> None:
+    made = problem(Case("block", 32, 16, 64, "float32", 0.5, compiled=False, activation="swiglu"), CPU)
+    update = next(provider for provider in made.providers if provider.name == "mode update")
+    dense = made.baseline.call
+    made.providers = [replace(update, call=dense)]
+    with pytest.raises(AssertionError, match=r"32 inactive rows of gate_proj\.weight have a gradient"):
+        made.check()
+    right, up = update.call, 3  # behind y, dx and the gradient of gate
+
+    def call(number: int) -> tuple[torch.Tensor, ...]:
+        answer = right(number)
+        return *answer[:up], dense(number)[up], *answer[up + 1 :]
+
+    made.providers = [replace(update, call=call)]
+    with pytest.raises(AssertionError, match=r"32 inactive rows of up_proj\.weight have a gradient"):
+        made.check()
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -28,6 +28,14 @@ def test_the_newest_run_of_a_case_is_shown_whatever_the_order_of_files() -> None
     assert len(summary.newest([new, other])) == 2
 
 
+def test_rows_from_before_there_were_activations_are_those_of_relu() -> None:
+    old, new = operator(date="2026-01-01T00:00:00Z"), operator(date="2026-01-02T00:00:00Z", activation="relu")
+    gelu = operator(date="2026-01-03T00:00:00Z", activation="gelu")
+    assert summary.newest([old, new, gelu]) == [new, gelu]
+    assert len(summary.groups([old, new, gelu], summary.operator_case)) == 2
+    assert summary.shape_of(gelu) == f"{summary.shape_of(old)}, gelu"
+
+
 def test_a_forced_backend_is_neither_ours_nor_in_its_place() -> None:
     forced = operator(backend_asked="reference", date="2027-01-01T00:00:00Z")
     assert len(summary.newest([operator(), forced])) == 2
