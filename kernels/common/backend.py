@@ -111,18 +111,24 @@ def requested(operator: str) -> str:
     return choices.get(operator, "auto")
 
 
+def watched() -> bool:
+    """Whether something looks at operators: a graph is compiled or traced, or a dispatch mode runs (fake tensors)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def opaque(*tensors: Tensor | None) -> bool:
     """Whether a call has to be one operator of PyTorch's, which costs the host more than the computation's own functions.
 
-    So it is where something looks at operators: a graph is compiled or traced, a transform of ``torch.func`` or a dispatch
-    mode runs (fake tensors, selective checkpointing), or a tensor is of a subclass.
+    So it is where something looks at operators, a transform of ``torch.func`` runs, or a tensor is of a subclass.
     """
     return (
-        torch.compiler.is_compiling()
+        watched()
         or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or not all(t is None or type(t) in PLAIN for t in tensors)
+        or not all([t is None or type(t) in PLAIN for t in tensors])
     )
 
 

@@ -39,6 +39,19 @@ def active_sets(active: Tensor, d_ff: int, task_offsets: Tensor | None) -> None:
     offsets(task_offsets, active.shape[0])
 
 
+def sets(index: Tensor, places: Tensor | None, active: Tensor) -> None:
+    """Checks what a caller keeps of ``active``: index int64 ``[tasks, width]``, places int32 ``[tasks, d_ff]``."""
+    tasks, d_ff = (1, active.shape[0]) if active.dim() == 1 else active.shape
+    if index.dtype is not torch.int64 or index.dim() != 2 or index.shape[0] != tasks:
+        raise ValueError(
+            f"index is {index.dtype} {list(index.shape)}, expected torch.int64 [{tasks}, width], as active_index gives it"
+        )
+    if places is not None and (places.dtype is not torch.int32 or tuple(places.shape) != (tasks, d_ff)):
+        raise ValueError(
+            f"places is {places.dtype} {list(places.shape)}, expected torch.int32 [{tasks}, {d_ff}], as places_of gives it"
+        )
+
+
 def offsets(task_offsets: Tensor, tasks: int | None = None) -> None:
     """Checks dtype and shape of ``task_offsets``; the values are checked where they are read."""
     if task_offsets.dtype not in (torch.int32, torch.int64):

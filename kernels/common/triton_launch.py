@@ -261,8 +261,7 @@ def rows16(matrix: Tensor) -> Tensor:
 
 class _Copy(NamedTuple):
     offsets: Tensor
-    version: int
-    tokens: int
+    numbers: list[int]
 
 
 #: By the offsets on the CPU: their copies, by device and stream. A batch's offsets serve every layer, forward and backward.
@@ -284,9 +283,9 @@ def offsets_on(task_offsets: Tensor, tokens: int, device: torch.device) -> Tenso
         return _copy(task_offsets, tokens, device)
     copies = _copies.setdefault(task_offsets, {})
     key = device, stream_of(device)
-    known = copies.get(key)
-    if known is None or known.version != task_offsets._version or known.tokens != tokens:
-        known = copies[key] = _Copy(_copy(task_offsets, tokens, device), task_offsets._version, tokens)
+    known, numbers = copies.get(key), task_offsets.tolist()
+    if known is None or known.numbers != numbers or numbers[-1] != tokens:  # not every write raises the version
+        known = copies[key] = _Copy(_copy(task_offsets, tokens, device), numbers)
     return known.offsets
 
 

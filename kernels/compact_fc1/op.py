@@ -12,6 +12,7 @@ from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.derivatives import once, transformed
 from . import reference
 
 BACKENDS = (
@@ -90,7 +91,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dz) if torch.is_grad_enabled() else _eager_gradient(ctx, dz)
+        return _once(ctx, dz)
 
 
 def _eager_gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,7 +100,7 @@ def _eager_gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, dw, db if ctx.has_b else None, None, None, None
 
 
-_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
+_once = once(_eager_gradient)
 
 
 @explainable
@@ -158,7 +159,7 @@ def compact_fc1(
     flat = x if x.dim() == 2 else x.reshape(-1, d_in)
     z: Tensor
     by_torch = requested("compact_fc1") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and torch._C._functorch.maybe_current_level() is not None:
+    if by_torch and transformed():
         answer("compact_fc1", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         z = reference.forward(flat, w, b, index, task_offsets)
     elif opaque(flat, w, b, index, task_offsets):
@@ -166,5 +167,5 @@ def compact_fc1(
     else:
         args = (flat, w, b, index, task_offsets)
         module = choose("compact_fc1", BACKENDS, *args)
-        z = _Eager.apply(module, *args, places) if torch.is_grad_enabled() else module.forward(*args)
+        z = _Eager.apply(module, *args, places) if torch.is_grad_enabled() or transformed() else module.forward(*args)
     return z if x.dim() == 2 else z.view(*x.shape[:-1], index.shape[1])

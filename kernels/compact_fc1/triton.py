@@ -70,7 +70,15 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets:
     index, b = index.contiguous(), None if b is None else b.contiguous()
     plan = _forward_plan(
         *(x.device, x.dtype, tasks.offsets is not None, by_library("y", x.dtype, task_offsets), b is not None),
-        *(index.shape[1] == len(w), index.shape[1], w.shape, w.stride(), precision(x.dtype), aligned(w, b, index)),
+        *(
+            index.shape[1] == len(w),
+            index.shape[1],
+            w.shape,
+            w.stride(),
+            x.stride(),
+            precision(x.dtype),
+            aligned(x, w, b, index),
+        ),
     )
     return whole(launching(x.device, plan, x, w, b, index, tasks, task_offsets), index.shape[1])
 
@@ -89,11 +97,12 @@ def backward(
     if tasks.tokens == 0:
         return x.new_zeros(x.shape), x.new_zeros(w.shape), x.new_zeros(d_ff if has_b else 0)
     index, x = index.contiguous(), rows16(x)
-    places, dz = places_of(index, d_ff) if places is None else places, wide(dz, compact_width(index))
+    places = places_of(index, d_ff) if places is None else places.contiguous()
+    dz = wide(dz, compact_width(index))
     plan = _backward_plan(
         *(x.device, x.dtype, tasks.offsets is not None, ways(x.dtype, task_offsets), has_b),
-        *(index.shape[1], w.shape, w.stride(), x.stride(0), precision(x.dtype)),
-        aligned(w, index, places),
+        *(index.shape[1], w.shape, w.stride(), x.stride(0), dz.stride(), precision(x.dtype)),
+        aligned(dz, w, index, places),
     )
     return launching(x.device, plan, dz, x, w, index, places, tasks, task_offsets)
 

@@ -12,6 +12,7 @@ from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
 from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.derivatives import once, transformed
 from . import reference
 
 BACKENDS = (
@@ -98,7 +99,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dy) if torch.is_grad_enabled() else _eager_gradient(ctx, dy)
+        return _once(ctx, dy)
 
 
 def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +109,7 @@ def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
 
 
-_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
+_once = once(_eager_gradient)
 
 
 @explainable
@@ -178,7 +179,7 @@ def compact_fc2(
     flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
     y: Tensor
     by_torch = requested("compact_fc2") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and torch._C._functorch.maybe_current_level() is not None:
+    if by_torch and transformed():
         answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         y = reference.forward(flat, constant, w, b, index, task_offsets)
     elif opaque(flat, constant, w, b, index, task_offsets):
@@ -186,5 +187,9 @@ def compact_fc2(
     else:
         args = (flat, constant, w, b, index, task_offsets)
         module = choose("compact_fc2", BACKENDS, *args)
-        y = _Eager.apply(module, *args, places) if torch.is_grad_enabled() else module.forward(*args, places)
+        y = (
+            _Eager.apply(module, *args, places)
+            if torch.is_grad_enabled() or transformed()
+            else module.forward(*args, places)
+        )
     return y if h.dim() == 2 else y.view(*h.shape[:-1], d_out)

@@ -98,14 +98,14 @@ def forward(
     index, h = index.contiguous(), wide(h, compact_width(index))
     library, added = by_library("y", h.dtype, task_offsets), b
     if constant is not None:
-        places = places_of(index, d_ff) if places is None else places
+        places = places_of(index, d_ff) if places is None else places.contiguous()
         own = mm_float32(_others(constant, places >= 0), w.t())
         added = own if b is None else own + b
     if added is not None:
         added = (added if library else added.float()).expand(tasks.number, d_out).contiguous()
     plan = _forward_plan(
         *(h.device, h.dtype, tasks.offsets is not None, library, added is not None),
-        *(index.shape[1], w.shape, w.stride(), precision(h.dtype), aligned(w, index, added)),
+        *(index.shape[1], w.shape, w.stride(), h.stride(), precision(h.dtype), aligned(h, w, index, added)),
     )
     return whole(launching(h.device, plan, h, w.t(), added, index, tasks, task_offsets), d_out)
 
@@ -127,11 +127,12 @@ def backward(
         dc = none if constant is None else zeros(constant.shape)
         return zeros(h.shape), dc, zeros(w.shape), zeros(d_out if has_b else 0)
     index, dy = index.contiguous(), rows16(dy)
-    places, h = places_of(index, d_ff) if places is None else places, wide(h, compact_width(index))
+    places = places_of(index, d_ff) if places is None else places.contiguous()
+    h = wide(h, compact_width(index))
     plan = _backward_plan(
         *(h.device, h.dtype, tasks.offsets is not None, ways(h.dtype, task_offsets)),
-        *(index.shape[1], w.shape, w.stride(), dy.stride(0), constant is None or tasks.number == 1),
-        *(precision(h.dtype), aligned(w, index, places)),
+        *(index.shape[1], w.shape, w.stride(), dy.stride(0), h.stride(), constant is None or tasks.number == 1),
+        *(precision(h.dtype), aligned(h, w, index, places)),
     )
     return launching(h.device, plan, dy, h, constant, w, index, places, tasks, task_offsets, has_b)
 

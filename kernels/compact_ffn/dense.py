@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import checks
+from ..common.derivatives import once
 
 # Multiplications of one of the six products that the compact block must save to make up for packing, for one task,
 # and the size from which it is faster at every density (its backward needs less memory traffic). From forward +
@@ -45,8 +46,9 @@ def reason(x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None = N
     saved = whole - x.numel() * width
     if x.device.type == "cuda":
         least = LEAST_SAVED_ON_GPU.get(x.dtype)
-        if least is None or tasks > 1 or saved >= least or torch.cuda.is_current_stream_capturing():
-            return None  # the launches of a graph cost the host nothing
+        # Captured or not, so that a graph computes what was run before it: NSPEC_BACKEND=triton is for small blocks in one.
+        if least is None or tasks > 1 or task_offsets is not None or saved >= least:
+            return None
         return (
             f"its launches cost the host more than the {saved:.1e} multiplications that it saves (at least {least:.1e})"
         )
@@ -120,7 +122,7 @@ class _Several(torch.autograd.Function):
         return F.linear(h, w2, b2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, h, active = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2, *_ = ctx.needs_input_grad

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import compute_dtype
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested, watched
+from ..common.derivatives import batched, once, transformed
 from . import dense
 
 BACKENDS = (
@@ -129,16 +130,19 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dy) if torch.is_grad_enabled() else _eager_gradient(ctx, dy)
+        return _once(ctx, dy)
 
 
 def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
+    if batched(dy):  # an operator of PyTorch's can be taken apart
+        dx, dw1, db1, dw2, db2 = _compact_ffn_backward(dy, *ctx.saved_tensors[:7])
+    else:
+        dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
     has_b1, has_b2 = ctx.biases
     return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
 
 
-_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
+_once = once(_eager_gradient)
 
 
 @explainable
@@ -201,6 +205,8 @@ def compact_ffn(
     checks.active_sets(active, d_ff, task_offsets)
     if index is None:
         index = active_index(active)
+    else:
+        checks.sets(index, places, active)
     if x.dim() == 2:
         return _compute(x, (w1, b1, w2, b2), active, index, places, task_offsets)
     y = _compute(x.reshape(-1, d_in), (w1, b1, w2, b2), active, index, places, task_offsets)
@@ -220,10 +226,10 @@ def _compute(
     x = x if x.dtype == dtype else x.to(dtype)
     if wanted == "auto" and not torch.compiler.is_compiling():
         compute: Any = None
-        why: str | None
-        if torch._C._functorch.maybe_current_level() is not None:
+        why: str | None = None
+        if transformed():
             compute, why = dense.composed, "torch.func knows the derivatives of PyTorch's operations only"
-        elif (why := dense.reason(x, weights[0], index, task_offsets)) is not None:
+        elif not watched() and (why := dense.reason(x, weights[0], index, task_offsets)) is not None:
             compute = dense.block
         if compute is not None:
             answer("compact_ffn", "dense", str(why))
@@ -243,7 +249,7 @@ def _compute(
     else:
         answer("compact_ffn", backend.name, "preferred, and it takes the call")
         module = backend.implementation
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or transformed()):
         y, _ = module.forward(x, *weights, *args, places)
         return y
     y = _Eager.apply(module, x, *weights, *args, places)

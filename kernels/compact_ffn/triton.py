@@ -35,6 +35,7 @@ from ..common.triton_tasks import (
     DTYPES,
     Sums,
     Tasks,
+    column_sums,
     compact_width,
     refuses,
     tasks_of,
@@ -223,7 +224,7 @@ class _Backward:
     """The launches of backward passes that are alike in all that Triton compiles for."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: Ways, has_b1: bool) -> None:
-        self.library, self.sums = library, Sums(grouped)
+        self.library, self.sums, self.tiles = library, Sums(grouped), column_sums(grouped, False)
         self.hidden = _Neurons(device, dtype, grouped, bias=False, gate=True)
         self.features = _Features(device, dtype, grouped, constant=False, library=library.dx)
         self.product1, self.product2 = (Product(device, dtype, grouped, library.dw) for _ in range(2))
@@ -273,7 +274,7 @@ class _Backward:
         torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
         if tasks.number == 1 or not sums:
             return dh, dh.sum(0, dtype=torch.float32)[None] if sums else None, max(tasks.tokens, 1)
-        return dh, self.sums.tiles(dh, tasks), self.sums.tiles.tokens
+        return dh, self.tiles(dh, tasks), self.tiles.tokens
 
 
 @planned
@@ -315,8 +316,7 @@ def forward(
     tasks = tasks_of(x.shape[0], task_offsets, x.device)
     if tasks.tokens == 0:
         return x.new_empty((0, d_out)), (x.new_empty((0, width)),)
-    if places is None:
-        places = places_of(index, d_ff)
+    places = places_of(index, d_ff) if places is None else places.contiguous()
     x, index = rows16(x), index.contiguous()
     b1, b2 = None if b1 is None else b1.contiguous(), None if b2 is None else b2.contiguous()
     biases = b1 is not None, b2 is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.derivatives import once, transformed
 from . import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -72,7 +73,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dh) if torch.is_grad_enabled() else _eager_gradient(ctx, dh)
+        return _once(ctx, dh)
 
 
 def _eager_gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +81,7 @@ def _eager_gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     return None, dgate, dup, None
 
 
-_once = torch.autograd.function.once_differentiable(_eager_gradient)  # an error where there is a second derivative
+_once = once(_eager_gradient)
 
 
 @explainable
@@ -114,11 +115,15 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
         raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
     by_torch = requested("gated_activation") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and torch._C._functorch.maybe_current_level() is not None:
+    if by_torch and transformed():
         answer("gated_activation", "reference", "torch.func knows the derivatives of PyTorch's operations only")
         return reference.forward(gate, up, kind)
     if opaque(gate, up):
         return _gated_activation(gate, up, kind)
     module = choose("gated_activation", BACKENDS, gate, up, kind)
-    h: Tensor = _Eager.apply(module, gate, up, kind) if torch.is_grad_enabled() else module.forward(gate, up, kind)
+    h: Tensor = (
+        _Eager.apply(module, gate, up, kind)
+        if torch.is_grad_enabled() or transformed()
+        else module.forward(gate, up, kind)
+    )
     return h

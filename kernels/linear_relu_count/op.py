@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, choose, explainable, opaque
+from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.derivatives import once, transformed
 from . import reference
 
 BACKENDS = (
@@ -85,7 +86,7 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dh is None:
             return (None,) * 5
@@ -139,6 +140,10 @@ def linear_relu_count(
         checks.offsets(task_offsets)
     x, weight, bias = cast_inputs(x, weight, bias)
     flat_valid = None if valid is None else valid.reshape(-1)
+    if requested("linear_relu_count") == "auto" and not torch.compiler.is_compiling() and transformed():
+        answer("linear_relu_count", "reference", "torch.func knows the derivatives of PyTorch's operations only")
+        h, counts = reference.forward(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
+        return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts
     compute = _linear_relu_count if opaque(x, weight, bias) else _Eager.apply
     h, counts = compute(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
     return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts

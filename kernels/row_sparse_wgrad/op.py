@@ -117,19 +117,41 @@ def row_sparse_wgrad(
         raise TypeError(f"dh has dtype {dh.dtype} and x {x.dtype}, expected one dtype")
     if index is None:
         index = active_index(active)
+    else:
+        checks.sets(index, places, active)
+    if add_to is not None:
+        checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
+        if add_to.dtype != torch.float32:
+            raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
+        if add_to.requires_grad and add_to.is_leaf and torch.is_grad_enabled():
+            raise ValueError("add_to is a leaf that requires a gradient: give a tensor that does not")
+    if torch.is_autocast_enabled(dh.device.type):  # which would round what is summed in float32
+        with torch.autocast(dh.device.type, enabled=False):
+            return _compute(dh, x, index, places, task_offsets, add_to, dtype)
+    return _compute(dh, x, index, places, task_offsets, add_to, dtype)
+
+
+def _compute(
+    dh: Tensor,
+    x: Tensor,
+    index: Tensor,
+    places: Tensor | None,
+    task_offsets: Tensor | None,
+    add_to: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     # Without a gradient of its own to record, as in a backward pass, the computation needs no operator around it.
     direct = not (torch.is_grad_enabled() and (dh.requires_grad or x.requires_grad)) and not opaque(dh, x, add_to)
+    args = (dh, x, index, task_offsets)
     if add_to is None:
         if direct:
-            args = (dh, x, index, task_offsets)
             dw, db = choose("row_sparse_wgrad", BACKENDS, *args).forward(*args, places, dtype or dh.dtype)
         else:
-            dw, db = _row_sparse_wgrad(dh, x, index, task_offsets)
+            dw, db = _row_sparse_wgrad(*args)
         return (dw, db) if dtype is None else (dw.to(dtype), db.to(dtype))
-    checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
-    if add_to.dtype != torch.float32:
-        raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
-    if direct:
-        args = (dh, x, index, task_offsets)
-        return add_to, choose("row_sparse_wgrad", BACKENDS, *args).accumulate(add_to, *args, places)
-    return add_to, _row_sparse_wgrad_add(add_to, dh, x, index, task_offsets)
+    if not direct:
+        return add_to, _row_sparse_wgrad_add(add_to, *args)
+    db = choose("row_sparse_wgrad", BACKENDS, *args).accumulate(add_to, *args, places)
+    if not add_to.is_inference():
+        torch.autograd.graph.increment_version(add_to)  # kernels write unseen
+    return add_to, db

@@ -232,8 +232,7 @@ def _gradient(
         if not add:
             dw.zero_()
         return dh.sum(0, dtype=torch.float32)
-    if places is None:
-        places = places_of(index, d_ff)
+    places = places_of(index, d_ff) if places is None else places.contiguous()
     index, x, library = index.contiguous(), rows16(x), by_library("dw", dh.dtype, task_offsets)
     pack = packs(d_in, d_ff, width, library)
     dh = rows16(dh) if not pack else dh if dh.stride(1) == 1 else dh.contiguous()

@@ -20,6 +20,8 @@ from bench import fake_gpu
 fake_gpu.install()
 import torch
 from nspec.kernels.common import triton_launch
+from nspec.kernels.compact_fc1 import compact_fc1
+from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
@@ -49,7 +51,7 @@ def tensor(*shape, dtype=torch.float16, layout="plain"):
         return torch.zeros(shape[1], shape[0], dtype=dtype).t()
     return torch.zeros(shape, dtype=dtype)
 
-for _ in range(400):
+for _ in range(300):
     d_in, d_out = draw.choice([(16, 16), (1, 1), (24, 16), (17, 16), (16, 17), (64, 16)])
     d_ff, tokens, tasks = draw.choice([64, 128, 200, 1]), draw.choice([1, 16, 40, 33]), draw.choice([1, 1, 3])
     layouts = itertools.starmap(draw.choice, itertools.repeat((["plain"] * 4 + ["off", "wide", "turned"],)))
@@ -62,13 +64,22 @@ for _ in range(400):
     shapes = (d_ff, d_in), (d_ff,), (d_out, d_ff), (d_out,)
     weights = [tensor(*s, dtype=given, layout=next(layouts)).requires_grad_() for s in shapes]
     weights = [w if i % 2 == 0 or biases[i // 2] else None for i, w in enumerate(weights)]
-    with torch.autocast("cpu", torch.float16, enabled=given == torch.float32):
-        y = compact_ffn(x, *weights, active, task_offsets=offsets)
-        y.backward(tensor(tokens, d_out, layout=next(layouts)))
+    cast = given == torch.float32 and draw.random() < 0.7
+    inputs = x if cast or given == torch.float16 else x.detach().float().requires_grad_()
+    ambient = torch.autocast("cpu", torch.float16, enabled=draw.random() < 0.3)  # of the backward pass
+    with torch.autocast("cpu", torch.float16, enabled=cast):
+        y = compact_ffn(inputs, *weights, active, task_offsets=offsets)
+        z = compact_fc1(inputs, *weights[:2], active, task_offsets=offsets)
+        o = compact_fc2(z, weights[1], *weights[2:], active, task_offsets=offsets)
         valid = draw.choice([None, torch.ones(tokens, dtype=torch.bool)])
-        linear_relu_count(x, weights[0], weights[1], valid=valid, task_offsets=offsets)
+        linear_relu_count(inputs, weights[0], weights[1], valid=valid, task_offsets=offsets)
+    with ambient:
+        y.backward(tensor(tokens, d_out, dtype=y.dtype, layout=next(layouts)))
+        o.backward(tensor(tokens, d_out, dtype=o.dtype, layout=next(layouts)))
     dh, total = tensor(tokens, d_ff, layout=next(layouts)), draw.choice([None, torch.zeros(d_ff, d_in)])
-    row_sparse_wgrad(dh, x.detach(), active, task_offsets=offsets, add_to=total)
+    with ambient:
+        row_sparse_wgrad(dh, x.detach(), active, task_offsets=offsets, add_to=total)
+        row_sparse_wgrad(dh.float(), x.detach().float(), active, task_offsets=offsets, add_to=total)
 assert len(seen) > 300, len(seen)
 assert not wrong, "\\n".join(sorted(wrong)[:20])
 print(len(seen), "launchers")
