@@ -32,6 +32,7 @@ _CASE: dict[str, tuple[str, ...]] = {
     "tasks": (*_MODEL, "tokens", "system", "tasks", "density", "dtype", "optimizer"),
     "profiling": (*_MODEL, "way", "padding", "sentences", "tokens", "dtype"),
     "probe": ("experiment", "name"),
+    "host": ("name", "dtype"),
 }
 KINDS = tuple(_CASE)
 NEEDED = {
@@ -42,6 +43,7 @@ NEEDED = {
     "tasks": ("shape", "system", "tasks"),
     "profiling": ("shape", "way", "dtype"),
     "probe": ("experiment", "name"),
+    "host": ("name", "launches", "products", "kernels"),
 }
 
 
