@@ -46,10 +46,6 @@ WHOLE_CASE = "every provider"
 """In the place of a provider, in the row of a case that could not be measured."""
 
 
-class DeviceLost(RuntimeError):
-    """An error on the GPU after which this process cannot use it."""
-
-
 def rows_of(
     made: Problem,
     device: torch.device,
@@ -73,7 +69,7 @@ def rows_of(
             runs, for as long as it lies there.
 
     Raises:
-        DeviceLost: after this error nothing more can be measured.
+        trouble.DeviceLost: after this error nothing more can be measured.
     """
     case, base = made.case, made.baseline.name
     common = {**fields_of(case), "baseline": base}
@@ -87,7 +83,7 @@ def rows_of(
         else:
             trouble.report(f"not timed: {case.label}, {name}", error)
         if trouble.device_is_lost(device):
-            raise DeviceLost(f"{case.label}, {name}: {failed[name]}") from error
+            raise trouble.DeviceLost(f"{case.label}, {name}: {failed[name]}") from error
 
     for provider, error in made.checked():
         if error is not None:
@@ -221,10 +217,10 @@ def measure(
                 done.append(row["provider"])
         except Exception as error:
             failed = True
-            lost = isinstance(error, DeviceLost) or trouble.device_is_lost(device)
-            if not isinstance(error, DeviceLost):  # which has been reported
+            lost = isinstance(error, trouble.DeviceLost) or trouble.device_is_lost(device)
+            if not isinstance(error, trouble.DeviceLost):  # which has been reported
                 trouble.report(f"not timed: {case.label}", error)
-            reason = str(error) if isinstance(error, DeviceLost) else trouble.in_a_line(error)
+            reason = str(error) if isinstance(error, trouble.DeviceLost) else trouble.in_a_line(error)
             show(write(_lost(case, reason, f"all but {', '.join(done)}" if done else WHOLE_CASE)))
         wrong += failed
         if lost:

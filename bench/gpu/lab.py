@@ -27,10 +27,6 @@ NEEDS_GPU = "needs a GPU"
 Call = Callable[[], object]
 
 
-class DeviceLost(RuntimeError):
-    """An error on the GPU after which this process cannot use it."""
-
-
 @dataclass(frozen=True)
 class Operands:
     """A feed-forward block at one shape and density, for ``tasks`` tasks of equally many tokens.
@@ -172,7 +168,7 @@ class Lab:
             note: beside it.
 
         Raises:
-            DeviceLost: after this error nothing more can be measured.
+            trouble.DeviceLost: after this error nothing more can be measured.
         """
         row: Row = {"kind": "probe", "experiment": experiment, "name": name, "of": of, "flops": flops, "bytes": moved}
         row |= {"microseconds": None, "roof_share": None, "note": note, "reason": None, "small": self.small}
@@ -187,7 +183,7 @@ class Lab:
         except Exception as error:
             trouble.report(f"{experiment}, {name}", error)
             if trouble.device_is_lost(self.device):
-                raise DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
+                raise trouble.DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
             return row | {"reason": trouble.in_a_line(error)}
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
         compared = of == "device" and not self.small  # tiny sizes are all start and end

@@ -23,7 +23,7 @@ import torch
 
 from bench import trouble
 from bench.ceilings import ceilings
-from bench.gpu.lab import DeviceLost, Lab, not_made
+from bench.gpu.lab import Lab, not_made
 from bench.machine import device_name, pick_device
 from bench.reporting import probe_tables, tables
 from bench.reporting.summary import ceilings as limits_of
@@ -88,12 +88,12 @@ def made(name: str, lab: Lab) -> Iterator[Row]:
         for row in experiment(lab):
             done.append(row["name"])
             yield row
-    except DeviceLost:
+    except trouble.DeviceLost:
         raise
     except Exception as error:
         trouble.report(name, error)
         if trouble.device_is_lost(lab.device):
-            raise DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
+            raise trouble.DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
         reason = trouble.in_a_line(error)
         yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": reason}
         yield from not_made(name, done, reason, lab.small)
@@ -111,7 +111,7 @@ def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[
                 print(line(rows[-1]), flush=True)
                 if row.get("reason") and name not in failed:
                     failed.append(name)
-        except DeviceLost as error:
+        except trouble.DeviceLost as error:
             print(f"error: {error}\nerror: {trouble.LOST}", file=sys.stderr, flush=True)
             for lost in names[number:]:
                 reason = str(error) if lost == name else "an error before it ended the use of the GPU"

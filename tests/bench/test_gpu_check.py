@@ -175,11 +175,12 @@ def test_ctrl_c_leaves_the_statuses_the_report_and_the_command_for_the_rest(tmp_
     }
     (tmp_path / "work").mkdir()
     command = ["bash", str(SCRIPT), "out", "--device", "cpu", "--set", "smoke", "--only", "steps,compact_ffn,training"]
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
+    options: dict[str, Any] = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
         until = time.monotonic() + 60
         while not (tmp_path / "calls.hangs").exists() and time.monotonic() < until:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group, tee too
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     found = statuses(tmp_path / "out", ["steps", "compact_ffn", "training", "report"])
