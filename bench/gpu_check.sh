@@ -13,20 +13,21 @@ FOLDER    new or empty; gets log.txt, rows.jsonl, summary.json, report.md with a
                the grouped product of PyTorch, whose errors may end its process
             3  all training steps, profiling, a short multilingual training, memcheck and counters of the hardware
 --only    these parts, separated by commas, in their order: any of those in the summary of a call, and `operators` for the
-          five that are named as an operator; report is always added
+          five that are named as an operator; report is always added. Not with --call
 --device  cuda (default); cpu runs the same parts without a GPU, which shows that they run and little more
 --set     size of the benchmarks and of the training (default: quick); smoke is tiny, and full takes longer than --seconds
 --seconds for all parts together (default: 480). Each has its share, and what the ones before it did not use.
 
 A part that fails or is out of time does not keep the others from running; the exit status is 1 then, and the last line
-is the command that runs those parts again. PYTHON names the interpreter (default: python3), NSPEC_COMMIT the commit where
+is the command that runs those parts again. Ctrl-C interrupts the part that runs, and leaves the report of what has been
+measured and that command; the exit status is 130. A second one ends at once. PYTHON names the interpreter (default: python3), NSPEC_COMMIT the commit where
 there is no git. Compiled kernels are kept for the next call: in TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, or else in
 XDG_CACHE_HOME or ~/.cache.'
 set -u -o pipefail
 
 fail() { echo "gpu_check.sh: error: $1" >&2; exit 2; }
 
-folder='' device=cuda set=quick budget=480 call=1 only=''
+folder='' device=cuda set=quick budget=480 call='' only=''
 while (($#)); do
   case $1 in
     -h | --help) echo "$usage"; exit 0 ;;
@@ -44,9 +45,11 @@ case $device in cuda | cpu) ;; *) fail "--device $device: expected cuda or cpu" 
 case $set in quick | full | smoke) ;; *) fail "--set $set: expected quick, full or smoke" ;; esac
 [[ $budget =~ ^[1-9][0-9]*$ ]] || fail "--seconds $budget: expected a whole number of seconds"
 
+[ -z "$only" ] || [ -z "$call" ] || fail "--only $only and --call $call: each says which parts to run; give one of them"
+
 # The parts of each call, and about how many seconds they need on an H100.
 operators=(compact_ffn block row_sparse_wgrad linear_relu_count row_sparse_adamw)
-case $call in
+case ${call:-1} in
   1) parts=(environment small_calls probe "${operators[@]}" steps gpu_tests) ;;
   2) parts=(environment tuning "${operators[@]}" compiled base grouped) ;;
   3) parts=(environment all_steps profiling training memcheck counters) ;;
@@ -55,25 +58,28 @@ esac
 declare -A shares=([environment]=15 [small_calls]=45 [probe]=110 [compact_ffn]=35 [block]=25 [row_sparse_wgrad]=30
   [linear_relu_count]=8 [row_sparse_adamw]=15 [steps]=75 [gpu_tests]=110 [tuning]=90 [compiled]=100 [base]=60 [grouped]=60
   [all_steps]=180 [profiling]=40 [training]=90 [memcheck]=60 [counters]=60 [report]=10)
+named='operators, environment, small_calls, probe, compact_ffn, block, row_sparse_wgrad, linear_relu_count,
+  row_sparse_adamw, steps, gpu_tests, tuning, compiled, base, grouped, all_steps, profiling, training, memcheck, counters'
 if [ -n "$only" ]; then
   parts=()
   for part in ${only//,/ }; do
     if [ "$part" = operators ]; then parts+=("${operators[@]}"); continue; fi
-    [ -n "${shares[$part]:-}" ] || fail "--only $part: there is no such part; there are operators, ${!shares[*]}"
+    [ -n "${shares[$part]:-}" ] || fail "--only $part: there is no such part; there are ${named//$'\n' /}"
     [ "$part" = report ] || parts+=("$part")
   done
 fi
 parts+=(report)
 total=0
 for part in "${parts[@]}"; do ((total += shares[$part])); done
-mkdir -p "$folder" || fail "cannot make the folder $folder"
-folder=$(cd "$folder" && pwd) || fail "cannot enter the folder $folder"
-[ -z "$(ls -A "$folder")" ] || fail "$folder is not empty; give a new folder, so that no older result is taken for a new one"
+if [ -e "$folder" ]; then
+  [ -d "$folder" ] || fail "$folder is no folder"
+  [ -z "$(ls -A "$folder")" ] || fail "$folder is not empty; give a new folder, so that no older result is taken for a new one"
+fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
+command -v "$PYTHON" > /dev/null || fail "no interpreter $PYTHON; set PYTHON to one"
 case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac  # it is run from $root
-command -v "$PYTHON" > /dev/null || fail "no interpreter $PYTHON; set PYTHON"
 if [ "$device" = cuda ]; then
   "$PYTHON" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 77)'
   case $? in
@@ -82,12 +88,20 @@ if [ "$device" = cuda ]; then
     *) fail "$PYTHON cannot import torch; set PYTHON to an interpreter that has it" ;;
   esac
 fi
+mkdir -p "$folder" || fail "cannot make the folder $folder"
+folder=$(cd "$folder" && pwd) || fail "cannot enter the folder $folder"
 work=$(mktemp -d "${TMPDIR:-/tmp}/nspec-gpu-check.XXXXXX") || fail "cannot make a temporary folder"
 
-child=''
-cleanup() { [ -z "$child" ] || kill "$child" 2> /dev/null; rm -rf "$work"; }
+child='' interrupted=0
+cleanup() { [ -z "$child" ] || kill -KILL -- "-$child" 2> /dev/null; rm -rf "$work"; }
 trap cleanup EXIT
-trap 'exit 130' INT
+# What a part leaves is worth a report. `timeout` passes the signal on.
+interrupt() {
+  ((!interrupted)) || exit 130
+  interrupted=1
+  [ -z "$child" ] || kill -INT "$child" 2> /dev/null
+}
+trap interrupt INT
 trap 'exit 143' TERM
 
 NSPEC_COMMIT=${NSPEC_COMMIT:-$(git -c safe.directory="$root" -C "$root" describe --always --dirty --abbrev=12 \
@@ -101,7 +115,7 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 cd "$root" || exit 2
 
 exec {terminal}>&1
-exec > >(exec tee "$folder/log.txt" >&"$terminal") 2>&1
+exec > >(exec tee -i "$folder/log.txt" >&"$terminal") 2>&1
 logger=$!
 
 # The parts, each a process of its own.
@@ -120,12 +134,20 @@ env.main()' "$device"
 small_calls() {
   local operator process code=0
   local -a processes=()
+  # Each into a file of its own, so that what they say of an error stays together.
   for operator in linear_relu_count row_sparse_wgrad compact_ffn compact_fc1 compact_fc2 gated_activation row_sparse_adamw; do
-    run_python -m bench.gpu.small_calls --device "$device" --operators "$operator" &
+    run_python -m bench.gpu.small_calls --device "$device" --operators "$operator" > "$work/$operator.said" 2>&1 &
     processes+=($!)
   done
   for process in "${processes[@]}"; do wait "$process" || code=$?; done
+  said
   return $code
+}
+said() { # what processes side by side have said, one after the other
+  local file
+  for file in "$work"/*.said; do
+    [ ! -f "$file" ] || { cat "$file"; rm "$file"; }
+  done
 }
 
 probing() { # with the experiments; all but tiny sizes are called full there
@@ -227,34 +249,61 @@ report() {
   done
 }
 
-export -f "${!shares[@]}" run_python probing benchmark operators kernels tool
+export -f "${!shares[@]}" run_python said probing benchmark operators kernels tool
+
+# The report has its share whatever the parts before it took.
+kept=$((shares[report] * budget / total))
+((kept > 0)) || kept=1
 
 statuses=() times=() lost=()
-status=0
+status=0 stopped=0
 for number in "${!parts[@]}"; do
   part=${parts[number]} later=0
   for after in "${parts[@]:number+1}"; do ((later += shares[$after])); done
   left=$((budget - SECONDS))
-  limit=$((left - later * budget / total))
-  share=$((shares[$part] * budget / total))
-  ((limit >= share)) || limit=$((share < left ? share : left))
-  printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
+  if [ "$part" = report ]; then
+    limit=$((left > kept ? left : kept))
+  else
+    left=$((left - kept))
+    limit=$((left - later * budget / total + kept)) # of what comes later, the report's share has been taken
+    share=$((shares[$part] * budget / total))
+    ((limit >= share)) || limit=$((share < left ? share : left))
+    ((limit > 0)) || limit=0
+  fi
+  # Of the limit, a part that is interrupted has these tenths of a second to end in.
+  grace=$((limit < 40 ? limit * 10 / 4 : 100)) told=$((limit * 10))
+  ((told -= grace))
+  ((stopped = interrupted))
   began=${EPOCHREALTIME/[.,]/}
-  if ((limit > 0)); then
-    timeout --signal=INT --kill-after=10 "$limit" bash -c "$part" < /dev/null &
+  if ((stopped)) && [ "$part" != report ]; then
+    code=-2
+    printf '\n== %s\n' "$part"
+  elif ((limit > 0)); then
+    printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
+    timeout --signal=INT --kill-after="$((grace / 10)).$((grace % 10))" "$((told / 10)).$((told % 10))" \
+      bash -c "$part" < /dev/null &
     child=$!
-    wait "$child"
+    ((interrupted == stopped)) || kill -INT "$child" 2> /dev/null
+    wait "$child" 2> /dev/null  # the shell would write `Killed` itself
     code=$?
+    while ((interrupted > stopped)) && kill -0 "$child" 2> /dev/null; do
+      wait "$child" 2> /dev/null
+      code=$?
+    done
     kill -KILL -- "-$child" 2> /dev/null  # its process group: what is left of a part would hold memory, and pipes
     child=''
+    said
+    ((interrupted == stopped)) || code=-2
   else
     code=-1
+    printf '\n== %s, %d s after the start\n' "$part" "$SECONDS"
   fi
   elapsed=$(((${EPOCHREALTIME/[.,]/} - began) / 100000)) # tenths of a second
   case $code in
     0) said=ok ;;
     77) said=absent ;;
     -1) said='no time left' ;;
+    -2) said=interrupted ;;
     124) said='out of time' ;;
     137) said=$( ((elapsed >= limit * 10)) && echo 'out of time' || echo 'failed (exit 137)') ;;
     *) said="failed (exit $code)" ;;
@@ -283,6 +332,8 @@ for file in "$folder"/*; do
     status=1
   fi
 done
+
+((!interrupted)) || status=130
 
 printf '\n%-18s%-20s%9s\n' part status seconds
 for number in "${!parts[@]}"; do printf '%-18s%-20s%9s\n' "${parts[number]}" "${statuses[number]}" "${times[number]}"; done

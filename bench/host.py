@@ -23,6 +23,7 @@ import functools
 import gc
 import io
 import itertools
+import os
 import pstats
 import sys
 import time
@@ -345,10 +346,10 @@ def show(row: Row, names: bool) -> None:
 
 
 def profile(call: Call, calls: int) -> str:
-    """Where the time of a row goes, by function, its own time first."""
+    """Where the processor time of a row goes, by function, its own time first: what other programs get is not in it."""
     for _ in range(20):
         call()
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     profiler.enable()
     for _ in range(calls):
         call()
@@ -358,12 +359,18 @@ def profile(call: Call, calls: int) -> str:
     return text.getvalue()
 
 
+def _rounds(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 2 where the GPU path cannot run."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=200, help="of each row and the dense block (default: 200)")
+    parser.add_argument("--rounds", type=_rounds, default=200, help="of each row and the dense block (default: 200)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: float16)")
     parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name contains this")
     parser.add_argument("-v", "--names", action="store_true", help="name what is counted")
@@ -371,6 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", metavar="NAME", help="profile the row of this name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file that rows are appended to")
     args = parser.parse_args(arguments)
+    if args.json is not None and (args.counts or args.profile is not None):
+        parser.error("--json takes rows with their times; --counts and --profile measure none: leave it out")
+    if args.counts and args.profile is not None:
+        parser.error("--counts and --profile print different things; give one of them")
     try:
         fake = install()
     except RuntimeError as error:
@@ -402,5 +413,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """As :func:`main`; quiet where nobody reads on, as after ``| head``."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what Python still holds goes
+        return 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

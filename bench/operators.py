@@ -19,7 +19,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,19 @@ from bench.ceilings import ceilings
 from bench.machine import device_name, pick_device
 from bench.providers import Problem, problem
 from bench.rows import Row, Writer, figure, timing_fields
-from bench.timing import interleaved, interleaved_on_device, paired, paired_on_device, peak_bytes, spread
+from bench.timing import (
+    Call,
+    interleaved,
+    interleaved_on_device,
+    paired,
+    paired_on_device,
+    peak_bytes,
+    spread,
+    synchronize,
+)
+
+WHOLE_CASE = "every provider"
+"""In the place of a provider, in the row of a case that could not be measured."""
 
 
 def rows_of(
@@ -44,7 +56,9 @@ def rows_of(
     memory: bool = True,
     again: Callable[[], Problem] | None = None,
 ) -> Iterator[Row]:
-    """Checks and times the providers of a case: one row each, and one for each that cannot run.
+    """Checks and times the providers of a case: one row each, and one for each that cannot run, raises or is wrong.
+
+    Without a baseline, which all ratios are over, nothing is timed.
 
     Args:
         made: the case with its inputs.
@@ -56,12 +70,27 @@ def rows_of(
             runs, for as long as it lies there.
 
     Raises:
-        AssertionError: a provider computes something else than the operator.
+        trouble.DeviceLost: after this error nothing more can be measured.
     """
-    case = made.case
-    made.check()
-    times: dict[str, list[float]] = {provider.name: [] for provider in made.providers}
-    on_device: dict[str, list[float]] = {provider.name: [] for provider in made.providers}
+    case, base = made.case, made.baseline.name
+    common = {**fields_of(case), "baseline": base}
+    failed: dict[str, str] = {}
+
+    def fails(name: str, error: Exception) -> None:
+        failed[name] = trouble.in_a_line(error)
+        if isinstance(error, AssertionError):  # a wrong result: where it was noticed says nothing
+            failed[name] = f"WRONG: {error}"
+            print(f"error: not timed: {error}", file=sys.stderr, flush=True)
+        else:
+            trouble.report(f"not timed: {case.label}, {name}", error)
+        if trouble.device_is_lost(device):
+            raise trouble.DeviceLost(f"{case.label}, {name}: {failed[name]}") from error
+
+    for provider, error in made.checked():
+        if error is not None:
+            fails(provider.name, error)
+    times: dict[str, list[float]] = {}
+    on_device: dict[str, list[float]] = {}
     gpu = device.type == "cuda"
     halves = 1 if again is None else 2
     for half in range(halves):
@@ -70,36 +99,39 @@ def rows_of(
             del made  # before the next, so that both need not fit
             made = again()
             made.absent = absent
-        calls = {provider.name: provider.call for provider in made.providers}
         share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
-        part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
-        for name, values in part.items():
-            times[name] += values
-        if gpu:
-            queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share)
+        while base not in failed:
+            calls = {one.name: one.call for one in made.providers if one.name not in failed}
+            try:
+                part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
+                queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share) if gpu else {}
+            except Exception:
+                if not (found := raising(calls, device)):
+                    raise
+                for name, error in found.items():
+                    fails(name, error)
+                continue  # the others once more, so that all rounds have the same providers
             done = max(map(len, queued.values()), default=0)
-            for name, values in on_device.items():
-                values += queued.get(name, [math.nan] * done)
-    baseline = times[made.baseline.name]
-    common = {
-        "operator": case.operator,
-        "activation": case.activation,
-        "tokens": case.tokens,
-        "d_model": case.d_model,
-        "d_ff": case.d_ff,
-        "tasks": case.tasks,
-        "dtype": case.dtype,
-        "density": case.density,
-        "active": case.active,
-        "baseline": made.baseline.name,
-    }
-    for provider in made.providers:
+            for name, values in part.items():
+                times.setdefault(name, []).extend(values)
+                on_device.setdefault(name, []).extend(queued.get(name, [math.nan] * done))
+            break
+    for name, reason in failed.items():
+        yield {"kind": "absent", **common, "provider": name, "reason": reason, "failed": True}
+    if base in failed:
+        reason = f"the baseline, {base}, gives nothing to compare with"
+        for name in (one.name for one in made.providers if one.name not in failed):
+            yield {"kind": "absent", **common, "provider": name, "reason": reason, "failed": True}
+    baseline = times.get(base, [])
+    for provider in made.providers if base not in failed else ():
+        if provider.name in failed:
+            continue
         values = times[provider.name]
         flops, moved = made.work(provider.computes)
         milliseconds = spread([1e3 * value for value in values])
         timing = timing_fields(milliseconds, paired(baseline, values), len(values))
         if gpu:
-            timing |= device_fields(on_device[made.baseline.name], on_device[provider.name])
+            timing |= device_fields(on_device[base], on_device[provider.name])
         yield {
             "kind": "operator",
             **common,
@@ -118,6 +150,24 @@ def rows_of(
         yield {"kind": "absent", **common, "provider": name, "reason": reason}
 
 
+def fields_of(case: Case) -> Row:
+    """What a row says of its case."""
+    named = ("operator", "activation", "tokens", "d_model", "d_ff", "tasks", "dtype", "density", "active")
+    return {name: getattr(case, name) for name in named}
+
+
+def raising(calls: Mapping[str, Call], device: torch.device) -> dict[str, Exception]:
+    """Those of some calls that raise, each made once, and what they raise."""
+    found: dict[str, Exception] = {}
+    for name, call in calls.items():
+        try:
+            call(0)
+            synchronize(device)
+        except Exception as error:
+            found[name] = error
+    return found
+
+
 def device_fields(baseline: Sequence[float], own: Sequence[float]) -> Row:
     """The device time and its ratio to the baseline's, from seconds by round; nothing where they cannot be told."""
     found = paired_on_device([1e3 * value for value in baseline], [1e3 * value for value in own])
@@ -127,7 +177,8 @@ def device_fields(baseline: Sequence[float], own: Sequence[float]) -> Row:
 def show(row: Row) -> None:
     """Prints one row."""
     if row["kind"] == "absent":
-        print(f"  {row['provider']:<32} not here: {row['reason']}", flush=True)
+        said = "not timed" if row.get("failed") else "not here"
+        print(f"  {row['provider']:<32} {said}: {row['reason']}", flush=True)
         return
     memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
     wanted = "" if row["target"] is None else f"  target {row['target']:.2f}x"
@@ -144,10 +195,10 @@ def show(row: Row) -> None:
 def measure(
     chosen: Sequence[Case], device: torch.device, write: Writer, rounds: int, most_seconds: float, memory: bool = True
 ) -> int:
-    """Measures and prints cases; one in which something raises or is wrong is reported and left out.
+    """Measures and prints cases. What raises or is wrong is reported, has a row with the reason, and costs itself.
 
     Returns:
-        The number of cases that were left out.
+        The number of cases that were not measured, or not with every provider.
     """
     wrong, began, group = 0, time.perf_counter(), None
     for number, case in enumerate(chosen):
@@ -156,21 +207,33 @@ def measure(
         left = (time.perf_counter() - began) / number * (len(chosen) - number) if number else 0.0
         note = f", about {left:.0f} s left" if number else ""
         print(f"[{number + 1}/{len(chosen)}{note}] {case.label}", flush=True)
+        failed, lost = False, False
+        done: list[str] = []
         try:
             again = functools.partial(problem, case, device, seed=1)
             options: dict[str, Any] = {"rounds": rounds, "most_seconds": most_seconds, "memory": memory, "again": again}
             for row in rows_of(problem(case, device), device, **options):
                 show(write(row))
-        except AssertionError as error:  # a wrong result: where it was noticed says nothing
-            wrong += 1
-            print(f"error: not timed: {error}", file=sys.stderr, flush=True)
+                failed |= bool(row.get("failed"))
+                done.append(row["provider"])
         except Exception as error:
-            wrong += 1
-            trouble.report(f"not timed: {case.label}", error)
-            if trouble.device_is_lost(device):
-                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-                return wrong + len(chosen) - number - 1
+            failed = True
+            lost = isinstance(error, trouble.DeviceLost) or trouble.device_is_lost(device)
+            if not isinstance(error, trouble.DeviceLost):  # which has been reported
+                trouble.report(f"not timed: {case.label}", error)
+            reason = str(error) if isinstance(error, trouble.DeviceLost) else trouble.in_a_line(error)
+            show(write(_lost(case, reason, f"all but {', '.join(done)}" if done else WHOLE_CASE)))
+        wrong += failed
+        if lost:
+            print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
+            for other in chosen[number + 1 :]:
+                write(_lost(other, "an error before it ended the use of the GPU"))
+            return wrong + len(chosen) - number - 1
     return wrong
+
+
+def _lost(case: Case, reason: str, provider: str = WHOLE_CASE) -> Row:
+    return {"kind": "absent", **fields_of(case), "provider": provider, "reason": reason, "failed": True}
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:
@@ -226,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(row)
     wrong = measure(chosen, device, write, 3 if args.set == "smoke" else args.rounds, seconds, not args.no_memory)
     if wrong:
-        print(f"error: {wrong} of {len(chosen)} cases were not timed; see above", file=sys.stderr)
+        print(f"error: {wrong} of {len(chosen)} cases were not timed, or not whole; see above", file=sys.stderr)
     return 1 if wrong else 0
 
 

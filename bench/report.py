@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.machine import ROOT
-from bench.reporting import figures, probe_tables, tables
+from bench.reporting import figures, host_table, probe_tables, tables
 from bench.reporting.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
@@ -155,6 +155,7 @@ class Report:
     docs: Path = ROOT / "docs"
     rows: list[Row] = field(init=False)
     devices: dict[str, list[Row]] = field(init=False)
+    hosts: dict[str, list[Row]] = field(init=False)
     _drawn: dict[str, str | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,7 +163,9 @@ class Report:
         if not self.rows:
             raise ValueError(f"no rows in {', '.join(map(str, self.files)) or 'no files'}; measure some: make bench")
         check(self.rows)
-        self.devices = by_device(self.rows)
+        # Those of the host's part, on one thread, are of no device that anything else was measured on.
+        self.hosts = by_device(of_kind(self.rows, "host"))
+        self.devices = by_device(row for row in self.rows if row["kind"] != "host")
 
     def command(self) -> str:
         """What writes the pages from the files, as seen from the checkout's root."""
@@ -204,7 +207,13 @@ class Report:
         return [f"![{figures.FIGURES[name][1]}]({_relative(self.picture_path(name), page.parent)})"]
 
     def update(self) -> list[Path]:
-        """Writes the fragments of all pages and the figures that these show; returns what was written."""
+        """Writes the fragments of all pages and the figures that these show; returns what was written.
+
+        Raises:
+            ValueError: a page has no markers, or there are rows of ``bench.host`` alone, which no page shows.
+        """
+        if not self.devices:
+            raise ValueError("all rows are of bench.host, which no fragment of a page shows; leave --update out")
         texts = {page: self.updated(page, page.read_text(encoding="utf-8")) for page in self.pages}
         written = []
         for fragment, name in FIGURE_PARTS.items():
@@ -235,6 +244,8 @@ class Report:
 
     def markdown(self, folder: Path | None) -> str:
         """The whole report; its figures are written into ``folder``, and linked, where one is given."""
+        if not self.devices:
+            return "\n".join(["# Benchmarks", "", *self._hosts()])
         lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
         lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
         for name in figures.FIGURES if folder is not None else ():
@@ -249,10 +260,17 @@ class Report:
         of_gpu = ("predictions", "probe") if of_kind(self.rows, "probe") else ()
         for name in (*_IN_REPORT, *of_gpu):
             lines += [f"## {PARTS[name].title}", "", *section(name, self.devices), ""]
+        lines += self._hosts()
         lines += ["## Two runs of the same", "", self._runs(), ""]
         others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
         lines += [f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else []
         return "\n".join(lines)
+
+    def _hosts(self) -> Lines:
+        lines: Lines = ["## The host, without a GPU", "", host_table.SAID, ""] if self.hosts else []
+        for rows in self.hosts.values():
+            lines += [f"* {machine(rows)}", "", *host_table.host(rows), ""]
+        return lines
 
     def _runs(self) -> str:
         found = agreement(self.rows)
@@ -315,8 +333,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             write_text(args.out / "report.md", report.markdown(args.out))
-            print(f"{PARTS['targets'].title}\n")
-            print("\n".join(section("targets", report.devices)))
+            if report.devices:
+                print(f"{PARTS['targets'].title}\n")
+                print("\n".join(section("targets", report.devices)))
             print(f"\nwritten: {args.out / 'report.md'}")
         if report.pages:
             print("written:", ", ".join(str(path) for path in report.update()))

@@ -11,6 +11,10 @@ LINES = 25
 """Of a traceback, its last ones: an error of a compiler stands at its end."""
 
 
+class DeviceLost(RuntimeError):
+    """An error on the GPU after which this process cannot use it."""
+
+
 def in_a_line(error: BaseException) -> str:
     """``OutOfResources: out of resource: shared memory``: the type and the first line that is not empty."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

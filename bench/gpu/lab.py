@@ -6,7 +6,7 @@ import functools
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import timing, trouble
-from bench.gpu.predictions import PREDICTIONS, SOURCE
+from bench.gpu.predictions import DEVICE, PREDICTIONS, SOURCE
 from bench.providers.problem import equal_offsets, random_sets
 from bench.reporting.summary import roof
 from bench.rows import Row
@@ -25,10 +25,6 @@ from nspec.kernels.common.active import active_index
 SAMPLES = 7
 NEEDS_GPU = "needs a GPU"
 Call = Callable[[], object]
-
-
-class DeviceLost(RuntimeError):
-    """An error on the GPU after which this process cannot use it."""
 
 
 @dataclass(frozen=True)
@@ -172,26 +168,33 @@ class Lab:
             note: beside it.
 
         Raises:
-            DeviceLost: after this error nothing more can be measured.
+            trouble.DeviceLost: after this error nothing more can be measured.
         """
         row: Row = {"kind": "probe", "experiment": experiment, "name": name, "of": of, "flops": flops, "bytes": moved}
-        row |= {"microseconds": None, "roof_share": None, "note": note, "reason": None}
-        expected = PREDICTIONS.get((experiment, name))
-        if expected is not None:
-            row |= {"expected_low": expected.low, "expected_high": expected.high, "expected_source": SOURCE}
-            row["expected_before"] = expected.before
+        row |= {"microseconds": None, "roof_share": None, "note": note, "reason": None, "small": self.small}
+        row |= expected(experiment, name)
         try:
             if right is not None and (wrong := right()) is not None:
                 return row | {"reason": f"WRONG: {wrong}"}
-            found = microseconds()
+            if self.device.type == "cpu":
+                found, row["interpreted"] = self._on_cpu(microseconds)
+            else:
+                found = microseconds()
         except Exception as error:
             trouble.report(f"{experiment}, {name}", error)
             if trouble.device_is_lost(self.device):
-                raise DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
+                raise trouble.DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
             return row | {"reason": trouble.in_a_line(error)}
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
-        share = roof({**asked, "bytes": moved}, dict(self.limits)) if of == "device" else None
+        compared = of == "device" and not self.small  # tiny sizes are all start and end
+        share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None
         return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share.share, 4)}
+
+    def _on_cpu(self, microseconds: Callable[[], float]) -> tuple[float, bool]:
+        """What it measures, and whether kernels of Triton were in it, which its interpreter runs on a CPU."""
+        found: list[float] = []
+        made = launches(self.device, lambda: found.append(microseconds()))
+        return found[0], bool(made)
 
     def timed(self, experiment: str, name: str, call: Call, **options: Any) -> Row:
         """As :meth:`row`, of a call's time on the device."""
@@ -200,6 +203,23 @@ class Lab:
     def absent(self, experiment: str, name: str, reason: str = NEEDS_GPU) -> Row:
         """What cannot be measured here, and is no error."""
         return {"kind": "probe", "experiment": experiment, "name": name, "microseconds": None, "absent": reason}
+
+
+def expected(experiment: str, name: str) -> Row:
+    """The fields of what was predicted of a measurement; none where nothing was."""
+    said = PREDICTIONS.get((experiment, name))
+    if said is None:
+        return {}
+    range_ = {"expected_low": said.low, "expected_high": said.high, "expected_before": said.before}
+    return {**range_, "expected_source": SOURCE, "expected_device": DEVICE}
+
+
+def not_made(experiment: str, done: Collection[str], reason: str, small: bool) -> list[Row]:
+    """A row for each measurement of an experiment that was predicted and is not among those done."""
+    common: Row = {"kind": "probe", "experiment": experiment, "of": None, "microseconds": None, "roof_share": None}
+    common |= {"note": "", "reason": reason, "small": small}
+    names = [name for one, name in PREDICTIONS if one == experiment and name not in done]
+    return [{**common, "name": name, **expected(experiment, name)} for name in names]
 
 
 def forget(*modules: ModuleType) -> None:

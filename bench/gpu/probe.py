@@ -23,8 +23,7 @@ import torch
 
 from bench import trouble
 from bench.ceilings import ceilings
-from bench.gpu.lab import DeviceLost, Lab
-from bench.gpu.predictions import SOURCE
+from bench.gpu.lab import Lab, not_made
 from bench.machine import device_name, pick_device
 from bench.reporting import probe_tables, tables
 from bench.reporting.summary import ceilings as limits_of
@@ -63,26 +62,41 @@ def line(row: Row) -> str:
         return f"  {row['name']:<58} not here: {row['absent']}"
     if row["reason"]:
         return f"  {row['name']:<58} FAILED: {row['reason']}"
-    share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
-    expected = "" if row.get("expected_low") is None else f"  expected {probe_tables.expected_range(row)}"
     note = f"  ({row['note']})" if row["note"] else ""
-    return f"  {row['name']:<58} {row['microseconds']:10.1f} us {row['of']}{share}{expected}{note}"
+    time = f"  {row['name']:<58} {row['microseconds']:10.1f} us"
+    if row["device_type"] == "cpu":
+        return f"{time} on the CPU{interpreted(row)}, tiny sizes{note}"
+    if row["small"]:
+        return f"{time} {row['of']}, tiny sizes{note}"
+    share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
+    expected = "" if not probe_tables.compared(row) else f"  expected {probe_tables.expected_range(row)}"
+    return f"{time} {row['of']}{share}{expected}{note}"
+
+
+def interpreted(row: Row) -> str:
+    """Said of a measurement on a CPU in which Triton's interpreter ran kernels."""
+    return ", in Triton's interpreter" if row.get("interpreted") else ""
 
 
 def made(name: str, lab: Lab) -> Iterator[Row]:
-    """The rows of an experiment; where it raises as a whole, a row that says so."""
+    """The rows of an experiment; where it raises as a whole, rows that say so: of it, and of what was predicted."""
     module, function = EXPERIMENTS[name]
+    done = []
     try:
         experiment: Experiment = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
         print(f"\n{(experiment.__doc__ or name).splitlines()[0]}", flush=True)
-        yield from experiment(lab)
-    except DeviceLost:
+        for row in experiment(lab):
+            done.append(row["name"])
+            yield row
+    except trouble.DeviceLost:
         raise
     except Exception as error:
         trouble.report(name, error)
         if trouble.device_is_lost(lab.device):
-            raise DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
-        yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": trouble.in_a_line(error)}
+            raise trouble.DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
+        reason = trouble.in_a_line(error)
+        yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": reason}
+        yield from not_made(name, done, reason, lab.small)
 
 
 def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[str]]:
@@ -94,11 +108,15 @@ def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[
         try:
             for row in made(name, lab):
                 rows.append(write(row))
-                print(line(row), flush=True)
+                print(line(rows[-1]), flush=True)
                 if row.get("reason") and name not in failed:
                     failed.append(name)
-        except DeviceLost as error:
+        except trouble.DeviceLost as error:
             print(f"error: {error}\nerror: {trouble.LOST}", file=sys.stderr, flush=True)
+            for lost in names[number:]:
+                reason = str(error) if lost == name else "an error before it ended the use of the GPU"
+                done = {row["name"] for row in rows if row["experiment"] == lost}
+                rows += [write(row) for row in not_made(lost, done, reason, lab.small)]
             return rows, [*failed, *(one for one in names[number:] if one not in failed)]
         print(f"  {name}: {time.perf_counter() - began:.1f} s", flush=True)
     return rows, failed
@@ -129,10 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in found:
         print(f"ceiling: {row['what']} {row['dtype']}: {tables.per_second(row)}")
     rows, failed = run(args.only, lab, write)
-    compared = [row for row in rows if row.get("expected_low") is not None]
-    if compared:
-        print(f"\nPredicted against measured ({SOURCE}):")
-        print("\n".join(probe_tables.predictions(compared)))
+    if said := probe_tables.predictions(rows):
+        print("\nPredicted against measured\n")
+        print("\n".join(said))
     if failed:
         print(f"error: something failed in {', '.join(failed)}; see above", file=sys.stderr, flush=True)
     return 1 if failed else 0

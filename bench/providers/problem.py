@@ -77,19 +77,31 @@ class Problem:
         """Compares every provider with the definition.
 
         Raises:
-            AssertionError: one is wrong: by how much, and what was expected.
+            AssertionError: one is wrong: by how much, and what was expected. What a provider raises is passed on.
         """
+        for _, error in self.checked():
+            if error is not None:
+                raise error
+
+    def checked(self) -> Iterator[tuple[Provider, Exception | None]]:
+        """Each provider with what is wrong with its results, an AssertionError, or what it raised; None where right."""
         expected: dict[str, Results] = {}
         for provider in self.providers:
             if provider.computes not in expected:
                 expected[provider.computes] = self.expected(provider.computes)
-            found = provider.results(provider.call(CHECK))
-            if not found:
-                raise AssertionError(f"{self.case.label}: {provider.name} gives no result to check")
-            for name, value in found.items():
-                same(
-                    f"{self.case.label}: {name} of {provider.name}", value, expected[provider.computes][name], self.case
-                )
+            try:
+                self._compare(provider, expected[provider.computes])
+            except Exception as error:
+                yield provider, error
+            else:
+                yield provider, None
+
+    def _compare(self, provider: Provider, expected: Results) -> None:
+        found = provider.results(provider.call(CHECK))
+        if not found:
+            raise AssertionError(f"{self.case.label}: {provider.name} gives no result to check")
+        for name, value in found.items():
+            same(f"{self.case.label}: {name} of {provider.name}", value, expected[name], self.case)
 
 
 def same(name: str, found: Tensor, expected: Tensor, case: Case) -> None:

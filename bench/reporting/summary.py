@@ -32,6 +32,7 @@ _CASE: dict[str, tuple[str, ...]] = {
     "tasks": (*_MODEL, "tokens", "system", "tasks", "density", "dtype", "optimizer"),
     "profiling": (*_MODEL, "way", "padding", "sentences", "tokens", "dtype"),
     "probe": ("experiment", "name"),
+    "host": ("name", "dtype"),
 }
 KINDS = tuple(_CASE)
 _OLDER = {"activation": "relu"}
@@ -44,6 +45,7 @@ NEEDED = {
     "tasks": ("shape", "system", "tasks"),
     "profiling": ("shape", "way", "dtype"),
     "probe": ("experiment", "name"),
+    "host": ("name", "launches", "products", "kernels"),
 }
 
 
@@ -66,7 +68,9 @@ def case_of(row: Row) -> Hashable:
     """What a row measures, as a key: equal for two runs of one case on one device."""
     named = _CASE.get(row["kind"], tuple(sorted(row)))
     backend = row.get("backend_asked") or "auto"
-    return (row["kind"], row.get("device"), backend, *(repr(row.get(field, _OLDER.get(field))) for field in named))
+    # What could not run and runs later, or the other way round, is one thing.
+    kind = "operator" if row["kind"] == "absent" else row["kind"]
+    return (kind, row.get("device"), backend, *(repr(row.get(field, _OLDER.get(field))) for field in named))
 
 
 def fields(*names: str) -> Callable[[Row], tuple[Any, ...]]:

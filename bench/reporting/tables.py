@@ -408,7 +408,12 @@ def ceilings(rows: Sequence[Row]) -> Lines:
 
 
 def absent(rows: Sequence[Row]) -> Lines:
-    """Providers that could not run, and why."""
+    """Providers that could not run, raised or were wrong: in which case, or in how many, and why."""
     found = groups(of_kind(rows, "absent"), fields("operator", "provider", "reason"))
-    body = [[f"`{operator}`", str(provider), str(reason)] for operator, provider, reason in found]
-    return table(["operator", "<provider", "<why it is not here"], body) if body else []
+    body = []
+    for (operator, provider, reason), members in found.items():
+        own = members[0]
+        case = f"{shape_of(own)}, {own.get('dtype') or NONE}, density {density_of(own)}"
+        where = case if len(members) == 1 else f"{len(members)} cases"
+        body.append([f"`{operator}`", str(provider), where, str(reason).replace("|", "/")])
+    return table(["operator", "<provider", "<case", "<why it is not here"], body) if body else []

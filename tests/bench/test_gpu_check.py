@@ -9,9 +9,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from bench import rows
 from bench.gpu import small_calls, synthetic_text
 from bench.gpu.predictions import PREDICTIONS
+from nspec.kernels.common.backend import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -30,6 +33,7 @@ CALLS = {
     "2": ["environment", "tuning", *KERNELS, "compiled", "base", "grouped", "report"],
     "3": ["environment", "all_steps", "profiling", "training", "memcheck", "counters", "report"],
 }
+EVERY = [part for part in dict.fromkeys(itertools.chain(*CALLS.values())) if part != "report"]
 LIMIT = 16 * 10**6
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -148,6 +152,53 @@ def test_a_part_that_hangs_is_interrupted_so_that_it_can_tell_and_the_others_hav
     assert json.loads((tmp_path / "out/summary.json").read_text())["seconds"] <= 9
 
 
+def test_a_part_that_cannot_be_interrupted_is_killed_within_its_limit_and_the_report_has_its_share(
+    tmp_path: Path,
+) -> None:
+    deaf = interpreter(tmp_path, PRETEND.format(operators="trap '' INT; sleep 100"))
+    done = check(tmp_path / "out", deaf, "--seconds", "6", "--only", "steps,operators,training")
+    found = statuses(tmp_path / "out", ["steps", *KERNELS, "training", "report"])
+    assert (found["compact_ffn"], found["report"]) == ("out of time", "ok"), done.stdout
+    assert json.loads((tmp_path / "out/summary.json").read_text())["seconds"] <= 7
+    assert "Killed" not in done.stdout + done.stderr
+    limits = [int(n) for n in re.findall(r"at most (-?\d+) s", done.stdout)]
+    assert min(limits) > 0
+
+
+def test_ctrl_c_leaves_the_statuses_the_report_and_the_command_for_the_rest(tmp_path: Path) -> None:
+    hanging = 'touch "$CALLS.hangs"; trap "echo what it was doing; exit 1" INT; sleep 100 & sleep 100'
+    env = {**os.environ, "PYTHON": str(interpreter(tmp_path, PRETEND.format(operators=hanging)))}
+    env |= {
+        "CALLS": str(tmp_path / "calls"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path / "work"),
+    }
+    (tmp_path / "work").mkdir()
+    command = ["bash", str(SCRIPT), "out", "--device", "cpu", "--set", "smoke", "--only", "steps,compact_ffn,training"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        until = time.monotonic() + 60
+        while not (tmp_path / "calls.hangs").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group, tee too
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    found = statuses(tmp_path / "out", ["steps", "compact_ffn", "training", "report"])
+    assert found == {"steps": "ok", "compact_ffn": "interrupted", "training": "interrupted", "report": "ok"}
+    assert "what it was doing" in said
+    assert (tmp_path / "out/report.md").is_file()
+    assert said.splitlines()[-1].endswith("--only compact_ffn,training")
+
+
+def test_what_small_calls_say_side_by_side_is_printed_one_after_the_other(tmp_path: Path) -> None:
+    speaking = '#!/bin/bash\nfor n in 1 2 3 4; do printf \'%s\' "${@: -1}"; sleep 0.1; echo " $n"; done\n'
+    done = check(tmp_path / "out", interpreter(tmp_path, speaking), "--only", "small_calls")
+    said = [line.split() for line in done.stdout.splitlines() if re.fullmatch(r"\w+ [1-4]", line)]
+    assert len(said) == 4 * 7
+    assert [n for _, n in said] == ["1", "2", "3", "4"] * 7
+    assert len({operator for operator, _ in said}) == 7
+
+
 def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: Path) -> None:
     check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="true")))
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -157,7 +208,7 @@ def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: P
         assert common in own
         assert {"--no-compile", "--no-memory", "--no-grouped"} <= set(own.split())
     assert any(f"-m bench.steps {common} --shapes big" in call for call in calls)
-    assert sum("-m bench.gpu.small_calls" in call for call in calls) == 4, "a process for each operator"
+    assert sum("-m bench.gpu.small_calls" in call for call in calls) == len(OPERATORS), "a process each"
     (tests,) = (call.split() for call in calls if "-m pytest" in call)
     for file in ROOT.joinpath("tests").rglob("test_*.py"):
         marked = "mark" + ".gpu" in file.read_text()
@@ -173,7 +224,8 @@ def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: P
         (["out", "--set"], "--set needs a value"),
         (["out", "--fast"], "unknown option --fast"),
         (["out", "--call", "4"], "--call 4: expected 1, 2 or 3"),
-        (["out", "--only", "probe,kernels"], "--only kernels: there is no such part; there are operators, "),
+        (["out", "--only", "probe,kernels"], f"there is no such part; there are operators, {', '.join(EVERY)}\n"),
+        (["out", "--only", "probe", "--call", "2"], "--only probe and --call 2: each says which parts to run"),
         (["full"], "is not empty"),
         ([], "usage:"),
     ],
@@ -184,6 +236,15 @@ def test_what_it_cannot_do_is_an_error_at_once(tmp_path: Path, arguments: list[s
     done = subprocess.run(["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("python", ["/nonexist/py", "nonexist"])
+def test_an_interpreter_that_is_not_there_is_one_line(python: str, tmp_path: Path) -> None:
+    done = check(tmp_path / "out", python)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gpu_check.sh: error: no interpreter {python}; set PYTHON to one\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("code", "said"), [(77, "sees no GPU"), (1, "cannot import torch")])
@@ -192,7 +253,7 @@ def test_a_machine_without_a_gpu_is_an_error_before_anything_runs(tmp_path: Path
     done = check(tmp_path / "out", python, "--device", "cuda")
     assert done.returncode == 2
     assert said in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists(), "a call that is refused leaves nothing"
 
 
 PLANTED = """
@@ -251,9 +312,10 @@ def test_a_copy_without_git_and_with_a_broken_kernel_delivers_every_other_part(t
     for other in ("row_sparse_wgrad", "compact_ffn", "row_sparse_adamw"):
         assert re.search(rf"\d+ right results of {other} on cpu .*; 0 calls failed", log), other
     measured = rows.read([tmp_path / "out/rows.jsonl"])
-    assert {row["kind"] for row in measured} == {"ceiling", "operator", "probe", "step"}
+    assert {row["kind"] for row in measured} == {"ceiling", "operator", "absent", "probe", "step"}
     assert {row["commit"] for row in measured} == {"abc123"}
     assert {row["operator"] for row in measured if row["kind"] == "operator"} == set(KERNELS) - {"linear_relu_count"}
+    assert {row["operator"] for row in measured if row["kind"] == "absent"} == {"linear_relu_count"}
     probed = [row for row in measured if row["kind"] == "probe"]
     assert [row["name"] for row in probed if row.get("reason")] == ["host: linear_relu_count, public"]
     named = {(row["experiment"], row["name"]) for row in probed}
@@ -275,8 +337,6 @@ def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_small_calls_covers_every_operator() -> None:
-    from nspec.kernels.common.backend import OPERATORS
-
     found = small_calls.calls(small_calls.SHAPES[0], True, torch.float32, torch.device("cpu"))
     assert {name.split(":")[0] for results in found for name in results} == set(OPERATORS)
 

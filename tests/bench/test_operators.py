@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, operators
+from bench import cases, operators, report
 from bench.cases import Case
-from bench.providers import problem
-from bench.providers.problem import backend, noise, random_sets, same
-from bench.rows import Writer
+from bench.providers import Problem, problem
+from bench.providers.problem import CHECK, backend, noise, random_sets, same
+from bench.reporting import summary
+from bench.rows import Row, Writer, read
 
 CPU = torch.device("cpu")
 SMOKE = cases.cases("smoke", "cpu", compiled=False)
@@ -109,9 +111,62 @@ def test_a_provider_that_computes_for_other_neurons_is_not_timed(
     wrong.call = call
     with pytest.raises(AssertionError, match=wrong.name):
         made.check()
-    monkeypatch.setattr(operators, "problem", lambda *_: made)
+    monkeypatch.setattr(operators, "problem", lambda *_, **__: made)
     assert operators.measure([case], CPU, Writer(None, CPU), 3, 0.01) == 1
     assert "not timed" in capsys.readouterr().err
+
+
+def _measured(made: Problem, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Row], str]:
+    """The rows by provider that a case leaves on disk, and what the report says of those that could not run."""
+    monkeypatch.setattr(operators, "problem", lambda *_, **__: made)
+    path = folder / "rows.jsonl"
+    assert operators.measure([made.case], CPU, Writer(path, CPU), 3, 0.01) == 1
+    found = {row["provider"]: row for row in read([path])}
+    text = report.Report([path]).markdown(None)
+    return found, text.split("## What could not run")[1].split("##")[0]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["when checked", "when timed"])
+def test_a_provider_that_raises_costs_itself_and_is_listed_with_the_reason(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = problem(SMOKE[0], CPU)
+    bad = made.providers[1]
+    right = bad.call
+
+    def call(number: int) -> object:
+        if not late or number != CHECK:
+            raise RuntimeError("planted | here")
+        return right(number)
+
+    bad.call = call
+    found, said = _measured(made, tmp_path, monkeypatch)
+    assert (found[bad.name]["kind"], found[bad.name]["reason"]) == ("absent", "RuntimeError: planted | here")
+    others = [row for name, row in found.items() if name != bad.name]
+    assert len(others) == len(made.providers) - 1
+    assert all(row["kind"] == "operator" and row["speedup"] > 0 for row in others)
+    assert bad.name in said
+    assert "RuntimeError: planted / here" in said
+
+
+def test_without_a_baseline_nothing_is_timed_and_every_provider_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = problem(SMOKE[0], CPU)
+    made.baseline.results = lambda answer: {}
+    found, said = _measured(made, tmp_path, monkeypatch)
+    assert {row["kind"] for row in found.values()} == {"absent"}
+    assert found[made.baseline.name]["reason"].startswith("WRONG: ")
+    assert found["ours"]["reason"] == f"the baseline, {made.baseline.name}, gives nothing to compare with"
+    assert "gives no result to check" in said
+
+
+def test_a_provider_that_runs_in_a_later_run_is_no_longer_absent(tmp_path: Path) -> None:
+    row = next(iter(operators.rows_of(problem(SMOKE[0], CPU), CPU, rounds=3, most_seconds=0.01)))
+    gone = {**{name: row[name] for name in summary.NEEDED["operator"]}, "kind": "absent", "reason": "no compiler"}
+    gone |= {name: row[name] for name in ("tokens", "d_model", "d_ff", "tasks")}
+    old, new = {**gone, "date": "2026-01-01"}, {**row, "date": "2026-01-02"}
+    assert [one["kind"] for one in summary.newest([old, new])] == ["operator"]
 
 
 def test_nan_and_other_shapes_are_never_the_same() -> None:
@@ -193,7 +248,7 @@ def test_a_gated_block_that_leaves_inactive_rows_of_up_a_gradient_is_wrong() -> 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_case_that_raises_costs_itself_and_the_rest_only_where_the_device_is_lost(
-    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     first, second = SMOKE[0], SMOKE[-1]
     real = operators.problem
@@ -205,8 +260,15 @@ def test_a_case_that_raises_costs_itself_and_the_rest_only_where_the_device_is_l
 
     monkeypatch.setattr(operators, "problem", raising)
     monkeypatch.setattr(operators.trouble, "device_is_lost", lambda _: lost)
-    assert operators.measure([first, second], CPU, Writer(None, CPU), 3, 0.01) == (2 if lost else 1)
+    path = tmp_path / "rows.jsonl"
+    assert operators.measure([first, second], CPU, Writer(path, CPU), 3, 0.01) == (2 if lost else 1)
     said = capsys.readouterr()
+    absent = [row for row in read([path]) if row["kind"] == "absent"]
+    assert len(absent) == (2 if lost else 1)
+    assert absent[0]["reason"] == "RuntimeError: out of resource: shared memory"
+    text = report.Report([path]).markdown(None).split("## What could not run")[1]
+    assert "| every provider | " in text
+    assert "RuntimeError: out of resource: shared memory" in text
     assert f"error: not timed: {first.label}: RuntimeError: out of resource: shared memory\n" in said.err
     assert ("run it again" in said.err) == lost
     assert (second.label in said.out) != lost

@@ -12,6 +12,7 @@ import torch
 from bench.gpu import lab as labs
 from bench.gpu import probe
 from bench.gpu.lab import Lab
+from bench.gpu.predictions import Prediction
 from bench.reporting import probe_tables
 from bench.rows import Row, Writer
 
@@ -40,6 +41,7 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bench.gpu.pretended", module)
     names = {"E1": "half", "E2": "nothing", "E3": "fine"}
     monkeypatch.setattr(probe, "EXPERIMENTS", {name: ("pretended", function) for name, function in names.items()})
+    monkeypatch.setattr(labs, "PREDICTIONS", {})
 
 
 def test_what_raises_costs_its_own_line(experiments: None) -> None:
@@ -62,12 +64,50 @@ def test_after_an_error_that_ends_the_use_of_the_gpu_nothing_more_is_tried(
     assert "run it again" in capsys.readouterr().err
 
 
-def test_a_prediction_is_compared_on_a_gpu_alone() -> None:
+def test_a_prediction_is_compared_on_the_device_and_at_the_size_that_it_is_for() -> None:
     row = {"kind": "probe", "experiment": "E3", "name": "h", "expected_low": 120.0, "expected_high": 135.0}
-    said = lambda **more: probe_tables.predictions([{**row, **more}])[2].split("|")[5].strip()
-    gpu = {"device_type": "cuda"}
+    said = lambda **more: probe_tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
+    gpu = {"device": "NVIDIA H100 80GB HBM3", "small": False}
+    assert "arithmetic for an H100" in probe_tables.predictions([row])[0]
     assert said(microseconds=121.0, **gpu) == "as expected"
     assert said(microseconds=270.0, **gpu) == "2.00 times as slow"
     assert said(microseconds=60.0, **gpu) == "2.00 times as fast"
-    assert said(microseconds=None, reason="OutOfResources: x", **gpu) == "OutOfResources: x"
-    assert said(microseconds=121.0, device_type="cpu") == "not compared: measured on a CPU"
+    assert said(microseconds=None, reason="OutOfResources: x", **gpu) == "failed: OutOfResources: x"
+    assert said(microseconds=121.0, device="NVIDIA A100") == "not compared: measured on NVIDIA A100"
+    tiny = "not compared: measured at tiny sizes on NVIDIA H100 80GB HBM3"
+    assert said(microseconds=121.0, **{**gpu, "small": True}) == tiny
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_predicted_of_an_experiment_that_raises_has_failed_and_what_was_measured_stays(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(lab: Lab) -> Iterator[Row]:
+        yield lab.timed("E3", "h", lambda: None)
+        raise AttributeError("the kernels have changed")
+
+    module = ModuleType("bench.gpu.pretended")
+    module.half = half  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bench.gpu.pretended", module)
+    monkeypatch.setattr(probe, "EXPERIMENTS", {"E3": ("pretended", "half")})
+    two = {("E3", name): Prediction(1, 2) for name in ("h", "gate")}
+    monkeypatch.setattr(labs, "PREDICTIONS", two)
+    monkeypatch.setattr(labs.trouble, "device_is_lost", lambda _: lost)
+    rows, failed = probe.run(["E3"], Lab(CPU, True), Writer(None, CPU))
+    assert failed == ["E3"]
+    *_, first, second = probe_tables.predictions(rows)
+    assert "| h " in first
+    assert "not compared: measured at tiny sizes on " in first
+    assert "| gate " in second
+    assert "failed: " in second
+    assert "AttributeError: the kernels have changed" in second
+
+
+def test_a_line_of_a_cpu_says_so_and_compares_nothing() -> None:
+    row = Writer(None, CPU)(Lab(CPU, True).row("E3", "h, 3 stages, flattened", lambda: 12.0, flops=1, moved=1))
+    said = probe.line(row)
+    assert said.endswith("12.0 us on the CPU, tiny sizes")
+    assert "in Triton's interpreter, tiny sizes" in probe.line({**row, "interpreted": True})
+    full = {**row, "device_type": "cuda", "device": "NVIDIA H100", "small": False, "roof_share": 0.5}
+    assert probe.line(full).endswith("us device  50% of the roof  expected 112 us")
+    assert "expected" not in probe.line({**full, "device": "NVIDIA A100"})

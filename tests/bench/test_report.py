@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fabricated import CPU, fabricated, written
 
 from bench import report
 from bench.reporting import figures, summary, tables
+from bench.rows import Writer, read
 
 
 def operator(**changed: Any) -> dict[str, Any]:
@@ -122,7 +124,47 @@ def test_without_a_gpu_the_report_says_so_and_nothing_else_of_it(tmp_path: Path)
     assert "GPU" not in text.replace(report.GPU_MISSING, "")
 
 
-@pytest.mark.parametrize("kind", summary.KINDS)
+def test_rows_of_the_host_are_a_table_of_their_own_beside_other_rows_and_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    row = {"kind": "host", "name": "compact_ffn", "dtype": "float16", "launches": 8, "products": 4, "kernels": 2}
+    row |= {"microseconds": 310.4, "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3, **CPU}
+    row |= {"device": "Some Processor, 1 threads", "date": "2026-01-02T00:00:00Z"}
+    older = {**row, "ratio": 9.0, "date": "2026-01-01T00:00:00Z"}
+    path = written(tmp_path / "host.jsonl", [older, row])
+    both = report.Report([path, written(tmp_path / "rows.jsonl", fabricated(CPU))])
+    for made in (both, report.Report([path])):
+        text = made.markdown(None)
+        [line] = [line for line in text.splitlines() if line.startswith("| compact_ffn ")]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == (
+            ["float16", "8", "4", "2", "310 us", "1.20× [1.10, 1.30]"]
+        )
+        assert "1 threads" in text
+        assert "not shown" not in text
+    assert "Some Processor, 1 threads" not in both.devices
+    assert "not measured" not in text
+    assert report.main([str(path), "--update", str(tmp_path / "page.md")]) == 1
+    assert "all rows are of bench.host" in capsys.readouterr().err
+
+
+def test_a_last_line_that_was_cut_short_is_left_out_and_the_next_row_is_not_lost_behind_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"kind": "a"}, {"kind": "b"}])
+    path.write_text(path.read_text()[:-5])
+    assert [row["kind"] for row in read([path])] == ["a"]
+    assert f"warning: {path}, line 2 is cut short" in capsys.readouterr().err
+    Writer(path, torch.device("cpu"))({"kind": "c"})
+    assert [row["kind"] for row in read([path])] == ["a", "c"]
+    path.write_text('{"kind": "a"\n{"kind": "b"}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        read([path])
+    path.write_text('{"kind": "a"}')  # whole, as an editor leaves it
+    Writer(path, torch.device("cpu"))({"kind": "c"})
+    assert [row["kind"] for row in read([path])] == ["a", "c"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in summary.KINDS if kind != "host"])
 def test_a_kind_that_is_missing_or_alone_is_said_to_be(kind: str, tmp_path: Path) -> None:
     rows = fabricated(CPU)
     for chosen in ([r for r in rows if r["kind"] != kind], [r for r in rows if r["kind"] == kind]):
