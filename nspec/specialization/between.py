@@ -133,8 +133,8 @@ class Between:
         elif enough and min(right, wrong) >= _FITS:
             raise self._error(
                 "fc2 does not get the product of an activation function of each number of the gate, and of up (a norm of "
-                "the gate may come between): if these are other layers, name them with layers=[(gate, up, down)], or else leave "
-                "the block out"
+                "the gate may come between): name its gate, up and down with layers=[(gate, up, down)] if they are other "
+                "layers, or leave the block out"
             )
 
     def _off(self, gate: Tensor, up: Tensor, got: Tensor, finite: Tensor) -> float:
