@@ -310,10 +310,13 @@ def is_routed(model: nn.Module, name: str) -> bool:
 
 
 def routed_within(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that holds the experts of which the layer of that name is one; None where no router chooses its tokens."""
+    """The module that holds the experts of which the layer of that name is one; None where no router chooses its tokens.
+
+    Shared experts get all of them.
+    """
     parts = name.split(".")
     for place, part in enumerate(parts):
-        if "expert" in part.lower():
+        if "expert" in part.lower() and "shared" not in part.lower():
             return model.get_submodule(".".join(parts[:place]))
     for end in range(1, len(parts)):
         holder, items = model.get_submodule(".".join(parts[: end - 1])), model.get_submodule(".".join(parts[:end]))
