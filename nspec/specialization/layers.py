@@ -233,6 +233,7 @@ def activation_dropouts(block: FeedForward) -> list[tuple[Any, str, str]]:
     A layer may have others, which its first training pass finds.
     """
     names = ["activation_dropout", "activation_dropout_module", "relu_dropout", "relu_dropout_module"]
+    names += ["intermediate_dropout"]  # wav2vec 2.0 and its kin
     attribute = block.name.rpartition(".")[2]
     if isinstance(block.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or attribute == "wi":
         names.append("dropout")
