@@ -21,7 +21,7 @@ BOTH = pytest.mark.parametrize("mode", ["forward", "update"])
 @pytest.fixture
 def small() -> tuple[nn.Sequential, nspec.NeuronMasks]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4)).double()
     return model, masks_for(model)
 
 
