@@ -39,6 +39,7 @@ FUSED_NAMES = (
     ("gated_layers", "wo"),  # Jina BERT
     ("weights_in", "weights_out"),  # DINOv2
     ("w12", "w3"),  # DINOv2, xFormers
+    ("input_linear", "output_linear"),  # Granite 4.0
 )
 GATED_NAMES = (  # gate, up, down
     ("gate_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo
