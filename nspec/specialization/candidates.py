@@ -10,32 +10,39 @@ from torch import nn
 from .feed_forward import features, is_linear
 
 _SHOWN = 4
+_ATTENTION = re.compile(r"attn|attention|query|key|value|qkv|(^|[._])(self_)?(att|[qkvo])($|[._])", re.IGNORECASE)
 
 
 def what_there_is(model: nn.Module) -> str:
     """For a message where no block was found: why not, or what to name."""
-    if experts := experts_not_taken(model):
-        return experts
+    experts = experts_not_taken(model)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linears:
-        return "It has no linear layers (nn.Linear)"
+        return experts or "It has no linear layers (nn.Linear)"
     patterns: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for block in _candidates(linears):
         patterns.setdefault(tuple(map(_pattern, block)), []).append(block)
+    # Attention may widen too.
+    likely = [pattern for pattern in patterns if not any(map(_ATTENTION.search, pattern))] or [*patterns]
     shown = [
-        f"{pattern} ({len(blocks)} layers)" if len(blocks) > 1 else str(blocks[0])
-        for pattern, blocks in patterns.items()
+        f"{pattern} ({len(patterns[pattern])} layers)" if len(patterns[pattern]) > 1 else str(patterns[pattern][0])
+        for pattern in likely
     ]
     if shown:
         more = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return f"Name its blocks with layers=[...], perhaps {', '.join(shown[:_SHOWN])}{more}"
+        other = f"{experts}. " if experts else ""
+        return f"{other}Name its blocks with layers=[...], perhaps {', '.join(shown[:_SHOWN])}{more}"
+    if experts:
+        return experts
     names = [*dict.fromkeys(_pattern(name) or "the model itself" for name in linears)]
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"Its linear layers ({len(linears)}: {some}) have no two of which the first widens for the second"
+    return (
+        f"Its linear layers ({len(linears)}: {some}) have no two of which the first widens and the second narrows back"
+    )
 
 
 def _candidates(linears: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
-    """Linear layers in one module or in two that lie in one, of which the first is as wide as the later one takes.
+    """Linear layers in one module or in two that lie in one, the first as wide as the later one takes, which narrows again.
 
     With another one of the first one's shape between them it is a gated block: three names.
     """
@@ -50,7 +57,7 @@ def _candidates(linears: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
         d_in, width = features(module)
         holder = name.rpartition(".")[0]
         near = [n for n in [*around[holder], *around[holder.rpartition(".")[0]]] if order[n] > order[name]]
-        second = next((n for n in near if features(linears[n])[0] == width > max(d_in, features(linears[n])[1])), None)
+        second = next((n for n in near if width > d_in and features(linears[n]) == (width, d_in)), None)
         if name in used or second is None or second in used:
             continue
         beside = [

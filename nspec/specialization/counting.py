@@ -87,7 +87,7 @@ class Counters:
         """
         for pair in self._pairs:
             count = self._totals.get(pair.name)
-            if count is not None and not self._between[pair.name].shown and bool(count.any()):
+            if count is not None and not self._between[pair.name].passed and bool(count.any()):
                 raise ValueError(
                     f"{pair.name}: fc2 did not get the activations of fc1 in task {self._task}, so nothing shows what the "
                     "block computes; choose layers with layers=[...]"

@@ -39,6 +39,7 @@ FUSED_NAMES = (
     ("gated_layers", "wo"),  # Jina BERT
     ("weights_in", "weights_out"),  # DINOv2
     ("w12", "w3"),  # DINOv2, xFormers
+    ("input_linear", "output_linear"),  # Granite 4.0
 )
 GATED_NAMES = (  # gate, up, down
     ("gate_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo
@@ -71,7 +72,8 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
             tuple the names of a block are those whose wildcards stand for the same text:
             ``("*.intermediate.dense", "*.output.dense")``. None: all blocks whose linear layers (``nn.Linear`` and its
             subclasses, ``Conv1D`` of Transformers) have names in ``PLAIN_NAMES``, ``FUSED_NAMES`` or ``GATED_NAMES``, and
-            ``nn.Sequential`` runs of Linear, an elementwise activation, (Dropout,) Linear.
+            ``nn.Sequential`` runs of Linear, an elementwise activation, (Dropout,) Linear; of those blocks the ones that
+            give back the width that they get, as classifiers do not.
 
     Raises:
         ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
@@ -84,7 +86,8 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
         names = ", ".join("/".join(names) for names in (*PLAIN_NAMES[:4], *FUSED_NAMES[:1], *GATED_NAMES[:3]))
         raise ValueError(
             f"no feed-forward block found in {type(model).__name__}: looked for linear layers named {names} and the like "
-            f"in one module, and for Linear-activation-Linear sequences. {what_there_is(model)}"
+            "in one module, and for Linear-activation-Linear sequences, that give back the width they get. "
+            f"{what_there_is(model)}"
         )
     _check_not_shared(model, found)
     return found
@@ -114,9 +117,9 @@ def _by_names(prefix: str, module: nn.Module, every: bool) -> Iterator[FeedForwa
             if ups:  # gated all the same: no two of them are a plain block
                 seen.update(map(id, parts))
             continue
-        (d_in, width), (d_ff, _) = features(fc1), features(fc2)
+        (d_in, width), (d_ff, d_out) = features(fc1), features(fc2)
         fused = not ups and width == 2 * d_ff
-        if (width != d_ff and not fused) or any(features(up) != (d_in, width) for up in ups):
+        if d_out != d_in or (width != d_ff and not fused) or any(features(up) != (d_in, width) for up in ups):
             continue
         holder = _child(module, names[0].rpartition(".")[0]) if "." in names[0] else module
         beside = [child for child in holder.children() if child is not fc1 and child is not fc2] if holder else []
@@ -138,7 +141,7 @@ def _in_sequence(prefix: str, module: nn.Module) -> Iterator[FeedForward]:
         return
     children = [(n, m) for n, m in module.named_children() if not isinstance(m, (*_DROPOUTS, nn.Identity))]
     for (name, fc1), (_, act), (_, fc2) in zip(children, children[1:], children[2:]):
-        if is_linear(fc1) and is_linear(fc2) and features(fc1)[1] == features(fc2)[0] and _is_elementwise(act):
+        if is_linear(fc1) and is_linear(fc2) and features(fc1) == features(fc2)[::-1] and _is_elementwise(act):
             yield FeedForward(prefix + name, module, fc1, fc2)
 
 
@@ -233,6 +236,7 @@ def activation_dropouts(block: FeedForward) -> list[tuple[Any, str, str]]:
     A layer may have others, which its first training pass finds.
     """
     names = ["activation_dropout", "activation_dropout_module", "relu_dropout", "relu_dropout_module"]
+    names += ["intermediate_dropout"]  # wav2vec 2.0 and its kin
     attribute = block.name.rpartition(".")[2]
     if isinstance(block.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or attribute == "wi":
         names.append("dropout")
@@ -310,10 +314,13 @@ def is_routed(model: nn.Module, name: str) -> bool:
 
 
 def routed_within(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that holds the experts of which the layer of that name is one; None where no router chooses its tokens."""
+    """The module that holds the experts of which the layer of that name is one; None where no router chooses its tokens.
+
+    Shared experts get all of them.
+    """
     parts = name.split(".")
     for place, part in enumerate(parts):
-        if "expert" in part.lower():
+        if "expert" in part.lower() and "shared" not in part.lower():
             return model.get_submodule(".".join(parts[:place]))
     for end in range(1, len(parts)):
         holder, items = model.get_submodule(".".join(parts[: end - 1])), model.get_submodule(".".join(parts[:end]))

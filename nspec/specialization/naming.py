@@ -92,6 +92,8 @@ def _given(names: tuple[str, ...], modules: Mapping[str, nn.Module], known: Sequ
             continue
         if block.fc1 is fc1 and (not ups or ups[0] is block.up):
             return block
+        if ups and fc1 is block.up and ups[0] is block.fc1:
+            return FeedForward(names[0], block.parent, fc1, fc2, ups[0])  # what profiling sees shows which is the gate
         up = next((f"{name!r}, " for name, module in modules.items() if module is block.up), "")
         raise ValueError(
             f"{names} are not the parts of the gated block around {names[-1]} in their order: expected "

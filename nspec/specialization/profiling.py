@@ -66,7 +66,8 @@ def profile(
 
     Raises:
         ValueError: no task or a task without batches; a layer that computes something else than its weight and bias say, or
-            a block that does more than an activation function between its layers; a mask that does not fit the activations
+            a block that does more than an activation function between its layers, or whose activation function sees
+            another projection than the one named as gate; a mask that does not fit the activations
             or may fit in two ways; padding that cannot be told among the tokens of an expert; a pre-activation of a real
             token that is NaN or infinite (one of minus infinity has not fired).
         TypeError: batches that are no mapping of tasks to several batches, or a batch that no model takes.

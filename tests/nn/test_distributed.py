@@ -122,7 +122,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 out, how, world, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
-model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
 nspec.specialize(model, nspec.NeuronMasks({"a": {"0": torch.arange(64) < 20}}))
 if how == "apart":
     mesh = init_device_mesh("cpu", (world,))

@@ -13,7 +13,7 @@ from nspec.nn import ffn, packed
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_capture_needs_a_run_before_it(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 3))
+    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 4))
     nspec.specialize(model, NeuronMasks({"a": {"0": torch.arange(70) % 2 == 0}}))
     x, capturing = torch.ones(2, 4), False
     for module in (ffn, packed):
@@ -33,7 +33,7 @@ def test_a_capture_needs_a_run_before_it(grad: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_a_pair_on_two_devices_is_refused_with_the_way_out() -> None:
-    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 3))
+    model = nn.Sequential(nn.Linear(4, 70), nn.ReLU(), nn.Linear(70, 4))
     nspec.specialize(model, NeuronMasks({"a": {"0": torch.arange(70) % 2 == 0}}))
     model[2].to("meta")
     with (

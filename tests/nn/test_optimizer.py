@@ -20,7 +20,7 @@ EVEN, LOW = torch.arange(64) % 2 == 0, torch.arange(64) < 20
 
 def specialised() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4)).double()
     return nspec.specialize(model, NeuronMasks({"even": {"0": EVEN}, "low": {"0": LOW}}))
 
 
@@ -195,7 +195,7 @@ def test_options_that_are_no_numbers_are_errors(options: dict) -> None:
 def test_a_weight_that_is_made_anew_in_each_pass_is_refused_as_its_rows_are_not_parameters(how: str, when: str) -> None:
     from torch.nn.utils import parametrizations, prune, weight_norm
 
-    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3), nn.Linear(3, 72), nn.ReLU(), nn.Linear(72, 3))
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4), nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4))
     active = torch.arange(72) < 30
     nspec.specialize(model, nspec.NeuronMasks({"a": {"0": active, "3": active}}))
     make = {

@@ -16,7 +16,7 @@ from torch import nn
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 4))
 masks = nspec.NeuronMasks({"a": {"0": torch.arange(64) < 20}, "b": {"0": torch.arange(64) >= 50}})
 nspec.specialize(model, masks)
 wrapped = nn.parallel.DistributedDataParallel(model)

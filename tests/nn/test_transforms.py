@@ -24,7 +24,7 @@ def made(whole: bool, mode: Any) -> nn.Module:
         layer = MaskedLinear(6, 10, mode=mode, dtype=torch.float64)
         layer.set_mask(MASK)
         return layer
-    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)).double()
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6)).double()
     nspec.specialize(model, NeuronMasks({"a": {"0": MASK}, "b": {"0": ~MASK}}), mode=mode)
     nspec.set_task(model, "a")
     return model

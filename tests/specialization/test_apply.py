@@ -258,7 +258,7 @@ def test_passes_without_gradients_follow_fused_optimisers_and_compiled_training(
     torch._dynamo.reset()
     for run in (lambda m: m, lambda m: torch.compile(m, backend="eager")):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3))
+        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4))
         masks, x = masks_for(model), torch.randn(5, 4)
         nspec.specialize(model, masks)
         nspec.set_task(model, "en-de")
@@ -279,7 +279,7 @@ def test_passes_without_gradients_follow_fused_optimisers_and_compiled_training(
 
 def test_weights_of_inference_mode_compute_too() -> None:
     with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3))
+        model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4))
         nspec.specialize(model, masks_for(model))
         with nspec.task(model, "en-de"):
             first = model(torch.ones(2, 4))
@@ -307,7 +307,7 @@ def test_parts_with_different_tasks_are_switched_together_or_not_at_all() -> Non
 
 
 def test_a_second_derivative_stays_in_the_rows_of_the_task_in_mode_update() -> None:
-    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4)).double()
     masks = masks_for(model)
     nspec.specialize(model, masks, mode="update")
     x = torch.randn(4, 5, 4, dtype=torch.float64, requires_grad=True)

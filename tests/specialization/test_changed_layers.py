@@ -21,7 +21,7 @@ BOTH = pytest.mark.parametrize("mode", ["forward", "update"])
 @pytest.fixture
 def small() -> tuple[nn.Sequential, nspec.NeuronMasks]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 72), nn.ReLU(), nn.Linear(72, 4)).double()
     return model, masks_for(model)
 
 
@@ -158,7 +158,7 @@ def test_weights_that_are_exchanged_between_passes_without_gradients_are_seen(
     with torch.no_grad(), nspec.task(model, "en-de"):
         for value in range(20):
             model[2].weight = None
-            model[2].weight = nn.Parameter(torch.full((3, 72), float(value), dtype=torch.float64))
+            model[2].weight = nn.Parameter(torch.full((4, 72), float(value), dtype=torch.float64))
             masked = (masks["en-de"]["0"][:, None] * model[0].weight, model[0].bias)
             torch.testing.assert_close(model(x), F.linear(F.linear(x, *masked).relu(), model[2].weight, model[2].bias))
 
@@ -186,7 +186,7 @@ def test_another_module_in_the_place_of_a_layer_is_named(
     mode: str, other: Callable[[Any], nn.Module], small: tuple[nn.Sequential, nspec.NeuronMasks]
 ) -> None:
     plain, masks = small
-    model = nn.Sequential(plain, nn.Linear(3, 4).double(), copy.deepcopy(plain))
+    model = nn.Sequential(plain, nn.Linear(4, 4).double(), copy.deepcopy(plain))
     masks = masks_for(model)
     nspec.specialize(model, masks, mode=mode)
     fc1, model[2][0] = model[2][0], other(model[2][0])

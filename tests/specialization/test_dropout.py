@@ -44,6 +44,20 @@ class Fairseq(nn.Module):
         return self.fc2(self.activation_dropout_module(torch.relu(self.fc1(x))))
 
 
+class Wav2Vec2(nn.Module):
+    """The feed-forward block of Transformers' speech models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intermediate_dropout = nn.Dropout(0.1)
+        self.intermediate_dense, self.output_dense = nn.Linear(6, 72), nn.Linear(72, 6)
+        self.output_dropout = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.intermediate_dropout(nn.functional.gelu(self.intermediate_dense(x)))
+        return self.output_dropout(self.output_dense(h))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     "torch.nn": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 96, batch_first=True), 2),
@@ -53,6 +67,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     "torch.nn decoder": (lambda: nn.TransformerDecoderLayer(8, 2, 96, dropout=0.4), "dropout", 0.4),
     "M2M100": (lambda: m2m100(activation_dropout=0.1), "activation_dropout", 0.1),
     "OpenNMT": (OpenNMT, "dropout_1", 0.1),
+    "wav2vec 2.0": (Wav2Vec2, "intermediate_dropout", 0.1),
     "fairseq": (Fairseq, "activation_dropout_module", 0.3),
     "a sequence": (
         lambda: nn.Sequential(nn.Linear(6, 72), nn.ReLU(), nn.Dropout(0.2), nn.Linear(72, 6)),

@@ -80,6 +80,15 @@ def test_a_sequence_needs_an_elementwise_activation(between: tuple[nn.Module, ..
             find_blocks(model)
 
 
+def test_a_block_gives_back_the_width_that_it_gets_and_a_classifier_does_not() -> None:
+    head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = nn.ModuleList(
+        [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), head, Block(fc1=(4, 8), fc2=(8, 3))]
+    )
+    assert named(find_blocks(model)) == ["0.0"]
+    assert named(find_blocks(model, [("1.0", "1.2"), ("2.fc1", "2.fc2")])) == ["1.0", "2.fc1"]
+
+
 class Block(nn.Module):
     """Linear layers of given names and sizes."""
 
@@ -109,6 +118,7 @@ def test_widths_decide() -> None:
     assert find_blocks(Block(fc1=(4, 16), fc2=(8, 4)))[0].fused
     with pytest.raises(ValueError, match="no feed-forward block"):
         find_blocks(Block(fc1=(4, 12), fc2=(8, 4)))
+    assert find_blocks(nn.ModuleDict({"shared_mlp": Block(input_linear=(4, 16), output_linear=(8, 4))}))[0].fused
     assert find_blocks(Block(w1=(4, 8), w2=(8, 4)))[0].up is None
     assert find_blocks(Block(w1=(4, 8), w2=(8, 4), w3=(4, 8)))[0].up is not None
 

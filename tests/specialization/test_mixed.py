@@ -157,14 +157,14 @@ def test_models_that_keep_time_first_give_the_dimension_of_the_sentences(mode: s
 @BOTH
 def test_a_model_that_flattens_its_batch_to_tokens_has_rows_of_each_sentence_together(mode: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 4)).double()
     nspec.specialize(model, masks_for(model, ALL), mode=mode)
     x = torch.randn(len(TASKS), 5, 4, dtype=torch.float64)
     with nspec.task(model, TASKS):
         want = model(x)
-        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 4), want, rtol=0, atol=1e-12)
     with nspec.task(model, TASKS, flattened=True):
-        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 3), want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(x.flatten(0, 1)).view(len(TASKS), 5, 4), want, rtol=0, atol=1e-12)
     with nspec.task(model, TASKS), pytest.raises(ValueError, match="gets 30 tokens in one dimension, for 6 sentences"):
         model(x.flatten(0, 1))
 
@@ -225,7 +225,7 @@ def test_the_optimiser_touches_the_union_of_the_tasks_of_a_batch(mode: str) -> N
 
 def test_many_mixes_keep_a_bounded_number_of_stacked_sets() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3))
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 4))
     names = tuple(f"t{i}" for i in range(8))
     nspec.specialize(model, masks_for(model, names))
     x = torch.randn(2, 5, 4)
@@ -248,7 +248,7 @@ def test_copies_and_pickles_of_a_switched_model_compute_the_same() -> None:
 
 
 def test_what_the_layer_does_between_fc1_and_fc2_is_checked_in_mixed_batches_too() -> None:
-    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 3))
+    model = nn.Sequential(nn.Linear(4, 96), nn.ReLU(), nn.Linear(96, 4))
     nspec.specialize(model, masks_for(model, ALL))
     model[1] = nn.Softmax(-1)
     with nspec.task(model, TASKS), pytest.raises(ValueError, match="is not elementwise: it calls softmax"):

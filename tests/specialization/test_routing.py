@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nspec
+from nspec.specialization.layers import find_blocks, is_routed
 from nspec.specialization.routing import _real_rows
 
 
@@ -68,6 +69,33 @@ def test_tokens_that_cannot_be_found_again_are_refused_unless_nothing_is_padded(
     apart = [{"x": x[i : i + 1, :n], "src_key_padding_mask": PADDING[i : i + 1, :n]} for i, n in enumerate(LENGTHS)]
     counts = nspec.profile(model, {"t": apart})
     assert sum(counts.tokens["t"].values()) == int(LENGTHS.sum())
+
+
+class WithShared(nn.Module):
+    """Experts, and one beside them that every token passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = Experts()
+        self.shared_experts = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 6))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.shared_experts(hidden)
+
+
+def test_a_shared_expert_is_not_routed_and_takes_a_list_of_tasks() -> None:
+    model, x = WithShared(), torch.randn(2, 8, 6)
+    assert is_routed(model, "moe.experts.0.0")
+    assert not is_routed(model, "shared_experts.0")
+    one = {block.name: torch.arange(40) < 20 for block in find_blocks(model)}
+    masks = nspec.NeuronMasks({"a": one, "b": {name: ~mask for name, mask in one.items()}})
+    nspec.specialize(model, masks)
+    wanted = []
+    for number, task in enumerate("ab"):
+        with nspec.task(model, task):
+            wanted.append(model(x[number : number + 1]))
+    with nspec.task(model, ["a", "b"]):
+        torch.testing.assert_close(model(x), torch.cat(wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
