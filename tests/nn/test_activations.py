@@ -163,6 +163,54 @@ def test_what_fc1_read_may_not_change_before_fc2_takes_it() -> None:
         with nspec.task(model, "a"), torch.no_grad(), pytest.raises(ValueError, match="in place between the two"):
             model(x)
             pytest.fail(f"a changed {what} goes unnoticed")
+    with nspec.task(model, "a"), torch.no_grad():
+        h = model.fc1(torch.ones(5, 8).double()).abs()
+        model.fc1.bias.add_(1)  # no longer what the others give
+        model.fc2(h)
+        doubled = model.fc1(torch.ones(5, 8).double()).view(1, 5, 64)
+        doubled.compute()
+        model.fc1.bias.add_(1)
+        with pytest.raises(ValueError, match="changes the bias of fc1 in place"):
+            model.fc2(doubled)
+
+
+@pytest.mark.parametrize("tasks", ["a", ["a", None, "a", "a", None]])
+@pytest.mark.parametrize("how", ["inference", "weights of inference", "compiled", "compiled with gradients", "broken"])
+def test_where_writes_are_not_counted_the_block_is_that_of_what_fc1_read(how: str, tasks: Any) -> None:
+    torch._dynamo.reset()
+    kept: dict[str, Any] = {}
+    act: Any = torch._dynamo.disable(F.gelu) if how == "broken" else F.relu
+
+    def between(h: Any) -> Any:
+        h = act(h)
+        with torch.no_grad():
+            kept["x"].mul_(0.5)
+            if how != "inference":  # there the bias is an ordinary tensor, whose writes are counted
+                kept["bias"].mul_(3)
+                kept["weight"].add_(1)
+        return h
+
+    class Residual(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            kept.update(x=x + 0, bias=self.fc1.bias, weight=self.fc1.weight)
+            return super().forward(kept["x"])
+
+    active, x = torch.arange(64) % 3 == 0, torch.randn(5, 8)
+    with torch.inference_mode(how == "weights of inference"):
+        model = Residual(between)
+    with torch.no_grad():
+        rows = torch.stack([active | (one is None) for one in ([tasks] * 5 if isinstance(tasks, str) else tasks)])
+        h = torch.where(rows, model.fc1(x), model.fc1.bias)
+        want = model.fc2(F.gelu(h) if how == "broken" else h.relu())
+    nspec.specialize(model, nspec.NeuronMasks({"a": {"fc1": active}}))
+    compiled = how in ("compiled", "compiled with gradients", "broken")
+    run = torch.compile(model, backend="aot_eager", fullgraph=how != "broken") if compiled else model
+    with (
+        torch.inference_mode(not compiled),
+        torch.set_grad_enabled(how.endswith("gradients")),
+        nspec.task(model, tasks),
+    ):
+        torch.testing.assert_close(run(x), want)
 
 
 @pytest.mark.parametrize("grad", [True, False])
