@@ -78,6 +78,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "the largest": (lambda h: h.topk(3, -1).values, r"Tensor\.topk"),
     "another order": (lambda h: h.flip(-1), r"Tensor\.flip"),
     "other columns": (lambda h: h.view(10, 32), "mixes neurons"),
+    "other dimensions": (lambda h: h.transpose(0, 1), r"calls Tensor\.transpose \(it depends on the dimensions\)"),
+    "a sum over tokens": (lambda h: h.cumsum(1), r"Tensor\.cumsum \(it depends on the dimensions\)"),
+    "token by token": (lambda h: h.unbind(1), r"Tensor\.unbind \(it depends on the dimensions\)"),
+    "more dimensions": (lambda h: h * torch.full((1, 1, 1), 2.0), r"__mul__ with another tensor, of shape \[1, 1, 1\]"),
     "two half as wide": (lambda h: h.relu().chunk(2, -1)[0], r"Tensor\.chunk"),
     "a norm": (lambda h: F.layer_norm(h.relu(), (64,)), "layer_norm"),
     "a gated unit": (lambda h: F.glu(h), "calls glu"),
@@ -341,6 +345,7 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
     "limits": lambda h: h.clamp(-1, max=1) + torch.minimum(h, 0.3 * h),
     "a constant part": lambda h: h * h.detach(),
     "one number of a tensor": lambda h: h * torch.tensor(3.0, dtype=torch.float64) + torch.ones(1).double(),
+    "one number in as many dimensions": lambda h: F.gelu(h.view(1, 5, 64)).mul_(torch.full((1, 1, 1), 3.0)).view(5, 64),
     "other leading dimensions": lambda h: F.gelu(h.view(1, -1, 64)).reshape(5, 64),
     "a cast": lambda h: h.float().double() * 0 + h.to(torch.float64),
 }
