@@ -52,8 +52,8 @@ def specialize(
 
     In mode ``forward`` what runs between the layers of a block (the activation, hooks on it or on the layers) gets a value
     that stands for the activations and takes elementwise functions of any kind: anything else there is an error in every
-    pass, not a number. The value is no ``torch.Tensor``: code there that asks so (``isinstance``, ``torch.is_tensor``) takes
-    its other branch, of which nothing can tell. Of a gated block the rows of gate and up are masked, and both biases stay.
+    pass, not a number. The value is no ``torch.Tensor``: code that asks so (``isinstance``, ``torch.is_tensor``) takes its
+    other branch there, of which nothing can tell. Of a gated block the rows of gate and up are masked; both biases stay.
 
     Args:
         model: any module with the layers that ``masks`` names; not yet wrapped for distributed training or compiled.
