@@ -5,14 +5,9 @@
     python -m bench.host --profile compact_ffn     # where the time of one row goes, by function
     python -m bench.host --counts                  # the counts as tests/bench/test_host.py holds them
 
-A GPU that waits for its next launch idles: small shapes run as fast as the host calls. Here the host runs alone, on one
-thread, with a GPU that computes nothing (bench/fake_gpu.py). The microseconds are this core's, of processor time, without
-the driver's calls (a few more for each launch, product and kernel). So read the counts, which are exact, and the ratio to
-PyTorch's dense block, which runs in turn with each row.
-
-Shapes are the smallest that go the way of large ones, with a compact layout and without padding. float16 stands for both
-16-bit dtypes: they go the same way, and the backend takes no bfloat16 on a CPU. What depends on the size alone is not seen
-(for several tasks, up to 8 ways to cut the tokens into chunks are compared).
+The host runs alone, on one thread, with a GPU that computes nothing (bench/fake_gpu.py): microseconds of this core, without
+the driver's calls. Read the counts, which are exact, and the ratio to PyTorch's dense block, which runs in turn with each
+row. float16 stands for both 16-bit dtypes, which go the same way.
 """
 
 from __future__ import annotations
@@ -56,12 +51,9 @@ SENTENCES = (0, 1, 2, 0)
 TASKS = len(set(SENTENCES))
 LENGTH, D_MODEL, D_FF, ACTIVE = 4, 16, 128, 50
 """Tokens of a sentence, and the block; active neurons of a task: 64 columns when packed."""
-MATRICES = 12
-"""In a step of AdamW."""
+MATRICES = 12  # in a step of AdamW
 CALLS = 3
-"""In a row, of which the last is timed, as the layers of a model follow one another: right after another call, the dense
-block takes a third longer."""
-
+"""In a row, of which the last is timed: right after another call, the dense block takes a third longer."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DENSE, DENSE_AUTOCAST = "dense block", "dense block, autocast"
 KINDS = {"relu": "", "gelu": "GELU ", "swiglu": "SwiGLU "}

@@ -47,8 +47,13 @@ class CompactLayer(TaskLayer):
             self._check_hooks()
         if self.transposed:
             weight = weight.t()
+        bias = _unwritten(bias)
         if not self.gated:
-            return Activations(self, use, (x, weight, bias), rectified=False)
+            uncounted = _is_uncounted(weight)
+            value = Activations(self, use, (_unwritten(x), weight if uncounted else _unwritten(weight), bias), False)
+            if uncounted:
+                value.compute()
+            return value
         if not self._nspec.doubled:
             value = Activations(self, use, (x, weight, bias), rectified=False)
             value.compute()
@@ -102,7 +107,8 @@ class CompactLayer(TaskLayer):
             z = _by_task(tokens, packed, batch, x, lambda part, one: F.linear(part, *one))
         if batch is None and h.lead != x.shape[:-1]:
             z = z.view(*h.lead, z.shape[-1])
-        return z, 0.0 if b is None else b if b.dtype == z.dtype else b.to(z.dtype)
+        given = h.inputs[2]
+        return z, 0.0 if given is None else given if given.dtype == z.dtype else given.to(z.dtype)
 
     def _check_whole(self, *weights: Tensor) -> None:
         own = _is_sharded(self.weight)
@@ -220,6 +226,20 @@ class CompactConv1D(TransposedFeatures, CompactLayer):
 
 def _is_sharded(weight: Tensor) -> bool:
     return type(weight) is not nn.Parameter and hasattr(weight, "placements")
+
+
+def _is_uncounted(tensor: Tensor) -> bool:
+    """Whether PyTorch does not count how often it is written to."""
+    return not torch.compiler.is_compiling() and tensor.is_inference()
+
+
+def _unwritten(tensor: Any) -> Any:
+    """What the tensor holds now, also for a block that is computed after it was written to.
+
+    Where writes are counted, :meth:`Value.check` finds them. Elsewhere it is copied; Inductor takes needless copies out.
+    """
+    copied = tensor is not None and (torch.compiler.is_compiling() or _is_uncounted(tensor))
+    return tensor.clone() if copied else tensor
 
 
 def _by_task(

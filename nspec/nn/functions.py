@@ -29,6 +29,8 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None) -> Any:
     """A function of PyTorch with a value among its arguments."""
+    if not args and "input" in kwargs and function in (*_SHAPES, *_PARTS):
+        args, kwargs = (kwargs["input"],), {key: one for key, one in kwargs.items() if key != "input"}
     value = args[0] if args else kwargs.get("input")
     if function in _DROPOUT or function in _OTHER_DROPOUT:
         return _dropped(function, value, args, kwargs)
@@ -40,11 +42,7 @@ def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
         if function in (torch.flatten, Tensor.flatten):
             return flattened(value, *args[1:], **kwargs)
         return value.view(*args[1:], *kwargs.values())
-    if (
-        isinstance(value, Value)
-        and value.halves
-        and function in (torch.chunk, torch.split, torch.Tensor.chunk, Tensor.split)
-    ):
+    if isinstance(value, Value) and value.halves and function in _PARTS:
         return getattr(value, function.__name__)(*args[1:], **kwargs)
     return elementwise(function, args, kwargs, name)
 
@@ -69,6 +67,9 @@ def elementwise(
             first.refuse(f"it calls {shown} with activations of {other.fc1.qualified_name} in another pass or shape")
     for one in values:
         one.compute()
+    # The active columns have fewer dimensions in a batch of several tasks; the constants always do.
+    args = tuple(_flat(one, first) for one in args)
+    kwargs = {key: _flat(one, first) for key, one in kwargs.items()}
     # Constants that are numbers are computed with the verdict, and kept with it.
     known = all(not isinstance(one, Tensor) for one in (*args, *kwargs.values(), *(one.constant for one in values)))
     slots = tuple(_slot(one, first, shown, known) for one in args)
@@ -86,7 +87,7 @@ def elementwise(
     if not known:
         constants = [_tensor(one.constant, one.dtype) for one in values]
         if in_place:
-            constants[0] = constants[0].clone()
+            constants[0] = constants[0].clone().reshape(-1)
         result.constant = _with(function, args, kwargs, values, constants)
         if result.constant.dim() and result.constant.numel() == 1:
             result.constant = result.constant.reshape(())
@@ -117,12 +118,17 @@ def _with(function: Any, args: Any, kwargs: Any, values: list[Value], parts: lis
     return function(*[put(one) for one in args], **{key: put(one) for key, one in kwargs.items()})
 
 
+def _flat(one: Any, value: Value) -> Any:
+    """A tensor with one element in one dimension at most, where it adds none to the value."""
+    return one.reshape(1) if isinstance(one, Tensor) and one.numel() == 1 and 1 < one.dim() <= value.ndim else one
+
+
 def _slot(one: Any, value: Value, function: str, known: bool) -> tuple[Any, ...]:
     """An argument as :func:`judge` takes it."""
     if isinstance(one, Value):
         return "value", one.dtype, one.constant if known else None
     if isinstance(one, Tensor):
-        if one.numel() != 1:
+        if one.numel() != 1 or one.dim() > value.ndim:
             value.refuse(f"it calls {function} with another tensor, of shape {list(one.shape)}")
         return "scalar", one.dtype
     if isinstance(one, (list, tuple)):

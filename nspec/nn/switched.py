@@ -107,11 +107,16 @@ class Shared:
     Attributes:
         told: whether somebody was warned that a training pass has no task.
         hooked: whether somebody was warned that hooks do not get activations.
+        called: the names of the layers that ran, outside of compiled code.
+        ended: how many ``nspec.task`` blocks ended by which one had run; ``missed`` whether somebody was warned of those
+            that never did.
         switches: how often the layers were switched, and ``by`` the thread that did so last.
     """
 
     def __init__(self) -> None:
-        self.told, self.hooked, self.switches, self.by = False, False, 0, 0
+        self.told, self.hooked, self.missed, self.switches, self.by = False, False, False, 0, 0
+        self.called: set[str] = set()
+        self.ended = 0
 
 
 def count_switch(layers: Iterable[TaskSwitched]) -> None:

@@ -143,6 +143,8 @@ class TaskLayer(Masked, TaskSwitched):
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()
+        if not torch.compiler.is_compiling():
+            self._nspec.shared.called.add(self._nspec.name)
         if self._nspec.batch is not None:
             self._check_rows(x, self._nspec.batch)
         use = super()._begin(x)

@@ -38,7 +38,8 @@ class Value:
         halves: gate and up, where it stands for both behind one another; else None.
         grad: whether gradients were on where fc1 ran.
         autocast: the dtype of autocast there; None outside of it. Before it is computed only.
-        versions: of the inputs. Before it is computed only.
+        versions: of the inputs; empty where nothing counts them, and fc1 gave copies. Before it is computed only, and of
+            the bias as long as it is the constant.
     """
 
     active: Tensor | None = None
@@ -84,11 +85,13 @@ class Value:
         if self.stale:
             self.refuse("it uses them after another view of them was changed in place")
         if self.active is not None:
+            if self.versions and self.constant is self.inputs[2] and _versions(self.inputs)[-1] != self.versions[-1]:
+                self.refuse("it changes the bias of fc1 in place between the two")
             return
         device = self.inputs[0].device.type
         if (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None) != self.autocast:
             self.refuse("it switches autocast between the two")
-        if _versions(self.inputs) != self.versions:
+        if self.versions and _versions(self.inputs) != self.versions:
             self.refuse("it changes the input or a parameter of fc1 in place between the two")
 
     def check_grad(self) -> None:

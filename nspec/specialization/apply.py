@@ -16,7 +16,7 @@ from nspec.nn.switched import Shared, TaskSwitched
 from nspec.nn.task_layers import TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 
 from . import own_gradients
-from .feed_forward import FeedForward, is_linear, is_transposed
+from .feed_forward import FeedForward, features, is_linear, is_transposed
 from .layers import (
     activation_dropouts,
     batch_dim_of,
@@ -52,7 +52,8 @@ def specialize(
 
     In mode ``forward`` what runs between the layers of a block (the activation, hooks on it or on the layers) gets a value
     that stands for the activations and takes elementwise functions of any kind: anything else there is an error in every
-    pass, not a number. Of a gated block the rows of gate and up are masked, and both biases stay.
+    pass, not a number. The value is no ``torch.Tensor``: code that asks so (``isinstance``, ``torch.is_tensor``) takes its
+    other branch there, of which nothing can tell. Of a gated block the rows of gate and up are masked; both biases stay.
 
     Args:
         model: any module with the layers that ``masks`` names; not yet wrapped for distributed training or compiled.
@@ -165,7 +166,7 @@ def _check_plain(layer: Any, name: str) -> None:
     if type(layer) is not nn.Linear:
         way: str | None = "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
         if is_linear(layer) and not isinstance(layer, Masked | TaskSwitched):
-            way = computes_linear(layer)
+            way = computes_linear(layer) or _needs_its_class(layer)
         if way is not None:
             raise ValueError(f"{name} is {type(layer).__name__}, expected a plain nn.Linear layer: {way}")
     if "forward" in layer.__dict__ and not calls_its_class(layer):
@@ -173,6 +174,25 @@ def _check_plain(layer: Any, name: str) -> None:
             f"{name} has a forward of its own, put on the module by something else, which would compute the dense "
             "layer: take it off first (del layer.forward), specialise, and put it on again"
         )
+
+
+def _needs_its_class(layer: Any) -> str | None:
+    """Why the ``forward`` of a layer's class cannot run on a layer of another class, as it does without a task."""
+    other: Any = nn.Module() if is_transposed(layer) else nn.Linear(1, 1, device="meta")
+    other.__dict__.update(layer.__dict__)
+    x = torch.zeros(1, features(layer)[0], device=layer.weight.device, dtype=layer.weight.dtype)
+    devices = [x.device] if x.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for other.training in (True, False):
+            try:
+                type(layer).forward(other, x)
+            except (AttributeError, TypeError) as error:
+                return (
+                    "its forward calls super() or methods of its class, and the layer is of another once it is "
+                    f"specialised ({error}). Use nn.functional.linear there with self.weight and self.bias, or put an "
+                    "nn.Linear in its place"
+                )
+    return None
 
 
 def _rebind(module: nn.Module) -> None:

@@ -165,19 +165,22 @@ def _is_elementwise(module: nn.Module) -> bool:
 
 
 def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
-    mine = {id(block.fc1.weight) for block in blocks}
+    mine = {id(layer.weight) for block in blocks for layer in (block.fc1, block.up) if layer is not None}
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in mine and id(parameter) in seen:
-            raise ValueError(f"{name} and {seen[id(parameter)]} are one parameter: a shared fc1 cannot be specialised")
+            raise ValueError(
+                f"{name} and {seen[id(parameter)]} are one parameter: a projection whose rows are masked cannot be shared"
+            )
         seen[id(parameter)] = name
 
 
 def computes_linear(module: nn.Module) -> str | None:
     """Why a layer cannot be taken for ``nn.Linear`` or ``Conv1D`` by its weight and bias; None where it can.
 
-    A subclass, or a ``forward`` that was put on the instance, is run on random numbers and compared, as in training and in
-    evaluation. What cannot be run here (weights that are elsewhere) is believed.
+    A subclass, or a ``forward`` that was put on the instance, may have no parameters and buffers beyond these. It is run on
+    random numbers (matrices, batches and large ones) and compared, as in training and in evaluation. What cannot be run
+    here (weights that are elsewhere) is believed.
     """
     if hasattr(module, "parametrizations"):
         return (
@@ -189,31 +192,45 @@ def computes_linear(module: nn.Module) -> str | None:
     d_in, width = features(module)
     weight: Any = module.weight
     bias: Any = module.bias
-    if weight.is_meta or not weight.numel():
-        return None
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, expected floating point (not quantised)"
+    if more := _beyond_weight_and_bias(module):
+        return f"it has {', '.join(more)} beside weight and bias: merge them into the weight first"
+    if weight.is_meta or not weight.numel():
+        return None
     matrix = weight.t() if is_transposed(module) else weight
     if list(matrix.shape) != [width, d_in]:
         return f"its weight has shape {list(weight.shape)}, expected {[width, d_in]}"
-    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    large = 1e6 if torch.finfo(weight.dtype).max > 1e30 else 16.0  # 16-bit floats overflow
+    inputs = [torch.randn(3, d_in, generator=generator), torch.randn(2, 3, d_in, generator=generator)]
+    inputs = [x.to(weight.device, weight.dtype) for x in (*inputs, large * inputs[0])]
     exact = torch.promote_types(weight.dtype, torch.float32)
     training = module.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            want = nn.functional.linear(x.to(exact), matrix.to(exact), None if bias is None else bias.to(exact))
-            most = float(want.abs().max()) * min(0.04, 8 * torch.finfo(weight.dtype).eps * d_in**0.5)  # by rounding
-            for mode in (True, False):
-                got = module.train(mode).forward(x)
-                if not isinstance(got, Tensor) or got.shape != want.shape:
-                    return "its output has another shape than that of nn.Linear"
-                if not (off := float((got.to(exact) - want).abs().max())) <= most:
-                    return f"it computes something else than nn.Linear with its weight and bias (off by {off:.2g})"
+            matrix, bias = matrix.to(exact), None if bias is None else bias.to(exact)
+            for x in inputs:
+                want = nn.functional.linear(x.to(exact), matrix, bias)
+                most = float(want.abs().max()) * min(0.04, 8 * torch.finfo(weight.dtype).eps * d_in**0.5)  # by rounding
+                for mode in (True, False):
+                    got = module.train(mode).forward(x)
+                    if not isinstance(got, Tensor) or got.shape != want.shape:
+                        return "its output has another shape than that of nn.Linear"
+                    if not (off := float((got.to(exact) - want).abs().max())) <= most:
+                        return f"it computes something else than nn.Linear with its weight and bias (off by {off:.2g})"
     except (RuntimeError, TypeError, ValueError) as error:
         return f"it does not run on a tensor of {d_in} numbers ({str(error).splitlines()[0]})"
     finally:
         module.train(training)
     return None
+
+
+def _beyond_weight_and_bias(module: nn.Module) -> list[str]:
+    """The parameters and buffers that a layer has more, but for those that weight and bias are made of by a hook."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    made = tuple(f"{name}_" for name in ("weight", "bias") if name not in module._parameters)
+    return [name for name in names if name not in ("weight", "bias") and not (made and name.startswith(made))]
 
 
 def activation_of(block: FeedForward) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
 from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead
+from nspec.nn.task_layers import TaskLayer
 
 from .layers import nearest
 
 PLACES = "_nspec_places"
 """On the module that holds specialised layers: their attributes there, each with the layer's qualified name."""
+_PASSES = 8  # in which no layer is left out each time by chance (LayerDrop)
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile and activation checkpointing of one layer
 
 
@@ -220,6 +224,8 @@ def task(
     RuntimeError. A server holds a lock around the block, runs the requests of several tasks as one batch, or gives each
     task a model (``nspec.merge``).
 
+    Layers that no pass calls, because code reads their weights instead, are warned of once when a block ends.
+
     Example:
         with nspec.task(model, "en-de"):
             model(**batch).loss.backward()
@@ -235,6 +241,36 @@ def task(
         for layer in layers:
             layer.set_task(switch)
         yield
+        if switch is not None:
+            _tell_uncalled(layers)
+
+
+def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
+    """Warns once of layers that never run: code that reads their weight instead computes the dense layer.
+
+    At the end of a ``nspec.task`` block where none has run; where others have, after some blocks, as a pass may leave
+    layers out. Compiled code does not tell which of them run, and a router need not choose each expert.
+    """
+    known = [layer for layer in layers if isinstance(layer, TaskLayer)]  # those that are specialised still
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if not known or (dynamo is not None and dynamo.counters.get("frames")):
+        return
+    names = [layer.qualified_name for layer in known if not (layer._nspec.routed or _has_run(layer))]
+    shared, ran = known[0]._nspec.shared, any(map(_has_run, known))
+    shared.ended += ran
+    if names and not shared.missed and (not ran or shared.ended >= _PASSES):
+        shared.missed = True
+        warnings.warn(
+            f"{len(names)} of {len(known)} specialised layers were never called in a nspec.task block, the first is "
+            f"{names[0]}. If the model has run, its code reads their weights without calling them, as in "
+            "F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). This is said "
+            "once",
+            stacklevel=4,
+        )
+
+
+def _has_run(layer: TaskLayer) -> bool:
+    return layer.qualified_name in layer._nspec.shared.called
 
 
 @contextlib.contextmanager

@@ -78,6 +78,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "the largest": (lambda h: h.topk(3, -1).values, r"Tensor\.topk"),
     "another order": (lambda h: h.flip(-1), r"Tensor\.flip"),
     "other columns": (lambda h: h.view(10, 32), "mixes neurons"),
+    "other dimensions": (lambda h: h.transpose(0, 1), r"calls Tensor\.transpose \(it depends on the dimensions\)"),
+    "a sum over tokens": (lambda h: h.cumsum(1), r"Tensor\.cumsum \(it depends on the dimensions\)"),
+    "token by token": (lambda h: h.unbind(1), r"Tensor\.unbind \(it depends on the dimensions\)"),
+    "more dimensions": (lambda h: h * torch.full((1, 1, 1), 2.0), r"__mul__ with another tensor, of shape \[1, 1, 1\]"),
     "two half as wide": (lambda h: h.relu().chunk(2, -1)[0], r"Tensor\.chunk"),
     "a norm": (lambda h: F.layer_norm(h.relu(), (64,)), "layer_norm"),
     "a gated unit": (lambda h: F.glu(h), "calls glu"),
@@ -163,6 +167,54 @@ def test_what_fc1_read_may_not_change_before_fc2_takes_it() -> None:
         with nspec.task(model, "a"), torch.no_grad(), pytest.raises(ValueError, match="in place between the two"):
             model(x)
             pytest.fail(f"a changed {what} goes unnoticed")
+    with nspec.task(model, "a"), torch.no_grad():
+        h = model.fc1(torch.ones(5, 8).double()).abs()
+        model.fc1.bias.add_(1)  # no longer what the others give
+        model.fc2(h)
+        doubled = model.fc1(torch.ones(5, 8).double()).view(1, 5, 64)
+        doubled.compute()
+        model.fc1.bias.add_(1)
+        with pytest.raises(ValueError, match="changes the bias of fc1 in place"):
+            model.fc2(doubled)
+
+
+@pytest.mark.parametrize("tasks", ["a", ["a", None, "a", "a", None]])
+@pytest.mark.parametrize("how", ["inference", "weights of inference", "compiled", "compiled with gradients", "broken"])
+def test_where_writes_are_not_counted_the_block_is_that_of_what_fc1_read(how: str, tasks: Any) -> None:
+    torch._dynamo.reset()
+    kept: dict[str, Any] = {}
+    act: Any = torch._dynamo.disable(F.gelu) if how == "broken" else F.relu
+
+    def between(h: Any) -> Any:
+        h = act(h)
+        with torch.no_grad():
+            kept["x"].mul_(0.5)
+            if how != "inference":  # there the bias is an ordinary tensor, whose writes are counted
+                kept["bias"].mul_(3)
+                kept["weight"].add_(1)
+        return h
+
+    class Residual(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            kept.update(x=x + 0, bias=self.fc1.bias, weight=self.fc1.weight)
+            return super().forward(kept["x"])
+
+    active, x = torch.arange(64) % 3 == 0, torch.randn(5, 8)
+    with torch.inference_mode(how == "weights of inference"):
+        model = Residual(between)
+    with torch.no_grad():
+        rows = torch.stack([active | (one is None) for one in ([tasks] * 5 if isinstance(tasks, str) else tasks)])
+        h = torch.where(rows, model.fc1(x), model.fc1.bias)
+        want = model.fc2(F.gelu(h) if how == "broken" else h.relu())
+    nspec.specialize(model, nspec.NeuronMasks({"a": {"fc1": active}}))
+    compiled = how in ("compiled", "compiled with gradients", "broken")
+    run = torch.compile(model, backend="aot_eager", fullgraph=how != "broken") if compiled else model
+    with (
+        torch.inference_mode(not compiled),
+        torch.set_grad_enabled(how.endswith("gradients")),
+        nspec.task(model, tasks),
+    ):
+        torch.testing.assert_close(run(x), want)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -293,6 +345,7 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
     "limits": lambda h: h.clamp(-1, max=1) + torch.minimum(h, 0.3 * h),
     "a constant part": lambda h: h * h.detach(),
     "one number of a tensor": lambda h: h * torch.tensor(3.0, dtype=torch.float64) + torch.ones(1).double(),
+    "one number in as many dimensions": lambda h: F.gelu(h.view(1, 5, 64)).mul_(torch.full((1, 1, 1), 3.0)).view(5, 64),
     "other leading dimensions": lambda h: F.gelu(h.view(1, -1, 64)).reshape(5, 64),
     "a cast": lambda h: h.float().double() * 0 + h.to(torch.float64),
 }

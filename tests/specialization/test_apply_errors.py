@@ -90,6 +90,30 @@ def test_layers_with_other_names_are_profiled_and_specialised_when_they_are_give
         nspec.specialize(OtherNames(), masks, layers=[("outer", "outer")])
 
 
+class CallsSuper(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+class OwnMethod(nn.Linear):
+    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.bias + (nn.functional.linear(input, self.weight) if self.training else self.multiplied(input))
+
+
+@pytest.mark.parametrize("kind", [CallsSuper, OwnMethod])
+def test_a_subclass_that_needs_its_class_is_refused_before_it_breaks(kind: type[nn.Linear]) -> None:
+    model = OtherNames()
+    model.inner = kind(4, 80)
+    masks = nspec.NeuronMasks({"t": {"inner": torch.arange(80) < 40}})
+    with pytest.raises(ValueError, match=rf"inner is {kind.__name__}.*calls super\(\) or methods of its class"):
+        nspec.specialize(model, masks, layers=[("inner", "outer")])
+    assert type(model.inner) is kind
+    assert model.training
+
+
 def test_specialising_twice_and_undoing_nothing_are_errors() -> None:
     model = m2m100()
     with pytest.raises(ValueError, match="is not specialised"):

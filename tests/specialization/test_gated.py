@@ -145,6 +145,7 @@ def test_the_halves_of_a_fused_projection_are_taken_apart_or_refused() -> None:
     ways: dict[str, Any] = {
         "chunk": lambda h: h.chunk(2, -1),
         "torch.chunk": lambda h: torch.chunk(h, 2, dim=2),
+        "by name": lambda h: torch.chunk(input=h, chunks=2, dim=-1),
         "split": lambda h: h.split([D_FF, D_FF], dim=-1),
         "slices": lambda h: (h[..., :D_FF], h[..., D_FF:]),
         "tokens": lambda h: [half.view(4, 3, D_FF) for half in h.view(-1, 2 * D_FF).clone().chunk(2, -1)],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import batch, m2m100, masks_for
+from torch import nn
 
 import nspec
 from nspec.baselines.adapters import TaskAdapters, add_adapters
@@ -183,3 +184,36 @@ def test_a_task_that_is_set_while_accelerate_fetches_a_batch_is_an_error() -> No
             model(**one)
     nspec.set_task(model, "en-de")
     model(**rows)
+
+
+class ReadsWeights(nn.Module):
+    def __init__(self, *calls: bool) -> None:
+        super().__init__()
+        self.calls = calls
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(4, 40), "fc2": nn.Linear(40, 4)}) for _ in calls)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, calls in zip(self.blocks, self.calls):
+            h = block["fc1"](x) if calls else nn.functional.linear(x, block["fc1"].weight, block["fc1"].bias)
+            x = block["fc2"](h.relu())
+        return x
+
+
+@pytest.mark.parametrize(("calls", "after"), [((False, False), 1), ((True, False), 8), ((True, True), None)])
+def test_layers_whose_weight_is_read_instead_of_calling_them_are_warned_of_once(
+    calls: tuple[bool, ...], after: int | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch._dynamo.utils.counters.clear()
+    model = ReadsWeights(*calls)
+    masks = {f"blocks.{i}.fc1": torch.arange(40) < 20 for i in range(2)}
+    nspec.specialize(model, nspec.NeuronMasks({"a": masks}))
+    first = None
+    for passes in range(1, 12):
+        with nspec.task(model, "a"):
+            model(torch.randn(3, 4))
+        told = [str(one.message) for one in recwarn if "were never called" in str(one.message)]
+        first = first or (passes if told else None)
+    assert (first, len(told)) == (after, after is not None)
+    if told:
+        assert f"{calls.count(False)} of 2" in told[0]
+        assert f"the first is blocks.{calls.index(False)}.fc1" in told[0]
