@@ -108,8 +108,7 @@ class Shared:
         told: whether somebody was warned that a training pass has no task.
         hooked: whether somebody was warned that hooks do not get activations.
         called: the names of the layers that ran, outside of compiled code.
-        ended: how many ``nspec.task`` blocks ended by which one had run; ``missed`` whether somebody was warned of those
-            that never did.
+        ended: how many ``nspec.task`` blocks ended; ``missed`` whether somebody was warned of layers that never ran.
         switches: how often the layers were switched, and ``by`` the thread that did so last.
     """
 

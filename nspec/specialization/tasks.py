@@ -248,21 +248,21 @@ def task(
 def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
     """Warns once of layers that never run: code that reads their weight instead computes the dense layer.
 
-    At the end of a ``nspec.task`` block where none has run; where others have, after some blocks, as a pass may leave
-    layers out. Compiled code does not tell which of them run, and a router need not choose each expert.
+    After some blocks, as a block may run no model, and a pass may leave layers out. Compiled code does not tell which of
+    them run, and a router need not choose each expert.
     """
     known = [layer for layer in layers if isinstance(layer, TaskLayer)]  # those that are specialised still
     dynamo = sys.modules.get("torch._dynamo.utils")
     if not known or (dynamo is not None and dynamo.counters.get("frames")):
         return
     names = [layer.qualified_name for layer in known if not (layer._nspec.routed or _has_run(layer))]
-    shared, ran = known[0]._nspec.shared, any(map(_has_run, known))
-    shared.ended += ran
-    if names and not shared.missed and (not ran or shared.ended >= _PASSES):
+    shared = known[0]._nspec.shared
+    shared.ended += 1
+    if names and not shared.missed and shared.ended >= _PASSES:
         shared.missed = True
         warnings.warn(
-            f"{len(names)} of {len(known)} specialised layers were never called in a nspec.task block, the first is "
-            f"{names[0]}. If the model has run, its code reads their weights without calling them, as in "
+            f"{len(names)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, the "
+            f"first is {names[0]}. If the model has run, its code reads their weights without calling them, as in "
             "F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). This is said "
             "once",
             stacklevel=4,

@@ -199,7 +199,7 @@ class ReadsWeights(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("calls", "after"), [((False, False), 1), ((True, False), 8), ((True, True), None)])
+@pytest.mark.parametrize(("calls", "after"), [((False, False), 8), ((True, False), 8), ((True, True), None)])
 def test_layers_whose_weight_is_read_instead_of_calling_them_are_warned_of_once(
     calls: tuple[bool, ...], after: int | None, recwarn: pytest.WarningsRecorder
 ) -> None:
