@@ -135,7 +135,7 @@ MUTATIONS = [
         ("rows of parts", "add=add, whole=not pack)", "add=add, whole=True)", "grouped"),
     ),
     *_of("row_sparse_wgrad", "triton", "common/active.py",
-        ("inverse index", "places.scatter(1, torch.where(index < 0, d_ff, index), place)", "places.scatter(1, torch.where(index < 0, d_ff, index), place // 2)", "integers"),
+        ("inverse index", "places.scatter(1, torch.where(index < 0, d_ff, index), place)", "places.scatter(1, torch.where(index < 0, d_ff, index), place // 2)", "grouped"),
     ),
     *_of("row_sparse_wgrad", "triton", "common/triton_tasks.py",
         ("tail of tokens", "there = (token < stop)[:, None]", "there = (token < tokens)[:, None]", "grouped"),

@@ -15,7 +15,7 @@ from nspec.kernels.common.active import active_index
 from nspec.kernels.common.products import HOST, LIBRARY, NEVER, ONE_TASK, by_library
 
 SIZES = (0, 33, 7, 30)  # tokens of each task
-ACTIVE = (70, 40, 0, 130)
+ACTIVE = {"one task": (70,), "several tasks": (70, 40, 0, 100), "in place": (70, 40, 0, 149)}  # of 150 neurons
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def module(operator: str) -> ModuleType:
 _ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(params=[pytest.param(name, marks=_ON_GPU) for name in ("one task", "several tasks")])
+@pytest.fixture(params=[pytest.param(name, marks=_ON_GPU) for name in ACTIVE])
 def call(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Operands of integers, exact in float16, with their sets and offsets."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    several = request.param == "several tasks"
-    counts = ACTIVE if several else ACTIVE[:1]
+    counts = ACTIVE[request.param]
+    several = len(counts) > 1
     active = torch.stack([torch.rand(150, generator=torch.Generator().manual_seed(n)).argsort() < n for n in counts])
     index = active_index(active.to(device))
 
@@ -114,6 +114,26 @@ def test_row_sparse_wgrad_is_exact_on_integers_either_way(
     backend.accumulate(total, call["dh"], call["x"], *where)
     reference.accumulate(exact_total, call["dh"], call["x"], *where)
     assert torch.equal(total, exact_total)
+
+
+@pytest.mark.parametrize("way", [NEVER], indirect=True)
+@pytest.mark.parametrize("call", ["several tasks", "in place"], indirect=True)
+@pytest.mark.parametrize("tma", [True, False])
+def test_row_sparse_wgrad_is_exact_where_the_next_task_has_nan(
+    way: str, call: dict[str, Any], tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = module("row_sparse_wgrad")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(backend, "has_tma", lambda target: tma)
+    where, last = (call["index"], call["task_offsets"]), 70 - SIZES[-1]
+    reference = importlib.import_module("nspec.kernels.row_sparse_wgrad.reference")
+    clean, dh = call["dh"].double(), call["dh"].clone()
+    clean[last:], dh[last:] = 0, float("nan")
+    sets = [set(row[row >= 0].tolist()) for row in call["index"].cpu()]
+    rows = sorted((sets[0] | sets[1]) - sets[-1])
+    got, want = backend.forward(dh, call["x"], *where)[0], reference.forward(clean, call["x"].double(), *where)[0]
+    assert rows
+    assert torch.equal(got[rows].double(), want[rows])
 
 
 WRONG = {  # offsets of 70 tokens, and what the kernels make of their lower 32 bits
