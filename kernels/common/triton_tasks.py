@@ -263,11 +263,11 @@ def task_sums_kernel(
 
 
 class Sums:
-    """Sums of the columns of a matrix by task; for a plan."""
+    """Sums of the columns of a matrix by task; for a plan. PyTorch's do for one task."""
 
-    def __init__(self, grouped: bool) -> None:
-        self.tiles = column_sums(grouped, False)
-        self.tasks = Launcher(task_sums_kernel, task_sums_launch(grouped))
+    def __init__(self) -> None:
+        self.tiles = column_sums(True, False)
+        self.tasks = Launcher(task_sums_kernel, task_sums_launch())
 
     def __call__(self, dense: Tensor, tasks: Tasks) -> Tensor:
         """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
@@ -280,10 +280,10 @@ class Sums:
         return out
 
 
-def task_sums_launch(grouped: bool) -> dict[str, Any]:
+def task_sums_launch() -> dict[str, Any]:
     """What a launch of ``task_sums_kernel`` gives by keyword."""
     # Few programs, each a chain of loads: the larger the tile, the shorter.
-    return {"GROUPED": grouped, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
+    return {"GROUPED": True, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
 
 
 def whole(matrix: Tensor, columns: int) -> Tensor:
@@ -291,3 +291,12 @@ def whole(matrix: Tensor, columns: int) -> Tensor:
     if matrix.shape[1] == columns:
         return matrix.contiguous()
     return matrix[:, :columns].contiguous()
+
+
+def wide(matrix: Tensor, columns: int) -> Tensor:
+    """``matrix [rows, <= columns]`` as the products read it: contiguous rows of ``columns``, zero behind what it has."""
+    if matrix.shape[1] == columns and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0:
+        return matrix
+    copy = matrix.new_zeros((matrix.shape[0], columns))
+    copy[:, : matrix.shape[1]] = matrix
+    return copy

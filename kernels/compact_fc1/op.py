@@ -90,17 +90,11 @@ class _Eager(torch.autograd.Function):
         return z
 
     @staticmethod
+    @once
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dz)
-
-
-def _eager_gradient(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, index, task_offsets, places = ctx.saved_tensors
-    dx, dw, db = ctx.backend.backward(dz, x, w, index, task_offsets, ctx.has_b, places)
-    return None, dx, dw, db if ctx.has_b else None, None, None, None
-
-
-_once = once(_eager_gradient)
+        x, w, index, task_offsets, places = ctx.saved_tensors
+        dx, dw, db = ctx.backend.backward(dz, x, w, index, task_offsets, ctx.has_b, places)
+        return None, dx, dw, db if ctx.has_b else None, None, None, None
 
 
 @explainable

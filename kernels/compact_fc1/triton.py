@@ -13,9 +13,9 @@ from torch import Tensor
 from ..common.active import places_of
 from ..common.products import Ways, by_library, ways
 from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
-from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
+from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole, wide
 from ..row_sparse_wgrad.triton import Expand, Product
-from .triton_pack import Multiply, shipped_packing, wide
+from .triton_pack import Multiply, shipped_packing
 
 
 def supports(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> str | None:
@@ -36,7 +36,7 @@ class _Backward:
     def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways, has_b: bool) -> None:
         self.dx = Multiply(device, dtype, grouped, way.dx, to_neurons=False)
         self.product, self.expand = Product(device, dtype, grouped, way.dw), Expand(grouped)
-        self.sums = Sums(grouped) if has_b else None
+        self.sums = Sums() if has_b else None
 
     def __call__(
         self, dz: Tensor, x: Tensor, w: Tensor, index: Tensor, places: Tensor, tasks: Tasks, task_offsets: Tensor | None

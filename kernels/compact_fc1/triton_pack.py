@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.triton_launch import Launcher, Shipped, cdiv, padded, pointer, precision, processors, target_of
-from ..common.triton_tasks import WIDTH_MULTIPLE, Tasks, compact_width
+from ..common.triton_tasks import WIDTH_MULTIPLE, Tasks, compact_width, wide
 from ..compact_ffn.triton_kernels import from_neurons_kernel
 from ..compact_ffn.triton_tiles import features_tile
 
@@ -110,15 +110,6 @@ class Pack:
 def deep(features: int) -> int:
     """``features``, rounded up to whole steps of a product over them."""
     return cdiv(features, WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-
-def wide(matrix: Tensor, columns: int) -> Tensor:
-    """``matrix [rows, <= columns]`` as the products read it: contiguous rows of ``columns``, zero behind what it has."""
-    if matrix.shape[1] == columns and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0:
-        return matrix
-    copy = matrix.new_zeros((matrix.shape[0], columns))
-    copy[:, : matrix.shape[1]] = matrix
-    return copy
 
 
 class Multiply:

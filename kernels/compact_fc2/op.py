@@ -98,18 +98,12 @@ class _Eager(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dy)
-
-
-def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    h, constant, w, index, task_offsets, places = ctx.saved_tensors
-    has_constant, has_b = ctx.given
-    dh, dc, dw, db = ctx.backend.backward(dy, h, constant, w, index, task_offsets, has_b, places)
-    return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
-
-
-_once = once(_eager_gradient)
+        h, constant, w, index, task_offsets, places = ctx.saved_tensors
+        has_constant, has_b = ctx.given
+        dh, dc, dw, db = ctx.backend.backward(dy, h, constant, w, index, task_offsets, has_b, places)
+        return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
 
 
 @explainable

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..common.active import places_of
 from ..common.products import Ways, by_library, mm_float32, ways
 from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
-from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole
-from ..compact_fc1.triton_pack import Multiply, shipped_packing, wide
+from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole, wide
+from ..compact_fc1.triton_pack import Multiply, shipped_packing
 from ..row_sparse_wgrad.triton import Expand, Product
 
 
@@ -42,7 +42,7 @@ class _Backward:
     def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, way: Ways) -> None:
         self.dh = Multiply(device, dtype, grouped, way.dx, to_neurons=True)
         self.product = Product(device, dtype, grouped, way.dw)
-        self.expand, self.sums = Expand(grouped), Sums(grouped)
+        self.expand, self.sums = Expand(grouped), Sums()
 
     def __call__(
         self,

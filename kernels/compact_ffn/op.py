@@ -129,20 +129,14 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dy)
-
-
-def _eager_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if batched(dy):  # an operator of PyTorch's can be taken apart
-        dx, dw1, db1, dw2, db2 = _compact_ffn_backward(dy, *ctx.saved_tensors[:7])
-    else:
-        dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
-    has_b1, has_b2 = ctx.biases
-    return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
-
-
-_once = once(_eager_gradient)
+        if batched(dy):  # an operator of PyTorch's can be taken apart
+            dx, dw1, db1, dw2, db2 = _compact_ffn_backward(dy, *ctx.saved_tensors[:7])
+        else:
+            dx, dw1, db1, dw2, db2 = ctx.backend.backward(dy, *ctx.saved_tensors)
+        has_b1, has_b2 = ctx.biases
+        return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
 
 
 @explainable

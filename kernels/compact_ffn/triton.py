@@ -40,6 +40,7 @@ from ..common.triton_tasks import (
     refuses,
     tasks_of,
     whole,
+    wide,
 )
 from ..row_sparse_wgrad.triton import Expand, Product
 from .triton_kernels import (
@@ -224,7 +225,7 @@ class _Backward:
     """The launches of backward passes that are alike in all that Triton compiles for."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: Ways, has_b1: bool) -> None:
-        self.library, self.sums, self.tiles = library, Sums(grouped), column_sums(grouped, False)
+        self.library, self.sums, self.tiles = library, Sums(), column_sums(grouped, False)
         self.hidden = _Neurons(device, dtype, grouped, bias=False, gate=True)
         self.features = _Features(device, dtype, grouped, constant=False, library=library.dx)
         self.product1, self.product2 = (Product(device, dtype, grouped, library.dw) for _ in range(2))
@@ -352,22 +353,13 @@ def backward(
         pack = _Pack(d_ff, index.shape[1], x.dtype, (b1 is not None, False), constant=None)
         packed = launching(x.device, pack, w1, b1, w2, None, index, places)
         kept = packed.fc1, packed.fc2, places
-    dy, x, h = rows16(dy), rows16(x), _as_wide(h, width)
+    dy, x, h = rows16(dy), rows16(x), wide(h, width)
     plan = _backward_plan(
         *(x.device, x.dtype, tasks.offsets is not None, ways(x.dtype, task_offsets), b1 is not None),
         *(w1.dtype, d_ff, d_in, d_out, width, w1.stride(), w2.stride(), x.stride(0), dy.stride(0)),
         *(precision(x.dtype), aligned(b1, w2, *kept)),
     )
     return launching(x.device, plan, dy, x, (w1, b1, w2), (h, *kept), tasks, task_offsets)
-
-
-def _as_wide(h: Tensor, width: int) -> Tensor:
-    """The activations as the kernels wrote them, before their padding was cut off."""
-    if h.shape[1] == width and h.is_contiguous() and h.data_ptr() % 16 == 0:
-        return h
-    wide = h.new_zeros((h.shape[0], width))
-    wide[:, : h.shape[1]] = h
-    return wide
 
 
 def supports(

@@ -90,7 +90,7 @@ def shipped(target: str) -> list[Shipped]:
     signature = {"sums_ptr": "*fp32", "out_ptr": "*fp32", "offsets_ptr": "*i64"}
     signature |= dict.fromkeys(("tokens", "columns", "size"), "i32")
     aligned = ("sums_ptr", "out_ptr", "columns")
-    kernels.append(Shipped("sums of tasks", task_sums_kernel, signature, task_sums_launch(True), aligned))
+    kernels.append(Shipped("sums of tasks", task_sums_kernel, signature, task_sums_launch(), aligned))
     return kernels
 
 

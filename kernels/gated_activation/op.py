@@ -72,16 +72,10 @@ class _Eager(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        return _once(ctx, dh)
-
-
-def _eager_gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-    dgate, dup = ctx.backend.backward(dh, *ctx.saved_tensors, ctx.kind)
-    return None, dgate, dup, None
-
-
-_once = once(_eager_gradient)
+        dgate, dup = ctx.backend.backward(dh, *ctx.saved_tensors, ctx.kind)
+        return None, dgate, dup, None
 
 
 @explainable
