@@ -33,7 +33,7 @@ from nspec.specialization.layers import find_blocks
 from nspec.specialization.padding import RealTokens
 
 Corpus = dict[str, list[Batch]]
-"""The batches of each task, on the CPU, as :func:`nspec.mt.collate.collate` makes them."""
+"""The batches of each task, on the CPU, as :func:`nspec.mt.text.collate.collate` makes them."""
 
 PAD, END = 1, 2
 BASELINE = "release"

@@ -1,4 +1,4 @@
-"""The command line: ``nspec run CONFIG`` for the whole chain, and a command for each of its arrows.
+"""The command line: ``nspec run CONFIG`` for the whole chain, and a command for each of its stages.
 
 Nothing here imports torch before a command needs it, so that help and mistakes answer at once.
 """
@@ -16,10 +16,10 @@ import typer
 
 from nspec.cli_tools import ConfigArgument, DebugOption, SetOption, tools
 from nspec.files import expand_path
-from nspec.mt.values import cut
+from nspec.options import cut
 
 if TYPE_CHECKING:
-    from nspec.mt.pipeline import Pipeline
+    from nspec.run.pipeline import Pipeline
 
 app = typer.Typer(
     add_completion=False,
@@ -59,8 +59,9 @@ SystemOption = Annotated[
 
 
 def _pipeline(config: str, overrides: list[str] | None, redo: list[str] | None) -> Pipeline:
-    from nspec.mt.options import find_config, load
-    from nspec.mt.pipeline import Pipeline
+    from nspec.run.checks import load
+    from nspec.run.pipeline import Pipeline
+    from nspec.run.yaml import find_config
 
     return Pipeline(load(find_config(config), overrides or ()), tuple(redo or ()))
 
@@ -98,7 +99,8 @@ def _seeds(text: str) -> list[int]:
 
 def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds: list[int]) -> None:
     """A run for each seed in a folder of its own; then ``FOLDER/seeds`` with what they have in common."""
-    from nspec.mt.options import find_config, load
+    from nspec.run.checks import load
+    from nspec.run.yaml import find_config
 
     base = Path(load(find_config(config), overrides).run.folder)
     folders = [base / f"seed-{seed}" for seed in seeds]
@@ -122,8 +124,8 @@ def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds:
 
 def _show(folder: Path, page: Path) -> None:
     """The score table and where the page is, on standard output."""
-    from nspec.mt.display import show
     from nspec.report import score_table
+    from nspec.terminal import show
 
     show(score_table(folder))
     print(f"report: {page}", flush=True)

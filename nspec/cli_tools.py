@@ -19,8 +19,7 @@ import typer
 from nspec.files import check_output, replacing
 
 if TYPE_CHECKING:
-    from nspec.mt.config import Config
-    from nspec.mt.systems import Kind
+    from nspec.run.config import Config
 
 tools = typer.Typer()
 
@@ -56,9 +55,9 @@ def score(
 
     A folder has en-de.hyp.txt (.ref.txt, .src.txt), en-de.txt or en-de.de (sources: en-de.en) for each direction.
     """
-    from nspec.mt.display import show
     from nspec.mt.languages import normalized_code
-    from nspec.mt.score_files import score_files
+    from nspec.mt.scoring.files import score_files
+    from nspec.terminal import show
 
     pivot = normalized_code(pivot)
     if out:
@@ -111,7 +110,7 @@ def translate(
     adapters was not trained on takes those of two others, which meet in one language.
     """
     from nspec.mt.languages import normalized_task
-    from nspec.mt.options import validate
+    from nspec.run.checks import validate
 
     task = normalized_task(task)
     given = {
@@ -122,7 +121,7 @@ def translate(
         "repetition_penalty": repetition_penalty,
         "batch_tokens": batch_tokens,
     }
-    folder, settings, kind = _model_folder(model, run, system, task)
+    folder, settings, made_by = _model_folder(model, run, system, task)
     for name, value in given.items():
         if value is not None:
             setattr(settings.decode, name, value)
@@ -137,13 +136,13 @@ def translate(
             raise ValueError(f"--input {input}: there is no such file")
         source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
 
-        from nspec.mt.distributed import resolve_device
         from nspec.mt.model import load_system
-        from nspec.mt.pipeline import quieten
-        from nspec.mt.translate import Translator
+        from nspec.mt.scoring.translate import Translator
+        from nspec.processes import resolve_device
+        from nspec.run.pipeline import quieten
 
         quieten(threads)
-        loaded, tokenizer = load_system(folder, resolve_device(device), kind)
+        loaded, tokenizer = load_system(folder, resolve_device(device), made_by)
         translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
@@ -155,12 +154,13 @@ def translate(
         _write_lines(lines, output)
 
 
-def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config, Kind | None]:
+def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config, tuple[str, str] | None]:
     """The folder with the model, the settings that belong to it, and what a system of a run must be."""
-    from nspec.mt.config import Config
-    from nspec.mt.options import expand_paths, validate
-    from nspec.mt.run_files import check_written, read_config
-    from nspec.mt.systems import KINDS, kind_of, system_names
+    from nspec.run.checks import validate
+    from nspec.run.config import Config
+    from nspec.run.read import check_written, read_config
+    from nspec.run.systems import KINDS, kind_of, system_names
+    from nspec.run.yaml import expand_paths
 
     if bool(model) == bool(run):
         raise ValueError("translate needs either --model FOLDER or --run RUN --system NAME")
@@ -199,7 +199,7 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
         "it is"
     )
     check_written(folder, systems / system / "stage.json", remedy)
-    return folder, config, kind
+    return folder, config, kind.made_by
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:
@@ -286,7 +286,8 @@ def config(
     debug: DebugOption = False,
 ) -> None:
     """Prints a configuration with every option explained."""
-    from nspec.mt.options import find_config, load, render
+    from nspec.run.checks import load
+    from nspec.run.yaml import find_config, render
 
     chosen = load(find_config(config) if config else None, set_ or ())
     print(render(chosen), end="")

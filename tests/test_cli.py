@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nspec import cli
-from nspec.mt import options
-from nspec.mt.config import Config
+from nspec.run.checks import load
+from nspec.run.config import Config
+from nspec.run.yaml import find_config, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
@@ -186,7 +187,7 @@ def test_exit_codes(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(options, "find_config", fail)
+    monkeypatch.setattr("nspec.run.yaml.find_config", fail)
     assert cli.main(["run", "cldr8"]) == code
     written = capsys.readouterr().err
     assert written.splitlines()[-1] == last
@@ -204,7 +205,7 @@ def test_home_is_the_same_folder_for_all_parts_of_a_run(
     assert not Path("~").exists()
     for folder, written in [("runs/x", str(tmp_path / "runs/x")), ("5e-4", "5e-4")]:
         assert (tmp_path / folder / "prepared/stage.json").is_file()
-        assert options.load(tmp_path / folder / "config.yaml").run.folder == written
+        assert load(tmp_path / folder / "config.yaml").run.folder == written
     capsys.readouterr()
     assert cli.main(["score", "--references=~/gone", "--system", "ours=~/gone"]) == 2
     assert f"{tmp_path}/gone" in capsys.readouterr().err
@@ -220,7 +221,7 @@ def test_bootstrap_samples_have_two_ends(number: str, tmp_path: Path, fails: Fai
 def test_memory_and_threads_are_looked_at_before_the_text(
     tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nspec.mt import machine
+    from nspec.run import machine
 
     path = parallel_config(tmp_path)
     monkeypatch.setattr(machine, "memory", lambda: 2**20)
@@ -233,11 +234,11 @@ def test_memory_and_threads_are_looked_at_before_the_text(
 
 def test_config_prints_what_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config"]) == 0
-    assert options.parse(capsys.readouterr().out) == Config()
+    assert parse(capsys.readouterr().out) == Config()
     assert cli.main(["config", "cldr8", "--set", "train.lr=0.25", "--set", "run.systems=[dense]"]) == 0
-    config = options.parse(capsys.readouterr().out)
+    config = parse(capsys.readouterr().out)
     assert (config.train.lr, config.run.systems, config.corpus.pivot) == (0.25, ["dense"], "en")
-    assert config.model == options.load(options.find_config("cldr8")).model
+    assert config.model == load(find_config("cldr8")).model
 
 
 def test_env_names_versions_and_each_operator(capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +296,7 @@ def test_after_a_bad_corpus_is_mended_the_run_goes_on(tmp_path: Path, fails: Fai
 
 def test_an_arrow_says_which_one_comes_before_it(tmp_path: Path, fails: Fails) -> None:
     message = fails("train", parallel_config(tmp_path))
-    assert message == f"train needs prepare, which is not finished in {tmp_path / 'run'}; `nspec run` does every step"
+    assert message == f"train needs prepare, which is not finished in {tmp_path / 'run'}; `nspec run` does every stage"
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path: Path) -> None:

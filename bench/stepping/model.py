@@ -21,9 +21,9 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration
 import nspec
 from bench.rows import Row
 from bench.timing import synchronize
-from nspec.mt.config import TrainConfig
-from nspec.mt.loss import label_smoothed_loss
-from nspec.mt.trainer import build_optimizer
+from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.loss import label_smoothed_loss
+from nspec.mt.training.trainer import build_optimizer
 
 Batch = dict[str, Tensor]
 Tasks = str | Sequence[str]
@@ -125,7 +125,7 @@ def build(shape: Shape, device: torch.device, seed: int = 1) -> M2M100ForConditi
 
 
 def random_batches(shape: Shape, device: torch.device, count: int = 4, seed: int = 2) -> list[Batch]:
-    """Micro-batches of random tokens, as ``nspec.mt.collate`` makes them of sentences of one length."""
+    """Micro-batches of random tokens, as ``nspec.mt.text.collate`` makes them of sentences of one length."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):

@@ -109,7 +109,7 @@ def tag_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def is_ours(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer is one that :func:`nspec.mt.vocabulary.export_tokenizer` makes.
+    """Whether a tokenizer is one that :func:`nspec.mt.text.vocabulary.export_tokenizer` makes.
 
     That is one of NLLB's class with tags like ``__de__``, which no published one has.
     """

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import nspec
+from nspec import processes
 from nspec.baselines import adapters, lass
 from nspec.baselines.kept_weights import kept_weights_only
 from nspec.files import read_json, write_json
-from nspec.mt import distributed
 from nspec.nn.masked_linear import MODES, Mode
 
 _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated before anything else notices
@@ -172,7 +172,7 @@ class Lass(Method):
     def stepping(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, tasks: Iterable[str]
     ) -> AbstractContextManager[None]:
-        everywhere = {task for part in distributed.gather(sorted(tasks)) for task in part}
+        everywhere = {task for part in processes.gather(sorted(tasks)) for task in part}
         return kept_weights_only(model, optimizer, everywhere)
 
     def save(self, folder: Path) -> None:

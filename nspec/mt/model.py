@@ -18,9 +18,8 @@ from nspec.files import disk_error
 from nspec.mt.config import ModelConfig
 from nspec.mt.methods import NSPEC_FILE, Method, load_method
 from nspec.mt.model_files import load_config, load_dense, load_weights, quiet_transformers, stored_shapes
-from nspec.mt.systems import Kind
-from nspec.mt.tokenizer_fit import check_fit, check_same, check_special, rows_of, write_record
-from nspec.mt.vocabulary import load_tokenizer
+from nspec.mt.text.tokenizer_fit import check_fit, check_same, check_special, rows_of, write_record
+from nspec.mt.text.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
 
     Raises:
         ValueError: a width that heads do not divide; a pretrained model whose vocabulary is not the tokenizer's, or
-            that of the tokenizer beside it (:mod:`nspec.mt.tokenizer_fit`), that is a system with masks or adapters, or
-            that cannot be read whole (:func:`nspec.mt.model_files.load_dense`).
+            that of the tokenizer beside it (:mod:`nspec.mt.text.tokenizer_fit`), that is a system with masks or
+            adapters, or that cannot be read whole (:func:`nspec.mt.model_files.load_dense`).
     """
     if config.pretrained:
         return _pretrained(config, tokenizer)
@@ -131,14 +130,15 @@ def save_system(
 
 
 def load_system(
-    folder: str | os.PathLike[str], device: str | torch.device = "cpu", kind: Kind | None = None
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu", made_by: tuple[str, str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads what :func:`save_system` wrote, or any ``transformers`` sequence-to-sequence model with its tokenizer.
 
     Args:
         folder: of the model.
         device: where it goes.
-        kind: what the system is in its run; None: what the folder says.
+        made_by: name and mode of the method that makes the system in its run, both empty for a dense model; None: what the
+            folder says.
 
     Returns:
         The model in evaluation mode and float32 on ``device``, with what makes the system applied, and its tokenizer.
@@ -146,14 +146,15 @@ def load_system(
     Raises:
         ValueError: no model or no tokenizer in the folder, one that is broken or incomplete (see
             :func:`nspec.mt.model_files.load_dense` and :func:`nspec.mt.methods.load_method`), the tokenizer of another
-            model (:mod:`nspec.mt.tokenizer_fit`), or another system than ``kind``.
+            model (:mod:`nspec.mt.text.tokenizer_fit`), or a system of another method than
+            ``made_by``.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
     method = load_method(folder)
-    if kind is not None:
-        _check_kind(folder, method, kind)
+    if made_by is not None:
+        _check_method(folder, method, made_by)
     own_weights = method is not None and method.has_weights
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -168,9 +169,9 @@ def load_system(
     return model.to(device).eval(), tokenizer
 
 
-def _check_kind(folder: Path, method: Method | None, kind: Kind) -> None:
+def _check_method(folder: Path, method: Method | None, made_by: tuple[str, str]) -> None:
     """A folder that lost its ``nspec.json``, or got another's, would be translated as another system."""
-    expected = (None, None) if kind.method in ("", "each") else (kind.method, kind.mode or None)
+    expected = (made_by[0] or None, made_by[1] or None)
     found = (None, None) if method is None else (method.name, method.mode)
     if found != expected:
         names = [f"{name} in mode {mode}" if mode else name or "a dense model" for name, mode in (found, expected)]

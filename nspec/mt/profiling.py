@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import nspec
-from nspec.mt import distributed
-from nspec.mt.collate import collate
+from nspec import processes
 from nspec.mt.config import ProfileConfig
-from nspec.mt.data import PairDataset, PreparedData
-from nspec.mt.other_text import OtherText
-from nspec.mt.sampling import evaluation_batches
+from nspec.mt.text.batches import evaluation_batches
+from nspec.mt.text.collate import collate
+from nspec.mt.text.other import OtherText
+from nspec.mt.text.prepared import PairDataset, PreparedData
 
 
 def profile_tasks(
@@ -42,7 +42,7 @@ def profile_tasks(
         ValueError: a direction without text, or a model without feed-forward blocks.
     """
     pairs = PairDataset(data, config.split)
-    rank, world = distributed.rank(), distributed.world()
+    rank, world = processes.rank(), processes.world()
     mine: dict[str, list[list[int]]] = {}
     for number, task in enumerate(data.tasks):
         batches = evaluation_batches(data, config.split, task, batch_tokens, config.sentences, config.share)
@@ -75,7 +75,7 @@ def profile_tasks(
 def _everyone(found: nspec.ActivationCounts | None, tasks: list[str]) -> nspec.ActivationCounts:
     """The sum over the processes, some of which may have had no batch of some task, or none at all."""
     mine = None if found is None else {layer: len(found[found.tasks[0]][layer]) for layer in found.layers}
-    widths = next(width for width in distributed.gather(mine) if width is not None)
+    widths = next(width for width in processes.gather(mine) if width is not None)
     zeros = {layer: torch.zeros(width, dtype=torch.int64) for layer, width in widths.items()}
     counts = {} if found is None else dict(found)
     tokens = {} if found is None else found.tokens

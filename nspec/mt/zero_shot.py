@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from nspec.baselines.adapters import TaskAdapters
-from nspec.mt.data import languages_of_task
+from nspec.mt.text.prepared import languages_of_task
 from nspec.specialization.layers import nearest
 from nspec.specialization.tasks import specialized_layers, task_by_layer
 

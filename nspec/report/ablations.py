@@ -10,11 +10,11 @@ import numpy as np
 
 from nspec import analysis
 from nspec.analysis.overlap import Floats, Masks
-from nspec.mt import options
-from nspec.mt.systems import config_of, masks_folder
 from nspec.report import figures, words
 from nspec.report.levels import changes
 from nspec.report.load import METRICS, RunData
+from nspec.run.systems import config_of, masks_folder
+from nspec.run.yaml import flatten
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Stability:
 
 def curves(data: RunData) -> list[Curve]:
     """A curve for each numeric option that scored variants of ``forward`` change alone, with two points or more."""
-    flat = options.flatten(data.config)
+    flat = flatten(data.config)
     found: dict[str, dict[float, str]] = {}
     for name, variant in data.variants.items():
         if variant.of == "forward" and len(variant.overrides) == 1 and changes(data, name, data.baseline, "bleu"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nspec.mt.groups import kind_of_group
+from nspec.mt.scoring.averages import kind_of_group
 from nspec.report import words
 from nspec.report.load import RunData
 

@@ -22,7 +22,7 @@ def write(scored: Scored, pivot: str, folder: Path) -> None:
     """``scores.tsv``, and ``<system>/scores.json`` as a run has it.
 
     Args:
-        scored: for each system the result of :func:`nspec.mt.scoring.score_system`; all have the same directions.
+        scored: for each system the result of :func:`nspec.mt.scoring.scores.score_system`; all have the same directions.
         pivot: orders the directions.
         folder: where to; made as needed.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nspec.analysis.mantel import holm
-from nspec.mt.groups import FAMILY, LEVEL, families, kind_of_group
+from nspec.mt.scoring.averages import FAMILY, LEVEL, families, kind_of_group
 from nspec.report import words
 from nspec.report.blocks import families_of, grouping_of
 from nspec.report.cells import score_cell

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nspec.mt.groups import resource_levels
+from nspec.mt.scoring.averages import resource_levels
 from nspec.report import figures, words
 from nspec.report.group_tables import HOW_TO, has_groups, level_tables
 from nspec.report.load import METRICS, RunData

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.analysis import order_tasks
 from nspec.files import read_json
-from nspec.mt.config import Config
-from nspec.mt.run_files import check_written, read_config
-from nspec.mt.systems import KINDS, Variant, masks_folder, system_names, variants_of
+from nspec.run.config import Config
+from nspec.run.read import check_written, read_config
+from nspec.run.systems import KINDS, Variant, masks_folder, system_names, variants_of
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks

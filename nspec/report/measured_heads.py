@@ -27,13 +27,13 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
     Raises:
         ValueError: the text or the model is not there.
     """
-    from nspec.mt.collate import collate
-    from nspec.mt.data import PairDataset, PreparedData
-    from nspec.mt.display import Display
-    from nspec.mt.distributed import resolve_device
     from nspec.mt.model import load_system
-    from nspec.mt.run_files import check_written, read_config
-    from nspec.mt.sampling import evaluation_batches
+    from nspec.mt.text.batches import evaluation_batches
+    from nspec.mt.text.collate import collate
+    from nspec.mt.text.prepared import PairDataset, PreparedData
+    from nspec.processes import resolve_device
+    from nspec.run.read import check_written, read_config
+    from nspec.terminal import Display
 
     config, _ = read_config(run)
     data = PreparedData(run / "prepared")

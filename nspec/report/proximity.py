@@ -170,7 +170,7 @@ def script_control(codes: Sequence[str]) -> Floats | None:
 
 
 def _pivot(run: Path) -> str:
-    from nspec.mt.run_files import read_config
+    from nspec.run.read import read_config
 
     path = run / "config.yaml"
     pivot = read_config(run)[0].corpus.pivot if path.is_file() else ""
@@ -303,7 +303,7 @@ def layer_name(row: LayerProximity) -> str:
 
 def print_analysis(results: Iterable[Analysis]) -> None:
     """The tables and the folders, on standard output."""
-    from nspec.mt.display import show
+    from nspec.terminal import show
 
     for result in results:
         if result.proximity is None:

@@ -17,12 +17,12 @@ import numpy as np
 from nspec.analysis.mantel import holm
 from nspec.analysis.student import t_quantile, t_tail
 from nspec.files import write_text
-from nspec.mt import options
-from nspec.mt.groups import kind_of_group
+from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.load import METRICS, RunData, load_run
 from nspec.report.seeds_figure import draw
 from nspec.report.seeds_tables import average_lines, cost_lines, tested_together
 from nspec.report.words import arrow, group_name, metric_names, system_name
+from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
 _LEVEL = 0.95
@@ -69,7 +69,7 @@ class SeedResult:
     Attributes:
         system: its name in the runs.
         metric: ``bleu`` or ``chrf``.
-        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``, or as :func:`nspec.mt.groups.run_groups` calls it.
+        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``, or as :func:`nspec.mt.scoring.averages.run_groups` calls it.
         scores: points (0 to 100), one a seed.
         mean: of ``scores``.
         sd: their standard deviation (n - 1).
@@ -237,7 +237,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
 
 def _check_same(first: RunData, other: RunData) -> None:
     """ValueError where the configurations differ in what every system shares, or the baselines do."""
-    mine, theirs = options.flatten(first.config), options.flatten(other.config)
+    mine, theirs = flatten(first.config), flatten(other.config)
     keys = [key for key in mine if mine[key] != theirs[key] and key not in _MAY_DIFFER]
     if keys:
         differ = [f"{key} ({mine[key]!r}, {theirs[key]!r})" for key in keys]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nspec.mt.groups import KINDS, LEVEL, kind_of_group
+from nspec.mt.scoring.averages import KINDS, LEVEL, kind_of_group
 from nspec.report.load import METRICS
 from nspec.report.words import count, group_name, p_text, sign, signed, system_name
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nspec.mt.groups import LEVEL as LEVEL_GROUP
-from nspec.mt.groups import kind_of_group
-from nspec.mt.systems import Variant
+from nspec.mt.scoring.averages import LEVEL as LEVEL_GROUP
+from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.load import RunData
+from nspec.run.systems import Variant
 
 LEVEL = 0.05
 

@@ -17,10 +17,10 @@ from nspec.analysis.languages import group_of
 from nspec.analysis.mantel import mantel
 from nspec.analysis.typology import typological_distances
 from nspec.files import write_text
-from nspec.mt import options
-from nspec.mt.config import Config
 from nspec.report import measured_heads
 from nspec.report.proximity import COLUMNS, analyze_run, proximity_table
+from nspec.run.config import Config
+from nspec.run.yaml import render
 
 CODES = ["ar", "de", "es", "fa", "he", "it", "nl", "pl"]
 LAYERS = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in range(2)]
@@ -29,7 +29,7 @@ LAYERS = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for 
 def make_run(run: Path, codes: list[str] = CODES, pivot: str = "en", equal_layer: bool = False) -> Path:
     config = Config()
     config.corpus.pivot = pivot
-    write_text(run / "config.yaml", options.render(config))
+    write_text(run / "config.yaml", render(config))
     generator = torch.Generator().manual_seed(3)
     tasks = [task for code in codes for task in (f"en-{code}", f"{code}-en")]
     masks = {task: {layer: torch.rand(200, generator=generator) < 0.7 for layer in LAYERS} for task in tasks}

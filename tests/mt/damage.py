@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from toy_translation import Toy
 
-from nspec.mt import checkpoints, training
+from nspec.mt.training import checkpoints
+from nspec.mt.training import train as training
 
 
 def damaged_copy(toy: Toy, name: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("sacrebleu")
 
-from nspec.mt.score_files import score_files
+from nspec.mt.scoring.files import score_files
 
 WORDS = ["the", "a", "cat", "dog", "house", "sees", "ran", "3", "12.5", ",", "blue", "Berlin", "tree", "grün"]
 

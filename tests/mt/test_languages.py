@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nspec.mt import options
-from nspec.mt.config import Config
 from nspec.mt.languages import is_known, language_code, languages_of_task, pair_of_task, plain_code, task_of
+from nspec.run.checks import validate
+from nspec.run.config import Config
+from nspec.run.yaml import parse, set_option
 
 CODES = {
     "zh-Hans": "zh_Hans",
@@ -65,17 +66,15 @@ def test_field_names_are_no_known_languages():
 
 
 def test_options_take_hyphens_and_keep_underscores():
-    config = options.parse(
-        "corpus: {languages: [zh-Hans, pt_BR, en], pivot: pt-BR, directions: [pt-BR-zh-Hans, en-pt_BR]}"
-    )
+    config = parse("corpus: {languages: [zh-Hans, pt_BR, en], pivot: pt-BR, directions: [pt-BR-zh-Hans, en-pt_BR]}")
     assert config.corpus.languages == ["zh_Hans", "pt_BR", "en"]
     assert config.corpus.pivot == "pt_BR"
     assert config.corpus.directions == ["pt_BR-zh_Hans", "en-pt_BR"]
-    options.validate(config)
+    validate(config)
     config = Config()
-    options.set_option(config, "corpus.languages=[sr-Latn]")
+    set_option(config, "corpus.languages=[sr-Latn]")
     assert config.corpus.languages == ["sr_Latn"]
     with pytest.raises(ValueError, match="the list more than once"):
-        options.validate(options.parse("corpus: {languages: [pt-BR, pt_BR]}"))
+        validate(parse("corpus: {languages: [pt-BR, pt_BR]}"))
     with pytest.raises(ValueError, match=r"corpus\.languages: expected language codes.*found 'en-de'"):
-        options.validate(options.parse("corpus: {languages: [en-de]}"))
+        validate(parse("corpus: {languages: [en-de]}"))

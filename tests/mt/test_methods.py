@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_translation import Toy
+from toy_translation import Toy, run_options
 
 import nspec
 from nspec.baselines import lass
-from nspec.mt.evaluation import Validator
 from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization, load_method
 from nspec.mt.model import load_system
-from nspec.mt.supervision import Supervisor
-from nspec.mt.training import train_system
+from nspec.mt.training.supervision import Supervisor
+from nspec.mt.training.train import train_system
+from nspec.mt.training.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,9 @@ def method_of(toy: Toy, name: str) -> Method:
 def train(toy: Toy, name: str, folder: Path, updates: int) -> dict[str, torch.Tensor]:
     config = toy.config(updates=updates, valid_every=2)
     method = method_of(toy, name)
-    train_system(name, config, config.train, toy.data, toy.model(config), folder, method=method, progress=False)
+    train_system(
+        name, config.train, toy.data, toy.model(config), folder, method=method, progress=False, **run_options(config)
+    )
     return load_file(folder / "model" / "model.safetensors")
 
 
@@ -84,7 +86,9 @@ def test_a_checkpoint_of_another_method_is_refused(toy: Toy, tmp_path: Path) -> 
 def test_directions_that_a_method_does_not_know_are_an_error(toy: Toy, tmp_path: Path) -> None:
     config, method = toy.config(), Adapters({toy.data.tasks[0]: "a"}, 4)
     with pytest.raises(ValueError, match=f"no adapters for .*{toy.data.tasks[-1]}"):
-        train_system("x", config, config.train, toy.data, toy.model(), tmp_path, method=method, progress=False)
+        train_system(
+            "x", config.train, toy.data, toy.model(), tmp_path, method=method, progress=False, **run_options(config)
+        )
 
 
 def test_a_description_that_is_none_is_an_error(tmp_path: Path) -> None:
@@ -128,7 +132,16 @@ def test_training_with_weight_masks_leaves_what_no_task_of_an_update_keeps(
 
     monkeypatch.setattr(Lass, "stepping", noting)
     monkeypatch.setattr(Supervisor, "on_step_end", ending)
-    train_system("lass", config, config.train, toy.data, toy.model(config), tmp_path, method=method, progress=False)
+    train_system(
+        "lass",
+        config.train,
+        toy.data,
+        toy.model(config),
+        tmp_path,
+        method=method,
+        progress=False,
+        **run_options(config),
+    )
     assert max(map(len, used)) == (1 if accumulate == 1 else 3)
     for tasks, (before, after) in zip(used, itertools.pairwise(states), strict=True):
         for name, layer in layers.items():

@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from nspec.mt.config import CorpusConfig
+from nspec.mt.text.config import CorpusConfig
 
 DE, EN = "Hallo Welt\nGuten  Tag\n", "Hello world\nGood day\n"
 

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 
 import nspec
-from nspec.mt.config import Config, CorpusConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
+from nspec.mt.config import ModelConfig
+from nspec.mt.text.config import CorpusConfig, TokenizerConfig
+from nspec.mt.training.config import TrainConfig
+from nspec.run.config import Config, RunConfig
 
 ALPHABETS = {"en": "abcdefghij", "de": "klmnopqrst", "fr": "ABCDEFGHIJ"}
 TASKS = ["en-de", "de-en", "en-fr", "fr-en"]
@@ -62,12 +65,12 @@ class Toy:
     @property
     def data(self) -> Any:
         """The prepared text."""
-        from nspec.mt.data import PreparedData
-        from nspec.mt.prepare import prepare
+        from nspec.mt.text.prepare import prepare
+        from nspec.mt.text.prepared import PreparedData
 
         if not (self.folder / "prepared" / "meta.json").is_file():
             self._write_corpus()
-            prepare(self.config(), self.folder / "prepared")
+            prepare(*text_options(self.config()), self.folder / "prepared")
         return PreparedData(self.folder / "prepared")
 
     def _write_corpus(self) -> None:
@@ -96,20 +99,20 @@ class Toy:
     def train(self, name: str, *, mode: Any = None, model: dict[str, Any] | None = None, **train: Any) -> Path:
         """Trains a system in this process and returns its folder."""
         from nspec.mt.methods import NeuronSpecialization
-        from nspec.mt.training import train_system
+        from nspec.mt.training.train import train_system
 
         config = self.config(model=model, **train)
         masks = self.masks() if mode else None
         built = self.model(config)
         train_system(
             name,
-            config,
             config.train,
             self.data,
             built,
             self.folder / name,
             method=NeuronSpecialization(masks, mode) if masks else None,
             progress=False,
+            **run_options(config),
         )
         return self.folder / name
 
@@ -123,6 +126,16 @@ class Toy:
         """:meth:`start` to the end; returns the system's folder."""
         finish(self.start(name, **arguments))
         return self.folder / name
+
+
+def text_options(config: Config) -> tuple[Any, ...]:
+    """What :func:`nspec.mt.text.prepare.prepare` takes of the configuration of a run."""
+    return config.corpus, config.tokenizer, config.model, config.run.seed
+
+
+def run_options(config: Config) -> dict[str, Any]:
+    """What :func:`nspec.mt.training.train.train_system` takes of the configuration of a run, beside how it is trained."""
+    return {"seed": config.run.seed, "device": config.run.device, "decode": config.decode}
 
 
 def start(program: Path, arguments: list[str], ranks: int) -> subprocess.Popen[str]:
@@ -153,7 +166,7 @@ def launch(script: str, arguments: list[str], ranks: int) -> None:
 
 def rows(system: Path) -> list[dict[str, Any]]:
     """The log of a system without its times."""
-    from nspec.mt.checkpoints import read_log
+    from nspec.mt.training.checkpoints import read_log
 
     return [
         {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
@@ -176,7 +189,7 @@ def same_bits(first: Path, second: Path) -> bool:
 
 def last(system: Path) -> Path:
     """The newest checkpoint that a system has."""
-    from nspec.mt.checkpoints import whole
+    from nspec.mt.training.checkpoints import whole
 
     return whole(system / "checkpoints")[-1]
 

@@ -141,7 +141,7 @@ print(native.why_not())
 
 def test_an_installed_package_finds_its_configurations_by_name(site: Path) -> None:
     pytest.importorskip("yaml")
-    code = "from nspec.mt.options import find_config; print(find_config('cldr8'))"
+    code = "from nspec.run.yaml import find_config; print(find_config('cldr8'))"
     assert Path(run_installed(site, code)) == site / "nspec" / "configs" / "cldr8.yaml"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,20 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the bottom: a module imports from its own layer and from those above it in this list, never from those below.
 LAYERS = [
     ["nspec.kernels"],
-    ["nspec.files"],
+    ["nspec.files", "nspec.options", "nspec.processes", "nspec.terminal", "nspec.yaml_text"],
     ["nspec.nn"],
     ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
     ["nspec.integrations"],
     ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
-    ["nspec.mt"],
-    ["nspec.analysis", "nspec.report"],
-    [
-        "nspec.mt.pipeline",
-        "nspec.mt.making",
-        "nspec.cli",
-        "nspec.cli_tools",
-        "nspec.env",
-    ],  # the whole chain, and its faces
+    ["nspec.mt"],  # translation itself; knows no run
+    ["nspec.analysis", "nspec.report", "nspec.run"],  # a run, and its page
+    ["nspec.cli", "nspec.cli_tools", "nspec.env"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -97,6 +92,38 @@ def test_the_layer_check_sees_an_upward_import(tmp_path: Path) -> None:
     assert violations("nspec.nn.active", path)
     path.write_text("from ..kernels.compact_ffn import compact_ffn\nfrom . import ffn\nimport torch\n")
     assert not violations("nspec.nn.active", path)
+
+
+def circle(files: Iterable[tuple[str, Path]]) -> list[str]:
+    """The modules of an import circle, those of type checkers and of functions counted; empty where there is none."""
+    known = {module.removesuffix(".__init__"): path for module, path in files}
+    own = {path: module for module, path in files}
+    graph = {
+        module: {name for _, name in imports(path, own[path]) if name in known and name not in (module, "nspec")}
+        for module, path in known.items()
+        if module != "nspec"  # gives names of the upper layers to type checkers
+    }
+    for names in graph.values():  # `from package import module` names the module, not what the package gives
+        names -= {name.rpartition(".")[0] for name in names}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not circle(list(sources()))
+
+
+def test_the_circle_check_sees_one_of_type_checkers(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    first.write_text("if TYPE_CHECKING:\n    from nspec.second import name\n")
+    second.write_text("def f():\n    from nspec import first\n")
+    files = [("nspec.first", first), ("nspec.second", second)]
+    assert set(circle(files)) == {"nspec.first", "nspec.second"}
+    second.write_text("import torch\n")
+    assert not circle(files)
 
 
 def test_kernels_is_never_imported_by_its_bare_name() -> None:

@@ -13,12 +13,13 @@ import torch
 from nspec import NeuronMasks
 from nspec.analysis.heads import HeadImportance
 from nspec.files import write_json, write_text
-from nspec.mt import options
-from nspec.mt.config import Config, ScoreConfig
-from nspec.mt.groups import kind_of_group, run_groups
-from nspec.mt.scoring import average_groups, score_system
+from nspec.mt.scoring.averages import kind_of_group, run_groups
+from nspec.mt.scoring.config import ScoreConfig
+from nspec.mt.scoring.scores import average_groups, score_system
 from nspec.report import measured_heads
 from nspec.report.blocks import families_of
+from nspec.run.config import Config
+from nspec.run.yaml import render
 
 LANGUAGES = ["de", "fa", "zh"]
 TASKS = [f"en-{x}" for x in LANGUAGES] + [f"{x}-en" for x in LANGUAGES]
@@ -53,7 +54,7 @@ def make_run(run: Path, systems: list[str] = SYSTEMS, scored: list[str] | None =
     """A run folder in which ``systems`` are trained and ``scored`` are scored, out of all five."""
     config = Config()
     config.run.folder, config.run.systems, config.corpus.languages = str(run), SYSTEMS, ["en", *LANGUAGES]
-    write_text(run / "config.yaml", options.render(config))
+    write_text(run / "config.yaml", render(config))
     references, hypotheses = texts(25)
     for task in TASKS:
         pair = "-".join(sorted(task.split("-")))
@@ -160,7 +161,7 @@ def make_methods_run(
     config = Config()
     config.run.folder, config.run.systems, config.run.variants = str(run), METHODS, list(variants)
     config.corpus.languages = ["en", *sizes]
-    write_text(run / "config.yaml", options.render(config))
+    write_text(run / "config.yaml", render(config))
     tasks = [f"en-{code}" for code in sizes] + [f"{code}-en" for code in sizes]
     pairs = {task: sizes[task.replace("en", "").strip("-")] for task in tasks}
     write_json(run / "prepared" / "meta.json", {"counts": {"train": pairs}})

@@ -12,10 +12,10 @@ pytest.importorskip("matplotlib")
 from fabricated_run import SIZES, Page, add_heads, make_methods_run
 
 from nspec.files import write_json
-from nspec.mt.arrows import stages_of
 from nspec.report import build_report, measured_heads
 from nspec.report.head_section import head_section, heat, layers_of_kind, strongest
 from nspec.report.load import load_run
+from nspec.run.stages import stages_of
 
 
 @pytest.fixture

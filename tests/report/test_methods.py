@@ -13,11 +13,11 @@ pytest.importorskip("matplotlib")
 from fabricated_run import METHODS, Page, make_methods_run
 
 from nspec.files import write_json
-from nspec.mt.systems import KINDS, Variant
 from nspec.report import build_report, published, words
 from nspec.report.costs import cost_rows, size
 from nspec.report.figures import iou_masks
 from nspec.report.load import load_run
+from nspec.run.systems import KINDS, Variant
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from nspec import NeuronMasks
 from nspec.files import write_json, write_text
-from nspec.mt import options
-from nspec.mt.config import Config, ScoreConfig
-from nspec.mt.scoring import score_system
+from nspec.mt.scoring.config import ScoreConfig
+from nspec.mt.scoring.scores import score_system
 from nspec.report import build_report, score_table
+from nspec.run.config import Config
+from nspec.run.yaml import render
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_a_run_that_has_only_begun_gets_a_page_that_says_what_is_missing(tmp_pat
 
 
 def test_a_run_folder_with_nothing_but_settings_gets_a_page(tmp_path: Path) -> None:
-    write_text(tmp_path / "config.yaml", options.render(Config()))
+    write_text(tmp_path / "config.yaml", render(Config()))
     text = Page(build_report(tmp_path)).words
     assert "Still missing: the prepared text; the training of dense" in text
     assert "Nothing has been trained yet" in text
@@ -179,7 +180,7 @@ def test_a_run_folder_with_nothing_but_settings_gets_a_page(tmp_path: Path) -> N
 def test_one_direction_without_a_pivot_and_a_system_of_another_name(tmp_path: Path) -> None:
     config = Config()
     config.run.systems, config.corpus.pivot = ["dense", "adapters"], ""
-    write_text(tmp_path / "config.yaml", options.render(config))
+    write_text(tmp_path / "config.yaml", render(config))
     lines = {"de-fr": ["eins zwei drei vier fünf"] * 3}
     for system in config.run.systems:
         scores = score_system(

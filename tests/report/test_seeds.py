@@ -14,9 +14,9 @@ pytest.importorskip("matplotlib")
 
 from nspec import cli
 from nspec.files import read_json, write_json, write_text
-from nspec.mt import options
-from nspec.mt.config import Config
 from nspec.report.seeds import SeedComparison, compare_seeds
+from nspec.run.config import Config
+from nspec.run.yaml import render
 
 TASKS = ["en-de", "de-en"]
 SYSTEMS = ["dense", "continued", "forward", "random"]
@@ -42,7 +42,7 @@ def make_run(folder: Path, seed: int, systems: list[str] | None = None, **change
     for name, value in changes.items():
         section, _, key = name.partition("__")
         setattr(getattr(config, section), key, value)
-    write_text(folder / "config.yaml", options.render(config))
+    write_text(folder / "config.yaml", render(config))
     for system in config.run.systems:
         value = SCORES[seed].get(system, 20.0)
         delta = value - SCORES[seed]["continued"]

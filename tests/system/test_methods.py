@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import nspec
 from nspec import cli
 from nspec.baselines.lass import WeightMasks
-from nspec.mt.systems import KINDS
+from nspec.run.systems import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,9 +19,9 @@ from transformers import (
 
 import nspec
 from nspec import cli
-from nspec.mt.config import TokenizerConfig
-from nspec.mt.tokenizer_fit import rows_of
-from nspec.mt.vocabulary import export_tokenizer, load_tokenizer, train_sentencepiece
+from nspec.mt.text.config import TokenizerConfig
+from nspec.mt.text.tokenizer_fit import rows_of
+from nspec.mt.text.vocabulary import export_tokenizer, load_tokenizer, train_sentencepiece
 
 WORDS = {"de": "haus mann frau kind rot blau gross klein sieht hat"}
 WORDS |= {"en": "house man woman child red blue big small sees has"}

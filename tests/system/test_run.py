@@ -14,8 +14,9 @@ import pytest
 
 from nspec import NeuronMasks, cli
 from nspec.files import read_json
-from nspec.mt import options
 from nspec.report.load import load_run
+from nspec.run.checks import load
+from nspec.run.yaml import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ["dense", "continued", "forward", "update", "random"]
@@ -65,8 +66,8 @@ def test_every_arrow_leaves_its_results_and_a_record(tiny: Tiny) -> None:
         assert all(len(digest) == 64 for digest in record["inputs"].values()), folder
         assert record["outputs"], folder
         assert all((tiny.folder / folder / name).is_file() for name in record["outputs"]), folder
-    config = options.load(tiny.config)
-    assert options.parse((tiny.folder / "config.yaml").read_text()) == config
+    config = load(tiny.config)
+    assert parse((tiny.folder / "config.yaml").read_text()) == config
     assert not list(tiny.folder.glob("**/started*")) + list(tiny.folder.glob("**/*.part"))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nspec import NeuronMasks, cli
-from nspec.mt.config import DecodeConfig
+from nspec.mt.scoring.config import DecodeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_before_anything_is_translated(
 
 
 def test_every_option_of_the_search_reaches_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nspec.mt import translate
+    from nspec.mt.scoring import translate
 
     seen: list[Any] = []
     monkeypatch.setattr(translate, "search", lambda *given: seen.append(given[4]) or [[] for _ in given[3]])

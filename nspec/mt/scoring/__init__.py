@@ -1,0 +1,1 @@
+"""Translating and scoring: search, BLEU and chrF++, tests between systems."""

@@ -1,0 +1,190 @@
+"""Translating lines of text as they come: beam search in batches of similar length, in the order of the input."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import nspec
+from nspec.mt import zero_shot
+from nspec.mt.language_tags import language_id, tag_ids
+from nspec.mt.languages import normalized_code, normalized_task
+from nspec.mt.scoring.config import DecodeConfig
+from nspec.mt.scoring.search import SpecialTokens, check_beam, search
+from nspec.mt.text.prepared import languages_of_task
+from nspec.mt.text.tokenizer_fit import token_ids
+from nspec.mt.text.vocabulary import encode, end_id
+from nspec.nn.switched import TaskSwitched
+from nspec.specialization.tasks import specialized_layers
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2000
+"""Most lines read ahead, so that batches hold lines of similar length."""
+
+_ROOM = 10  # tokens that a translation may have beyond max_length_ratio times its source
+
+
+def decodes_by_task(model: PreTrainedModel) -> bool:
+    """Whether what the model computes depends on the task that it is switched to."""
+    return any(isinstance(module, TaskSwitched) and module.decodes_by_task for module in model.modules())
+
+
+class Translator:
+    """Translates with a model that :func:`nspec.mt.model.load_system` loaded, or any of ``transformers``' like it.
+
+    Args:
+        model: in evaluation mode while it translates. Where its forward pass depends on the task (masks in mode
+            ``forward``, adapters), it computes as the direction that is asked for does. A direction that it does not
+            know is translated with the encoder's masks of one and the decoder's of another that it knows, if they meet
+            in one language (:mod:`nspec.mt.zero_shot`); a warning says which.
+        tokenizer: of the model.
+        decode: the search, which follows these options alone: nothing of the model's own ``generation_config``.
+        window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
+            which then answers each line, else 2000.
+        pivot: the language in which the two directions meet, where there are several; they are combined then for
+            directions that the model knows as well.
+
+    Raises:
+        ValueError: a pivot for a model that computes the same for every direction; a beam that is wider than the
+            vocabulary allows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: DecodeConfig,
+        window: int = 0,
+        pivot: str = "",
+    ) -> None:
+        self.model: Any = model  # transformers types what it adds to nn.Module too loosely
+        self.tokenizer, self.decode, self.window = tokenizer, decode, window
+        self._by_task = decodes_by_task(model)
+        if pivot and not self._by_task:
+            raise ValueError(
+                f"pivot {pivot}: this model computes the same for every direction, so there is nothing to combine; leave "
+                "the pivot out"
+            )
+        self.pivot = normalized_code(pivot)
+        self._parts: dict[str, tuple[str, str]] = {}  # of directions that are combined
+        embeddings: Any = model.get_input_embeddings()
+        known = set(token_ids(tokenizer))
+        # Rows that only round the vocabulary up.
+        self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
+        check_beam(decode.beam, len(known))
+        self._tag_ids = frozenset(tag_ids(tokenizer))
+
+    def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
+        """One line out for each line in, in order; a blank line for a blank line.
+
+        Args:
+            lines: sentences, with or without a line end; read as they are needed.
+            task: the direction, such as ``en-de``.
+
+        Returns:
+            An iterator over the translations, without line ends.
+
+        Raises:
+            ValueError: a direction or language that the model does not know; at once, before any line is read.
+        """
+        task = normalized_task(task)
+        source, target = self._tags(task)
+        window = self.window or (1 if getattr(lines, "isatty", lambda: False)() else WINDOW)
+        return self._windows(iter(lines), window, task, source, target)
+
+    def _tags(self, task: str) -> tuple[int, int]:
+        """Token ids of the two languages of a direction that the model knows."""
+        source, target = languages_of_task(task)
+        with self._task(task):  # raises where there are no masks of it
+            return language_id(self.tokenizer, source), language_id(self.tokenizer, target)
+
+    def _task(self, task: str) -> AbstractContextManager[Any]:
+        if not self._by_task:
+            return nullcontext()
+        known = specialized_layers(self.model)[0].tasks
+        if task in known and not self.pivot:
+            return nspec.task(self.model, task)
+        if task not in self._parts:
+            parts = zero_shot.parts_of(task, known, self.pivot)
+            trained = "" if task in known else ", as it was not trained"
+            logger.warning("%s%s", zero_shot.description(self.model, task, *parts), trained)
+            self._parts[task] = parts
+        return zero_shot.combined(self.model, *self._parts[task])
+
+    def _windows(self, lines: Iterator[str], window: int, task: str, source: int, target: int) -> Iterator[str]:
+        first = 1
+        while part := list(islice(lines, window)):
+            yield from self._window(part, first, task, source, target)
+            first += len(part)
+
+    def _window(self, lines: list[str], first: int, task: str, source: int, target: int) -> list[str]:
+        pieces = encode(self.tokenizer, lines)
+        encoded = {i: self._whole(ids, first + i, source) for i, ids in enumerate(pieces) if ids}
+        outputs = [""] * len(lines)
+        with torch.inference_mode(), self._task(task):
+            training = self.model.training
+            self.model.eval()
+            try:
+                for batch in self._batches(encoded):
+                    for i, text in zip(batch, self._generate([encoded[i] for i in batch], target)):
+                        outputs[i] = text
+            finally:
+                self.model.train(training)
+        return outputs
+
+    def _whole(self, pieces: list[int], number: int, source: int) -> list[int]:
+        """Tag, pieces and end of sentence of a line; ``number`` counts from 1."""
+        most = self.model.config.max_position_embeddings - 2
+        if len(pieces) > most:
+            logger.warning("line %d has %d tokens; only the first %d are translated", number, len(pieces), most)
+        return [source, *pieces[:most], end_id(self.tokenizer)]
+
+    def _batches(self, encoded: dict[int, list[int]]) -> Iterator[list[int]]:
+        """Line indices, longest lines first, so that what does not fit into memory shows at once."""
+        batch: list[int] = []
+        longest = 0
+        for i in sorted(encoded, key=lambda i: (-len(encoded[i]), i)):
+            if batch and longest * (len(batch) + 1) > self.decode.batch_tokens:
+                yield batch
+                batch = []
+            longest = len(encoded[i]) if not batch else longest
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _generate(self, sources: list[list[int]], target: int) -> list[str]:
+        width = max(map(len, sources))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sources])
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
+        generated = search(
+            self.model,
+            ids.to(self.model.device),
+            mask.to(self.model.device),
+            [self._limit(len(source)) for source in sources],
+            self.decode,
+            self._tokens(target),
+        )
+        texts = []
+        for tokens in generated:
+            tokens = [token for token in tokens if token not in self._tag_ids]  # M2M100's need not be special tokens
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts.append(" ".join(str(text).splitlines()).strip())
+        return texts
+
+    def _limit(self, source_tokens: int) -> int:
+        """Most tokens of a translation, its tag and the end of the sentence included."""
+        most = self.model.config.max_position_embeddings
+        return int(min(self.decode.max_length_ratio * source_tokens + _ROOM, most))
+
+    def _tokens(self, target: int) -> SpecialTokens:
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        end = end_id(self.tokenizer)
+        return SpecialTokens(end if start is None else start, target, end, self.tokenizer.pad_token_id, self._spare)

@@ -1,0 +1,1 @@
+"""Text: corpora, vocabulary, prepared token ids, batches."""

@@ -1,0 +1,447 @@
+"""From a corpus to a folder of token ids: text is read once, and each side of a pair encoded once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from nspec.files import disk_error, replacing, write_json, write_text
+from nspec.mt.config import ModelConfig
+from nspec.mt.language_tags import language_id, language_tag
+from nspec.mt.languages import languages_of_task, pair_of_task
+from nspec.mt.model_files import load_config
+from nspec.mt.text import vocabulary
+from nspec.mt.text.config import CorpusConfig, TokenizerConfig
+from nspec.mt.text.corpus.base import Corpus, CorpusError, tasks_of
+from nspec.mt.text.filtering import IN_OTHER_EVALUATION, TrainingFilter
+from nspec.mt.text.prepared import FORMAT, SPLITS
+from nspec.mt.text.tokenizer_fit import token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+EMPTY = "no tokens"
+TOO_LONG = "too long"
+RATIO = "length ratio"
+
+_CHUNK = 4096  # sentence pairs that are encoded at once
+_FRAME = 2  # tag and </s>
+_SPOOL = "spool"  # training text between reading and encoding
+
+
+def prepare(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    model: ModelConfig,
+    seed: int,
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Reads a corpus and writes ``folder`` for :class:`nspec.mt.text.prepared.PreparedData`.
+
+    Everything is made in a folder beside it and moved in place at the end, ``meta.json`` last: a folder with a
+    ``meta.json`` is whole. What a killed attempt left is removed by the next one. Other files in ``folder`` stay.
+
+    Args:
+        corpus: which text.
+        tokenizer: of a new vocabulary.
+        model: ``pretrained``, which brings a vocabulary, and ``max_positions``.
+        seed: of samples of the text.
+        folder: ``RUN/prepared``.
+        progress: called as ``progress(what, done, total)`` while it works.
+
+    Raises:
+        ValueError: options that do not go together, a malformed corpus (:class:`~nspec.mt.text.corpus.base.CorpusError`), a
+            direction without text in one of the splits, a language that a pretrained vocabulary does not have, a
+            pretrained model that cannot be read.
+    """
+    from nspec.mt.text.corpus import open_corpus
+
+    if model.pretrained:
+        load_config(model.pretrained)  # what cannot be read is an error before text is
+    else:
+        vocabulary.check_model_type(tokenizer)
+    opened = open_corpus(corpus, seed)
+    prepare_corpus(opened, tasks_of(corpus, opened), corpus, tokenizer, model, seed, folder, progress)
+
+
+def prepare_corpus(
+    corpus: Corpus,
+    tasks: list[str],
+    limits: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    model: ModelConfig,
+    seed: int,
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """:func:`prepare` for a corpus that is already open.
+
+    Args:
+        corpus: with clean text, as all corpora give it.
+        tasks: the directions, such as ``en-de``.
+        limits: lengths and filters; which text is not read.
+        tokenizer: see :func:`prepare`.
+        model: see :func:`prepare`.
+        seed: see :func:`prepare`.
+        folder: see :func:`prepare`.
+        progress: see :func:`prepare`.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        quiet: Progress = lambda what, done, total: None
+        meta = _Preparation(corpus, tasks, limits, tokenizer, model, seed, part, progress or quiet).run()
+        _move(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for line in summary(meta):
+        logger.info("%s", line)
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What a person should see of ``meta.json``: sizes, what was left out or cut, two pairs as the model gets them."""
+    train = sum(sizes["train"] for sizes in meta["pairs"].values())
+    lines = [
+        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training pairs, "
+        f"{meta['vocabulary']['size']} tokens in the vocabulary"
+    ]
+    for pair, reasons in meta["dropped"].items():
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        if listed:
+            lines.append(f"{pair}: training pairs left out: {listed}")
+    for pair, splits in meta["truncated"].items():
+        listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
+        if listed:
+            lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
+    unknown = [
+        f"{language} {', '.join(f'{count} in {split}' for split, count in found['unknown'].items() if count)} "
+        f"({found['examples']})"
+        for language, found in meta["unknown_characters"].items()
+        if found["examples"]
+    ]
+    if unknown:
+        lines.append(f"warning: characters that the vocabulary lacks, which are lost as <unk>: {'; '.join(unknown)}")
+    return lines + meta["examples"]
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Puts what is in ``part`` in the place of what ``folder`` has under the same names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # from here on the folder is not whole
+    names = sorted((path.name for path in part.iterdir()), key=lambda name: (name == "meta.json", name))
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        os.replace(part / name, folder / name)
+
+
+class _Preparation:
+    """One run of :func:`prepare_corpus`, with the folder that it works in."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tasks: list[str],
+        limits: CorpusConfig,
+        tokenizer: TokenizerConfig,
+        model: ModelConfig,
+        seed: int,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        if not tasks:
+            raise ValueError("there is no direction to prepare")
+        self.corpus, self.tasks, self.folder, self.progress = corpus, tasks, folder, progress
+        self.limits, self.pieces, self.model, self.seed = limits, tokenizer, model, seed
+        self.languages = sorted({language for task in tasks for language in languages_of_task(task)})
+        self.pairs = {pair_of_task(task): languages_of_task(pair_of_task(task)) for task in sorted(tasks)}
+        self.dropped: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
+        self.truncated: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
+        self.sizes: dict[str, dict[str, int]] = {pair: {} for pair in self.pairs}
+        self.filter = TrainingFilter(limits.filter_across_pairs, limits.deduplicate)
+        self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
+        self.most = model.max_positions
+        if limits.max_tokens < 1 or self.most <= _FRAME:
+            raise ValueError(
+                f"corpus.max_tokens is {limits.max_tokens} and model.max_positions is {self.most}; expected at "
+                f"least 1 and {_FRAME + 1}"
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Does everything; the result is ``meta.json``, which is the last file that is written."""
+        self._each("read valid and test", self._read_evaluation)
+        self._each("read", self._read_training)
+        self.progress("vocabulary", 0, 1)
+        self.tokenizer = self._tokenizer()
+        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
+        self.progress("vocabulary", 1, 1)
+        self._each("encode", self._encode)
+        shutil.rmtree(self.folder / _SPOOL)
+        meta = self._meta()
+        write_json(self.folder / "meta.json", meta)
+        return meta
+
+    def _each(self, what: str, work: Callable[[str], None]) -> None:
+        for number, pair in enumerate(self.pairs):
+            self.progress(what, number, len(self.pairs))
+            work(pair)
+        self.progress(what, len(self.pairs), len(self.pairs))
+
+    # Reading
+
+    def _read_evaluation(self, pair: str) -> None:
+        """Text of valid and test to ``text/``."""
+        languages = self.pairs[pair]
+        for split in ("valid", "test"):
+            sides: tuple[list[str], list[str]] = [], []
+            for texts in self.corpus.read(languages, split):
+                self.filter.hold_out(languages, texts)
+                for side, text in zip(sides, texts):
+                    side.append(_line(text, pair, split))
+            self._must_have(pair, split, len(sides[0]))
+            for language, side in zip(languages, sides):
+                write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in side))
+
+    def _read_training(self, pair: str) -> None:
+        """Text of train, without what is in valid and test and what stands there once more, to the spool folder."""
+        kept = 0
+        first, second = (self._spool(pair, language) for language in self.pairs[pair])
+        first.parent.mkdir(exist_ok=True)
+        languages = self.pairs[pair]
+        with _writer(first) as first_file, _writer(second) as second_file:
+            for texts in self.filter.kept(languages, self.corpus.read(languages, "train"), self.dropped[pair]):
+                first_file.write(_line(texts[0], pair, "train") + "\n")
+                second_file.write(_line(texts[1], pair, "train") + "\n")
+                kept += 1
+        self.sizes[pair]["train"] = kept
+        self._must_have(pair, "train", kept)
+
+    def _spool(self, pair: str, language: str) -> Path:
+        return self.folder / _SPOOL / f"{pair}.{language}.txt"
+
+    def _must_have(self, pair: str, split: str, count: int) -> None:
+        self.sizes[pair][split] = count
+        if count:
+            return
+        tasks = " and ".join(task for task in self.tasks if pair_of_task(task) == pair)
+        left_out = ", ".join(f"{number} {reason}" for reason, number in self.dropped[pair].items() if number)
+        why = f" (left out: {left_out})" if split == "train" and left_out else ""
+        hint = "" if IN_OTHER_EVALUATION not in why else ", or set corpus.filter_across_pairs=false"
+        raise CorpusError(f"{tasks}: there is no {split} data{why}; add some, or leave the direction out{hint}")
+
+    # Vocabulary
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        target = self.folder / "tokenizer"
+        if self.model.pretrained:
+            self.most = min(self.most, _positions(self.model.pretrained))
+            tokenizer = vocabulary.load_tokenizer(self.model.pretrained)
+            named: dict[int, str] = {}
+            for language in self.languages:
+                other = named.setdefault(language_id(tokenizer, language), language)
+                if other != language:
+                    raise ValueError(
+                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
+                        f"in the vocabulary of model.pretrained {self.model.pretrained}; keep one of the two"
+                    )
+            tokenizer.save_pretrained(target)
+        else:
+            options = self.pieces
+            counts = {
+                language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
+                for language in self.languages
+            }
+            chosen = vocabulary.sampled(self._sentences, counts, options.temperature, options.sentences, self.seed)
+            model = vocabulary.train_sentencepiece(chosen, options)
+            vocabulary.export_tokenizer(model, self.languages, target, self.most)
+        # What is used is what is on the disk, not what it was saved from.
+        return vocabulary.load_tokenizer(target)
+
+    def _sentences(self, language: str) -> Iterator[str]:
+        for pair, languages in self.pairs.items():
+            if language in languages:
+                yield from _lines(self._spool(pair, language))
+
+    # Encoding
+
+    def _encode(self, pair: str) -> None:
+        longest = self.most - _FRAME
+        for split in ("valid", "test"):
+            paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
+            arrays = _Arrays(self.dtype), _Arrays(self.dtype)
+            for both in self._encoded(pair, split, paths):
+                self.truncated[pair][split] += max(map(len, both)) > longest
+                for array, ids in zip(arrays, both):
+                    array.add(ids[:longest])
+            self._save(pair, split, arrays)
+        arrays = _Arrays(self.dtype), _Arrays(self.dtype)
+        for both in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
+            reason = self._unfit(*map(len, both))
+            if reason:
+                self.dropped[pair][reason] += 1
+                continue
+            for array, ids in zip(arrays, both):
+                array.add(ids)
+        self._save(pair, "train", arrays)
+        self._must_have(pair, "train", len(arrays[0]))
+
+    def _unfit(self, first: int, second: int) -> str:
+        """Why a training pair with so many tokens is left out, or nothing."""
+        shorter, longer = sorted((first, second))
+        ratio = self.limits.max_ratio
+        if not shorter:
+            return EMPTY
+        if longer > min(self.limits.max_tokens, self.most - _FRAME):
+            return TOO_LONG
+        return RATIO if ratio and longer > ratio * shorter else ""
+
+    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
+        sides = [_lines(path) for path in paths]
+        while (chunks := [list(islice(side, _CHUNK)) for side in sides])[0]:
+            for language, texts in zip(self.pairs[pair], chunks):
+                self.characters[language, split].update("".join(texts))
+            yield from zip(*(vocabulary.encode(self.tokenizer, texts) for texts in chunks))
+
+    def _save(self, pair: str, split: str, arrays: Iterable[_Arrays]) -> None:
+        for language, array in zip(self.pairs[pair], arrays):
+            array.save(self.folder / split / f"{pair}.{language}")
+
+    # Description
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "tasks": self.tasks,
+            "languages": self.languages,
+            "pairs": self.sizes,
+            "counts": {split: {task: self.sizes[pair_of_task(task)][split] for task in self.tasks} for split in SPLITS},
+            "vocabulary": self._facts(),
+            "dtype": self.dtype.name,
+            "max_positions": self.most,
+            "dropped": {pair: dict(reasons) for pair, reasons in self.dropped.items()},
+            "truncated": {pair: dict(splits) for pair, splits in self.truncated.items()},
+            "unknown_characters": {language: self._unknown(language) for language in self.languages},
+            "corpus": {
+                "fingerprint": self.corpus.fingerprint(),
+                "skipped": self.corpus.skipped,
+                "notes": self.corpus.notes,
+            },
+            "examples": [self._example(task) for task in dict.fromkeys([self.tasks[0], self.tasks[-1]])],
+        }
+
+    def _unknown(self, language: str) -> dict[str, Any]:
+        """How many characters of a language's text there are and the vocabulary lacks, by split, and the most frequent."""
+        counts = {split: self.characters[language, split] for split in SPLITS}
+        total = sum(counts.values(), Counter[str]())
+        lacking = vocabulary.unknown_characters(self.tokenizer, total)
+        most = sorted(lacking, key=lambda character: (-total[character], character))
+        return {
+            "characters": {split: found.total() for split, found in counts.items()},
+            "unknown": {split: sum(found[character] for character in lacking) for split, found in counts.items()},
+            "examples": " ".join(_shown(character) for character in most[:10]),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What batches need of the tokenizer, so that they can be made without loading it."""
+        return {
+            "size": len(token_ids(self.tokenizer)),
+            "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
+            "pad_id": self.tokenizer.pad_token_id,
+            "end_id": vocabulary.end_id(self.tokenizer),
+            "tags": {language: language_id(self.tokenizer, language) for language in self.languages},
+        }
+
+    def _example(self, task: str) -> str:
+        """The first validation pair of a direction in tokens, so that a person sees a wrong tag."""
+        shown = []
+        for language in languages_of_task(task):
+            path = self.folder / "text" / "valid" / f"{pair_of_task(task)}.{language}.txt"
+            ids = vocabulary.encode_source(self.tokenizer, next(_lines(path)), language)
+            shown.append(" ".join(self.tokenizer.convert_ids_to_tokens(ids)))
+        return f"{task}: {shown[0]} => {shown[1]}"
+
+
+class _Arrays:
+    """Sentences one after another, and where each begins."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._chunks: list[Any] = []
+        self._ids: list[int] = []
+        self._ends = [0]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, ids: list[int]) -> None:
+        self._ids += ids
+        self._ends.append(self._ends[-1] + len(ids))
+        if len(self._ids) > 1 << 20:  # lists take many times the room of arrays
+            self._flush()
+
+    def _flush(self) -> None:
+        self._chunks.append(np.array(self._ids, dtype=self.dtype))
+        self._ids = []
+
+    def save(self, stem: Path) -> None:
+        """Writes ``<stem>.ids.npy`` and ``<stem>.offsets.npy``."""
+        self._flush()
+        arrays = {"ids": np.concatenate(self._chunks), "offsets": np.array(self._ends, dtype=np.int64)}
+        for kind, array in arrays.items():
+            with replacing(Path(f"{stem}.{kind}.npy")) as part, open(part, "wb") as file:
+                np.save(file, array)
+
+
+def _positions(pretrained: str) -> int:
+    """The longest sequence that a pretrained model takes, in tokens."""
+    found = getattr(load_config(pretrained), "max_position_embeddings", None)
+    return sys.maxsize if found is None else int(found)
+
+
+def _shown(character: str) -> str:
+    """A character as a person can see it."""
+    return character if character.isprintable() and not unicodedata.combining(character) else f"U+{ord(character):04X}"
+
+
+def _line(text: str, pair: str, split: str) -> str:
+    if "\n" in text or "\r" in text:
+        raise CorpusError(f"{pair} {split}: a sentence holds a line break: {text[:80]!r}; the corpus must clean it")
+    return text
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+    except OSError as error:
+        # The caller reads the corpus meanwhile, whose errors name their own file; these are of the file written here.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_error(error, path) from error
+        raise
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # With newline="\n" only that ends a line; other characters that split lines elsewhere are text.
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\n")

@@ -1,0 +1,258 @@
+"""Prepared text: token ids in memory-mapped arrays, and the examples that training, profiling and loss are made of.
+
+Needs neither the corpus nor the libraries that read it: a folder prepared on one machine trains on another.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nspec.files import read_json
+from nspec.mt.languages import languages_of_task as languages_of_task
+from nspec.mt.languages import pair_of_task as pair_of_task
+from nspec.mt.text.vocabulary import folder_sha256, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+SPLITS = ("train", "valid", "test")
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sentence pair as the model takes it.
+
+    Attributes:
+        task: the direction.
+        source: int64 [tokens], encoder input: source tag, tokens, ``</s>``.
+        target: int64 [tokens], labels: target tag, tokens, ``</s>``.
+        pad_id: what fills up shorter sequences.
+        start_id: what the decoder starts with.
+    """
+
+    task: str
+    source: Ids
+    target: Ids
+    pad_id: int
+    start_id: int
+
+
+class PreparedData:
+    """What :func:`nspec.mt.text.prepare.prepare` wrote. Arrays are opened when first used, and mapped, not read.
+
+    Args:
+        folder: ``RUN/prepared``.
+
+    Attributes:
+        folder: the same.
+        meta: the contents of ``meta.json``.
+        tasks: the directions, such as ``en-de``.
+        languages: codes, sorted.
+        tokenizer_folder: the tokenizer, to be saved with each model.
+
+    Raises:
+        ValueError: there is no prepared text, of another format version, or its tokenizer is not the one it was
+            encoded with.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").is_file():
+            raise ValueError(f"{self.folder} has no prepared text: meta.json is not there; run `nspec prepare`")
+        self.meta: dict[str, Any] = read_json(self.folder / "meta.json")
+        version = self.meta.get("format") if isinstance(self.meta, dict) else None
+        if version != FORMAT:
+            raise ValueError(
+                f"{self.folder / 'meta.json'} has format {version!r}, expected {FORMAT}; prepare the text anew"
+            )
+        self.tasks: list[str] = self.meta["tasks"]
+        self.languages: list[str] = self.meta["languages"]
+        self.tokenizer_folder = self.folder / "tokenizer"
+        found = folder_sha256(self.tokenizer_folder)
+        if found != self.meta["vocabulary"]["sha256"]:
+            raise ValueError(
+                f"{self.tokenizer_folder} is not the tokenizer that the text was encoded with (its SHA-256 is "
+                f"{found[:12]}, expected {self.meta['vocabulary']['sha256'][:12]}); prepare the text anew"
+            )
+        self._arrays: dict[tuple[str, str, str], tuple[npt.NDArray[Any], Ids]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process maps the arrays itself; pickled maps would be sent as their contents.
+        return {**self.__dict__, "_arrays": {}}
+
+    def only(self, task: str) -> PreparedData:
+        """The same text with one direction alone.
+
+        Raises:
+            ValueError: it is not among them.
+        """
+        self.size("train", task)  # raises
+        part = copy.copy(self)
+        part.tasks = [task]
+        return part
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        return load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up shorter sequences."""
+        return int(self.meta["vocabulary"]["pad_id"])
+
+    @property
+    def end_id(self) -> int:
+        """The id of ``</s>``."""
+        return int(self.meta["vocabulary"]["end_id"])
+
+    def language_id(self, language: str) -> int:
+        """The token id of a language's tag.
+
+        Raises:
+            ValueError: the text has no such language.
+        """
+        ids = self.meta["vocabulary"]["tags"]
+        if language not in ids:
+            raise ValueError(f"{self.folder} has no language {language!r}; it has {', '.join(self.languages)}")
+        return int(ids[language])
+
+    def size(self, split: str, task: str) -> int:
+        """Sentence pairs of a direction in ``train``, ``valid`` or ``test``.
+
+        Raises:
+            ValueError: no such split or direction.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}; expected {', '.join(SPLITS)}")
+        if task not in self.tasks:
+            raise ValueError(f"{self.folder} has no direction {task!r}; it has {', '.join(self.tasks)}")
+        return int(self.meta["counts"][split][task])
+
+    def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
+        """Source and target lengths of all pairs of a direction, each int64 [n], tag and ``</s>`` counted."""
+        source, target = (self._open(split, task, language)[1] for language in languages_of_task(task))
+        return np.diff(source) + 2, np.diff(target) + 2
+
+    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
+        """Source and target ids of one pair, each int64 [tokens], with tag and ``</s>``.
+
+        Raises:
+            IndexError: ``index`` is not in [0, size).
+        """
+        size = self.size(split, task)
+        if not 0 <= index < size:
+            raise IndexError(f"{split} {task} has {size} pairs; there is none at {index}")
+        source, target = languages_of_task(task)
+        return self._framed(split, task, source, index), self._framed(split, task, target, index)
+
+    def _framed(self, split: str, task: str, language: str, index: int) -> Ids:
+        ids, offsets = self._open(split, task, language)
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        framed = np.empty(end - begin + 2, dtype=np.int64)
+        framed[0] = self.language_id(language)
+        framed[1:-1] = ids[begin:end]
+        framed[-1] = self.end_id
+        return framed
+
+    def text(self, split: str, task: str) -> tuple[list[str], list[str]]:
+        """Sources and references of ``valid`` or ``test`` as they stand in the corpus, in the order of the pairs.
+
+        Raises:
+            ValueError: ``train``, whose text is not kept, or see :meth:`size`.
+        """
+        size = self.size(split, task)
+        if split == "train":
+            raise ValueError("the training text is not kept; only that of valid and test is")
+        sides = []
+        for language in languages_of_task(task):
+            path = self.folder / "text" / split / f"{pair_of_task(task)}.{language}.txt"
+            # Only "\n" ends a line here: str.splitlines() would also split at characters that text can hold.
+            lines = _read(path).split("\n")[:-1]
+            if len(lines) != size:
+                raise ValueError(f"{path} has {len(lines)} lines, expected {size}; prepare the text anew")
+            sides.append(lines)
+        return sides[0], sides[1]
+
+    def _open(self, split: str, task: str, language: str) -> tuple[npt.NDArray[Any], Ids]:
+        size, pair = self.size(split, task), pair_of_task(task)
+        key = (split, pair, language)
+        if key not in self._arrays:
+            stem = self.folder / split / f"{pair}.{language}"
+            ids, offsets = (_mapped(Path(f"{stem}.{kind}.npy")) for kind in ("ids", "offsets"))
+            expected = int(offsets[-1]) if len(offsets) else 0
+            if len(offsets) != size + 1 or expected != len(ids):
+                raise ValueError(
+                    f"{stem}.*.npy hold {len(offsets) - 1} sentences and {len(ids)} tokens, expected {size} sentences "
+                    f"and {expected} tokens; prepare the text anew"
+                )
+            self._arrays[key] = ids, offsets
+        return self._arrays[key]
+
+
+def _mapped(path: Path) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there; prepare the text anew") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); prepare the text anew") from error
+    return array
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there; prepare the text anew") from None
+
+
+class Pairs(Protocol):
+    """What :class:`PairDataset` needs of :class:`PreparedData`, and other text offers too."""
+
+    tasks: list[str]
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
+    def size(self, split: str, task: str) -> int: ...
+
+    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]: ...
+
+
+class PairDataset:
+    """The pairs of a split, by (index of the task in ``data.tasks``, index of the pair); for a DataLoader.
+
+    Args:
+        data: the prepared text.
+        split: ``train``, ``valid`` or ``test``.
+    """
+
+    def __init__(self, data: Pairs, split: str) -> None:
+        self.data = data
+        self.split = split
+        self.sizes = [data.size(split, task) for task in data.tasks]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: Sequence[int]) -> Example:
+        task = self.data.tasks[key[0]]
+        source, target = self.data.pair(self.split, task, int(key[1]))
+        return Example(task, source, target, self.data.pad_id, self.data.end_id)

@@ -1,0 +1,78 @@
+"""The options of a run: every section, which stands beside what it configures, and the run's own.
+
+The YAML files in ``configs/`` and the help come from here. Reading and writing them (YAML, ``--set key=value``, the
+commented template) is in :mod:`nspec.run.yaml`. Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nspec.mt.config import AdaptersConfig, LassConfig, ModelConfig, ProfileConfig, SelectConfig
+from nspec.mt.scoring.config import DecodeConfig, ScoreConfig
+from nspec.mt.text.config import CorpusConfig, TokenizerConfig
+from nspec.mt.training.config import BilingualConfig, FinetuneConfig, SpecializeConfig, TrainConfig
+from nspec.options import Option, option, options_of
+
+
+@dataclass
+class RunConfig:
+    folder: str = option("runs/run", "where everything is written; a run started again goes on in it", path=True)
+    seed: int = option(1, "of initialisation, sampling, dropout and random masks", least=0, most=2**32 - 1)
+    threads: int = option(0, "CPU threads of PyTorch; 0: as PyTorch chooses", least=0, most=1024)
+    device: str = option("auto", "auto takes the first GPU, else the CPU", ("auto", "cpu", "cuda"))
+    systems: list[str] = option(
+        ["dense", "continued", "forward", "update", "random"],
+        "what is trained and compared; dense is always first, the others start from it with a fresh optimiser and train "
+        "for the same number of updates: continued (dense), forward and update (specialised), these two with _encoder or "
+        "_decoder (only that half is), random (forward, with random masks of the same sizes), lass (masks of single "
+        "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest frozen); "
+        "and finetuned (from dense) and bilingual (from new weights), a model for each direction",
+    )
+    variants: list[str] = option(
+        [],
+        "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune "
+        "or bilingual, each a line such as forward-k70 = forward select.k=0.7",
+    )
+
+
+@dataclass
+class Config:
+    """A whole run. Sections are attributes: ``config.train.lr``."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    specialize: SpecializeConfig = field(default_factory=SpecializeConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    lass: LassConfig = field(default_factory=LassConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    bilingual: BilingualConfig = field(default_factory=BilingualConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+@functools.cache
+def types() -> dict[str, dict[str, Any]]:
+    """Section -> option -> type, in the order of :class:`Config`."""
+    return {name: typing.get_type_hints(section) for name, section in typing.get_type_hints(Config).items()}
+
+
+def fields(section: str) -> dict[str, Option]:
+    """The options of a section by name, with what :func:`nspec.options.option` says of them."""
+    return options_of(typing.get_type_hints(Config)[section])
+
+
+def each_option(sections: Iterable[str] | None = None) -> Iterator[tuple[str, str, Option]]:
+    """Section, key and declaration of every option, in order (of some sections alone)."""
+    for section in types() if sections is None else sections:
+        for key, declared in fields(section).items():
+            yield section, key, declared

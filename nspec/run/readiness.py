@@ -1,0 +1,92 @@
+"""Whether a pretrained model, and text of other domains, suit a run: found out before hours of training, not after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nspec.run.checks import check_layers
+from nspec.run.config import Config
+from nspec.run.systems import config_of, kind_of, masked_systems, system_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_pretrained(config: Config) -> None:
+    """Loads ``model.pretrained`` and tries what the run will do with it, before any text is read.
+
+    Raises:
+        ValueError: what :func:`nspec.mt.model.build_model` and :func:`check_model` raise, and no tokenizer.
+    """
+    from nspec.mt.model import build_model
+    from nspec.mt.text.vocabulary import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.pretrained)
+    check_model(config, build_model(config.model, tokenizer, config.run.seed))
+
+
+def check_model(config: Config, model: nn.Module) -> None:
+    """Tries on a few tokens what the systems of the run will do with a model; its weights stay as they are.
+
+    Raises:
+        ValueError: it has no feed-forward layers that are found or chosen, what they compute is not elementwise, or
+            adapters or masks of weights find no layers.
+    """
+    import torch
+
+    from nspec.baselines import adapters, lass
+
+    methods = {kind_of(config, system).method for system in system_names(config)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if "masks" in methods:
+                _try_masks(config, model)
+            if "adapters" in methods:
+                adapters.add_adapters(model, {"any": "any"}, 1)
+                adapters.remove_adapters(model)
+            if "weight_masks" in methods:
+                lass.prunable_layers(model)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained {config.model.pretrained} does not suit run.systems: {error}") from error
+
+
+def _try_masks(config: Config, model: Any) -> None:
+    import torch
+
+    import nspec
+
+    ids = torch.full((1, 4), int(model.config.eos_token_id))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    counts = nspec.profile(model, {"any": [batch]})
+    check_layers(config, counts.layers)
+    if not any(kind_of(config, system).mode == "forward" for system in masked_systems(config)):
+        return
+    half = {name: torch.arange(len(counts["any"][name])) % 2 == 0 for name in counts.layers}
+    nspec.specialize(model, nspec.NeuronMasks({"any": half}), mode="forward")
+    training = model.training
+    try:
+        with torch.no_grad(), nspec.task(model, "any"):
+            for mode in (True, False):  # dropout between fc1 and fc2 shows in training alone
+                model.train(mode)(**batch)
+    finally:
+        model.train(training)
+        nspec.despecialize(model)
+
+
+def check_other_texts(config: Config, languages: list[str], tasks: list[str]) -> None:
+    """Reads what the systems of a run will be profiled on, before hours of training.
+
+    Raises:
+        ValueError: as :func:`nspec.mt.text.other.read_other_text`.
+    """
+    from nspec.mt.text.other import read_other_text
+
+    texts = {}
+    for system in masked_systems(config):
+        own = config_of(config, system)
+        if own.profile.path:
+            texts[own.profile.path, own.profile.path_split] = own
+    for own in texts.values():
+        for _ in read_other_text(own.profile, own.corpus, own.run.seed, languages, tasks):
+            pass

@@ -1,0 +1,210 @@
+"""The systems that a run trains and compares: what each name means, and variants of them that a configuration declares.
+
+Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nspec.options import show
+from nspec.run.config import Config
+from nspec.run.yaml import expand_paths, flatten, set_option
+
+Method = Literal["", "masks", "adapters", "weight_masks", "each"]
+"""What makes a system: nothing (a dense model), neuron masks, adapters, masks of single weights, a model for each
+direction."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a built-in system is.
+
+    Attributes:
+        method: see :data:`Method`.
+        mode: how neuron masks are used; empty without them.
+        masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
+        side: the half of the model that is specialised; empty: both.
+        scratch: it starts from new weights rather than from the dense model's.
+    """
+
+    method: Method = ""
+    mode: Literal["", "forward", "update"] = ""
+    masks: Literal["", "masks", "random_masks"] = ""
+    side: Literal["", "encoder", "decoder"] = ""
+    scratch: bool = False
+
+    @property
+    def made_by(self) -> tuple[str, str]:
+        """Name and mode of its method, as :func:`nspec.mt.model.load_system` takes them; both empty for dense models."""
+        return ("", "") if self.method == "each" else (self.method, self.mode)
+
+
+KINDS: dict[str, Kind] = {
+    "dense": Kind(scratch=True),
+    "continued": Kind(),
+    "forward": Kind("masks", "forward", "masks"),
+    "update": Kind("masks", "update", "masks"),
+    "forward_encoder": Kind("masks", "forward", "masks", "encoder"),
+    "forward_decoder": Kind("masks", "forward", "masks", "decoder"),
+    "update_encoder": Kind("masks", "update", "masks", "encoder"),
+    "update_decoder": Kind("masks", "update", "masks", "decoder"),
+    "random": Kind("masks", "forward", "random_masks"),
+    "lass": Kind("weight_masks"),
+    "adapters": Kind("adapters"),
+    "adapters_family": Kind("adapters"),
+    "finetuned": Kind("each"),
+    "bilingual": Kind("each", scratch=True),
+}
+"""Every built-in system by its name."""
+
+VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
+"""Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
+_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A system that the configuration declares: a built-in one with other options.
+
+    Attributes:
+        name: of the system.
+        of: the built-in system.
+        overrides: full name of an option -> its value, such as ``{"select.k": 0.7}``.
+    """
+
+    name: str
+    of: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def variants_of(config: Config) -> dict[str, Variant]:
+    """The variants of ``run.variants`` by name, in order.
+
+    Raises:
+        ValueError: one that cannot be read, has the name of another system, changes what all systems share, or gives an
+            option that does not exist or fit.
+    """
+    return dict(_variants(tuple(config.run.variants)))
+
+
+@functools.cache  # asked for again and again, by every stage of a run
+def _variants(texts: tuple[str, ...]) -> dict[str, Variant]:
+    found: dict[str, Variant] = {}
+    for text in texts:
+        variant = _variant(text)
+        if variant.name in KINDS or variant.name in found:
+            raise ValueError(f"run.variants: {variant.name} is the name of another system; rename it ({show(text)})")
+        found[variant.name] = variant
+    return found
+
+
+def _variant(text: str) -> Variant:
+    parts = _VARIANT.fullmatch(text)
+    if not parts or not _NAME.fullmatch(parts["name"]):
+        raise ValueError(
+            f"run.variants: expected NAME = SYSTEM SECTION.OPTION=VALUE ..., such as "
+            f"'forward-k70 = forward select.k=0.7', found {show(text)}"
+        )
+    if KINDS.get(parts["of"], KINDS["dense"]) == KINDS["dense"]:
+        others = ", ".join(name for name in KINDS if name != "dense")
+        raise ValueError(
+            f"run.variants: expected a variant of one of {others}, found {show(parts['of'])} in {show(text)}"
+        )
+    scratch, overrides = Config(), {}
+    for assignment in parts["options"].split():
+        name = assignment.partition("=")[0]
+        try:
+            set_option(scratch, assignment)
+            expand_paths(scratch)
+        except ValueError as error:
+            said = str(error).replace(" in --set", "").replace("--set ", "")
+            raise ValueError(f"run.variants: {said} (in {show(text)})") from None
+        if name.partition(".")[0] not in VARIED:
+            raise ValueError(
+                f"run.variants: {name} is shared by all systems of a run; a variant may change options of "
+                f"{', '.join(VARIED)} (in {show(text)})"
+            )
+        overrides[name] = flatten(scratch)[name]
+    return Variant(parts["name"], parts["of"], overrides)
+
+
+def system_names(config: Config) -> list[str]:
+    """Every system of a run: those of ``run.systems`` in order, then the variants."""
+    return [*config.run.systems, *variants_of(config)]
+
+
+def builtin_of(config: Config, system: str) -> str:
+    """The built-in system that a system is, or is a variant of."""
+    variants = variants_of(config)
+    return variants[system].of if system in variants else system
+
+
+def kind_of(config: Config, system: str) -> Kind:
+    """What a system, or what it is a variant of, is."""
+    return KINDS[builtin_of(config, system)]
+
+
+def config_of(config: Config, system: str) -> Config:
+    """The configuration as it is for one system: a copy with the options that a variant changes."""
+    variants = variants_of(config)
+    if system not in variants:
+        return config
+    own = copy.deepcopy(config)
+    for name, value in variants[system].overrides.items():
+        section, _, key = name.partition(".")
+        setattr(getattr(own, section), key, value)
+    return own
+
+
+def _varies(config: Config, system: str, *sections: str) -> bool:
+    variant = variants_of(config).get(system)
+    return variant is not None and any(name.partition(".")[0] in sections for name in variant.overrides)
+
+
+def profile_folder(config: Config, system: str) -> str:
+    """The folder (in the run folder) with the activation counts that a system's masks are selected from."""
+    return f"variants/{system}/profile" if _varies(config, system, "profile") else "profile"
+
+
+def selected_folder(config: Config, system: str) -> str:
+    """The folder with the neurons that were selected for a system, or whose sizes its random masks take."""
+    return f"variants/{system}/masks" if _varies(config, system, "profile", "select") else "masks"
+
+
+def masks_folder(config: Config, system: str) -> str | None:
+    """The folder with the neuron masks of a system; None where it has none."""
+    kind = kind_of(config, system)
+    if not kind.masks:
+        return None
+    return selected_folder(config, system).removesuffix("masks") + kind.masks
+
+
+def finetuned_system(config: Config, system: str) -> str:
+    """The system of models for each direction that a LaSS system takes its masks from: the one trained alike."""
+    variants = variants_of(config)
+    wanted = _finetuning(variants[system].overrides) if system in variants else {}
+    for name, variant in variants.items():
+        if variant.of == "finetuned" and variant.overrides == wanted:
+            return name
+    if wanted:
+        raise ValueError(
+            f"run.variants: {system} needs fine-tuned models with {wanted}; add a variant of finetuned with these options"
+        )
+    return "finetuned"
+
+
+def _finetuning(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name.startswith("finetune.")}
+
+
+def masked_systems(config: Config) -> Iterator[str]:
+    """The systems with neuron masks."""
+    return (system for system in system_names(config) if kind_of(config, system).masks)
