@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nspec.cli_tools import ConfigArgument, DebugOption, SetOption, tools
+from nspec.cli_tools import ConfigArgument, SetOption, tools
 from nspec.files import expand_path
 from nspec.options import cut
 
@@ -74,7 +74,6 @@ def run(
     seeds: Annotated[
         str, typer.Option(metavar="1,2,3", help="A run for each seed, in FOLDER/seed-N, and then their comparison.")
     ] = "",
-    debug: DebugOption = False,
 ) -> None:
     """The whole chain, from text to a report.
 
@@ -131,73 +130,31 @@ def _show(folder: Path, page: Path) -> None:
     print(f"report: {page}", flush=True)
 
 
-@app.command()
-def prepare(
-    config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None, debug: DebugOption = False
-) -> None:
-    """Text to token ids, and the vocabulary."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.prepare()
+def _stage(verb: str, help: str) -> None:
+    """A command that does one stage of the chain."""
+
+    def command(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None) -> None:
+        with _pipeline(config, set_, redo) as pipeline:
+            page = getattr(pipeline, verb)()
+            if verb == "report" and pipeline.world.rank == 0:
+                _show(pipeline.folder, page)
+
+    def of_systems(
+        config: ConfigArgument, system: SystemOption = "", set_: SetOption = None, redo: RedoOption = None
+    ) -> None:
+        with _pipeline(config, set_, redo) as pipeline:
+            getattr(pipeline, verb)(system or None)
+
+    app.command(verb, help=help)(of_systems if verb in ("specialize", "evaluate") else command)
 
 
-@app.command()
-def train(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None, debug: DebugOption = False) -> None:
-    """Trains the dense model."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.train()
-
-
-@app.command()
-def profile(
-    config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None, debug: DebugOption = False
-) -> None:
-    """Counts how often each neuron fires, by direction."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.profile()
-
-
-@app.command()
-def select(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None, debug: DebugOption = False) -> None:
-    """Selects the neurons of each direction."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.select()
-
-
-@app.command()
-def specialize(
-    config: ConfigArgument,
-    system: SystemOption = "",
-    set_: SetOption = None,
-    redo: RedoOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Trains the other systems on from the dense one."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.specialize(system or None)
-
-
-@app.command()
-def evaluate(
-    config: ConfigArgument,
-    system: SystemOption = "",
-    set_: SetOption = None,
-    redo: RedoOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Translates and scores the test sets."""
-    with _pipeline(config, set_, redo) as pipeline:
-        pipeline.evaluate(system or None)
-
-
-@app.command()
-def report(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None, debug: DebugOption = False) -> None:
-    """Makes the page and shows the table."""
-    with _pipeline(config, set_, redo) as pipeline:
-        page = pipeline.report()
-        if pipeline.world.rank == 0:
-            _show(pipeline.folder, page)
-
-
+_stage("prepare", "Text to token ids, and the vocabulary.")
+_stage("train", "Trains the dense model.")
+_stage("profile", "Counts how often each neuron fires, by direction.")
+_stage("select", "Selects the neurons of each direction.")
+_stage("specialize", "Trains the other systems on from the dense one.")
+_stage("evaluate", "Translates and scores the test sets.")
+_stage("report", "Makes the page and shows the table.")
 app.add_typer(tools)  # without a name: its commands stand beside those above
 
 
@@ -206,9 +163,10 @@ _PATHS = {"CONFIG", "[CONFIG]", "RUN", "RUN...", "FOLDER", "FILE", "PATH", "NAME
 
 
 def _command() -> Any:
-    """The command line, in which ``~`` is the home folder in every path: shells leave it alone in ``--out=~/x``."""
+    """The command line, with a word on ``--debug``; ``~`` is the home folder in every path: shells leave ``--out=~/x``."""
     command = typer.main.get_command(app)
     for verb in command.commands.values():  # type: ignore[attr-defined]
+        verb.epilog = "With --debug every command shows the traceback of an error."
         for parameter in verb.params:
             if parameter.metavar in _PATHS:
                 parameter.callback = _expand
@@ -263,7 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 after an unexpected error, which shows its traceback; 2 after one that the user can mend, which is one line
         on standard error (``--debug`` shows the traceback too); 130 after Ctrl-C; 143 after SIGTERM in training.
     """
-    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
     _fill_closed_streams()
     if sys.stdout is None:
         return _say("error: standard output is closed; redirect it, such as > /dev/null", 2)
@@ -291,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_of_output(error):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it closes the stream
             return _say(f"error: cannot write to standard output: {error.strerror}", 2)  # type: ignore[attr-defined]
-        if "--debug" in arguments or not _user_error(error):
+        if debug or not _user_error(error):
             traceback.print_exc()
         if not _user_error(error):
             return 1

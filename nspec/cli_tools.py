@@ -29,7 +29,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Changes an option, such as train.lr=3e-4. Repeatable."),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")]
 
 
 @tools.command()
@@ -49,7 +48,6 @@ def score(
     bootstrap: Annotated[int, typer.Option(help="Samples of intervals and of the bootstrap test.")] = 1000,
     comet: Annotated[str, typer.Option(metavar="PATH", help="A local COMET model; goes with --sources.")] = "",
     sources: Annotated[str, typer.Option(metavar="FOLDER", help="Such as en-de.src.txt, for COMET.")] = "",
-    debug: DebugOption = False,
 ) -> None:
     """Scores translations that are there as files.
 
@@ -102,7 +100,6 @@ def translate(
     batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of PyTorch; 0: as it chooses.", min=0)] = 0,
-    debug: DebugOption = False,
 ) -> None:
     """Translates text, a line out for a line in.
 
@@ -263,7 +260,6 @@ def analyze(
     heads: Annotated[
         int, typer.Option(metavar="N", help="Attention heads too, measured on N sentences a direction.", min=0)
     ] = 0,
-    debug: DebugOption = False,
 ) -> None:
     """Tests whether related languages keep the same neurons, and use the same heads."""
     from nspec.report.proximity import analyze_run, print_analysis
@@ -272,7 +268,7 @@ def analyze(
 
 
 @tools.command()
-def env(debug: DebugOption = False) -> None:
+def env() -> None:
     """Shows versions, devices and backends."""
     from nspec.env import main
 
@@ -283,7 +279,6 @@ def env(debug: DebugOption = False) -> None:
 def config(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help=f"{CONFIG_HELP} The defaults if not given.")] = "",
     set_: SetOption = None,
-    debug: DebugOption = False,
 ) -> None:
     """Prints a configuration with every option explained."""
     from nspec.run.checks import load
@@ -297,7 +292,6 @@ def config(
 def seeds(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders that differ in run.seed alone.")],
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Writes seeds.md, seeds.tsv, costs.tsv and figures.")] = "",
-    debug: DebugOption = False,
 ) -> None:
     """Compares the systems of runs with several seeds.
 

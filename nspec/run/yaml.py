@@ -45,6 +45,10 @@ SECTIONS = {
 }
 
 
+RETIRED = {"tokenizer.model_type": "bpe"}
+"""Options of older versions with the one value that they could have: a configuration that gives them is read."""
+
+
 def _check_name(name: str, where: str) -> None:
     """ValueError that names the nearest option where ``name`` ("train.lr") is none."""
     known = types()
@@ -95,6 +99,9 @@ def parse_given(
                 continue
             for key, value, at in items(loader, node, section, name):
                 option = f"{section}.{key}"
+                if option in RETIRED and value_of(loader, value, option, at) == RETIRED[option]:
+                    given.add(option)
+                    continue
                 _check_name(option, f" in {at}")
                 given_value = value_of(loader, value, option, at)
                 found = convert(fields(section)[key], types()[section][key], option, given_value, f" ({at})")

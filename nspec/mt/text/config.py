@@ -10,7 +10,7 @@ from nspec.options import option
 
 @dataclass
 class CorpusConfig:
-    type: str = option("cldr", "where the text comes from", ("cldr", "files", "gettext", "hub"))
+    type: str = option("cldr", "where the text comes from", ("cldr", "files", "hub"))
     languages: list[str] = option(
         [],
         "language codes, such as de or zh_Hans (zh-Hans is read as that); empty: all that the corpus has",
@@ -24,14 +24,12 @@ class CorpusConfig:
     directions: list[str] = option(
         [], "such as en-de or en-zh_Hans; empty: all that languages and pivot give", spelled=normalized_task
     )
-    path: str = option(
-        "", "files: a folder with parallel text; gettext: a folder of catalogues, empty: the system's", path=True
-    )
+    path: str = option("", "files: a folder with parallel text", path=True)
     name: str = option("", "hub: the name of a dataset")
     subset: str = option("{pair}", "hub: the configuration of a pair; {pair}, {source} and {target} are replaced")
     train_sentences: int = option(0, "most training pairs of one language pair; 0: all (cldr: 20000)", least=0)
-    valid_sentences: int = option(0, "most validation pairs of one language pair; 0: all (cldr, gettext: 200)", least=0)
-    test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr, gettext: 200)", least=0)
+    valid_sentences: int = option(0, "most validation pairs of one language pair; 0: all (cldr: 200)", least=0)
+    test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr: 200)", least=0)
     valid_split: str = option("valid", "the name of the validation split in the corpus")
     test_split: str = option("test", "the name of the test split in the corpus")
     filter_across_pairs: bool = option(
@@ -49,7 +47,6 @@ class CorpusConfig:
 @dataclass
 class TokenizerConfig:
     vocab_size: int = option(8000, "SentencePiece pieces, language tags not counted", least=1, most=10_000_000)
-    model_type: str = option("bpe", "SentencePiece model", ("bpe",))
     character_coverage: float = option(1.0, "share of characters that get a piece of their own", least=0.98, most=1)
     temperature: float = option(5.0, "languages are sampled with p ~ n^(1/T) sentences for the vocabulary", least=0.01)
     sentences: int = option(1000000, "most sentences that the vocabulary is trained on", least=1)

@@ -75,8 +75,6 @@ def prepare(
 
     if model.pretrained:
         load_config(model.pretrained)  # what cannot be read is an error before text is
-    else:
-        vocabulary.check_model_type(tokenizer)
     opened = open_corpus(corpus, seed)
     prepare_corpus(opened, tasks_of(corpus, opened), corpus, tokenizer, model, seed, folder, progress)
 

@@ -62,15 +62,6 @@ _SPACES = [*range(0x09, 0x0E), *range(0x1C, 0x20), 0x85, 0xA0, 0x1680, *range(0x
 _SPACES += [0x2028, 0x2029, 0x202F, 0x205F, 0x3000, ord(_SPACE_SIGN)]
 
 
-def check_model_type(config: TokenizerConfig) -> None:
-    """Raises ValueError where ``tokenizer.model_type`` is one that cannot be exported (see the module's text)."""
-    if config.model_type != "bpe":
-        raise ValueError(
-            f"tokenizer.model_type is {config.model_type!r}; only 'bpe' can be exported as a multilingual tokenizer "
-            "that plain transformers loads; set tokenizer.model_type=bpe"
-        )
-
-
 def quotas(counts: Mapping[str, int], temperature: float, most: int) -> dict[str, int]:
     """How many sentences of each language the vocabulary is trained on.
 
@@ -128,12 +119,10 @@ def train_sentencepiece(sentences: Iterable[str], config: TokenizerConfig) -> by
         The serialised model.
 
     Raises:
-        ValueError: more pieces than the text supports, fewer than it has characters, no text at all, or a
-            ``model_type`` that cannot be exported.
+        ValueError: more pieces than the text supports, fewer than it has characters, or no text at all.
     """
     import sentencepiece
 
-    check_model_type(config)
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "spaces.tsv"
@@ -142,7 +131,7 @@ def train_sentencepiece(sentences: Iterable[str], config: TokenizerConfig) -> by
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(sentence.replace(_UNKNOWN_SIGN, " ") for sentence in sentences),
                 model_writer=model,
-                model_type=config.model_type,
+                model_type="bpe",
                 vocab_size=config.vocab_size,
                 character_coverage=config.character_coverage,
                 normalization_rule_tsv=str(rules),

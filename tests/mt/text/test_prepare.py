@@ -20,7 +20,7 @@ from toy_translation import text_options
 from nspec.mt.text import prepare as module
 from nspec.mt.text.config import CorpusConfig
 from nspec.mt.text.corpus.base import Corpus, Pair, Segment
-from nspec.mt.text.prepare import prepare, prepare_corpus, summary
+from nspec.mt.text.prepare import prepare_corpus, summary
 from nspec.mt.text.prepared import PreparedData
 from nspec.mt.text.vocabulary import load_tokenizer
 from nspec.run.config import Config
@@ -301,12 +301,6 @@ def test_a_line_break_in_a_sentence_is_an_error(tmp_path):
         prepare_corpus(Invented(extra), TASKS, *text_options(config_with()), tmp_path / "prepared")
 
 
-def test_unigram_is_refused_before_the_corpus_is_opened(tmp_path):
-    config = config_with(tokenizer__model_type="unigram", corpus__type="files", corpus__path="/nowhere")
-    with pytest.raises(ValueError, match=r"tokenizer\.model_type is 'unigram'"):
-        prepare(*text_options(config), tmp_path / "prepared")
-
-
 # Pretrained vocabularies
 
 
@@ -320,7 +314,7 @@ def pretrained(prepared, tmp_path) -> Path:
 
 
 def test_a_pretrained_model_gives_the_vocabulary_and_the_longest_sequence(pretrained, prepared, tmp_path):
-    config = config_with(model__pretrained=str(pretrained), tokenizer__model_type="unigram")
+    config = config_with(model__pretrained=str(pretrained))
     prepare_corpus(Invented(), TASKS, *text_options(config), tmp_path / "prepared")
     data, trained = PreparedData(tmp_path / "prepared"), PreparedData(prepared)
     assert data.tokenizer.get_vocab() == load_tokenizer(prepared / "tokenizer").get_vocab()

@@ -123,11 +123,6 @@ def test_no_text_is_an_error():
         vocabulary.train_sentencepiece([], TokenizerConfig(vocab_size=100))
 
 
-def test_unigram_is_refused_before_any_work():
-    with pytest.raises(ValueError, match=r"tokenizer\.model_type is 'unigram'.*tokenizer\.model_type=bpe"):
-        vocabulary.train_sentencepiece(iter(()), TokenizerConfig(model_type="unigram"))
-
-
 def test_a_long_line_is_not_left_out_of_the_training():
     text = [*TEXT, " ".join(["zyzzyva"] * 2000)]
     proto = vocabulary.train_sentencepiece(text, TokenizerConfig(vocab_size=700))

@@ -1,4 +1,4 @@
-"""Parallel text: composed from CLDR, from files, from installed gettext catalogues, or from the hub of ``datasets``."""
+"""Parallel text: composed from CLDR, from files, or from the hub of ``datasets``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ __all__ = ["Corpus", "CorpusError", "open_corpus", "pair_of", "split_direction",
 KINDS = {
     "cldr": ("cldr", "CldrCorpus"),
     "files": ("files", "open_files"),
-    "gettext": ("catalogues", "CatalogueCorpus"),
     "hub": ("hub", "HubCorpus"),
 }
 
@@ -21,8 +20,8 @@ def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
     """Opens the corpus that the options describe and makes sure that every direction of the run has text.
 
     Args:
-        config: the options; ``config.type`` is "cldr", "files", "gettext" or "hub".
-        seed: of the contents (cldr), of the domains held out (gettext) and of the samples that size limits take.
+        config: the options; ``config.type`` is "cldr", "files" or "hub".
+        seed: of the contents (cldr) and of the samples that size limits take.
 
     Raises:
         CorpusError: what is asked for is not there, or a file is malformed (more may come up while reading).

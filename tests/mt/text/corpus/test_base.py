@@ -140,7 +140,7 @@ def test_an_unknown_split_or_pair_is_an_error():
 
 
 def test_an_unknown_type_and_a_negative_size_are_errors():
-    with pytest.raises(ValueError, match="corpus.type is 'opus'; expected one of cldr, files, gettext, hub"):
+    with pytest.raises(ValueError, match="corpus.type is 'opus'; expected one of cldr, files, hub"):
         open_corpus(CorpusConfig(type="opus"), 1)
     with pytest.raises(ValueError, match="corpus.test_sentences is -1"):
         open_corpus(CorpusConfig(test_sentences=-1), 1)
