@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from nspec import options as values
 from nspec import yaml_text
+from nspec.options import check_option, range_of
 from nspec.run.checks import validate
-from nspec.run.config import Config
+from nspec.run.config import Config, each_option, fields, types
 from nspec.run.yaml import expand_paths, flatten, parse, set_option
 
 OPTIONS = list(flatten(Config()))
@@ -52,13 +52,13 @@ def test_a_hostile_value_fits_and_reads_back_or_is_an_error_that_names_the_optio
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_ends_of_a_range_fit_and_what_is_beyond_does_not(name: str) -> None:
     section, key = name.split(".")
-    limits = values.fields(section)[key].metadata
-    kind = values.types()[section][key]
+    limits = fields(section)[key].metadata
+    kind = types()[section][key]
 
     def fits(value: float) -> bool:
         given: Any = [value] if kind == list[float] else kind(value)
         try:
-            values.check_option(name, given)
+            check_option(fields(section)[key], kind, name, given)
         except ValueError as error:
             return not str(error).startswith(f"{name}: expected ")
         return True
@@ -78,10 +78,10 @@ def test_the_ends_of_a_range_fit_and_what_is_beyond_does_not(name: str) -> None:
 
 
 def test_every_number_has_a_lower_end() -> None:
-    for section, key, field in values.each_option():
-        if values.types()[section][key] in (int, float, list[float]):
+    for section, key, field in each_option():
+        if types()[section][key] in (int, float, list[float]):
             assert field.metadata["least"] is not None or field.metadata["above"] is not None, key
-            assert values.range_of(field)
+            assert range_of(field)
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,13 @@ def test_no_number_is_0_in_float32_that_is_none(name: str) -> None:
     section, key = name.split(".")
     for value in (1e-300, 1e-46, 1e-38):
         config = Config()
-        if values.types()[section][key] in (float, list[float]):
+        if types()[section][key] in (float, list[float]):
             setattr(getattr(config, section), key, [value, value] if key == "betas" else value)
             with pytest.raises(ValueError, match=f"^{name}: expected "):
                 validate(config)
 
 
-TEXTS = [
-    (name, kind) for name in OPTIONS if (kind := values.types()[(p := name.split("."))[0]][p[1]]) in (str, list[str])
-]
+TEXTS = [(name, kind) for name in OPTIONS if (kind := types()[(p := name.split("."))[0]][p[1]]) in (str, list[str])]
 
 
 @pytest.mark.parametrize(("name", "kind"), TEXTS)

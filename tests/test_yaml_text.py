@@ -10,9 +10,8 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from nspec import options as values
 from nspec import yaml_text
-from nspec.run.config import Config
+from nspec.run.config import Config, each_option, types
 from nspec.run.yaml import parse, render, set_option
 from nspec.yaml_text import read_lists
 
@@ -44,9 +43,9 @@ VALUES = {
 @given(st.fixed_dictionaries({str(kind): strategy for kind, strategy in VALUES.items()}))
 def test_a_configuration_of_any_values_reads_back(drawn: dict[str, Any]) -> None:
     config = Config()
-    for section, key, field in values.each_option():
+    for section, key, field in each_option():
         if not field.metadata["choices"]:
-            setattr(getattr(config, section), key, drawn[str(values.types()[section][key])])
+            setattr(getattr(config, section), key, drawn[str(types()[section][key])])
     text = render(config)
     assert parse(text) == config
     assert yaml.safe_load(text)["run"]["folder"] == config.run.folder, "to readers of YAML 1.1 too"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,6 @@ def copier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path]:
         return toy, toy.train("copier", updates=600, lr=0.01, warmup=100, batch_tokens=512, valid_every=300)
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tiny models, which more threads only make slower, and to compare bits with processes of one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_render_gives_meaning_choices_and_default() -> None:
     config.decode.beam = 7
     text = render(config)
     assert "  # beam size; 1 is greedy search; 1 to 1000; default: 5\n  beam: 7\n" in text
-    assert "; one of: bpe; default: bpe\n" in text
+    assert "; one of: loss, bleu; default: loss\n" in text
     assert "; in (0, 1]; default: 0.95\n" in text
     assert "  # highest learning rate; in (0, 1000]; default: 0.0005\n" in text
     assert "0: never; at least 0; default: 10\n" in text

@@ -151,7 +151,7 @@ def test_progress_names_what_is_done_and_ends_at_the_total(tmp_path):
     prepare_corpus(
         Invented(),
         TASKS,
-        config_with(),
+        *text_options(config_with()),
         tmp_path / "prepared",
         lambda what, done, total: seen.append((what, done, total)),
     )
@@ -370,15 +370,16 @@ def test_a_full_disk_is_named_and_what_was_there_stays(prepared, tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {beside!r}]
 import test_prepare as t
+from toy_translation import text_options
 from nspec.mt.text import prepare as module
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {patch}
-module.prepare_corpus(t.Invented(), t.TASKS, t.config_with(), t.Path({folder!r}))
+module.prepare_corpus(t.Invented(), t.TASKS, *text_options(t.config_with()), t.Path({folder!r}))
 """
 
 
@@ -399,7 +400,8 @@ def test_a_killed_preparation_is_not_taken_for_a_whole_one_and_can_be_started_ag
     folder = tmp_path / "prepared"
     folder.mkdir()
     (folder / "started.json").write_text("{}", encoding="utf-8")
-    script = KILLED.format(here=str(Path(__file__).parent), patch=patch, folder=str(folder))
+    here, beside = (str(Path(__file__).parents[up]) for up in (0, 1))
+    script = KILLED.format(here=here, beside=beside, patch=patch, folder=str(folder))
     environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[3])}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=120)
     assert ended.returncode == -signal.SIGKILL

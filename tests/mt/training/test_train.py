@@ -331,7 +331,7 @@ def test_each_validation_is_one_line_where_there_is_no_terminal(toy: Toy, capfd:
 
 
 def test_micro_batches_that_the_processes_cannot_share_are_an_error(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.distributed, "world", lambda: 2)
+    monkeypatch.setattr(training.processes, "world", lambda: 2)
     with pytest.raises(ValueError, match="accumulate is 3, .* a multiple of the 2 processes"):
         toy.train("odd", accumulate=3)
 

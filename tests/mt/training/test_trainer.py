@@ -36,10 +36,11 @@ SETTINGS: dict[str, Any] = {
     "precision": "fp32",
 }
 
-SCRIPT = """
+SCRIPT = f"""
 import sys
 from pathlib import Path
 import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_trainer
 
 torch.set_num_threads(1)
