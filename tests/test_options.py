@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nspec import yaml_text
-from nspec.options import check_option, range_of
+from nspec.options import check_option, range_of, show
 from nspec.run.checks import validate
 from nspec.run.config import Config, each_option, fields, types
 from nspec.run.yaml import expand_paths, flatten, parse, set_option
@@ -167,6 +167,6 @@ def test_a_wrong_type_from_code_is_a_type_error(key: str, value: Any) -> None:
 
 def test_a_value_in_a_message_is_short() -> None:
     for value in ("x" * 10**6, ["x"] * 10**5, 10**5000, [10**5000], {"a": "b" * 1000}):
-        assert len(values.show(value)) <= 90
-    assert values.show("it's") == repr("it's")
-    assert values.show(None) == "nothing"
+        assert len(show(value)) <= 90
+    assert show("it's") == repr("it's")
+    assert show(None) == "nothing"
