@@ -18,6 +18,7 @@ from nspec.files import read_json, sha256, write_json, write_text
 from nspec.mt.scoring.decoded import decoding, record_of, translations
 from nspec.processes import World
 from nspec.run.config import Config
+from nspec.run.estimate import Estimate, estimate, measure
 from nspec.run.folder import Run
 from nspec.run.machine import check_machine, check_threads
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
@@ -56,6 +57,7 @@ class Pipeline:
         self.run = Run(config, stages_of(config), self.world)
         self.folder = self.run.folder
         self._redo = redo
+        self._estimate: Estimate | None = None  # of the whole run, while all of it is done
 
     def __enter__(self) -> Pipeline:
         self.world.connect(self.config.run.device)
@@ -85,7 +87,11 @@ class Pipeline:
 
         begun = time.monotonic()
         if self.run.do(name, quietly, everyone=everyone, tell=self.display.line):
-            self.display.line(f"{name}: done in {duration(time.monotonic() - begun)}")
+            seconds, left = time.monotonic() - begun, ""
+            if self._estimate is not None:
+                self._estimate.done(name, seconds)
+                left = f"; about {duration(self._estimate.left())} left" if self._estimate.expected else ""
+            self.display.line(f"{name}: done in {duration(seconds)}{left}")
         gc.collect()  # a model and its optimiser hold each other; the next stage needs the memory
 
     def all(self) -> Path:
@@ -95,6 +101,7 @@ class Pipeline:
             The page.
         """
         self.prepare()
+        self.world.lead(self._look_ahead)
         self.train()
         if any(masked_systems(self.config)):
             self.profile()
@@ -102,6 +109,22 @@ class Pipeline:
         self.specialize()
         self.evaluate()
         return self.report()
+
+    def _look_ahead(self) -> None:
+        """Says how long the run will take, where there is something to train or to translate."""
+        to_come = [name for name in self.run.stages if not self.run.finished(name)]
+        if not any(name.startswith(("train", "specialize", "evaluate")) for name in to_come):
+            return
+        from nspec.processes import resolve_device
+
+        quieten(self.config.run.threads)
+        device = resolve_device(self.config.run.device)
+        speed = measure(self.config, self._data(), device)
+        gc.collect()
+        self._estimate = estimate(self.config, self._data(), to_come, speed, self.world.size)
+        self.display.line(
+            f"the run will take {self._estimate} on this machine, as a few steps say; trainings may stop early"
+        )
 
     # The stages
 
