@@ -10,10 +10,10 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -21,16 +21,15 @@ from nspec.files import disk_error, replacing, write_json, write_text
 from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
-from nspec.mt.data import FORMAT, SPLITS
+from nspec.mt.data import FORMAT, SPLITS, stem_of
 from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
-from nspec.mt.language_tags import language_id, language_tag
+from nspec.mt.frame import WIDEST, Frame
+from nspec.mt.language_tags import language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
+from nspec.mt.marian import SIDES, Side
 from nspec.mt.model_files import load_config
 from nspec.mt.readiness import check_pretrained
 from nspec.mt.tokenizer_fit import token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ TOO_LONG = "too long"
 RATIO = "length ratio"
 
 _CHUNK = 4096  # sentence pairs that are encoded at once
-_FRAME = 2  # tag and </s>
 _SPOOL = "spool"  # training text between reading and encoding
 
 
@@ -149,19 +147,21 @@ class _Preparation:
         self.filter = TrainingFilter(config.corpus.filter_across_pairs, config.corpus.deduplicate)
         self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
         self.most = config.model.max_positions
-        if config.corpus.max_tokens < 1 or self.most <= _FRAME:
+        if config.corpus.max_tokens < 1 or self.most <= WIDEST:
             raise ValueError(
                 f"corpus.max_tokens is {config.corpus.max_tokens} and model.max_positions is {self.most}; expected at "
-                f"least 1 and {_FRAME + 1}"
+                f"least 1 and {WIDEST + 1}"
             )
 
     def run(self) -> dict[str, Any]:
         """Does everything; the result is ``meta.json``, which is the last file that is written."""
+        if self.config.model.pretrained:  # whose languages are known before the text is read
+            self._take(self._pretrained_tokenizer())
         self._each("read valid and test", self._read_evaluation)
         self._each("read", self._read_training)
         self.progress("vocabulary", 0, 1)
-        self.tokenizer = self._tokenizer()
-        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
+        if not self.config.model.pretrained:
+            self._take(self._new_tokenizer())
         self.progress("vocabulary", 1, 1)
         self._each("encode", self._encode)
         shutil.rmtree(self.folder / _SPOOL)
@@ -219,33 +219,43 @@ class _Preparation:
 
     # Vocabulary
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        target = self.folder / "tokenizer"
-        if self.config.model.pretrained:
-            self.most = min(self.most, _positions(self.config.model.pretrained))
-            tokenizer = vocabulary.load_tokenizer(self.config.model.pretrained)
-            named: dict[int, str] = {}
-            for language in self.languages:
-                other = named.setdefault(language_id(tokenizer, language), language)
-                if other != language:
-                    raise ValueError(
-                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
-                        f"in the vocabulary of model.pretrained {self.config.model.pretrained}; keep one of the two"
-                    )
-            tokenizer.save_pretrained(target)
-        else:
-            options = self.config.tokenizer
-            counts = {
-                language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
-                for language in self.languages
-            }
-            chosen = vocabulary.sampled(
-                self._sentences, counts, options.temperature, options.sentences, self.config.run.seed
-            )
-            model = vocabulary.train_sentencepiece(chosen, options)
-            vocabulary.export_tokenizer(model, self.languages, target, self.most)
+    def _pretrained_tokenizer(self) -> Path:
+        pretrained = self.config.model.pretrained
+        self.most = min(self.most, _positions(pretrained))
+        tokenizer = vocabulary.load_tokenizer(pretrained)
+        try:
+            frame = Frame.of(tokenizer, self.tasks)
+        except ValueError as error:
+            raise ValueError(f"model.pretrained {pretrained}: {error}") from error
+        named: dict[int, str] = {}
+        for language, token in frame.tags.items():
+            other = named.setdefault(token, language)
+            if other != language:
+                raise ValueError(
+                    f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
+                    f"in the vocabulary of model.pretrained {pretrained}; keep one of the two"
+                )
+        tokenizer.save_pretrained(self.folder / "tokenizer")
+        return self.folder / "tokenizer"
+
+    def _new_tokenizer(self) -> Path:
+        options = self.config.tokenizer
+        counts = {
+            language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
+            for language in self.languages
+        }
+        chosen = vocabulary.sampled(
+            self._sentences, counts, options.temperature, options.sentences, self.config.run.seed
+        )
+        model = vocabulary.train_sentencepiece(chosen, options)
+        vocabulary.export_tokenizer(model, self.languages, self.folder / "tokenizer", self.most)
+        return self.folder / "tokenizer"
+
+    def _take(self, folder: Path) -> None:
         # What is used is what is on the disk, not what it was saved from.
-        return vocabulary.load_tokenizer(target)
+        self.tokenizer = vocabulary.load_tokenizer(folder)
+        self.frame = Frame.of(self.tokenizer, self.tasks)
+        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
 
     def _sentences(self, language: str) -> Iterator[str]:
         for pair, languages in self.pairs.items():
@@ -254,47 +264,60 @@ class _Preparation:
 
     # Encoding
 
+    def _spellings(self, pair: str) -> dict[tuple[str, str], Side]:
+        """What a pair is encoded to: language and way of spelling, and a side that is spelled so."""
+        found: dict[tuple[str, str], Side] = {}
+        for task in self.tasks:
+            if pair_of_task(task) == pair:
+                for language, side in zip(languages_of_task(task), SIDES):
+                    found.setdefault((language, self.frame.spelled(side)), side)
+        return found
+
     def _encode(self, pair: str) -> None:
-        longest = self.most - _FRAME
+        longest = self.most - WIDEST
         for split in ("valid", "test"):
             paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
-            arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-            for both in self._encoded(pair, split, paths):
-                self.truncated[pair][split] += max(map(len, both)) > longest
-                for array, ids in zip(arrays, both):
+            arrays = {spelling: _Arrays(self.dtype) for spelling in self._spellings(pair)}
+            for spelled in self._encoded(pair, split, paths):
+                self.truncated[pair][split] += max(map(len, spelled)) > longest
+                for array, ids in zip(arrays.values(), spelled):
                     array.add(ids[:longest])
             self._save(pair, split, arrays)
-        arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-        for both in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
-            reason = self._unfit(*map(len, both))
+        arrays = {spelling: _Arrays(self.dtype) for spelling in self._spellings(pair)}
+        for spelled in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
+            reason = self._unfit([len(ids) for ids in spelled])
             if reason:
                 self.dropped[pair][reason] += 1
                 continue
-            for array, ids in zip(arrays, both):
+            for array, ids in zip(arrays.values(), spelled):
                 array.add(ids)
         self._save(pair, "train", arrays)
-        self._must_have(pair, "train", len(arrays[0]))
+        self._must_have(pair, "train", len(next(iter(arrays.values()))))
 
-    def _unfit(self, first: int, second: int) -> str:
-        """Why a training pair with so many tokens is left out, or nothing."""
-        shorter, longer = sorted((first, second))
+    def _unfit(self, sizes: list[int]) -> str:
+        """Why a training pair with so many tokens, in each way that it is spelled, is left out, or nothing."""
         ratio = self.config.corpus.max_ratio
-        if not shorter:
+        if not min(sizes):
             return EMPTY
-        if longer > min(self.config.corpus.max_tokens, self.most - _FRAME):
+        if max(sizes) > min(self.config.corpus.max_tokens, self.most - WIDEST):
             return TOO_LONG
-        return RATIO if ratio and longer > ratio * shorter else ""
+        # Source and target of a direction stand together.
+        unlike = any(max(two) > ratio * min(two) for two in zip(sizes[::2], sizes[1::2]))
+        return RATIO if ratio and unlike else ""
 
-    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
+    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], ...]]:
         sides = [_lines(path) for path in paths]
+        spellings = self._spellings(pair)
         while (chunks := [list(islice(side, _CHUNK)) for side in sides])[0]:
-            for language, texts in zip(self.pairs[pair], chunks):
-                self.characters[language, split].update("".join(texts))
-            yield from zip(*(vocabulary.encode(self.tokenizer, texts) for texts in chunks))
+            texts = dict(zip(self.pairs[pair], chunks))
+            for language, lines in texts.items():
+                self.characters[language, split].update("".join(lines))
+            encoded = [vocabulary.encode(self.tokenizer, texts[code], side) for (code, _), side in spellings.items()]
+            yield from zip(*encoded)
 
-    def _save(self, pair: str, split: str, arrays: Iterable[_Arrays]) -> None:
-        for language, array in zip(self.pairs[pair], arrays):
-            array.save(self.folder / split / f"{pair}.{language}")
+    def _save(self, pair: str, split: str, arrays: dict[tuple[str, str], _Arrays]) -> None:
+        for (language, spelled), array in arrays.items():
+            array.save(self.folder / split / stem_of(pair, language, spelled))
 
     # Description
 
@@ -323,7 +346,11 @@ class _Preparation:
         """How many characters of a language's text there are and the vocabulary lacks, by split, and the most frequent."""
         counts = {split: self.characters[language, split] for split in SPLITS}
         total = sum(counts.values(), Counter[str]())
-        lacking = vocabulary.unknown_characters(self.tokenizer, total)
+        lacking: set[str] = set()
+        for side in {
+            side for pair in self.pairs for (code, _), side in self._spellings(pair).items() if code == language
+        }:
+            lacking |= vocabulary.unknown_characters(self.tokenizer, total, side)
         most = sorted(lacking, key=lambda character: (-total[character], character))
         return {
             "characters": {split: found.total() for split, found in counts.items()},
@@ -336,19 +363,17 @@ class _Preparation:
         return {
             "size": len(token_ids(self.tokenizer)),
             "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
-            "pad_id": self.tokenizer.pad_token_id,
-            "end_id": vocabulary.end_id(self.tokenizer),
-            "tags": {language: language_id(self.tokenizer, language) for language in self.languages},
+            **self.frame.facts(),
         }
 
     def _example(self, task: str) -> str:
         """The first validation pair of a direction in tokens, so that a person sees a wrong tag."""
-        shown = []
-        for language in languages_of_task(task):
+        sides = []
+        for language, side in zip(languages_of_task(task), SIDES):
             path = self.folder / "text" / "valid" / f"{pair_of_task(task)}.{language}.txt"
-            ids = vocabulary.encode_source(self.tokenizer, next(_lines(path)), language)
-            shown.append(" ".join(self.tokenizer.convert_ids_to_tokens(ids)))
-        return f"{task}: {shown[0]} => {shown[1]}"
+            sides += vocabulary.encode(self.tokenizer, [next(_lines(path))], side)
+        framed = self.frame.framed(task, sides)
+        return f"{task}: {' => '.join(' '.join(self.tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in framed)}"
 
 
 class _Arrays:
