@@ -81,6 +81,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> 
             )
 
 
+def name_target(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
+    """Notes the one language that a model without tokens such as ``>>fra<<`` translates into, where its folder does not."""
+    (target, *others) = {languages_of_task(task)[1] for task in tasks}
+    if not others and not languages_of(tokenizer) and not getattr(tokenizer, "target_lang", None):
+        marian: Any = tokenizer
+        marian.target_lang = marian.init_kwargs["target_lang"] = target  # saved from both
+
+
 def check_directions(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
     """Checks that a folder without tokens such as ``>>fra<<`` can translate directions.
 

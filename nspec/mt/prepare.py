@@ -26,7 +26,7 @@ from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.frame import WIDEST, Frame
 from nspec.mt.language_tags import language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
-from nspec.mt.marian import SIDES, Side
+from nspec.mt.marian import SIDES, Side, name_target
 from nspec.mt.model_files import load_config
 from nspec.mt.readiness import check_pretrained
 from nspec.mt.tokenizer_fit import token_ids
@@ -235,6 +235,8 @@ class _Preparation:
                     f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
                     f"in the vocabulary of model.pretrained {pretrained}; keep one of the two"
                 )
+        if frame.marian:
+            name_target(tokenizer, self.tasks)
         tokenizer.save_pretrained(self.folder / "tokenizer")
         return self.folder / "tokenizer"
 

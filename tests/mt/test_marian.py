@@ -263,6 +263,19 @@ def test_a_direction_of_other_languages_than_the_folders_is_named(bilingual: Run
         translator.translate([], "de-fr")
 
 
+def test_the_language_that_a_folder_does_not_name_is_known_after_the_run(bilingual: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bilingual.model, tmp_path / "model"))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "MarianTokenizer"})
+    config = Config(**vars(bilingual.config))
+    config.model = ModelConfig(pretrained=str(folder))
+    prepare(config, tmp_path / "prepared")
+    tokenizer = PreparedData(tmp_path / "prepared").tokenizer
+    translator = Translator(build_model(config.model, tokenizer, 1), tokenizer, DecodeConfig(beam=1))
+    assert len(list(translator.translate(["haus"], "de-en"))) == 1
+    with pytest.raises(ValueError, match="does not translate en-de: .* target_lang en"):
+        translator.translate([], "en-de")
+
+
 def test_a_target_language_without_a_token_is_named(multilingual: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(multilingual.model, tmp_path / "model"))
     words = json.loads((folder / "vocab.json").read_text())

@@ -57,8 +57,8 @@ def mbart(folder: Path, lines: dict[str, list[str]]) -> None:
     """GELU, the Unigram vocabulary and tags of mBART-50."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines["de"], *lines["en"]]), model_writer=model, model_type="unigram", vocab_size=40, hard_vocab_limit=False,
-        minloglevel=2, num_threads=1,
+        sentence_iterator=iter([*lines["de"], *lines["en"]]), model_writer=model, model_type="unigram", vocab_size=40,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     scored = [(pieces.id_to_piece(index), pieces.get_score(index)) for index in range(3, len(pieces))]
