@@ -13,12 +13,12 @@ from transformers import MarianConfig, MarianMTModel
 from nspec.files import write_json
 
 
-def spm(lines: list[str], size: int = 40) -> bytes:
+def spm(lines: list[str], size: int = 40, **options: Any) -> bytes:
     """A SentencePiece model with the settings that OPUS-MT trains with: Unigram, NFKC, ids that are not the model's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=size, hard_vocab_limit=False,
-        minloglevel=2, num_threads=1,
+        minloglevel=2, num_threads=1, **options,
     )  # fmt: skip
     return model.getvalue()
 

@@ -14,15 +14,18 @@ import torch
 from marian_folder import spm, write_model, write_tokenizer
 from transformers import AutoTokenizer, MarianMTModel
 
+import nspec
 from nspec.files import write_json
 from nspec.mt.collate import collate
-from nspec.mt.config import Config, DecodeConfig, ModelConfig
+from nspec.mt.config import Config, DecodeConfig, ModelConfig, ProfileConfig, TrainConfig
 from nspec.mt.data import PairDataset, PreparedData
+from nspec.mt.evaluation import Validator
 from nspec.mt.languages import languages_of_task
 from nspec.mt.model import build_model, load_system, save_system
 from nspec.mt.model_files import load_dense, load_weights
 from nspec.mt.other_text import OtherText
 from nspec.mt.prepare import prepare
+from nspec.mt.profiling import profile_tasks
 from nspec.mt.sampling import evaluation_batches
 from nspec.mt.tokenizer_fit import check_same
 from nspec.mt.translate import Translator
@@ -131,6 +134,26 @@ def test_the_loss_is_that_of_plain_marian(run: Run) -> None:
             assert model(**inputs).loss.item() == pytest.approx(plain(**theirs, labels=labels).loss.item(), rel=1e-6)
 
 
+def test_validation_and_profile_read_the_sentences_that_plain_marian_does(run: Run) -> None:
+    plain, tokenizer = run.plain()
+    settings, decode = TrainConfig(batch_tokens=96, valid_bleu_sentences=0), DecodeConfig()
+    measured = Validator(
+        build_model(run.config.model, run.data.tokenizer, 1), run.data, settings, decode, precision="fp32"
+    )
+    losses = measured.measure()["tasks"]
+    counts = profile_tasks(plain, run.data, ProfileConfig(), 96)
+    for task in run.data.tasks:
+        singles = [tokenizer(s, text_target=t, return_tensors="pt") for s, t in zip(*run.texts(task, "valid"))]
+        with torch.no_grad():
+            words = [single["labels"].numel() for single in singles]
+            total = sum(plain(**single).loss.item() * count for single, count in zip(singles, words))
+        assert losses[task]["loss"] == pytest.approx(total / sum(words), rel=1e-5)
+        one_by_one = nspec.profile(plain, {task: singles}, padding="include")
+        assert counts.tokens[task] == one_by_one.tokens[task]
+        for layer in counts.layers:
+            assert counts[task][layer].tolist() == one_by_one[task][layer].tolist()
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("beam", [1, 3])
 def test_translations_are_those_of_plain_marian(run: Run, beam: int, renormalize: bool) -> None:
@@ -165,6 +188,17 @@ def test_what_a_translation_may_not_hold_by_the_folder_does_not_come(bilingual: 
     found = next(translator.translate(["haus"], "de-en"))
     assert found
     assert "house" not in found
+
+
+def test_a_translation_is_read_as_a_target(bilingual: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(bilingual.model, tmp_path / "model"))
+    (folder / "target.spm").write_bytes(spm(["a b a b"] * 9, 300, byte_fallback=True))
+    pieces = ["▁a", "<0xD0>", "<0xB6>"]
+    write_json(folder / "vocab.json", {piece: place for place, piece in enumerate(["</s>", "<unk>", *pieces, "<pad>"])})
+    monkeypatch.setattr("nspec.mt.translate.search", lambda *_: [[2, 3, 4]])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    translator = Translator(load_dense(bilingual.model), tokenizer, DecodeConfig(beam=1))
+    assert list(translator.translate(["haus"], "de-en")) == ["aж"]
 
 
 def test_rules_against_repetitions_begin_at_the_first_word(bilingual: Run) -> None:
