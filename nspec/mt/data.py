@@ -21,6 +21,7 @@ from nspec.mt.frame import Frame
 from nspec.mt.languages import languages_of_task as languages_of_task
 from nspec.mt.languages import pair_of_task as pair_of_task
 from nspec.mt.marian import SIDES, Side
+from nspec.mt.token_arrays import stem_of
 from nspec.mt.vocabulary import folder_sha256, load_tokenizer
 
 if TYPE_CHECKING:
@@ -179,11 +180,6 @@ class PreparedData:
                 )
             self._arrays[key] = ids, offsets
         return self._arrays[key]
-
-
-def stem_of(pair: str, language: str, spelled: str) -> str:
-    """The name of the arrays of a pair's language; where source and target are spelled each in its way, of one of them."""
-    return ".".join(filter(None, (pair, language, spelled)))
 
 
 def _mapped(path: Path) -> npt.NDArray[Any]:

@@ -7,6 +7,7 @@ languages, whose sources begin with a token such as ``>>fra<<``. The decoder sta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,7 +63,7 @@ def check_files(folder: Path) -> None:
         )
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
     """Raises ValueError where a ``MarianTokenizer`` has two vocabularies, or a ``.spm`` file of another vocabulary."""
     marian: Any = tokenizer
     if marian.separate_vocabs:

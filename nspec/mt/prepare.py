@@ -17,11 +17,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from nspec.files import disk_error, replacing, write_json, write_text
+from nspec.files import disk_error, write_json, write_text
 from nspec.mt import vocabulary
 from nspec.mt.config import Config
 from nspec.mt.corpus.base import Corpus, CorpusError, tasks_of
-from nspec.mt.data import FORMAT, SPLITS, stem_of
+from nspec.mt.data import FORMAT, SPLITS
 from nspec.mt.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.frame import WIDEST, Frame
 from nspec.mt.language_tags import language_tag
@@ -29,6 +29,7 @@ from nspec.mt.languages import languages_of_task, pair_of_task
 from nspec.mt.marian import SIDES, Side, name_target
 from nspec.mt.model_files import load_config
 from nspec.mt.readiness import check_pretrained
+from nspec.mt.token_arrays import TokenArrays, stem_of
 from nspec.mt.tokenizer_fit import token_ids
 
 logger = logging.getLogger(__name__)
@@ -279,13 +280,13 @@ class _Preparation:
         longest = self.most - WIDEST
         for split in ("valid", "test"):
             paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
-            arrays = {spelling: _Arrays(self.dtype) for spelling in self._spellings(pair)}
+            arrays = {spelling: TokenArrays(self.dtype) for spelling in self._spellings(pair)}
             for spelled in self._encoded(pair, split, paths):
                 self.truncated[pair][split] += max(map(len, spelled)) > longest
                 for array, ids in zip(arrays.values(), spelled):
                     array.add(ids[:longest])
             self._save(pair, split, arrays)
-        arrays = {spelling: _Arrays(self.dtype) for spelling in self._spellings(pair)}
+        arrays = {spelling: TokenArrays(self.dtype) for spelling in self._spellings(pair)}
         for spelled in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
             reason = self._unfit([len(ids) for ids in spelled])
             if reason:
@@ -317,7 +318,7 @@ class _Preparation:
             encoded = [vocabulary.encode(self.tokenizer, texts[code], side) for (code, _), side in spellings.items()]
             yield from zip(*encoded)
 
-    def _save(self, pair: str, split: str, arrays: dict[tuple[str, str], _Arrays]) -> None:
+    def _save(self, pair: str, split: str, arrays: dict[tuple[str, str], TokenArrays]) -> None:
         for (language, spelled), array in arrays.items():
             array.save(self.folder / split / stem_of(pair, language, spelled))
 
@@ -376,37 +377,6 @@ class _Preparation:
             sides += vocabulary.encode(self.tokenizer, [next(_lines(path))], side)
         framed = self.frame.framed(task, sides)
         return f"{task}: {' => '.join(' '.join(self.tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in framed)}"
-
-
-class _Arrays:
-    """Sentences one after another, and where each begins."""
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype = dtype
-        self._chunks: list[Any] = []
-        self._ids: list[int] = []
-        self._ends = [0]
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def add(self, ids: list[int]) -> None:
-        self._ids += ids
-        self._ends.append(self._ends[-1] + len(ids))
-        if len(self._ids) > 1 << 20:  # lists take many times the room of arrays
-            self._flush()
-
-    def _flush(self) -> None:
-        self._chunks.append(np.array(self._ids, dtype=self.dtype))
-        self._ids = []
-
-    def save(self, stem: Path) -> None:
-        """Writes ``<stem>.ids.npy`` and ``<stem>.offsets.npy``."""
-        self._flush()
-        arrays = {"ids": np.concatenate(self._chunks), "offsets": np.array(self._ends, dtype=np.int64)}
-        for kind, array in arrays.items():
-            with replacing(Path(f"{stem}.{kind}.npy")) as part, open(part, "wb") as file:
-                np.save(file, array)
 
 
 def _positions(pretrained: str) -> int:
