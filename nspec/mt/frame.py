@@ -1,12 +1,12 @@
 """How a model takes a sentence pair: what stands before and behind its tokens, and what starts the decoder.
 
-=========================  ===========================  ====================  =============
-models                     source                       target                decoder start
-=========================  ===========================  ====================  =============
-M2M100, NLLB, mBART-50     ``[source tag] ... </s>``    ``[target tag] ... </s>``  ``</s>``
-Marian, one target         ``... </s>``                 ``... </s>``          ``<pad>``
-Marian, several targets    ``[target tag] ... </s>``    ``... </s>``          ``<pad>``
-=========================  ===========================  ====================  =============
+======================  =========================  =========================  =============
+models                  source                     target                     decoder start
+======================  =========================  =========================  =============
+M2M100, NLLB, mBART-50  ``[source tag] ... </s>``  ``[target tag] ... </s>``  ``</s>``
+Marian, one target      ``... </s>``               ``... </s>``               ``<pad>``
+Marian, several         ``[target tag] ... </s>``  ``... </s>``               ``<pad>``
+======================  =========================  =========================  =============
 """
 
 from __future__ import annotations
