@@ -136,7 +136,7 @@ def translate(
         from nspec.mt.model import load_system
         from nspec.mt.scoring.translate import Translator
         from nspec.processes import resolve_device
-        from nspec.run.pipeline import quieten
+        from nspec.run.machine import quieten
 
         quieten(threads)
         loaded, tokenizer = load_system(folder, resolve_device(device), made_by)

@@ -11,8 +11,8 @@ from nspec.options import option
 class ModelConfig:
     pretrained: str = option(
         "",
-        "folder or hub name of a model (M2M100, NLLB, ...) to start from; with train.updates 0 it is the dense model as it "
-        "is; empty: a new one",
+        "folder or hub name of a model (M2M100, NLLB, mBART-50, Marian) to start from; with train.updates 0 it is the "
+        "dense model as it is; empty: a new one",
         path=True,
     )
     d_model: int = option(512, "model width", least=4, most=65536)

@@ -1,8 +1,8 @@
 """The language tags of a vocabulary, and which of them is meant by a language code.
 
 Codes come as they are written elsewhere: ``pt_BR``, ``zh-Hant-TW``, ``deu``, ``nb``, ``iw``. Tags come as their makers
-chose: ``__pt__`` (ours, M2M100), ``por_Latn`` (NLLB), ``pt_XX`` (mBART). One rule leads from the one to the other; where
-it leads to several tags, or to one of another script or region, that is an error that names them.
+chose: ``__pt__`` (ours, M2M100), ``por_Latn`` (NLLB), ``pt_XX`` (mBART), ``>>por<<`` (Marian). One rule leads from the one
+to the other; where it leads to several tags, or to one of another script or region, that is an error that names them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OURS = re.compile(r"__(\w+?)__")  # also M2M100's
 _FLORES = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _MBART = re.compile(r"[a-z]{2,3}_[A-Z]{2}")
+_MARIAN = re.compile(r">>(.+)<<")
 _CODE = re.compile(r"([a-z]{2,8})(?:[-_]([a-z]{4}))?(?:[-_]([a-z]{2}|[0-9]{3}))?", re.IGNORECASE)
 
 # What NLLB calls the languages of two-letter codes; where it has several scripts or varieties, the usual one.
@@ -91,6 +92,8 @@ def tag(language: str) -> str:
 
 def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The language tags of a tokenizer: by what they name (``de``, ``deu_Latn``, ``de_DE``) the token itself."""
+    if (targets := getattr(tokenizer, "supported_language_codes", None)) is not None:  # Marian's, of target languages
+        return {match[1]: token for token in targets if (match := _MARIAN.fullmatch(token))}
     found = {}
     listed = getattr(tokenizer, "lang_code_to_token", {}).values()  # M2M100's need not be among the special tokens
     for token in [*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *listed]:
@@ -99,6 +102,12 @@ def languages_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         elif _FLORES.fullmatch(token) or _MBART.fullmatch(token):
             found[token] = token
     return found
+
+
+def same_language(one: str, other: str) -> bool:
+    """Whether two codes are of one language, whatever their scripts and regions: ``de``, ``deu``, ``de_AT``."""
+    first, second = _Code.of(one), _Code.of(other)
+    return one == other or (first is not None and second is not None and first.language == second.language)
 
 
 def tag_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -158,6 +158,8 @@ def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra:
     }
     _refuse(source, wrong)
     check_finite(model, source)
+    for name in _never_saved(model):  # Marian's positions get no gradient, and several processes would wait for one
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
@@ -176,6 +178,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     own = model.state_dict()
     shapes = {name: (list(value.shape), list(own[name].shape)) for name, value in stored.items() if name in own}
     covered = {own[name].data_ptr() for name in stored if name in own}
+    covered |= {own[name].data_ptr() for name in _never_saved(model)}
     wrong = {
         "lacks": [name for name, value in own.items() if name not in stored and value.data_ptr() not in covered],
         "has, with no place for it in the model,": [name for name in stored if name not in own],
@@ -184,6 +187,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     _refuse(folder, wrong)
     model.load_state_dict(stored, strict=False)
     check_finite(model, folder)
+
+
+def _never_saved(model: nn.Module) -> list[str]:
+    """Names of parameters that a model computes for itself, such as Marian's sinusoidal positions."""
+    own = dict(model.named_parameters())
+    return [name for name in getattr(model, "_keys_to_ignore_on_save", None) or [] if name in own]
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:

@@ -92,3 +92,19 @@ def _other_text(config: Config) -> Iterator[str]:
     for system in masked_systems(config):
         if path := config_of(config, system).profile.path:
             yield path
+
+
+def quieten(threads: int = 0) -> None:
+    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses).
+
+    Raises:
+        ValueError: more threads than can get anywhere here.
+    """
+    check_threads(threads)
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)

@@ -20,7 +20,15 @@ from nspec.processes import World
 from nspec.run.config import Config
 from nspec.run.estimate import Estimate, estimate, measure
 from nspec.run.folder import Run
-from nspec.run.machine import check_machine, check_threads
+from nspec.run.machine import check_machine, quieten
+from nspec.run.readiness import (
+    check_adapters,
+    check_model,
+    check_other_texts,
+    check_precision,
+    check_pretrained,
+    check_score,
+)
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.run.systems import (
     config_of,
@@ -130,11 +138,11 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Text to token ids: ``prepared/``."""
-        self._check_score()
+        self.world.lead(functools.partial(check_score, self.config))
 
         def work(folder: Path) -> None:
-            from nspec.mt.text.prepare import prepare, summary
-            from nspec.run.readiness import check_pretrained
+            from nspec.mt.text.prepare import prepare
+            from nspec.mt.text.prepared import summary
 
             check_machine(self.config)  # before text is read, and long before anything is trained
             with self.display.bar("prepare") as progress:
@@ -146,53 +154,19 @@ class Pipeline:
                 self.display.line(f"  {line}")
 
         self._do("prepare", work)
-        self._check_adapters()
-        self._check_precision()
-
-    def _check_score(self) -> None:
-        """A tokenizer of BLEU that cannot be used would be an error after hours of training; here it is one before."""
-        if self.config.score.tokenize != "auto":
-            from nspec.mt.scoring.bleu_tokenizer import check_tokenizer
-
-            self.world.lead(functools.partial(check_tokenizer, self.config.score.tokenize))
-
-    def _check_adapters(self) -> None:
-        """A language without a family would be an error after hours of training; here it is one before."""
-        systems = [name for name in trained_systems(self.config) if kind_of(self.config, name).method == "adapters"]
-        if systems:
-            from nspec.run.train_systems import adapter_groups
-
-            for system in systems:
-                adapter_groups(system, self.config, self._data().tasks)
-
-    def _check_precision(self) -> None:
-        """Half precision on a CPU would be an error of a system after the training of the dense one."""
-        trained = [config_of(self.config, name).specialize for name in trained_systems(self.config)]
-        if any(settings.precision == "fp16" for settings in [self.config.train, *trained]):
-            from nspec.mt.training.trainer import resolve_precision
-            from nspec.processes import resolve_device
-
-            resolve_precision("fp16", resolve_device(self.config.run.device), 0)
-
-    def _check_other_texts(self) -> None:
-        """Text to profile that cannot be read would be an error after the training of the dense model."""
-        paths = [config_of(self.config, name).profile.path for name in masked_systems(self.config)]
-        if any(paths) and self.run.finished("prepare"):
-            from nspec.run.readiness import check_other_texts
-
-            data = self._data()
-            self.world.lead(functools.partial(check_other_texts, self.config, data.languages, data.tasks))
+        data = self._data()
+        check_adapters(self.config, data.tasks)
+        check_precision(self.config)
 
     def train(self) -> None:
         """The dense model: ``systems/dense/``."""
-        self._check_score()
+        self.world.lead(functools.partial(check_score, self.config))
 
         def work(folder: Path) -> None:
             from nspec.mt.model import build_model
             from nspec.mt.scoring.search import check_beam
             from nspec.mt.text.tokenizer_fit import token_ids
             from nspec.mt.training.train import train_system
-            from nspec.run.readiness import check_model
 
             data = self._data()
             check_beam(self.config.decode.beam, len(token_ids(data.tokenizer)))
@@ -214,7 +188,9 @@ class Pipeline:
 
         if not self.run.finished("train"):  # here, so that nothing has begun with sizes that must be changed
             check_machine(self.config)
-            self._check_other_texts()
+            if self.run.finished("prepare"):
+                data = self._data()
+                self.world.lead(functools.partial(check_other_texts, self.config, data.languages, data.tasks))
         self._do("train", work, everyone=True)
 
     def profile(self) -> None:
@@ -300,7 +276,7 @@ class Pipeline:
             ValueError: the run has no such system.
         """
         chosen = [self._known(system)] if system else system_names(self.config)
-        self._check_score()
+        self.world.lead(functools.partial(check_score, self.config))
         for name in chosen:
             self._do(f"evaluate:{name}", functools.partial(self._translate, name), everyone=True)
         for name in system_names(self.config):  # the tests of others may be new too, when this is their baseline
@@ -436,19 +412,3 @@ class Pipeline:
                 "add forward, update or random"
             )
         return dict(sorted(found.items(), key=lambda item: "/" in item[0]))
-
-
-def quieten(threads: int = 0) -> None:
-    """Keeps libraries from writing between the lines of a run, and sets PyTorch's threads (0: as it chooses).
-
-    Raises:
-        ValueError: more threads than can get anywhere here.
-    """
-    check_threads(threads)
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads:
-        torch.set_num_threads(threads)

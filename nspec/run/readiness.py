@@ -1,4 +1,4 @@
-"""Whether a pretrained model, and text of other domains, suit a run: found out before hours of training, not after."""
+"""What would be an error of a run after hours of training, found out before: model, text, families, precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.run.checks import check_layers
 from nspec.run.config import Config
+from nspec.run.stages import trained_systems
 from nspec.run.systems import config_of, kind_of, masked_systems, system_names
 
 if TYPE_CHECKING:
@@ -90,3 +91,30 @@ def check_other_texts(config: Config, languages: list[str], tasks: list[str]) ->
     for own in texts.values():
         for _ in read_other_text(own.profile, own.corpus, own.run.seed, languages, tasks):
             pass
+
+
+def check_score(config: Config) -> None:
+    """Raises ValueError where the tokenizer of BLEU cannot be used here."""
+    if config.score.tokenize != "auto":
+        from nspec.mt.scoring.bleu_tokenizer import check_tokenizer
+
+        check_tokenizer(config.score.tokenize)
+
+
+def check_adapters(config: Config, tasks: list[str]) -> None:
+    """Raises ValueError where adapters of language families have a language without one."""
+    for system in trained_systems(config):
+        if kind_of(config, system).method == "adapters":
+            from nspec.run.train_systems import adapter_groups
+
+            adapter_groups(system, config, tasks)
+
+
+def check_precision(config: Config) -> None:
+    """Raises ValueError where a system is trained in half precision on a device that has none."""
+    trained = [config_of(config, name).specialize for name in trained_systems(config)]
+    if any(settings.precision == "fp16" for settings in [config.train, *trained]):
+        from nspec.mt.training.trainer import resolve_precision
+        from nspec.processes import resolve_device
+
+        resolve_precision("fp16", resolve_device(config.run.device), 0)

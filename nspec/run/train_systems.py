@@ -39,10 +39,10 @@ def make_system(
         run: the run folder, with the dense model and the masks.
         data: the prepared text.
         folder: of the system. One with a model for each direction has a folder for each in it.
-        starting: see :func:`~nspec.mt.training.train.train_system`.
+        starting: see :func:`~nspec.mt.training.train_system`.
 
     Raises:
-        ValueError: see :func:`~nspec.mt.training.train.train_system`, or a language whose family is not known.
+        ValueError: see :func:`~nspec.mt.training.train_system`, or a language whose family is not known.
     """
     kind, own = kind_of(config, system), config_of(config, system)
     if kind.method == "each":

@@ -134,7 +134,7 @@ def text_options(config: Config) -> tuple[Any, ...]:
 
 
 def run_options(config: Config) -> dict[str, Any]:
-    """What :func:`nspec.mt.training.train.train_system` takes of the configuration of a run, beside how it is trained."""
+    """What :func:`nspec.mt.training.train_system` takes of the configuration of a run, beside how it is trained."""
     return {"seed": config.run.seed, "device": config.run.device, "decode": config.decode}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from nspec.run import pipeline
 from nspec.run.checks import validate
 from nspec.run.config import Config
 from nspec.run.folder import NEUTRAL
+from nspec.run.readiness import check_adapters
 from nspec.run.stages import Stage
 from nspec.run.systems import KINDS, variants_of
 from nspec.run.yaml import flatten, parse, render
@@ -192,19 +191,10 @@ def test_a_pattern_without_a_layer_is_an_error_that_names_the_layers(tmp_path: P
         run.select()
 
 
-def test_a_language_without_a_family_is_told_before_the_dense_model_is_trained(tmp_path: Path) -> None:
-    class Prepared(pipeline.Pipeline):
-        def __init__(self, *systems: str) -> None:
-            self.config = config_of(*systems)
-
-        def _do(self, *_: object, **__: object) -> None: ...
-
-        def _data(self) -> Any:
-            return SimpleNamespace(tasks=["en-de", "xx-en"])
-
-    Prepared("dense", "adapters").prepare()
+def test_a_language_without_a_family_is_told_before_the_dense_model_is_trained() -> None:
+    check_adapters(config_of("dense", "adapters"), ["en-de", "xx-en"])
     with pytest.raises(ValueError, match="the family of language 'xx' is not known"):
-        Prepared("dense", "adapters_family").prepare()
+        check_adapters(config_of("dense", "adapters_family"), ["en-de", "xx-en"])
 
 
 def test_decoding_matters_to_training_only_where_bleu_picks_the_checkpoint() -> None:

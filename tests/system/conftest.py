@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from nspec.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "mt"))  # for marian_folder
 
 # The merge key gives continued training the settings of the dense one, with fewer updates. One thread: the results
 # are then the same bits on every machine with the same libraries, however busy it is.

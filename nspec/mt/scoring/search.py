@@ -26,8 +26,6 @@ from transformers import (
 
 from nspec.mt.scoring.config import DecodeConfig
 
-_BEGUN = 2  # what starts the decoder, and the tag of the language: no words of the translation
-
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -35,17 +33,21 @@ class SpecialTokens:
 
     Attributes:
         start: starts the decoder.
-        tag: of the target language, the first token of every translation.
+        tag: of the target language, the first token of every translation; None where there is none.
         end: of a sentence.
         pad: fills rows up.
         never: are never chosen.
+        bad_words: sequences that never come in a translation.
+        renormalize: what is never chosen is left out of the probabilities too.
     """
 
     start: int
-    tag: int
+    tag: int | None
     end: int
     pad: int
     never: Sequence[int] = field(default_factory=list)
+    bad_words: Sequence[Sequence[int]] = field(default_factory=list)
+    renormalize: bool = False
 
 
 def check_beam(beam: int, vocabulary: int) -> None:
@@ -83,7 +85,7 @@ def search(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=_settings(decode, tokens, max(limits)),
-            logits_processor=LogitsProcessorList(_against_repetitions(decode)),
+            logits_processor=LogitsProcessorList(_against_repetitions(decode, tokens)),
             stopping_criteria=StoppingCriteriaList([_OwnLimit(limits)]),
         )
     found = []
@@ -117,6 +119,8 @@ def _settings(decode: DecodeConfig, tokens: SpecialTokens, limit: int) -> Genera
         pad_token_id=tokens.pad,
         eos_token_id=tokens.end,
         suppress_tokens=list(tokens.never) or None,
+        bad_words_ids=[list(words) for words in tokens.bad_words] or None,
+        renormalize_logits=tokens.renormalize,
         do_sample=False,
         use_cache=True,
         **beams,
@@ -134,23 +138,24 @@ class _OwnLimit(StoppingCriteria):
         return ended.repeat_interleave(input_ids.shape[0] // len(ended))  # the candidates of a line stand together
 
 
-def _against_repetitions(decode: DecodeConfig) -> list[LogitsProcessor]:
+def _against_repetitions(decode: DecodeConfig, tokens: SpecialTokens) -> list[LogitsProcessor]:
+    begun = 1 if tokens.tag is None else 2  # what starts the decoder, and the tag: no words of the translation
     found: list[LogitsProcessor] = []
     if decode.repetition_penalty != 1:
-        found.append(_OfWords(RepetitionPenaltyLogitsProcessor(float(decode.repetition_penalty))))
+        found.append(_OfWords(RepetitionPenaltyLogitsProcessor(float(decode.repetition_penalty)), begun))
     if decode.no_repeat_ngram_size:
-        found.append(_OfWords(NoRepeatNGramLogitsProcessor(decode.no_repeat_ngram_size)))
+        found.append(_OfWords(NoRepeatNGramLogitsProcessor(decode.no_repeat_ngram_size), begun))
     return found
 
 
 class _OfWords(LogitsProcessor):
-    """A rule against repetitions that sees what was translated, and neither ``</s>`` nor the tag before it.
+    """A rule against repetitions that sees what was translated, and not the ``begun`` tokens before it.
 
-    ``</s>`` starts the decoder: taken for a word, it could not come again to end the sentence, or would be penalised.
+    ``</s>`` may start the decoder: taken for a word, it could not come again to end the sentence, or would be penalised.
     """
 
-    def __init__(self, rule: LogitsProcessor) -> None:
-        self.rule = rule
+    def __init__(self, rule: LogitsProcessor, begun: int) -> None:
+        self.rule, self.begun = rule, begun
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.rule(input_ids[:, _BEGUN:], scores) if input_ids.shape[1] > _BEGUN else scores
+        return self.rule(input_ids[:, self.begun :], scores) if input_ids.shape[1] > self.begun else scores

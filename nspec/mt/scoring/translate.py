@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import nspec
 from nspec.mt import zero_shot
-from nspec.mt.language_tags import language_id, tag_ids
+from nspec.mt.language_tags import tag_ids
 from nspec.mt.languages import normalized_code, normalized_task
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.search import SpecialTokens, check_beam, search
-from nspec.mt.text.prepared import languages_of_task
+from nspec.mt.text.frame import Frame
+from nspec.mt.text.marian import is_marian
 from nspec.mt.text.tokenizer_fit import token_ids
-from nspec.mt.text.vocabulary import encode, end_id
+from nspec.mt.text.vocabulary import encode
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.tasks import specialized_layers
 
@@ -45,7 +46,9 @@ class Translator:
             know is translated with the encoder's masks of one and the decoder's of another that it knows, if they meet
             in one language (:mod:`nspec.mt.zero_shot`); a warning says which.
         tokenizer: of the model.
-        decode: the search, which follows these options alone: nothing of the model's own ``generation_config``.
+        decode: the search, which follows these options alone: nothing of the model's own ``generation_config``, but of a
+            Marian's what it never writes (``bad_words_ids``, and padding in any case) and ``renormalize_logits``, which
+            belong to it.
         window: lines read ahead before the first of them is translated. 0: one when the lines come from a terminal,
             which then answers each line, else 2000.
         pivot: the language in which the two directions meet, where there are several; they are combined then for
@@ -80,6 +83,8 @@ class Translator:
         self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
         check_beam(decode.beam, len(known))
         self._tag_ids = frozenset(tag_ids(tokenizer))
+        # Marian's would read a translation as a source.
+        self._decoding: dict[str, Any] = {"use_source_tokenizer": False} if is_marian(tokenizer) else {}
 
     def translate(self, lines: Iterable[str], task: str) -> Iterator[str]:
         """One line out for each line in, in order; a blank line for a blank line.
@@ -95,15 +100,14 @@ class Translator:
             ValueError: a direction or language that the model does not know; at once, before any line is read.
         """
         task = normalized_task(task)
-        source, target = self._tags(task)
+        frame = self._frame(task)
         window = self.window or (1 if getattr(lines, "isatty", lambda: False)() else WINDOW)
-        return self._windows(iter(lines), window, task, source, target)
+        return self._windows(iter(lines), window, task, frame)
 
-    def _tags(self, task: str) -> tuple[int, int]:
-        """Token ids of the two languages of a direction that the model knows."""
-        source, target = languages_of_task(task)
+    def _frame(self, task: str) -> Frame:
+        """What stands around the sentences of a direction that the model knows."""
         with self._task(task):  # raises where there are no masks of it
-            return language_id(self.tokenizer, source), language_id(self.tokenizer, target)
+            return Frame.of(self.tokenizer, [task])
 
     def _task(self, task: str) -> AbstractContextManager[Any]:
         if not self._by_task:
@@ -118,33 +122,35 @@ class Translator:
             self._parts[task] = parts
         return zero_shot.combined(self.model, *self._parts[task])
 
-    def _windows(self, lines: Iterator[str], window: int, task: str, source: int, target: int) -> Iterator[str]:
+    def _windows(self, lines: Iterator[str], window: int, task: str, frame: Frame) -> Iterator[str]:
         first = 1
         while part := list(islice(lines, window)):
-            yield from self._window(part, first, task, source, target)
+            yield from self._window(part, first, task, frame)
             first += len(part)
 
-    def _window(self, lines: list[str], first: int, task: str, source: int, target: int) -> list[str]:
-        pieces = encode(self.tokenizer, lines)
-        encoded = {i: self._whole(ids, first + i, source) for i, ids in enumerate(pieces) if ids}
+    def _window(self, lines: list[str], first: int, task: str, frame: Frame) -> list[str]:
+        before, tag = frame.before(task)
+        pieces = encode(self.tokenizer, lines, "source")
+        encoded = {i: self._whole(ids, first + i, before, frame.end_id) for i, ids in enumerate(pieces) if ids}
         outputs = [""] * len(lines)
+        special = self._tokens(frame, tag)
         with torch.inference_mode(), self._task(task):
             training = self.model.training
             self.model.eval()
             try:
                 for batch in self._batches(encoded):
-                    for i, text in zip(batch, self._generate([encoded[i] for i in batch], target)):
+                    for i, text in zip(batch, self._generate([encoded[i] for i in batch], special)):
                         outputs[i] = text
             finally:
                 self.model.train(training)
         return outputs
 
-    def _whole(self, pieces: list[int], number: int, source: int) -> list[int]:
-        """Tag, pieces and end of sentence of a line; ``number`` counts from 1."""
-        most = self.model.config.max_position_embeddings - 2
+    def _whole(self, pieces: list[int], number: int, before: list[int], end: int) -> list[int]:
+        """A line with what stands around its pieces; ``number`` counts from 1."""
+        most = self.model.config.max_position_embeddings - len(before) - 1
         if len(pieces) > most:
             logger.warning("line %d has %d tokens; only the first %d are translated", number, len(pieces), most)
-        return [source, *pieces[:most], end_id(self.tokenizer)]
+        return [*before, *pieces[:most], end]
 
     def _batches(self, encoded: dict[int, list[int]]) -> Iterator[list[int]]:
         """Line indices, longest lines first, so that what does not fit into memory shows at once."""
@@ -159,10 +165,9 @@ class Translator:
         if batch:
             yield batch
 
-    def _generate(self, sources: list[list[int]], target: int) -> list[str]:
+    def _generate(self, sources: list[list[int]], special: SpecialTokens) -> list[str]:
         width = max(map(len, sources))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([s + [pad] * (width - len(s)) for s in sources])
+        ids = torch.tensor([s + [special.pad] * (width - len(s)) for s in sources])
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
         generated = search(
             self.model,
@@ -170,12 +175,14 @@ class Translator:
             mask.to(self.model.device),
             [self._limit(len(source)) for source in sources],
             self.decode,
-            self._tokens(target),
+            special,
         )
         texts = []
         for tokens in generated:
             tokens = [token for token in tokens if token not in self._tag_ids]  # M2M100's need not be special tokens
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self.tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False, **self._decoding
+            )
             texts.append(" ".join(str(text).splitlines()).strip())
         return texts
 
@@ -184,7 +191,12 @@ class Translator:
         most = self.model.config.max_position_embeddings
         return int(min(self.decode.max_length_ratio * source_tokens + _ROOM, most))
 
-    def _tokens(self, target: int) -> SpecialTokens:
+    def _tokens(self, frame: Frame, tag: list[int]) -> SpecialTokens:
         start = getattr(self.model.config, "decoder_start_token_id", None)
-        end = end_id(self.tokenizer)
-        return SpecialTokens(end if start is None else start, target, end, self.tokenizer.pad_token_id, self._spare)
+        start = frame.start_id if start is None else start
+        if not frame.marian:
+            return SpecialTokens(start, tag[0], frame.end_id, frame.pad_id, self._spare)
+        own = self.model.generation_config
+        never = [*self._spare, frame.pad_id]  # padding has scores like any word there
+        bad_words, renormalize = own.bad_words_ids or [], bool(own.renormalize_logits)
+        return SpecialTokens(start, None, frame.end_id, frame.pad_id, never, bad_words, renormalize)

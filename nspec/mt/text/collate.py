@@ -23,8 +23,8 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
     Returns:
         ``input_ids``, ``attention_mask`` int64 [sentences, source tokens]; ``decoder_input_ids``,
         ``decoder_attention_mask`` and ``labels`` int64 [sentences, target tokens], with labels of -100 on padding and
-        the decoder's input the labels one place to the right behind ``</s>``; ``task``, the direction, or a list with the
-        direction of each sentence where there are several.
+        the decoder's input the labels one place to the right behind ``start_id``; ``task``, the direction, or a list
+        with the direction of each sentence where there are several.
 
     Raises:
         ValueError: no examples.

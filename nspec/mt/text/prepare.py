@@ -10,27 +10,27 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from nspec.files import disk_error, replacing, write_json, write_text
+from nspec.files import disk_error, write_json, write_text
 from nspec.mt.config import ModelConfig
-from nspec.mt.language_tags import language_id, language_tag
+from nspec.mt.language_tags import language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
 from nspec.mt.model_files import load_config
 from nspec.mt.text import vocabulary
 from nspec.mt.text.config import CorpusConfig, TokenizerConfig
 from nspec.mt.text.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.text.filtering import IN_OTHER_EVALUATION, TrainingFilter
-from nspec.mt.text.prepared import FORMAT, SPLITS
+from nspec.mt.text.frame import WIDEST, Frame
+from nspec.mt.text.marian import SIDES, Side, name_target
+from nspec.mt.text.prepared import FORMAT, SPLITS, summary
+from nspec.mt.text.token_arrays import TokenArrays, stem_of
 from nspec.mt.text.tokenizer_fit import token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ TOO_LONG = "too long"
 RATIO = "length ratio"
 
 _CHUNK = 4096  # sentence pairs that are encoded at once
-_FRAME = 2  # tag and </s>
 _SPOOL = "spool"  # training text between reading and encoding
 
 
@@ -115,32 +114,6 @@ def prepare_corpus(
         logger.info("%s", line)
 
 
-def summary(meta: dict[str, Any]) -> list[str]:
-    """What a person should see of ``meta.json``: sizes, what was left out or cut, two pairs as the model gets them."""
-    train = sum(sizes["train"] for sizes in meta["pairs"].values())
-    lines = [
-        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training pairs, "
-        f"{meta['vocabulary']['size']} tokens in the vocabulary"
-    ]
-    for pair, reasons in meta["dropped"].items():
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        if listed:
-            lines.append(f"{pair}: training pairs left out: {listed}")
-    for pair, splits in meta["truncated"].items():
-        listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
-        if listed:
-            lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
-    unknown = [
-        f"{language} {', '.join(f'{count} in {split}' for split, count in found['unknown'].items() if count)} "
-        f"({found['examples']})"
-        for language, found in meta["unknown_characters"].items()
-        if found["examples"]
-    ]
-    if unknown:
-        lines.append(f"warning: characters that the vocabulary lacks, which are lost as <unk>: {'; '.join(unknown)}")
-    return lines + meta["examples"]
-
-
 def _move(part: Path, folder: Path) -> None:
     """Puts what is in ``part`` in the place of what ``folder`` has under the same names."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,19 +151,21 @@ class _Preparation:
         self.filter = TrainingFilter(limits.filter_across_pairs, limits.deduplicate)
         self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
         self.most = model.max_positions
-        if limits.max_tokens < 1 or self.most <= _FRAME:
+        if limits.max_tokens < 1 or self.most <= WIDEST:
             raise ValueError(
                 f"corpus.max_tokens is {limits.max_tokens} and model.max_positions is {self.most}; expected at "
-                f"least 1 and {_FRAME + 1}"
+                f"least 1 and {WIDEST + 1}"
             )
 
     def run(self) -> dict[str, Any]:
         """Does everything; the result is ``meta.json``, which is the last file that is written."""
+        if self.model.pretrained:  # whose languages are known before the text is read
+            self._take(self._pretrained_tokenizer())
         self._each("read valid and test", self._read_evaluation)
         self._each("read", self._read_training)
         self.progress("vocabulary", 0, 1)
-        self.tokenizer = self._tokenizer()
-        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
+        if not self.model.pretrained:
+            self._take(self._new_tokenizer())
         self.progress("vocabulary", 1, 1)
         self._each("encode", self._encode)
         shutil.rmtree(self.folder / _SPOOL)
@@ -248,31 +223,43 @@ class _Preparation:
 
     # Vocabulary
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        target = self.folder / "tokenizer"
-        if self.model.pretrained:
-            self.most = min(self.most, _positions(self.model.pretrained))
-            tokenizer = vocabulary.load_tokenizer(self.model.pretrained)
-            named: dict[int, str] = {}
-            for language in self.languages:
-                other = named.setdefault(language_id(tokenizer, language), language)
-                if other != language:
-                    raise ValueError(
-                        f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
-                        f"in the vocabulary of model.pretrained {self.model.pretrained}; keep one of the two"
-                    )
-            tokenizer.save_pretrained(target)
-        else:
-            options = self.pieces
-            counts = {
-                language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
-                for language in self.languages
-            }
-            chosen = vocabulary.sampled(self._sentences, counts, options.temperature, options.sentences, self.seed)
-            model = vocabulary.train_sentencepiece(chosen, options)
-            vocabulary.export_tokenizer(model, self.languages, target, self.most)
+    def _pretrained_tokenizer(self) -> Path:
+        pretrained = self.model.pretrained
+        self.most = min(self.most, _positions(pretrained))
+        tokenizer = vocabulary.load_tokenizer(pretrained)
+        try:
+            frame = Frame.of(tokenizer, self.tasks)
+        except ValueError as error:
+            raise ValueError(f"model.pretrained {pretrained}: {error}") from error
+        named: dict[int, str] = {}
+        for language, token in frame.tags.items():
+            other = named.setdefault(token, language)
+            if other != language:
+                raise ValueError(
+                    f"corpus.languages: {other} and {language} are one language, {language_tag(tokenizer, language)}, "
+                    f"in the vocabulary of model.pretrained {pretrained}; keep one of the two"
+                )
+        if frame.marian:
+            name_target(tokenizer, self.tasks)
+        tokenizer.save_pretrained(self.folder / "tokenizer")
+        return self.folder / "tokenizer"
+
+    def _new_tokenizer(self) -> Path:
+        options = self.pieces
+        counts = {
+            language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
+            for language in self.languages
+        }
+        chosen = vocabulary.sampled(self._sentences, counts, options.temperature, options.sentences, self.seed)
+        model = vocabulary.train_sentencepiece(chosen, options)
+        vocabulary.export_tokenizer(model, self.languages, self.folder / "tokenizer", self.most)
+        return self.folder / "tokenizer"
+
+    def _take(self, folder: Path) -> None:
         # What is used is what is on the disk, not what it was saved from.
-        return vocabulary.load_tokenizer(target)
+        self.tokenizer = vocabulary.load_tokenizer(folder)
+        self.frame = Frame.of(self.tokenizer, self.tasks)
+        self.dtype = np.dtype(np.uint16 if token_ids(self.tokenizer)[-1] < 1 << 16 else np.uint32)
 
     def _sentences(self, language: str) -> Iterator[str]:
         for pair, languages in self.pairs.items():
@@ -281,47 +268,60 @@ class _Preparation:
 
     # Encoding
 
+    def _spellings(self, pair: str) -> dict[tuple[str, str], Side]:
+        """What a pair is encoded to: language and way of spelling, and a side that is spelled so."""
+        found: dict[tuple[str, str], Side] = {}
+        for task in self.tasks:
+            if pair_of_task(task) == pair:
+                for language, side in zip(languages_of_task(task), SIDES):
+                    found.setdefault((language, self.frame.spelled(side)), side)
+        return found
+
     def _encode(self, pair: str) -> None:
-        longest = self.most - _FRAME
+        longest = self.most - WIDEST
         for split in ("valid", "test"):
             paths = [self.folder / "text" / split / f"{pair}.{language}.txt" for language in self.pairs[pair]]
-            arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-            for both in self._encoded(pair, split, paths):
-                self.truncated[pair][split] += max(map(len, both)) > longest
-                for array, ids in zip(arrays, both):
+            arrays = {spelling: TokenArrays(self.dtype) for spelling in self._spellings(pair)}
+            for spelled in self._encoded(pair, split, paths):
+                self.truncated[pair][split] += max(map(len, spelled)) > longest
+                for array, ids in zip(arrays.values(), spelled):
                     array.add(ids[:longest])
             self._save(pair, split, arrays)
-        arrays = _Arrays(self.dtype), _Arrays(self.dtype)
-        for both in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
-            reason = self._unfit(*map(len, both))
+        arrays = {spelling: TokenArrays(self.dtype) for spelling in self._spellings(pair)}
+        for spelled in self._encoded(pair, "train", [self._spool(pair, language) for language in self.pairs[pair]]):
+            reason = self._unfit([len(ids) for ids in spelled])
             if reason:
                 self.dropped[pair][reason] += 1
                 continue
-            for array, ids in zip(arrays, both):
+            for array, ids in zip(arrays.values(), spelled):
                 array.add(ids)
         self._save(pair, "train", arrays)
-        self._must_have(pair, "train", len(arrays[0]))
+        self._must_have(pair, "train", len(next(iter(arrays.values()))))
 
-    def _unfit(self, first: int, second: int) -> str:
-        """Why a training pair with so many tokens is left out, or nothing."""
-        shorter, longer = sorted((first, second))
+    def _unfit(self, sizes: list[int]) -> str:
+        """Why a training pair with so many tokens, in each way that it is spelled, is left out, or nothing."""
         ratio = self.limits.max_ratio
-        if not shorter:
+        if not min(sizes):
             return EMPTY
-        if longer > min(self.limits.max_tokens, self.most - _FRAME):
+        if max(sizes) > min(self.limits.max_tokens, self.most - WIDEST):
             return TOO_LONG
-        return RATIO if ratio and longer > ratio * shorter else ""
+        # Source and target of a direction stand together.
+        unlike = any(max(two) > ratio * min(two) for two in zip(sizes[::2], sizes[1::2]))
+        return RATIO if ratio and unlike else ""
 
-    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], list[int]]]:
+    def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], ...]]:
         sides = [_lines(path) for path in paths]
+        spellings = self._spellings(pair)
         while (chunks := [list(islice(side, _CHUNK)) for side in sides])[0]:
-            for language, texts in zip(self.pairs[pair], chunks):
-                self.characters[language, split].update("".join(texts))
-            yield from zip(*(vocabulary.encode(self.tokenizer, texts) for texts in chunks))
+            texts = dict(zip(self.pairs[pair], chunks))
+            for language, lines in texts.items():
+                self.characters[language, split].update("".join(lines))
+            encoded = [vocabulary.encode(self.tokenizer, texts[code], side) for (code, _), side in spellings.items()]
+            yield from zip(*encoded)
 
-    def _save(self, pair: str, split: str, arrays: Iterable[_Arrays]) -> None:
-        for language, array in zip(self.pairs[pair], arrays):
-            array.save(self.folder / split / f"{pair}.{language}")
+    def _save(self, pair: str, split: str, arrays: dict[tuple[str, str], TokenArrays]) -> None:
+        for (language, spelled), array in arrays.items():
+            array.save(self.folder / split / stem_of(pair, language, spelled))
 
     # Description
 
@@ -350,7 +350,11 @@ class _Preparation:
         """How many characters of a language's text there are and the vocabulary lacks, by split, and the most frequent."""
         counts = {split: self.characters[language, split] for split in SPLITS}
         total = sum(counts.values(), Counter[str]())
-        lacking = vocabulary.unknown_characters(self.tokenizer, total)
+        lacking: set[str] = set()
+        for side in {
+            side for pair in self.pairs for (code, _), side in self._spellings(pair).items() if code == language
+        }:
+            lacking |= vocabulary.unknown_characters(self.tokenizer, total, side)
         most = sorted(lacking, key=lambda character: (-total[character], character))
         return {
             "characters": {split: found.total() for split, found in counts.items()},
@@ -363,50 +367,17 @@ class _Preparation:
         return {
             "size": len(token_ids(self.tokenizer)),
             "sha256": vocabulary.folder_sha256(self.folder / "tokenizer"),
-            "pad_id": self.tokenizer.pad_token_id,
-            "end_id": vocabulary.end_id(self.tokenizer),
-            "tags": {language: language_id(self.tokenizer, language) for language in self.languages},
+            **self.frame.facts(),
         }
 
     def _example(self, task: str) -> str:
         """The first validation pair of a direction in tokens, so that a person sees a wrong tag."""
-        shown = []
-        for language in languages_of_task(task):
+        sides = []
+        for language, side in zip(languages_of_task(task), SIDES):
             path = self.folder / "text" / "valid" / f"{pair_of_task(task)}.{language}.txt"
-            ids = vocabulary.encode_source(self.tokenizer, next(_lines(path)), language)
-            shown.append(" ".join(self.tokenizer.convert_ids_to_tokens(ids)))
-        return f"{task}: {shown[0]} => {shown[1]}"
-
-
-class _Arrays:
-    """Sentences one after another, and where each begins."""
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype = dtype
-        self._chunks: list[Any] = []
-        self._ids: list[int] = []
-        self._ends = [0]
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def add(self, ids: list[int]) -> None:
-        self._ids += ids
-        self._ends.append(self._ends[-1] + len(ids))
-        if len(self._ids) > 1 << 20:  # lists take many times the room of arrays
-            self._flush()
-
-    def _flush(self) -> None:
-        self._chunks.append(np.array(self._ids, dtype=self.dtype))
-        self._ids = []
-
-    def save(self, stem: Path) -> None:
-        """Writes ``<stem>.ids.npy`` and ``<stem>.offsets.npy``."""
-        self._flush()
-        arrays = {"ids": np.concatenate(self._chunks), "offsets": np.array(self._ends, dtype=np.int64)}
-        for kind, array in arrays.items():
-            with replacing(Path(f"{stem}.{kind}.npy")) as part, open(part, "wb") as file:
-                np.save(file, array)
+            sides += vocabulary.encode(self.tokenizer, [next(_lines(path))], side)
+        framed = self.frame.framed(task, sides)
+        return f"{task}: {' => '.join(' '.join(self.tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in framed)}"
 
 
 def _positions(pretrained: str) -> int:

@@ -19,6 +19,9 @@ import numpy.typing as npt
 from nspec.files import read_json
 from nspec.mt.languages import languages_of_task as languages_of_task
 from nspec.mt.languages import pair_of_task as pair_of_task
+from nspec.mt.text.frame import Frame
+from nspec.mt.text.marian import SIDES, Side
+from nspec.mt.text.token_arrays import stem_of
 from nspec.mt.text.vocabulary import folder_sha256, load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,8 +39,8 @@ class Example:
 
     Attributes:
         task: the direction.
-        source: int64 [tokens], encoder input: source tag, tokens, ``</s>``.
-        target: int64 [tokens], labels: target tag, tokens, ``</s>``.
+        source: int64 [tokens], encoder input: tokens with their frame (:mod:`nspec.mt.text.frame`).
+        target: int64 [tokens], labels: tokens with their frame.
         pad_id: what fills up shorter sequences.
         start_id: what the decoder starts with.
     """
@@ -61,6 +64,7 @@ class PreparedData:
         tasks: the directions, such as ``en-de``.
         languages: codes, sorted.
         tokenizer_folder: the tokenizer, to be saved with each model.
+        frame: what stands around the tokens of a sentence.
 
     Raises:
         ValueError: there is no prepared text, of another format version, or its tokenizer is not the one it was
@@ -86,7 +90,8 @@ class PreparedData:
                 f"{self.tokenizer_folder} is not the tokenizer that the text was encoded with (its SHA-256 is "
                 f"{found[:12]}, expected {self.meta['vocabulary']['sha256'][:12]}); prepare the text anew"
             )
-        self._arrays: dict[tuple[str, str, str], tuple[npt.NDArray[Any], Ids]] = {}
+        self.frame = Frame.read(self.meta["vocabulary"])
+        self._arrays: dict[tuple[str, str, str, str], tuple[npt.NDArray[Any], Ids]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the arrays itself; pickled maps would be sent as their contents.
@@ -108,27 +113,6 @@ class PreparedData:
         """The tokenizer, loaded on first use."""
         return load_tokenizer(self.tokenizer_folder)
 
-    @property
-    def pad_id(self) -> int:
-        """The id that fills up shorter sequences."""
-        return int(self.meta["vocabulary"]["pad_id"])
-
-    @property
-    def end_id(self) -> int:
-        """The id of ``</s>``."""
-        return int(self.meta["vocabulary"]["end_id"])
-
-    def language_id(self, language: str) -> int:
-        """The token id of a language's tag.
-
-        Raises:
-            ValueError: the text has no such language.
-        """
-        ids = self.meta["vocabulary"]["tags"]
-        if language not in ids:
-            raise ValueError(f"{self.folder} has no language {language!r}; it has {', '.join(self.languages)}")
-        return int(ids[language])
-
     def size(self, split: str, task: str) -> int:
         """Sentence pairs of a direction in ``train``, ``valid`` or ``test``.
 
@@ -142,12 +126,13 @@ class PreparedData:
         return int(self.meta["counts"][split][task])
 
     def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
-        """Source and target lengths of all pairs of a direction, each int64 [n], tag and ``</s>`` counted."""
-        source, target = (self._open(split, task, language)[1] for language in languages_of_task(task))
-        return np.diff(source) + 2, np.diff(target) + 2
+        """Source and target lengths of all pairs of a direction, each int64 [n], their frames counted."""
+        source, target = (self._open(split, task, side)[1] for side in SIDES)
+        more = self.frame.sizes(task)
+        return np.diff(source) + more[0], np.diff(target) + more[1]
 
     def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
-        """Source and target ids of one pair, each int64 [tokens], with tag and ``</s>``.
+        """Source and target ids of one pair, each int64 [tokens], with their frames.
 
         Raises:
             IndexError: ``index`` is not in [0, size).
@@ -155,17 +140,11 @@ class PreparedData:
         size = self.size(split, task)
         if not 0 <= index < size:
             raise IndexError(f"{split} {task} has {size} pairs; there is none at {index}")
-        source, target = languages_of_task(task)
-        return self._framed(split, task, source, index), self._framed(split, task, target, index)
+        return self.frame.framed(task, [self._ids(split, task, side, index) for side in SIDES])
 
-    def _framed(self, split: str, task: str, language: str, index: int) -> Ids:
-        ids, offsets = self._open(split, task, language)
-        begin, end = int(offsets[index]), int(offsets[index + 1])
-        framed = np.empty(end - begin + 2, dtype=np.int64)
-        framed[0] = self.language_id(language)
-        framed[1:-1] = ids[begin:end]
-        framed[-1] = self.end_id
-        return framed
+    def _ids(self, split: str, task: str, side: Side, index: int) -> npt.NDArray[Any]:
+        ids, offsets = self._open(split, task, side)
+        return ids[int(offsets[index]) : int(offsets[index + 1])]
 
     def text(self, split: str, task: str) -> tuple[list[str], list[str]]:
         """Sources and references of ``valid`` or ``test`` as they stand in the corpus, in the order of the pairs.
@@ -186,11 +165,12 @@ class PreparedData:
             sides.append(lines)
         return sides[0], sides[1]
 
-    def _open(self, split: str, task: str, language: str) -> tuple[npt.NDArray[Any], Ids]:
+    def _open(self, split: str, task: str, side: Side) -> tuple[npt.NDArray[Any], Ids]:
         size, pair = self.size(split, task), pair_of_task(task)
-        key = (split, pair, language)
+        language, spelled = languages_of_task(task)[SIDES.index(side)], self.frame.spelled(side)
+        key = (split, pair, language, spelled)
         if key not in self._arrays:
-            stem = self.folder / split / f"{pair}.{language}"
+            stem = self.folder / split / stem_of(pair, language, spelled)
             ids, offsets = (_mapped(Path(f"{stem}.{kind}.npy")) for kind in ("ids", "offsets"))
             expected = int(offsets[-1]) if len(offsets) else 0
             if len(offsets) != size + 1 or expected != len(ids):
@@ -224,12 +204,7 @@ class Pairs(Protocol):
     """What :class:`PairDataset` needs of :class:`PreparedData`, and other text offers too."""
 
     tasks: list[str]
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def end_id(self) -> int: ...
+    frame: Frame
 
     def size(self, split: str, task: str) -> int: ...
 
@@ -255,4 +230,30 @@ class PairDataset:
     def __getitem__(self, key: Sequence[int]) -> Example:
         task = self.data.tasks[key[0]]
         source, target = self.data.pair(self.split, task, int(key[1]))
-        return Example(task, source, target, self.data.pad_id, self.data.end_id)
+        return Example(task, source, target, self.data.frame.pad_id, self.data.frame.start_id)
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What a person should see of ``meta.json``: sizes, what was left out or cut, two pairs as the model gets them."""
+    train = sum(sizes["train"] for sizes in meta["pairs"].values())
+    lines = [
+        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training pairs, "
+        f"{meta['vocabulary']['size']} tokens in the vocabulary"
+    ]
+    for pair, reasons in meta["dropped"].items():
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        if listed:
+            lines.append(f"{pair}: training pairs left out: {listed}")
+    for pair, splits in meta["truncated"].items():
+        listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
+        if listed:
+            lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
+    unknown = [
+        f"{language} {', '.join(f'{count} in {split}' for split, count in found['unknown'].items() if count)} "
+        f"({found['examples']})"
+        for language, found in meta["unknown_characters"].items()
+        if found["examples"]
+    ]
+    if unknown:
+        lines.append(f"warning: characters that the vocabulary lacks, which are lost as <unk>: {'; '.join(unknown)}")
+    return lines + meta["examples"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.files import read_json, sha256
 from nspec.mt.language_tags import is_ours, tag_ids
+from nspec.mt.text.marian import is_marian, spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ def check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
         return
     names = dict(type(tokenizer).vocab_files_names)
     names.pop("tokenizer_config_file", None)
+    if is_marian(tokenizer):
+        names.pop("target_vocab_file", None)  # there is one for both sides
     whole = names.pop("tokenizer_file", "tokenizer.json")
     missing = [name for name in names.values() if not (folder / name).is_file()]
     if not (folder / whole).is_file() and (missing or not names):
@@ -124,6 +127,11 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, config: Any, source: str | Pat
     count, rows = token_ids(tokenizer)[-1] + 1, getattr(config, "vocab_size", None)
     if rows is None:
         return
+    if (own := getattr(config, "decoder_vocab_size", None) or rows) != rows:
+        raise ValueError(
+            f"{source}: config.json says vocab_size {rows} and decoder_vocab_size {own}; expected one vocabulary for both "
+            "sides: take such a model"
+        )
     folder = Path(source)
     exact = is_ours(tokenizer) and folder.is_dir() and not (folder / RECORD).is_file()  # as older versions wrote it
     fits = rows in (count, rows_of(tokenizer)) if exact else count <= rows < count + _SPARE_ROWS
@@ -150,7 +158,8 @@ def check_special(tokenizer: PreTrainedTokenizerBase, config: Any, source: str |
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise ValueError(f"the tokenizer in {source} has no {name}_token (null in tokenizer_config.json); {_AGAIN}")
     for name in ("pad", "eos", "bos", "decoder_start"):
-        key, token = f"{name}_token_id", "eos" if name == "decoder_start" else name
+        starting = "pad" if is_marian(tokenizer) else "eos"
+        key, token = f"{name}_token_id", starting if name == "decoder_start" else name
         found, expected = getattr(config, key, None), getattr(tokenizer, f"{token}_token_id")
         if found is None and not (file == "config.json" and name in ("pad", "eos")):
             continue  # left open, and not asked for
@@ -167,7 +176,7 @@ def check_special(tokenizer: PreTrainedTokenizerBase, config: Any, source: str |
 def check_same(used: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, source: str) -> None:
     """Raises ValueError where text was encoded with another vocabulary than that of the model in ``source``."""
     special = [(t.pad_token_id, t.eos_token_id, t.bos_token_id, t.unk_token_id) for t in (used, own)]
-    if special[0] == special[1] and used.get_vocab() == own.get_vocab():
+    if special[0] == special[1] and used.get_vocab() == own.get_vocab() and spelling(used) == spelling(own):
         return
     sizes = [len(token_ids(tokenizer)) for tokenizer in (used, own)]
     raise ValueError(

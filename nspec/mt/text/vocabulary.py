@@ -29,6 +29,7 @@ import io
 import os
 import re
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,10 +38,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec.files import replacing, sha256, write_json
-from nspec.mt.language_tags import language_id, languages_of, tag
+from nspec.mt.language_tags import languages_of, tag
 from nspec.mt.model_files import reading
 from nspec.mt.text.config import TokenizerConfig
 from nspec.mt.text.corpus.base import clean
+from nspec.mt.text.marian import Side, check_files, check_vocabulary, is_marian, pieces_ids
 from nspec.mt.text.tokenizer_fit import check_tokenizer_files
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 MODEL_FILE = "spm.model"
 
 _WANTED = (
-    "expected a model that begins source and target with the tag of their language (M2M100, NLLB, mBART-50); any other one "
-    "can be specialised in a Trainer of your own (nspec.specialize, nspec.TaskTrainerMixin)"
+    "expected a model that begins source and target with the tag of their language (M2M100, NLLB, mBART-50), or Marian's; "
+    "any other one can be specialised in a Trainer of your own (nspec.specialize, nspec.TaskTrainerMixin)"
 )
 _MASK = "<mask>"
 _SPACE_SIGN = "\u2581"
@@ -242,8 +244,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: there is no tokenizer, one that is broken or not the one that was saved there
-            (:func:`nspec.mt.text.tokenizer_fit.check_tokenizer_files`), or one that is not made for
-            ``[tag] tokens </s>`` on both sides.
+            (:func:`nspec.mt.text.tokenizer_fit.check_tokenizer_files`), or one that is neither made for
+            ``[tag] tokens </s>`` on both sides nor Marian's.
     """
     from transformers import AutoTokenizer
 
@@ -251,14 +253,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         "; it needs tokenizer.json (or what its class has: vocab.json, sentencepiece.bpe.model) and tokenizer_config.json, "
         "whole and of one another"
     )
-    with reading("tokenizer", folder, hint):
+    check_files(Path(folder))
+    with reading("tokenizer", folder, hint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")  # which Marian's does not use
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(tokenizer, "supported_language_codes"):  # Marian's
-        raise ValueError(
-            f"the tokenizer in {folder} is a {type(tokenizer).__name__}, whose models know one direction, or read the "
-            f"target language in the source text (>>deu<<), and may spell the two sides otherwise; {_WANTED}"
-        )
     check_tokenizer_files(Path(folder), tokenizer)
+    if is_marian(tokenizer):
+        check_vocabulary(tokenizer, folder)
+        return tokenizer
     tags = languages_of(tokenizer)
     if not tags:
         raise ValueError(
@@ -273,16 +275,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], side: Side = "source") -> list[list[int]]:
     """Token ids of texts without tag and ``</s>``.
 
     The text is cleaned first, as all training text is (NFC, single spaces, none at the ends; U+2581 is a space). Special
-    tokens that stand in it are text. What is longer than the model takes is not cut.
+    tokens that stand in it are text. What is longer than the model takes is not cut. The side of a pair that they are
+    matters to Marian's alone.
     """
     if not texts:
         return []
+    texts = [clean(text.replace(_SPACE_SIGN, " ")) for text in texts]
+    if is_marian(tokenizer):
+        return pieces_ids(tokenizer, texts, side)
     encoded = tokenizer(
-        [clean(text.replace(_SPACE_SIGN, " ")) for text in texts],
+        texts,
         add_special_tokens=False,
         return_attention_mask=False,
         split_special_tokens=True,
@@ -291,21 +297,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return list(encoded["input_ids"])
 
 
-def unknown_characters(tokenizer: PreTrainedTokenizerBase, characters: Iterable[str]) -> set[str]:
+def unknown_characters(
+    tokenizer: PreTrainedTokenizerBase, characters: Iterable[str], side: Side = "source"
+) -> set[str]:
     """Those of ``characters`` that a text loses: they are ``<unk>`` to the vocabulary."""
     listed = list(characters)
-    return {c for c, ids in zip(listed, encode(tokenizer, listed)) if tokenizer.unk_token_id in ids}
-
-
-def encode_source(tokenizer: PreTrainedTokenizerBase, text: str, language: str) -> list[int]:
-    """The encoder input of one text: ``[tag] tokens </s>``; see :func:`encode`."""
-    return [language_id(tokenizer, language), *encode(tokenizer, [text])[0], end_id(tokenizer)]
-
-
-def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of ``</s>``, which ends every sequence and starts the decoder."""
-    assert isinstance(tokenizer.eos_token_id, int)
-    return tokenizer.eos_token_id
+    return {c for c, ids in zip(listed, encode(tokenizer, listed, side)) if tokenizer.unk_token_id in ids}
 
 
 def folder_sha256(folder: str | os.PathLike[str]) -> str:

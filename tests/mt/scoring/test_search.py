@@ -47,6 +47,12 @@ def build(tokenizer: Any) -> Build:
     return made
 
 
+def encoded(tokenizer: Any, line: str) -> list[int]:
+    """An English source, as the model gets it."""
+    tag = tokenizer.convert_tokens_to_ids("__en__")
+    return [tag, *vocabulary.encode(tokenizer, [line])[0], tokenizer.eos_token_id]
+
+
 def translate(model: Any, tokenizer: Any, decode: DecodeConfig, lines: list[str] = LINES) -> list[str]:
     return list(Translator(model, tokenizer, decode).translate(lines, "en-de"))
 
@@ -131,7 +137,7 @@ def test_a_line_comes_out_alike_alone_and_in_any_batch(
 def test_a_line_alone_is_what_generate_gives_with_its_limit(build: Build, tokenizer: Any, beam: int) -> None:
     model = build(2)
     for line, text in zip(LINES, translate(model, tokenizer, DecodeConfig(beam=beam))):
-        source = torch.tensor([vocabulary.encode_source(tokenizer, line, "en")])
+        source = torch.tensor([encoded(tokenizer, line)])
         limit = min(2 * source.shape[1] + 10, 64)
         spare = list(range(len(tokenizer), model.get_input_embeddings().num_embeddings))
         tag = tokenizer.convert_tokens_to_ids("__de__")
@@ -156,7 +162,7 @@ def tokens(model: Any, tokenizer: Any, decode: DecodeConfig) -> list[list[int]]:
     special = SpecialTokens(tokenizer.eos_token_id, tag, tokenizer.eos_token_id, tokenizer.pad_token_id, spare)
     found = []
     for line in LINES[::3]:
-        source = torch.tensor([vocabulary.encode_source(tokenizer, line, "en")])
+        source = torch.tensor([encoded(tokenizer, line)])
         (ids,) = search(model, source, torch.ones_like(source), [30], decode, special)
         assert ids[0] == tag
         found.append(ids[1:])

@@ -88,13 +88,13 @@ def test_both_directions_read_the_same_arrays(prepared):
 def test_pairs_are_framed_by_the_tags_that_the_tokenizer_has(prepared):
     data = PreparedData(prepared)
     source, target = data.pair("train", "en-ti", 3)
-    assert [source[0], target[0]] == [data.language_id("en"), data.language_id("ti")]
-    assert data.tokenizer.convert_ids_to_tokens([data.language_id("en"), data.language_id("ti")]) == [
+    assert [source[0], target[0]] == [data.frame.tags["en"], data.frame.tags["ti"]]
+    assert data.tokenizer.convert_ids_to_tokens([data.frame.tags["en"], data.frame.tags["ti"]]) == [
         "__en__",
         "__ti__",
     ]
-    assert source[-1] == target[-1] == data.end_id == data.tokenizer.eos_token_id
-    assert data.pad_id == data.tokenizer.pad_token_id
+    assert source[-1] == target[-1] == data.frame.end_id == data.tokenizer.eos_token_id
+    assert data.frame.pad_id == data.tokenizer.pad_token_id
 
 
 def test_lengths_are_those_of_the_pairs(prepared):
@@ -140,9 +140,9 @@ def test_sampler_dataset_and_collate_make_task_pure_batches_for_a_data_loader(pr
     for number, batch in enumerate(batches):
         source, target = languages_of_task(batch["task"])
         assert batch["task"] == TASKS[sampler.plan[number]]
-        assert set(batch["input_ids"][:, 0].tolist()) == {data.language_id(source)}
-        assert set(batch["labels"][:, 0].tolist()) == {data.language_id(target)}
-        assert set(batch["decoder_input_ids"][:, 0].tolist()) == {data.end_id}
+        assert set(batch["input_ids"][:, 0].tolist()) == {data.frame.tags[source]}
+        assert set(batch["labels"][:, 0].tolist()) == {data.frame.tags[target]}
+        assert set(batch["decoder_input_ids"][:, 0].tolist()) == {data.frame.end_id}
         rows, width = batch["input_ids"].shape
         assert rows * (width + batch["labels"].shape[1]) <= 150 or rows == 1
 
@@ -185,8 +185,8 @@ def test_a_model_learns_from_the_batches_and_writes_the_tag_it_is_told(prepared)
         optimizer.step()
     assert losses[-1] < 0.85 * losses[0]  # both of the first batch
     source = torch.from_numpy(data.pair("test", "en-ti", 0)[0])[None]
-    out = model.eval().generate(source, forced_bos_token_id=data.language_id("ti"), max_new_tokens=3)
-    assert out[0, 1] == data.language_id("ti")
+    out = model.eval().generate(source, forced_bos_token_id=data.frame.tags["ti"], max_new_tokens=3)
+    assert out[0, 1] == data.frame.tags["ti"]
 
 
 def test_prepared_text_is_used_without_babel_and_datasets(prepared):
@@ -254,8 +254,6 @@ def test_unknown_names_are_errors_that_list_the_known_ones(prepared):
         data.size("train", "ti-en")
     with pytest.raises(ValueError, match="no split 'dev'; expected train, valid, test"):
         data.size("dev", "en-de")
-    with pytest.raises(ValueError, match="no language 'fr'; it has de, en, ti"):
-        data.language_id("fr")
     with pytest.raises(ValueError, match="training text is not kept"):
         data.text("train", "en-de")
     with pytest.raises(IndexError, match="valid en-de has 11 pairs; there is none at 11"):

@@ -26,6 +26,7 @@ from nspec.mt.language_tags import language_id, language_tag, tag
 from nspec.mt.text import vocabulary
 from nspec.mt.text.config import TokenizerConfig
 from nspec.mt.text.corpus.base import clean
+from nspec.mt.text.frame import Frame
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 LANGUAGES = ["de", "en", "kn", "mt", "ti"]  # three of them are in no fixed list of transformers
@@ -257,7 +258,10 @@ def test_source_and_target_tags_stand_where_transformers_puts_them(folder, piece
         ids = {language: language_id(tokenizer, language) for language in LANGUAGES}
         assert batch["input_ids"] == [ids[source], *pieces.encode(TEXT[0]), 2]
         assert batch["labels"] == [ids[target], *pieces.encode(TEXT[200]), 2]
-        assert vocabulary.encode_source(tokenizer, TEXT[0], source) == batch["input_ids"]
+        frame = Frame.of(tokenizer, [f"{source}-{target}"])
+        sides = [vocabulary.encode(tokenizer, [TEXT[number]])[0] for number in (0, 200)]
+        framed = frame.framed(f"{source}-{target}", sides)
+        assert [ids.tolist() for ids in framed] == [batch["input_ids"], batch["labels"]]
 
 
 def test_saving_and_loading_again_changes_nothing(folder, tmp_path):
@@ -331,7 +335,8 @@ def test_m2m100_tags_are_found(model, tmp_path, listed):
     assert type(tokenizer) is M2M100Tokenizer
     assert language_tag(tokenizer, "de") == "__de__"
     tokenizer.src_lang = "de"
-    assert tokenizer(TEXT[0]).input_ids == vocabulary.encode_source(tokenizer, TEXT[0], "de")
+    own = tokenizer(TEXT[0]).input_ids
+    assert own == [language_id(tokenizer, "de"), *vocabulary.encode(tokenizer, [TEXT[0]])[0], tokenizer.eos_token_id]
     assert vocabulary.encode(tokenizer, ["a </s> __de__ b"]) == [pieces.encode("a </s> __de__ b")]
     with pytest.raises(ValueError, match="no tag for the language 'mt'; it has af, am, ar, ast, "):
         language_id(tokenizer, "mt")
@@ -358,18 +363,6 @@ def test_a_tokenizer_that_puts_the_tag_last_is_refused(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected the language tag first"):
         vocabulary.load_tokenizer(tmp_path)
-
-
-def test_a_marian_folder_is_one_line_that_says_what_is_expected(model, tmp_path):
-    for name in ("source.spm", "target.spm"):
-        (tmp_path / name).write_bytes(model)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    words = ["</s>", "<unk>", *(pieces.id_to_piece(index) for index in range(4, len(pieces))), ">>deu<<", "<pad>"]
-    write_json(tmp_path / "vocab.json", {piece: index for index, piece in enumerate(words)})
-    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "MarianTokenizer"})
-    with pytest.raises(ValueError, match=r"is a MarianTokenizer, .*>>deu<<.* expected a .*mBART-50") as caught:
-        vocabulary.load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path):
