@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationCounts": "nspec.specialization.counts",
+    "NeuronScores": "nspec.specialization.scores",
     "NeuronMasks": "nspec.specialization.masks",
     "profile": "nspec.specialization.profiling",
     "select": "nspec.specialization.selection",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from nspec.specialization.counts import ActivationCounts
     from nspec.specialization.masks import NeuronMasks
     from nspec.specialization.profiling import profile
+    from nspec.specialization.scores import NeuronScores
     from nspec.specialization.selection import random_masks, select
     from nspec.specialization.tasks import checkpoint_contexts, set_task, task
 
