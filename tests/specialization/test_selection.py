@@ -159,10 +159,8 @@ def test_specific_keeps_the_highest_ratios_to_the_mean_of_the_others() -> None:
 def test_specific_leaves_out_tasks_of_which_a_layer_got_no_token() -> None:
     none = torch.zeros(3).long()
     fired = {"a": torch.tensor([4, 1, 0]), "b": torch.tensor([0, 4, 4]), "c": none}
-    counts = ActivationCounts(
-        {t: {"x": c, "y": c + 1} for t, c in fired.items()}, dict.fromkeys("abc", {"x": 8, "y": 9})
-    )
-    without = ActivationCounts(dict(counts), {"a": 8 + 1, "b": 8 + 1, "c": {"x": 0, "y": 9}})
+    counts = {t: {"x": c, "y": c + 1} for t, c in fired.items()}
+    without = ActivationCounts(counts, {"a": 9, "b": 9, "c": {"x": 0, "y": 9}})
     two = ActivationCounts({t: counts[t] for t in "ab"}, dict.fromkeys("ab", 9)).only(["x"])
     found = kept_of(select(without, rule="specific", share=0.34))
     expected = kept_of(select(two, rule="specific", share=0.34))
@@ -229,9 +227,8 @@ def test_options_that_are_not_of_the_rule_are_one_clear_error(
 
 
 def test_a_task_for_which_nothing_fired_is_named() -> None:
-    counts = ActivationCounts(
-        {"a": TWO["a"], "b": {"x": torch.zeros(6).long(), "y": torch.zeros(4).long()}}, {"a": 9, "b": 9}
-    )
+    none = {"x": torch.zeros(6).long(), "y": torch.zeros(4).long()}
+    counts = ActivationCounts({"a": TWO["a"], "b": none}, {"a": 9, "b": 9})
     for rule in ("top", "specific"):
         with pytest.raises(ValueError, match="nothing fired in any layer for task b"):
             select(counts, rule=rule)  # type: ignore[arg-type]
