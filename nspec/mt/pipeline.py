@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from nspec.mt.machine import check_machine, check_threads
 from nspec.mt.options import render_complete
 from nspec.mt.stages import Run
 from nspec.mt.systems import (
+    SELECT_USES,
     config_of,
     kind_of,
     masked_systems,
@@ -214,7 +216,12 @@ class Pipeline:
                 counts = counts.only(own.layers)
             except ValueError as error:
                 raise ValueError(f"select.layers: {error}") from None
-        masks = nspec.select(counts, k=own.k)
+        options: dict[str, float] = {used: getattr(own, used) for used in SELECT_USES[own.rule]}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            masks = nspec.select(counts, rule=own.rule, **options)  # type: ignore[arg-type]
+        for warning in said:
+            self.display.line(f"  {warning.message}")
         masks.save(folder)
         shares = [share for layers in masks.density().values() for share in layers.values()]
         of = f" of {len(masks.layers)} of {all_layers} layers" if own.layers else ""
