@@ -198,7 +198,7 @@ def test_one_direction_without_a_pivot_and_a_system_of_another_name(tmp_path: Pa
 
 def test_a_run_of_another_rule_says_so_and_may_have_directions_and_layers_without_neurons(tmp_path: Path) -> None:
     lines = ["wide = forward select.rate=0.05", "all = forward select.rule=share"]
-    run = make_methods_run(tmp_path / "run", variants=lines)
+    run = make_methods_run(tmp_path / "run", variants=lines, layers=1)
     config = options.parse((run / "config.yaml").read_text())
     config.select.rule = "lape"
     write_text(run / "config.yaml", options.render(config))
