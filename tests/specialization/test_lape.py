@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nspec
 from nspec import ActivationCounts, load_lape, select
+from nspec.specialization.lape import _entropy
 from nspec.specialization.layers import find_blocks
 
 ROWS = {  # neuron -> how often it fires for a, b, c, of 100, 200 and 50 tokens
@@ -123,6 +124,16 @@ def test_ties_go_to_the_earlier_layer_and_index_and_the_order_of_tasks_does_not_
     assert found == {"a": [("x", 30)], "b": [], "c": [], "d": [("y", 0)]}
     turned = {layer: [row[::-1] for row in of] for layer, of in rows.items()}
     assert kept(select(counts_of(turned, dict.fromkeys("dcba", 10)), rule="lape", rate=0.06)) == found
+
+
+def test_the_entropy_is_of_shares_bitwise_the_same_in_any_order_and_0_of_what_never_fires() -> None:
+    p = torch.rand(100_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p[0] = 0
+    entropy = _entropy(p)
+    assert torch.equal(entropy, _entropy(p[:, [2, 0, 1]]))
+    q = p[1:] / p[1:].sum(1, keepdim=True)
+    torch.testing.assert_close(entropy[1:], torch.distributions.Categorical(q).entropy(), rtol=0, atol=1e-11)
+    assert entropy[0] == 0
 
 
 @pytest.mark.parametrize(
