@@ -24,10 +24,12 @@ class SummedLoss:
 
     Args:
         given: the caller's own; None: ``output.loss``.
+        encoder_decoder: whether the model says that it is of those of Transformers that take all labels, which decides
+            where the cross-entropies are near to one another (models that are not trained, in 16 bits).
     """
 
-    def __init__(self, given: LossOf | None = None) -> None:
-        self._given = given
+    def __init__(self, given: LossOf | None = None, encoder_decoder: bool = False) -> None:
+        self._given, self._encoder_decoder = given, encoder_decoder
         self._first: int | None = None  # the first label that counts: 0, or 1 of models that predict the next token
 
     def __call__(self, output: Any, batch: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -63,38 +65,44 @@ class SummedLoss:
                 f"put labels into the batches of a model that computes a loss of them, or {_WAY_OUT}"
             )
         labels = inputs.get("labels")
-        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+        classes = isinstance(labels, Tensor) and not labels.is_floating_point()
+        if not classes or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
             raise ValueError(f"of how many labels the model's loss is the mean cannot be told: {_WAY_OUT}")
         if not bool(torch.isfinite(loss).all()):
             return loss
-        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         numbers = [int((labels[..., first:] != _IGNORED).sum()) for first in (0, 1)]
         if numbers[0] == numbers[1]:
-            return loss * numbers[0]
-        if self._first is None:
-            self._first = _first_label(loss.detach(), logits.detach(), labels)
-        return loss * numbers[self._first]
+            first = 0
+        elif self._first is None:
+            first = self._first = _first_label(loss.detach(), logits.detach(), labels, self._encoder_decoder)
+        else:
+            first = self._first
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * numbers[first]
 
 
 def _entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _first_label(loss: Tensor, logits: Tensor, labels: Tensor) -> int:
+def _first_label(loss: Tensor, logits: Tensor, labels: Tensor, encoder_decoder: bool) -> int:
     """0 or 1: from which label of a sequence on ``loss`` is the mean of, by the logits."""
     labels = labels.to(logits.device)
     exact = torch.promote_types(logits.dtype, torch.float32)
+    ways = [(logits, labels), *([(logits[..., :-1, :], labels[..., 1:])] if labels.dim() > 1 else [])]
     means = [
         float(F.cross_entropy(given.reshape(-1, logits.shape[-1]).to(exact), wanted.reshape(-1)))
-        for given, wanted in [(logits, labels), *([(logits[..., :-1, :], labels[..., 1:])] if labels.dim() > 1 else [])]
+        for given, wanted in ways
     ]
     off = [abs(mean - float(loss)) / max(abs(float(loss)), 1e-6) for mean in means]
-    near = min(range(len(off)), key=off.__getitem__)
-    most = 1e-2 if loss.element_size() == 2 else 1e-3
-    if not off[near] <= most or any(_SURER * off[near] >= other for at, other in enumerate(off) if at != near):
+    most = 2e-2 if loss.element_size() == 2 else 1e-3  # a loss of 16 bits is off by so much by itself
+    fitting = sorted((at for at in range(len(off)) if off[at] <= most), key=off.__getitem__)
+    if encoder_decoder and 0 in fitting:
+        return 0
+    sure = len(fitting) == 1 or (len(fitting) > 1 and loss.element_size() > 2)
+    if not sure or any(_SURER * off[fitting[0]] >= other for at, other in enumerate(off) if at != fitting[0]):
         found = " or ".join(f"{mean:.6g}" for mean in means)
         raise ValueError(
             f"of how many labels the model's loss is the mean cannot be told: it is {float(loss):.6g}, and the "
             f"cross-entropy of the labels {found} (all labels, or all but the first of each sequence): {_WAY_OUT}"
         )
-    return near
+    return fitting[0]

@@ -140,7 +140,7 @@ def profile(
     names = [block.name for block in blocks]
     real = RealTokens(model)
     tally = Counters(model, blocks) if score == "count" else Scorers(model, blocks, gradient=score == "gradient")
-    summed = SummedLoss(loss)
+    summed = SummedLoss(loss, encoder_decoder=real.encoder_decoder)
     warned = padding == "include" or valid is not None
     counts: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, dict[str, int]] = {}
@@ -192,8 +192,9 @@ def _gradients() -> Iterator[None]:
         yield
 
 
-def _loss_of(run: Callable[[], Any], summed: SummedLoss, batch: Any, inputs: Mapping[str, Any]) -> Tensor:
-    return summed(run(), batch, inputs)
+def _loss_of(run: Callable[[], Any], summed: SummedLoss, batch: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """Runs a batch, and gives a function that returns its loss."""
+    return functools.partial(summed, run(), batch, inputs)
 
 
 def _check_countable(block: FeedForward) -> None:

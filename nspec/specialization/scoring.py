@@ -25,7 +25,7 @@ class Scorers(Tally):
     Args:
         model: holds the blocks.
         blocks: what to score.
-        gradient: whether ``run`` gives a loss, and its gradient is multiplied in.
+        gradient: whether ``run`` gives a function that returns the loss, whose gradient is multiplied in.
     """
 
     _DTYPE = torch.float64
@@ -37,9 +37,10 @@ class Scorers(Tally):
     def _run(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> Pass:
         seen = _Pass(self._alignment, self._routing, masks, wanted, self._gradient, self._where())
         with _frozen(self._model), seen.attached(self._pairs), self._routing.attached():
-            loss = run()
+            loss_of = run()
+            seen.check_passed()
             if self._gradient:
-                seen.differentiate(loss)
+                seen.differentiate(loss_of())
         return seen
 
 
@@ -113,6 +114,14 @@ class _Pass(Pass):
             self._kept.append((pair, h, valid))
         else:
             self._add(pair, h if valid is None else h[valid])
+
+    def check_passed(self) -> None:
+        """Raises ValueError where fc1 of a block ran, and fc2 did not."""
+        for layer in self._laid:
+            raise ValueError(
+                f"{layer}: fc2 did not get the activations of fc1 in {self._where}, so nothing shows what the block "
+                "computes; choose layers with layers=[...]"
+            )
 
     def differentiate(self, loss: Tensor) -> None:
         """Multiplies the activations by the gradient of a loss.

@@ -100,6 +100,17 @@ def test_gradient_scores_are_those_of_autograd_over_real_tokens(name: str) -> No
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["T5", "M2M100", "Llama"])
+def test_sixteen_bits_give_the_scores_but_for_rounding(name: str) -> None:
+    family = FAMILIES[name]
+    model, (batch, _) = make(family), padded(family)
+    want = nspec.profile(model, {"a": [batch]}, score="gradient")
+    found = nspec.profile(model.bfloat16(), {"a": [batch]}, score="gradient")
+    for layer in want.layers:
+        off = (found["a"][layer] - want["a"][layer]).norm() / want["a"][layer].norm()
+        assert off < 0.02  # a label in five more or less would be 0.2
+
+
 class Gated(nn.Module):
     """A block over numbers whose gate is ReLU."""
 
@@ -256,6 +267,27 @@ def test_what_cannot_be_scored_is_one_clear_error(change: dict[str, Any], option
     with pytest.raises((ValueError, TypeError), match=message):
         nspec.profile(model, {"a": [batch]}, **({"score": "gradient"} | options))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Bypassed(Gated):
+    """Reads the weight of fc2 instead of calling it, or calls it twice."""
+
+    twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(h) + self.down_proj(h) if self.twice else F.linear(h, self.down_proj.weight)
+
+
+@pytest.mark.parametrize("score", ["gradient", "magnitude"])
+def test_a_block_whose_fc2_is_not_called_once_for_fc1_is_refused(score: Any) -> None:
+    model, x = nn.Sequential(Bypassed()), torch.randn(3, 4)
+    options: Any = {"score": score} | ({"loss": lambda out, _: out.sum()} if score == "gradient" else {})
+    with pytest.raises(ValueError, match=r"0.gate_proj: fc2 did not get the activations of fc1 in batch 1 of task a"):
+        nspec.profile(model, {"a": [x]}, **options)
+    model[0].twice = True
+    with pytest.raises(ValueError, match=r"0.gate_proj: fc2 of this block runs without fc1 before it in batch 1"):
+        nspec.profile(model, {"a": [x]}, **options)
 
 
 def test_a_layer_that_the_loss_does_not_depend_on_is_named() -> None:
