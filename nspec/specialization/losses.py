@@ -64,9 +64,9 @@ class SummedLoss:
                 f"the model gave no loss (a {type(output).__name__}{'' if 'labels' in inputs else ', and no labels'}): "
                 f"put labels into the batches of a model that computes a loss of them, or {_WAY_OUT}"
             )
-        labels = inputs.get("labels")
-        classes = isinstance(labels, Tensor) and not labels.is_floating_point()
-        if not classes or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+        labels: Any = inputs.get("labels")
+        both = isinstance(labels, Tensor) and isinstance(logits, Tensor)
+        if not both or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
             raise ValueError(f"of how many labels the model's loss is the mean cannot be told: {_WAY_OUT}")
         if not bool(torch.isfinite(loss).all()):
             return loss
