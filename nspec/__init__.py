@@ -18,10 +18,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationCounts": "nspec.specialization.counts",
+    "NeuronScores": "nspec.specialization.scores",
     "NeuronMasks": "nspec.specialization.masks",
     "profile": "nspec.specialization.profiling",
     "select": "nspec.specialization.selection",
-    "random_masks": "nspec.specialization.selection",
+    "random_masks": "nspec.specialization.random_sets",
+    "load_lape": "nspec.specialization.lape",
     "specialize": "nspec.specialization.apply",
     "despecialize": "nspec.specialization.apply",
     "merge": "nspec.specialization.apply",
@@ -43,9 +45,12 @@ if TYPE_CHECKING:
     from nspec.nn.optimizer import RowSparseAdamW
     from nspec.specialization.apply import despecialize, merge, specialize
     from nspec.specialization.counts import ActivationCounts
+    from nspec.specialization.lape import load_lape
     from nspec.specialization.masks import NeuronMasks
     from nspec.specialization.profiling import profile
-    from nspec.specialization.selection import random_masks, select
+    from nspec.specialization.random_sets import random_masks
+    from nspec.specialization.scores import NeuronScores
+    from nspec.specialization.selection import select
     from nspec.specialization.tasks import checkpoint_contexts, set_task, task
 
 

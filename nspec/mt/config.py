@@ -41,7 +41,22 @@ class ProfileConfig:
 
 @dataclass
 class SelectConfig:
-    k: float = option(0.95, "share of a layer's activations that the kept neurons cover", above=0, most=1)
+    rule: str = option(
+        "share",
+        "share: a direction keeps the most active neurons of each layer, which hold a share k of its activations; lape: "
+        "those of the whole model that tell directions apart, each for the directions that it fires often for; top: the "
+        "most active share of each layer; specific: that with the highest ratio to the other directions' frequency",
+        ("share", "lape", "top", "specific"),
+    )
+    k: float = option(
+        0.95, "of the rule share: share of a layer's activations that the kept neurons cover", above=0, most=1
+    )
+    rate: float = option(
+        0.01, "of the rule lape: share of all neurons that is kept for one direction or several", above=0, most=1
+    )
+    share: float = option(
+        0.01, "of the rules top and specific: share of a layer's neurons, at least one of them", above=0, most=1
+    )
     layers: list[str] = option(
         [],
         "the feed-forward layers that are specialised, the others stay dense; empty: all. Shell patterns for the name "

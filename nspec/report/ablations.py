@@ -144,7 +144,7 @@ def _row(data: RunData, name: str, stable: Stability | None) -> dict[str, Any]:
         "name": name,
         "of": words.system_name(variant.of),
         "changes": words.changes(variant),
-        "k": f"{own.select.k:g}" if masks_folder(data.config, name) else "–",
+        "k": words.selection(own.select).removeprefix("k = ") if masks_folder(data.config, name) else "–",
         "cells": cells,
         "density": "–" if kept is None else f"{kept:.3f}",
         "iou": f"{stable.iou.mean():.3f}" if stable else "–",

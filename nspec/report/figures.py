@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec import analysis
-from nspec.report import charts, published
+from nspec.report import charts, published, words
 from nspec.report.blocks import block_order
 from nspec.report.canvas import (
     GROUPS,
@@ -62,11 +62,12 @@ def masked(data: RunData) -> Figure:
         for group, members in groups(data, tasks).items():
             shares = 1 - analysis.density(data.masks, layers, members)
             line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
-            label = f"{label_of(data, group)}, this run (k = {data.config.select.k:g})"
+            label = f"{label_of(data, group)}, this run ({words.selection(data.config.select)})"
             axes.plot(numbers, shares.mean(0), label=label, **line)
             axes.fill_between(numbers, shares.min(0), shares.max(0), color=colours[group], alpha=0.15, lw=0)
-            label = f"{label_of(data, group)}, published (k = {published.MASKED_K:g})"
-            _published(axes, published.MASKED.get((group, side)), numbers, colours[group], label)
+            if data.config.select.rule == "share":
+                label = f"{label_of(data, group)}, published (k = {published.MASKED_K:g})"
+                _published(axes, published.MASKED.get((group, side)), numbers, colours[group], label)
         layer_axis(axes, numbers)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure

@@ -88,7 +88,7 @@ def context(data: RunData) -> dict[str, Any]:
         "versions": _versions(data),
         "config": data.config_text,
         "bootstrap": data.config.score.bootstrap,
-        "k": data.config.select.k,
+        "selection": words.selection_sentence(data.config.select),
         "pivot": data.pivot,
         "smoothing": data.config.train.label_smoothing,
     }
@@ -180,6 +180,7 @@ def _masks(data: RunData) -> dict[str, Any] | None:
     if data.masks is None:
         return None
     tasks, blocks = block_order(data.masks.tasks, data.pivot)
+    comparable = data.pivot and len(tasks) > 1 and data.config.select.rule == "share"
     shares = analysis.density(data.masks, tasks=tasks)
     heats = []
     for side in figures.SIDES if len(tasks) > 1 else ():
@@ -192,10 +193,10 @@ def _masks(data: RunData) -> dict[str, Any] | None:
             heats.append({"side": side, "svg": svg, "mean": f"{iou:.3f}", "chance": f"{chance:.3f}"})
     return {
         "masked": figures.draw("masked", data),
-        "published": bool(data.pivot),
+        "published": bool(data.pivot) and data.config.select.rule == "share",
         "source": published.SOURCE,
         "blocks": len({block.name for block in blocks}) > 1,
-        "published_iou": figures.draw("published_iou", data) if data.pivot and len(tasks) > 1 else "",
+        "published_iou": figures.draw("published_iou", data) if comparable else "",
         "published_iou_k": f"{published.IOU_K:g}",
         "mean": f"{shares.mean():.3f}",
         "low": f"{shares.min():.3f}",

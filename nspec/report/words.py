@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nspec.mt.config import SelectConfig
 from nspec.mt.scoring.averages import LEVEL as LEVEL_GROUP
 from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.load import RunData
-from nspec.run.systems import Variant
+from nspec.run.systems import SELECT_USES, Variant
 
 LEVEL = 0.05
 
@@ -85,6 +86,27 @@ def _value(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "all"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def selection(select: SelectConfig) -> str:
+    """How neurons were selected, in a few words: ``k = 0.95``, ``lape, rate = 0.01``."""
+    numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in SELECT_USES[select.rule])
+    return numbers if select.rule == "share" else f"{select.rule}, {numbers}"
+
+
+def selection_sentence(select: SelectConfig) -> str:
+    """The same for readers who do not know the rules."""
+    whole = f"{100 * select.k:g} % of its activations (k = {select.k:g})"
+    part = f"{100 * select.share:g} % of its feed-forward neurons"
+    return {
+        "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}.",
+        "lape": f"Of the whole model the {100 * select.rate:g} % of feed-forward neurons are kept whose firing differs "
+        "most between directions (lowest entropy of activation probabilities, LAPE), each for every direction that it "
+        "fires often for; a direction may keep none in some layers.",
+        "top": f"For each direction, a layer keeps the {part} that fire most often.",
+        "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
+        "ratio of the two.",
+    }[select.rule]
 
 
 def in_sentence(name: str) -> str:

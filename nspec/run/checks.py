@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
-from nspec.run.systems import KINDS, VARIED, config_of, kind_of, masked_systems, system_names, variants_of
+from nspec.run.systems import KINDS, SELECT_USES, VARIED, config_of, kind_of, masked_systems, system_names, variants_of
 from nspec.run.yaml import expand_paths, parse, set_option
 from nspec.specialization.patterns import matching
 from nspec.yaml_text import read_text
@@ -130,6 +130,14 @@ def _varied(config: Config) -> None:
     _batches(config, "bilingual.updates", config.bilingual.updates, "train")
 
 
+def _used(rule: str, overrides: Iterable[str]) -> None:
+    """Raises ValueError where a variant changes a number of another rule, which would change nothing."""
+    for name in ("k", "rate", "share"):
+        if f"select.{name}" in overrides and name not in SELECT_USES[rule]:
+            uses = ", ".join(f"select.{used}" for used in SELECT_USES[rule])
+            raise ValueError(f"select.{name} is not of select.rule {rule}, which uses {uses}")
+
+
 def validate(config: Config) -> None:
     """Checks the values of all options, alone and against each other.
 
@@ -168,6 +176,7 @@ def validate(config: Config) -> None:
         try:
             own = config_of(config, variant)
             _ranges(own, VARIED)
+            _used(own.select.rule, variants_of(config)[variant].overrides)
             _varied(own)
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None

@@ -139,7 +139,7 @@ def _training(train: TrainConfig, own: Config, speed: Speed, tasks: list[str], t
     return train.updates * (train.accumulate * micro_batch + speed.step) + validations * (measured + translated)
 
 
-def measure(config: Config, data: PreparedData, device: torch.device) -> Speed:
+def measure(config: Config, data: PreparedData) -> Speed:
     """Times a few steps of the dense model's training, from new weights, and a batch of translation.
 
     Nothing of it stays: neither weights nor random numbers.
@@ -151,8 +151,9 @@ def measure(config: Config, data: PreparedData, device: torch.device) -> Speed:
     from nspec.mt.text.collate import collate
     from nspec.mt.text.prepared import PairDataset
     from nspec.mt.training.trainer import resolve_precision
+    from nspec.processes import resolve_device
 
-    train = config.train
+    train, device = config.train, resolve_device(config.run.device)
     timed = _clock(device)
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         model: Any = build_model(config.model, data.tokenizer, config.run.seed)

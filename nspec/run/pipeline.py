@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from nspec.run.readiness import (
 )
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.run.systems import (
+    SELECT_USES,
     config_of,
     kind_of,
     masked_systems,
@@ -123,11 +125,8 @@ class Pipeline:
         to_come = [name for name in self.run.stages if not self.run.finished(name)]
         if not any(name.startswith(("train", "specialize", "evaluate")) for name in to_come):
             return
-        from nspec.processes import resolve_device
-
         quieten(self.config.run.threads)
-        device = resolve_device(self.config.run.device)
-        speed = measure(self.config, self._data(), device)
+        speed = measure(self.config, self._data())
         gc.collect()
         self._estimate = estimate(self.config, self._data(), to_come, speed, self.world.size)
         self.display.line(
@@ -228,7 +227,12 @@ class Pipeline:
                 counts = counts.only(own.layers)
             except ValueError as error:
                 raise ValueError(f"select.layers: {error}") from None
-        masks = nspec.select(counts, k=own.k)
+        options: dict[str, float] = {used: getattr(own, used) for used in SELECT_USES[own.rule]}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            masks = nspec.select(counts, rule=own.rule, **options)  # type: ignore[arg-type]
+        for warning in said:
+            self.display.line(f"  {warning.message}")
         masks.save(folder)
         shares = [share for layers in masks.density().values() for share in layers.values()]
         of = f" of {len(masks.layers)} of {all_layers} layers" if own.layers else ""

@@ -66,6 +66,9 @@ KINDS: dict[str, Kind] = {
 VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
+SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
+"""The numbers of the section ``select`` that each ``select.rule`` uses."""
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 _VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
 

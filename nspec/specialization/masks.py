@@ -41,6 +41,31 @@ class NeuronMasks(TaskTensors):
             for task, layers in self._by_task.items()
         }
 
+    def summary(self) -> str:
+        """A table for people: for each task how many neurons it keeps, of which layers none, and of which most.
+
+        Example:
+            >>> print(masks.summary())
+            task      neurons  share  layers without  most in a layer
+            cy             30  1.50%               1             3.0%
+            mt             50  2.50%               0             4.0%
+            any task       70  3.50%               0             6.0%
+        """
+        total = sum(len(mask) for mask in self._by_task[self.tasks[0]].values())
+        union = {layer: torch.stack([self._by_task[t][layer] for t in self.tasks]).any(0) for layer in self.layers}
+        rows = [("task", "neurons", "share", "layers without", "most in a layer")]
+        for task, layers in [*self._by_task.items(), ("any task", union)]:
+            kept = sum(int(mask.sum()) for mask in layers.values())
+            without = sum(not bool(mask.any()) for mask in layers.values())
+            most = max(float(mask.double().mean()) for mask in layers.values())
+            rows.append((task, f"{kept}", f"{kept / total:.2%}", f"{without}", f"{most:.1%}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows
+        ]
+        return "\n".join(lines)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``masks.safetensors`` (packed bits, one tensor per layer) and a readable ``masks.json``.
 

@@ -56,6 +56,7 @@ class RealTokens:
             if hasattr(getattr(module, "config", None), "is_encoder_decoder")
         }
         self._config = inner.config if self.follows_transformers else None
+        self.encoder_decoder = bool(getattr(self._config, "is_encoder_decoder", False))
         said = {_first_side(name, self._modules) for name in self._modules}
         self._two_sided = {"encoder", "decoder"} <= said
         self._sides: dict[str, str] = {}

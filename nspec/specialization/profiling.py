@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,44 @@ from torch.nn.parallel import DistributedDataParallel
 from nspec.nn.task_layers import TaskLayer
 
 from .candidates import experts_not_taken
-from .counting import Counters, Masks
+from .counting import Counters
 from .counts import ActivationCounts
 from .feed_forward import FeedForward
 from .layers import computes_linear, find_blocks, without_fast_path
+from .losses import LossOf, SummedLoss
 from .naming import Layer
 from .padding import RealTokens, check_tensor, rows_are_samples
+from .passes import Masks
+from .scores import NeuronScores, Score, check_score
+from .scoring import Scorers
 from .tasks import task as switched_to
+
+
+@overload
+def profile(
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Any]],
+    *,
+    layers: Iterable[Layer] | None = None,
+    padding: str = "exclude",
+    valid: Callable[[str, Any], Tensor | None] | None = None,
+    progress: Callable[[str, int], None] | None = None,
+    score: Literal["count"] = "count",
+) -> ActivationCounts: ...
+
+
+@overload
+def profile(
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Any]],
+    *,
+    layers: Iterable[Layer] | None = None,
+    padding: str = "exclude",
+    valid: Callable[[str, Any], Tensor | None] | None = None,
+    progress: Callable[[str, int], None] | None = None,
+    score: Score,
+    loss: LossOf | None = None,
+) -> NeuronScores: ...
 
 
 def profile(
@@ -32,8 +63,10 @@ def profile(
     padding: str = "exclude",
     valid: Callable[[str, Any], Tensor | None] | None = None,
     progress: Callable[[str, int], None] | None = None,
-) -> ActivationCounts:
-    """Counts, per task, layer and neuron, the tokens that fire it, with teacher forcing in eval mode.
+    score: Literal["count"] | Score = "count",
+    loss: LossOf | None = None,
+) -> ActivationCounts | NeuronScores:
+    """Counts, per task, layer and neuron, the tokens that fire it, with teacher forcing in eval mode; or sums up scores.
 
     A neuron fires where its pre-activation is above 0: there ReLU, GELU, SiLU, squared ReLU and their like are above 0, and
     for activations that are never 0 (the sigmoid) it is the definition. Of a gated block, which is called by its gate
@@ -59,17 +92,24 @@ def profile(
             else ``decoder_attention_mask``, else ``labels`` that are neither -100 nor padding, else the decoder's token
             ids that are not padding. Layers may keep time first, or flatten a batch to tokens.
         progress: called as ``progress(task, batches done)`` after each batch.
+        score: ``count``; or, of what fc2 gets, h, averaged over real tokens: ``magnitude``, ``abs(h)``; ``gradient``,
+            ``abs(h * dL/dh)`` with the loss L summed over the labels of a batch, so that a token weighs the same in a
+            batch of any size. That takes a backward pass, which leaves no gradient on any parameter.
+        loss: for ``gradient``: ``loss(output, batch)``, the loss summed over the labels; None: the model's own
+            (``output.loss``, the mean cross-entropy of the batch's ``labels``) times their number.
 
     Returns:
         int64 counts for each task, exact, and the same however the text is split into batches as long as the model's
-        activations are; and the numbers of tokens that were counted. A layer that did not run has counts of 0.
+        activations are; and the numbers of tokens that were counted. A layer that did not run has counts of 0. With
+        another score ``NeuronScores``, of which the same holds but for rounding.
 
     Raises:
         ValueError: no task or a task without batches; a layer that computes something else than its weight and bias say, or
             a block that does more than an activation function between its layers, or whose activation function sees
-            another projection than the one named as gate; a mask that does not fit the activations
-            or may fit in two ways; padding that cannot be told among the tokens of an expert; a pre-activation of a real
-            token that is NaN or infinite (one of minus infinity has not fired).
+            another projection than the one named as gate; a mask that does not fit the activations or may fit in two ways;
+            padding that cannot be told among the tokens of an expert; a pre-activation of a real token that is NaN or
+            infinite (one of minus infinity has not fired); an unknown score; for ``gradient``, a loss that cannot be had,
+            is not finite, or does not depend on a layer.
         TypeError: batches that are no mapping of tasks to several batches, or a batch that no model takes.
 
     Warns:
@@ -81,6 +121,9 @@ def profile(
         >>> profile(model, {"a": [torch.ones(3, 1)]}).layers
         ['0']
     """
+    check_score(score, ("count", *get_args(Score)))
+    if loss is not None and score != "gradient":
+        raise ValueError(f"loss is given, which is for score='gradient' alone; score is {score!r}")
     if padding not in ("exclude", "include"):
         raise ValueError(f"padding is {padding!r}, expected 'exclude' or 'include'")
     if not isinstance(batches, Mapping):
@@ -96,13 +139,14 @@ def profile(
         warnings.warn(experts, UserWarning, stacklevel=2)
     names = [block.name for block in blocks]
     real = RealTokens(model)
-    counters = Counters(model, blocks)
+    tally = Counters(model, blocks) if score == "count" else Scorers(model, blocks, gradient=score == "gradient")
+    summed = SummedLoss(loss, encoder_decoder=real.encoder_decoder)
     warned = padding == "include" or valid is not None
     counts: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, dict[str, int]] = {}
     silent_layers: list[str] = []
     for task, task_batches in batches.items():
-        counters.start(task)
+        tally.start(task)
         done = 0
         for batch in _several(task, task_batches):
             batch = _to_device(task, batch, _device(model))
@@ -112,12 +156,16 @@ def profile(
             masks: Masks = dict.fromkeys(names)
             if padding == "exclude":
                 masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
-            with torch.no_grad(), _evaluating(model), without_fast_path(model, blocks), _uncompiled(model):
+            gradients = _gradients() if score == "gradient" else torch.no_grad()
+            with gradients, _evaluating(model), without_fast_path(model, blocks), _uncompiled(model):
                 alone = functools.partial(_run_alone, model, batch) if real.follows_transformers else None
-                counters.count(functools.partial(_run, model, batch), masks, alone)
+                run = functools.partial(_run, model, batch)
+                if score == "gradient":
+                    run = functools.partial(_loss_of, run, summed, batch, real.named(batch))
+                tally.count(run, masks, alone)
             if not warned:
-                ran = [name for name in names if name in counters.leading]
-                silent = [n for n in ran if masks[n] is None and not rows_are_samples(batch, counters.leading[n])]
+                ran = [name for name in names if name in tally.leading]
+                silent = [n for n in ran if masks[n] is None and not rows_are_samples(batch, tally.leading[n])]
                 if silent:
                     warned = True
                     warnings.warn(_nothing_to_exclude(task, silent, real.named(batch)), UserWarning, stacklevel=2)
@@ -126,15 +174,27 @@ def profile(
                 progress(task, done)
         if not done:
             raise ValueError(f"task {task} has no batches: there is nothing to profile it on")
-        counts[task], tokens[task] = counters.totals()
-        if not silent_layers and (silent_layers := counters.did_not_run()):
+        counts[task], tokens[task] = tally.totals()
+        if not silent_layers and (silent_layers := tally.did_not_run()):
             warnings.warn(
                 f"the batches of task {task} did not run {_shown(silent_layers)}: their counts are 0; leave them out with "
                 "layers=[...]",
                 UserWarning,
                 stacklevel=2,
             )
-    return ActivationCounts(counts, tokens)
+    return ActivationCounts(counts, tokens) if score == "count" else NeuronScores(counts, tokens, score)
+
+
+@contextlib.contextmanager
+def _gradients() -> Iterator[None]:
+    """Gradients are recorded within the block, whatever is so around it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _loss_of(run: Callable[[], Any], summed: SummedLoss, batch: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """Runs a batch, and gives a function that returns its loss."""
+    return functools.partial(summed, run(), batch, inputs)
 
 
 def _check_countable(block: FeedForward) -> None:
@@ -233,15 +293,12 @@ def _to_device(task: str, batch: Any, device: torch.device | None) -> Any:
     )
 
 
-def _run(model: nn.Module, batch: Any) -> None:
+def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         model = model.module  # copies on other devices have no counters, and processes have other numbers of batches
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        model(*batch)
+        return model(**batch)
+    return model(batch) if isinstance(batch, Tensor) else model(*batch)
 
 
 def _run_alone(model: nn.Module, batch: Any, sentence: int, sentences: int) -> None:

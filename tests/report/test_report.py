@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from fabricated_run import SYSTEMS, TASKS, Page, make_run, masks
+from fabricated_run import SYSTEMS, TASKS, Page, make_methods_run, make_run, masks
 from rich.console import Console
 
 from nspec import NeuronMasks
@@ -20,7 +20,7 @@ from nspec.mt.scoring.config import ScoreConfig
 from nspec.mt.scoring.scores import score_system
 from nspec.report import build_report, score_table
 from nspec.run.config import Config
-from nspec.run.yaml import render
+from nspec.run.yaml import parse, render
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,23 @@ def test_one_direction_without_a_pivot_and_a_system_of_another_name(tmp_path: Pa
     assert "0.667" in text
     assert "Overlap of two directions" not in text
     score_table(tmp_path)
+
+
+def test_a_run_of_another_rule_says_so_and_may_have_directions_and_layers_without_neurons(tmp_path: Path) -> None:
+    lines = ["wide = forward select.rate=0.05", "all = forward select.rule=share"]
+    run = make_methods_run(tmp_path / "run", variants=lines, layers=1)
+    config = parse((run / "config.yaml").read_text())
+    config.select.rule = "lape"
+    write_text(run / "config.yaml", render(config))
+    full = NeuronMasks.load(run / "masks")
+    kept = {task: {layer: task != "en-de" and layer != full.layers[0] for layer in full.layers} for task in full}
+    NeuronMasks({t: {layer: m & kept[t][layer] for layer, m in full[t].items()} for t in full}).save(run / "masks")
+    page = Page(build_report(run))
+    assert "the 1 % of feed-forward neurons are kept whose firing differs most between directions" in page.words
+    assert "this run (lape, rate = 0.01)" in page.words
+    assert "lape, rate = 0.05" in page.words
+    assert "published" not in page.words
+    assert "nan" not in page.words.lower().split()
 
 
 def test_text_from_the_run_cannot_break_the_page(tmp_path: Path) -> None:

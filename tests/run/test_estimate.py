@@ -38,7 +38,7 @@ def test_stages_that_have_ended_correct_those_of_their_kind() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_measuring_leaves_no_trace_in_random_numbers(toy: Toy) -> None:
     torch.manual_seed(3)
-    speed = measure(toy.config(), toy.data, torch.device("cpu"))
+    speed = measure(toy.config(), toy.data)
     after = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,54 @@ def test_masks_and_random_masks_are_of_the_selected_layers(tmp_path: Path, capsy
     first = [f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")]
     assert run.layers("variants/some/masks") == run.layers("variants/some/random_masks") == first
     assert "keeps 50.0% of the neurons of 2 of 4 layers on average" in capsys.readouterr().err
+
+
+def test_a_run_selects_by_the_rule_that_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "own = forward",
+        "tells = forward select.rule=lape select.rate=0.1",
+        "some = random select.rule=lape select.rate=0.1",
+    ]
+    run = Selecting(tmp_path, *lines, "few = forward select.rule=specific", select_rule="top", select_share=0.05)
+    layers = [f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")]
+    fired = {layer: torch.arange(20) for layer in layers}
+    fired[layers[0]] = torch.tensor([50, *[1] * 19])
+    other = {layer: torch.ones(20, dtype=torch.int64) for layer in layers}
+    counts = nspec.ActivationCounts({"en-de": fired, "de-en": other}, {"en-de": 60, "de-en": 60})
+    counts.save(tmp_path / "profile")
+    run.select()
+    said = capsys.readouterr().err
+    for place, rule in {
+        "masks": {"rule": "top", "share": 0.05},
+        "variants/tells/masks": {"rule": "lape", "rate": 0.1},
+        "variants/few/masks": {"rule": "specific", "share": 0.01},
+    }.items():
+        found = nspec.NeuronMasks.load(tmp_path / place)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want = nspec.select(counts, **rule)
+        assert all(torch.equal(found[t][layer], want[t][layer]) for t in want for layer in want.layers), place
+    tells, random = (
+        nspec.NeuronMasks.load(tmp_path / f"variants/{name}") for name in ("tells/masks", "some/random_masks")
+    )
+    assert not any(mask.any() for mask in tells["de-en"].values())
+    assert random.density() == tells.density()
+    assert "no neuron is of de-en" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a = forward select.rule=lape select.k=0.5", "a: select.k is not of select.rule lape, which uses select.rate"),
+        ("a = forward select.share=0.5", "a: select.share is not of select.rule share, which uses select.k"),
+        ("a = forward select.rule=best", "select.rule: expected one of share, lape, top, specific"),
+    ],
+)
+def test_a_variant_whose_number_is_of_another_rule_is_an_error(text: str, says: str) -> None:
+    config = config_of("dense", "forward")
+    config.train.valid_bleu_sentences, config.run.variants = 1, [text]
+    with pytest.raises(ValueError, match=says):
+        validate(config)
 
 
 def test_a_pattern_without_a_layer_is_an_error_that_names_the_layers(tmp_path: Path) -> None:
