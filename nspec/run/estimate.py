@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MICRO_BATCHES = 3  # that are timed, after one that warms up
 _SENTENCES = 64  # that are translated once
 _FORWARD = 1 / 3  # of a training step's time: no backward pass, which costs twice as much
-_SCORE, _REPORT = 1.0, 15.0  # seconds of scoring a direction, and of the page
+_SCORE, _REPORT = 0.2, 8.0  # seconds of scoring a direction, and of the page
 
 
 @dataclass
