@@ -29,6 +29,9 @@ OTHERS = {
 }
 """Pages that are files of other folders, which are read there too."""
 
+FIGURES = {"speed.md", "results.md"}
+"""Pages of tables of figures."""
+
 CHAIN = {"mt", "run", "report"}
 """Packages of the translation chain, whose interface is the command line and the configuration."""
 
@@ -200,7 +203,7 @@ def command_line() -> str:
         usage = [written for written, argument, _ in shown if argument]
         lines += [f"## nspec {name}", "", summary, "", *([" ".join(rest.split()), ""] if rest else [])]
         lines += ["```text", " ".join(["nspec", name, *usage, "[OPTIONS]"]), "```", ""]
-        lines += ["| | |", "|---|---|"] if shown else []
+        lines += ["| argument or option | meaning |", "|---|---|"] if shown else []
         lines += [f"| `{written}` | {_escaped(' '.join(told.split()))} |" for written, _, told in shown]
         lines.append("")
     return "\n".join(lines)
@@ -292,4 +295,12 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links from pages to files of other folders, which work where the repository is read, lead to pages here."""
     source = page.file.src_uri
-    return markdown if source in OTHERS else linked(markdown, ROOT / "docs" / source)
+    text = markdown if source in OTHERS else linked(markdown, ROOT / "docs" / source)
+    return re.sub(
+        r"^((?:Measured on .*)?Written by `python -m bench\..*)$", r"\1\n{ .provenance }", text, flags=re.MULTILINE
+    )
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Tables of figures keep each cell on a line, and scroll."""
+    return f'<div class="figures">{html}</div>' if page.file.src_uri in FIGURES else html

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MADE = {"build", "dist", "runs", "__pycache__"}  # by commands, in a checkout
+GIT = shutil.which("git") and (ROOT / ".git").exists()
+MADE = {
+    "build",
+    "dist",
+    "runs",
+    "__pycache__",
+    "PKG-INFO",
+    "setup.cfg",
+}  # by commands, in a checkout or source distribution
 
 
 def test_every_python_block_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +49,12 @@ def tree() -> dict[str, list[str]]:
 
 
 def there(folder: Path) -> set[str]:
-    """The files and folders that are kept in the repository."""
-    found = (path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in MADE)
+    """The files and folders that are kept in the repository; without git, those that are there but for what is made."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=folder, capture_output=True, text=True) if GIT else None
+    if listed is not None and listed.returncode == 0:
+        found = {name.split("/")[0] for name in listed.stdout.split("\0") if name}
+        return {name for name in found if not name.startswith(".") and (folder / name).exists()}
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in MADE}
     return {name for name in found if not name.endswith((".egg-info", ".so", ".pyc"))}
 
 

@@ -25,6 +25,16 @@ class NeuronMasks(TaskTensors):
     Raises:
         ValueError: no task, tasks with different layers or widths, a layer without neurons, or a name that is empty.
         TypeError: a value that is not a bool tensor ``[d_ff]``, or a name that is no text, or no mapping of mappings.
+
+    Example:
+        >>> import tempfile
+        >>> masks = NeuronMasks({"en-de": {"fc1": torch.tensor([True, False, True, True])}})
+        >>> masks.tasks, masks.layers, masks.density()["en-de"]["fc1"]
+        (['en-de'], ['fc1'], 0.75)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     masks.save(folder)
+        ...     NeuronMasks.load(folder)
+        NeuronMasks(1 tasks, 1 layers, mean density 0.750)
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:

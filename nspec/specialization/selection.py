@@ -67,6 +67,12 @@ def random_masks(masks: NeuronMasks, seed: int) -> NeuronMasks:
     Args:
         masks: whose sizes are taken.
         seed: the same seed gives the same masks.
+
+    Example:
+        >>> masks = NeuronMasks({"en-de": {"fc1": torch.tensor([True, True, False, False])}})
+        >>> drawn = random_masks(masks, seed=1)
+        >>> int(drawn["en-de"]["fc1"].sum()), drawn.layers
+        (2, ['fc1'])
     """
     generator = torch.Generator().manual_seed(seed)
 
