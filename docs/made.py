@@ -35,12 +35,24 @@ FIGURES = {"speed.md", "results.md"}
 CHAIN = {"mt", "run", "report"}
 """Packages of the translation chain, whose interface is the command line and the configuration."""
 
+CHOSEN = {
+    "nspec.nn": {"activations": ["Activations"], "batch": ["TaskBatch"], "switched": ["TaskSwitched"]},
+    "nspec.specialization": {
+        "feed_forward": ["FeedForward"],
+        "layers": ["find_blocks"],
+        "patterns": ["matching"],
+        "tasks": ["task_by_layer"],
+        "tensors": ["TaskTensors"],
+    },
+}
+"""What others use of packages that are made of many small parts; of the others every public name is shown."""
+
 INTRODUCTIONS = {
     "nspec": "What `import nspec` gives. A **task** is the unit that has neurons of its own: a translation direction such "
     "as `en-de`, a language, a class of images. `layer` keys are qualified names of modules.",
-    "nspec.nn": "Layers and the optimiser, for whoever writes a layer or a method of their own. `MaskedLinear` and "
-    "`RowSparseAdamW` are among [the names of the package](nspec.md).",
-    "nspec.specialization": "What lies behind the names of the package: finding blocks, naming layers, storage.",
+    "nspec.nn": "For whoever writes a layer that computes something else for each task, or reads activations in mode "
+    "`forward`. `MaskedLinear` and `RowSparseAdamW` are among [the names of the package](nspec.md).",
+    "nspec.specialization": "What lies behind [the names of the package](nspec.md): finding blocks and naming layers.",
     "nspec.kernels": "Operators on plain tensors. Every one has the same meaning on every backend; the mathematics and "
     "the layouts are in [The operators](../kernels.md).",
     "nspec.baselines": "The methods that neuron specialisation is compared with, for any `nn.Module`.",
@@ -79,6 +91,9 @@ def homes() -> set[tuple[str, str]]:
 
 def modules(package: str) -> Iterator[tuple[str, list[str]]]:
     """Modules of a package, each with its public classes and functions; names that ``nspec`` gives are left out."""
+    if package in CHOSEN:
+        yield from ((f"{package}.{module}", names) for module, names in CHOSEN[package].items())
+        return
     known = homes()
     for path in sorted(folder_of(package).glob("*.py")):
         module = f"{package}.{path.stem}"

@@ -114,6 +114,13 @@ def test_links_to_other_folders_lead_to_pages_or_are_names(made: ModuleType) -> 
     assert made.linked("[speed](../docs/speed.md)", ROOT / "kernels" / "README.md") == "[speed](speed.md)"
 
 
+def test_the_version_has_an_entry_and_is_the_one_that_is_cited() -> None:
+    import nspec
+
+    assert f"\n## {nspec.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {nspec.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site needs the extra docs")
