@@ -95,10 +95,11 @@ def modules(package: str) -> Iterator[tuple[str, list[str]]]:
         yield from ((f"{package}.{module}", names) for module, names in CHOSEN[package].items())
         return
     known = homes()
-    for path in sorted(folder_of(package).glob("*.py")):
-        module = f"{package}.{path.stem}"
+    folder = folder_of(package)
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
         names = [name for name in defined(path) if (module, name) not in known]
-        if path.stem != "__init__" and names:
+        if names:
             yield module, names
 
 
