@@ -284,8 +284,8 @@ def for_mkdocstrings(source: str) -> str:
 # Hooks of MkDocs
 
 
-def on_config(config: Any) -> Any:
-    """Writes the sources that mkdocstrings reads, and puts the packages into the navigation."""
+def on_startup(**_: Any) -> None:
+    """Writes the sources that mkdocstrings reads, before it looks for them."""
     shutil.rmtree(TREE, ignore_errors=True)
     for folder, package in ((ROOT / "nspec", TREE / "nspec"), (ROOT / "kernels", TREE / "nspec" / "kernels")):
         for path in folder.rglob("*.py"):
@@ -293,6 +293,10 @@ def on_config(config: Any) -> Any:
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(for_mkdocstrings(path.read_text(encoding="utf-8")), encoding="utf-8")
     (TREE / "nspec" / "kernels" / "__init__.py").touch()  # it has none, but who reads sources looks for packages
+
+
+def on_config(config: Any) -> Any:
+    """Puts the packages into the navigation."""
     for part in config.nav:
         if "Reference" in part:
             part["Reference"] = [{name: f"reference/{name.rpartition('.')[2]}.md"} for name in packages()]
