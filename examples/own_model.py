@@ -7,6 +7,8 @@ A small residual network that learns three functions, two of which are alike; a 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -16,30 +18,20 @@ WIDTH = 16
 TASKS = ("de", "nl", "ru")
 
 
-class Block(nn.Module):
-    """What nspec looks for: two linear layers by their usual names, with an elementwise function between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
-
-
 class Model(nn.Module):
-    """The name of the task goes in as a tag, as a translation model is told its target language."""
+    """Blocks are found by their structure: linear, elementwise function, linear. A tag says which task is wanted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tags, self.blocks, self.out = (
-            nn.Embedding(len(TASKS), WIDTH),
-            nn.Sequential(Block(), Block()),
-            nn.Linear(WIDTH, 4),
-        )
+        block = (nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, WIDTH))
+        self.blocks = nn.ModuleList(nn.Sequential(*copy.deepcopy(block)) for _ in range(2))
+        self.tags, self.out = nn.Embedding(len(TASKS), WIDTH), nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor, tag: Tensor) -> Tensor:
-        return self.out(self.blocks(x + self.tags(tag)))
+        x = x + self.tags(tag)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
 
 
 def made_up(task: str, seed: int, rows: int = 64) -> tuple[dict[str, Tensor], Tensor]:
