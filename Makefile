@@ -2,6 +2,7 @@
 #     make run     the default experiment, from text to report (configs/cldr8.yaml)
 #     make test    the tests
 #     make bench   the benchmarks and their report
+#     make docs    the documentation, into build/site
 # Each sets up .venv first: exact versions (constraints.txt), this checkout installed editable, the native library where
 # there is CMake and a C++ compiler. A second call finds it done.
 
@@ -18,7 +19,7 @@ STAMP := .venv/.stamp
 INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test bench lint setup clean distclean
+.PHONY: help run test bench docs lint setup clean distclean
 
 help:
 	@echo 'make run    train, compare and report: nspec run $$(CONFIG)'
@@ -27,6 +28,7 @@ help:
 	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name", JOBS=0 for one process'
 	@echo 'make bench  operators, training steps, profiling and their report: ten minutes on two cores, into runs/bench/'
 	@echo '            BENCH=full|quick|smoke            how much; smoke measures nothing, it shows that all runs'
+	@echo 'make docs   the documentation site, into build/site; a broken link or an unknown name fails'
 	@echo 'make lint   ruff (check and format) and mypy'
 	@echo 'make setup  .venv alone; PYTHON=python3.12 chooses the Python that makes it'
 	@echo 'make clean  remove build outputs and caches; make distclean: .venv too. Results in runs/ stay.'
@@ -40,6 +42,11 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench --set $(BENCH)
+
+# Nothing is loaded from a network, so the pages open from the disk.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
 
 # All three are run, so that one look shows everything. For mypy kernels/ lies at nspec/kernels, as when installed.
 lint: $(STAMP)
@@ -61,7 +68,7 @@ $(STAMP): $(INPUTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,typology,test,bench]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,typology,test,bench,docs]'
 	@$(BIN)/python -c 'from nspec.kernels.common import native; print("native operators:", native.why_not() or "built")'
 	@touch $@
 

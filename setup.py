@@ -57,6 +57,7 @@ EXTRAS = {
         "types-PyYAML",
     ],
     "bench": ["pytest-benchmark>=4.0"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
 }
 
 

@@ -2,7 +2,7 @@
 
     python -m bench.report runs/bench/*/rows.jsonl                   # the report on the terminal
     python -m bench.report FILES --out FOLDER                        # FOLDER/report.md and its figures
-    python -m bench.report FILES --update README.md                  # what stands between markers in the page
+    python -m bench.report FILES --update docs/speed.md              # what stands between markers in the page
 
 Of several measurements of a case on one device the newest is shown. A page has a fragment where it says
 ``<!-- bench:NAME:begin -->`` and, on a later line, ``<!-- bench:NAME:end -->``.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bench.machine import ROOT
 from bench.reporting import figures, host_table, probe_tables, tables
+from bench.reporting.headline import headline
 from bench.reporting.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
@@ -85,7 +86,7 @@ PARTS: dict[str, Part] = {
     "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
 }
 FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
-FRAGMENTS = ("machine", *PARTS, *FIGURE_PARTS)
+FRAGMENTS = ("machine", "headline", *PARTS, *FIGURE_PARTS)
 _IN_REPORT = (
     "targets",
     "losses",
@@ -184,6 +185,8 @@ class Report:
             lines = self._picture(FIGURE_PARTS[name], page)
         elif name == "machine":
             lines = machines(self.devices)
+        elif name == "headline":
+            lines = [line for rows in self.devices.values() for line in headline(rows)] or ["Not measured."]
         elif name in PARTS:
             lines = section(name, self.devices)
         else:

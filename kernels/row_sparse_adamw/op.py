@@ -95,6 +95,12 @@ def row_sparse_adamw_(
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, ``step`` below 1.
         TypeError: an active set that is not bool.
+
+    Example:
+        >>> p, m, v = torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> row_sparse_adamw_([p], [torch.ones(2, 3)], [m], [v], [torch.tensor([True, False])], step=1, lr=0.5)
+        >>> p[:, 0].tolist()
+        [0.5, 1.0]
     """
     lengths = [len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(active)]
     if len(set(lengths)) > 1:

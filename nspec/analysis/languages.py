@@ -50,6 +50,10 @@ def group_of(code: str, grouping: Grouping = "branch") -> str:
 
     Raises:
         ValueError: the language, or such a grouping, is not known, or EC30 does not have the language.
+
+    Example:
+        >>> group_of("de", "ec30")
+        'Germanic'
     """
     if grouping not in get_args(Grouping):
         raise ValueError(f"grouping is {grouping!r}, expected one of {', '.join(get_args(Grouping))}")

@@ -161,6 +161,10 @@ def holm(p: Sequence[float] | Floats) -> Floats:
 
     Raises:
         ValueError: a value is no probability.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
+        [0.03, 0.06, 0.06]
     """
     values = _probabilities(p)
     order = np.argsort(values, kind="stable")

@@ -35,6 +35,10 @@ def layer_side(layer: str) -> Side:
 
     Raises:
         ValueError: neither ``encoder`` nor ``decoder`` is a part of the name, or both are.
+
+    Example:
+        >>> layer_side("model.encoder.layers.0.fc1")
+        'encoder'
     """
     parts = set(layer.split("."))
     sides: list[Side] = [side for side in ("encoder", "decoder") if side in parts]
@@ -44,7 +48,12 @@ def layer_side(layer: str) -> Side:
 
 
 def sort_layers(layers: Iterable[str]) -> list[str]:
-    """Layer names with numbers in numeric order (``layers.2`` before ``layers.10``), the encoder before the decoder."""
+    """Layer names with numbers in numeric order (``layers.2`` before ``layers.10``), the encoder before the decoder.
+
+    Example:
+        >>> sort_layers(["decoder.0.fc1", "encoder.10.fc1", "encoder.2.fc1"])
+        ['encoder.2.fc1', 'encoder.10.fc1', 'decoder.0.fc1']
+    """
 
     def key(layer: str) -> tuple[bool, list[tuple[int, str]]]:
         parts = re.split(r"(\d+)", layer)
@@ -59,6 +68,10 @@ def layer_numbers(layers: Sequence[str]) -> list[int]:
     Args:
         layers: of one half, such as ``model.encoder.layers.3.fc1``, whose number is 3: the first after the half.
             Where names have no numbers or share them, the places in this list are taken.
+
+    Example:
+        >>> layer_numbers(["model.encoder.layers.3.fc1", "model.encoder.layers.5.fc1"])
+        [3, 5]
     """
     found = [re.search(r"(?:^|\.)(?:encoder|decoder)\.(?:.*?\.)?(\d+)(?:\.|$)", layer) for layer in layers]
     numbers = [int(match[1]) for match in found if match]
@@ -70,12 +83,23 @@ def side_layers(masks: Masks, side: Side) -> list[str]:
 
     Raises:
         ValueError: a layer whose side its name does not say.
+
+    Example:
+        >>> of_layers = {"encoder.0.fc1": torch.ones(2).bool(), "decoder.0.fc1": torch.ones(2).bool()}
+        >>> side_layers(nspec.NeuronMasks({"en-de": of_layers}), "decoder")
+        ['decoder.0.fc1']
     """
     return [layer for layer in sort_layers(masks.layers) if layer_side(layer) == side]
 
 
 def layer_matrix(masks: Masks, layer: str, tasks: Sequence[str] | None = None) -> Bools:
-    """The masks of one layer as rows: bool [tasks, d_ff], tasks in the order given (else that of the masks)."""
+    """The masks of one layer as rows: bool [tasks, d_ff], tasks in the order given (else that of the masks).
+
+    Example:
+        >>> masks = {"en-de": {"fc1": torch.tensor([True, False])}, "en-fr": {"fc1": torch.tensor([True, True])}}
+        >>> layer_matrix(nspec.NeuronMasks(masks), "fc1").tolist()
+        [[True, False], [True, True]]
+    """
     return np.stack([np.asarray(masks[task][layer], dtype=np.bool_) for task in (tasks or masks.tasks)])
 
 
@@ -86,6 +110,11 @@ def density(masks: Masks, layers: Sequence[str] | None = None, tasks: Sequence[s
         masks: the masks.
         layers: columns of the answer are in this order; all, as :func:`sort_layers` orders them, by default.
         tasks: rows likewise; by default those of the masks.
+
+    Example:
+        >>> masks = {"en-de": {"fc1": torch.tensor([True, False])}, "en-fr": {"fc1": torch.tensor([True, True])}}
+        >>> density(nspec.NeuronMasks(masks)).tolist()
+        [[0.5], [1.0]]
     """
     layers = sort_layers(masks.layers) if layers is None else layers
     return np.stack([layer_matrix(masks, layer, tasks).mean(1) for layer in layers], axis=1)
@@ -101,6 +130,10 @@ def pairwise_iou(matrix: Bools) -> Floats:
 
     Returns:
         float64 [tasks, tasks], symmetric, with ones on the diagonal.
+
+    Example:
+        >>> pairwise_iou(np.array([[True, True, False], [False, True, True]]))[0, 1].round(3).item()
+        0.333
     """
     rows = matrix.astype(np.float64)  # a float product runs in BLAS; counts stay exact
     both = rows @ rows.T
@@ -110,7 +143,13 @@ def pairwise_iou(matrix: Bools) -> Floats:
 
 
 def layer_iou(masks: Masks, layers: Sequence[str], tasks: Sequence[str] | None = None) -> Floats:
-    """The pairwise IoU of tasks in each layer: float64 [layers, tasks, tasks]."""
+    """The pairwise IoU of tasks in each layer: float64 [layers, tasks, tasks].
+
+    Example:
+        >>> masks = {"en-de": {"fc1": torch.tensor([True, False])}, "en-fr": {"fc1": torch.tensor([True, True])}}
+        >>> layer_iou(nspec.NeuronMasks(masks), ["fc1"]).tolist()
+        [[[1.0, 0.5], [0.5, 1.0]]]
+    """
     return np.stack([pairwise_iou(layer_matrix(masks, layer, tasks)) for layer in layers])
 
 
@@ -122,6 +161,10 @@ def mean_pairwise(iou: Floats) -> Floats:
 
     Returns:
         float64 [...]; NaN where there is only one task.
+
+    Example:
+        >>> mean_pairwise(np.array([[1.0, 0.5, 0.25], [0.5, 1.0, 0.75], [0.25, 0.75, 1.0]])).item()
+        0.5
     """
     tasks = iou.shape[-1]
     if tasks < 2:
@@ -141,6 +184,10 @@ def chance_iou(shares: Floats) -> Floats:
 
     Returns:
         float64 [tasks, tasks]: ab / (a + b - ab); 1 where both are empty. The diagonal means nothing.
+
+    Example:
+        >>> chance_iou(np.array([0.78, 0.78]))[0, 1].round(2).item()
+        0.64
     """
     both = shares[:, None] * shares[None, :]
     either = shares[:, None] + shares[None, :] - both
@@ -148,7 +195,12 @@ def chance_iou(shares: Floats) -> Floats:
 
 
 def order_tasks(tasks: Iterable[str], pivot: str) -> list[str]:
-    """Tasks as figures show them: from the pivot by target language, to the pivot by source language, then others."""
+    """Tasks as figures show them: from the pivot by target language, to the pivot by source language, then others.
+
+    Example:
+        >>> order_tasks(["fr-en", "en-fr", "de-fr", "en-de"], pivot="en")
+        ['en-de', 'en-fr', 'fr-en', 'de-fr']
+    """
 
     def key(task: str) -> tuple[int, str, str]:
         source, _, target = task.partition("-")

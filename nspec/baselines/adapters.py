@@ -203,6 +203,13 @@ def add_adapters(
             offloaded or quantised; no groups or an empty name; ``bottleneck`` below 1; adapters are there already; the
             model knows other tasks; it is wrapped.
         TypeError: an argument of another type.
+
+    Example:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_layers=2)
+        >>> model = add_adapters(model, {"en-de": "germanic", "en-fr": "romance"}, bottleneck=4)
+        >>> model = freeze_all_but_adapters(model)
+        >>> len(adapter_parameters(model)), model.layers[0].linear1.weight.requires_grad
+        (24, False)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")

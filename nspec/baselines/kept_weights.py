@@ -26,6 +26,20 @@ def kept_weights_only(model: nn.Module, optimizer: torch.optim.Optimizer, tasks:
 
     Raises:
         ValueError: the model has no weight masks, or one of the tasks has none.
+
+    Example:
+        >>> from nspec.baselines.lass import apply_weight_masks
+        >>> from nspec.baselines.weight_masks import WeightMasks
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> model = apply_weight_masks(model, WeightMasks({"en-de": {"0": torch.tensor([[True, False]])}}))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+        >>> with nspec.task(model, "en-de"):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> before = model[0].weight.detach().clone()
+        >>> with kept_weights_only(model, optimizer, ["en-de"]):
+        ...     optimizer.step()
+        >>> (model[0].weight == before).tolist()
+        [[False, True]]
     """
     masked = [module for module in model.modules() if isinstance(module, TaskMaskedWeight)]
     if not masked:

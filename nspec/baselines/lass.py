@@ -93,6 +93,12 @@ def magnitude_masks(model: nn.Module, alpha: float, layers: Iterable[str] | None
 
     Raises:
         ValueError: ``alpha`` out of range, a name that is no linear layer, no layers, or a weight that is not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -4.0], [3.0, -2.0]]))
+        >>> magnitude_masks(model, alpha=0.5, layers=["0"])["0"].tolist()
+        [[False, True], [True, False]]
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha is {alpha}, expected a share of weights of at least 0 and below 1")
@@ -157,6 +163,15 @@ def apply_weight_masks(model: nn.Module, masks: WeightMasks) -> nn.Module:
         ValueError: masks of another model (the message names the layer and both shapes or the nearest names), a layer
             that cannot be masked, or a model that has weight masks already.
         TypeError: ``masks`` is not a :class:`WeightMasks`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> masks = WeightMasks({"en-de": {"0": torch.tensor([[True, False]])}})
+        >>> model = apply_weight_masks(model, masks)
+        >>> with nspec.task(model, "en-de"):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> model[0].weight.grad.tolist()
+        [[1.0, 0.0]]
     """
     if not isinstance(masks, WeightMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected a WeightMasks")
@@ -215,6 +230,12 @@ def remove_weight_masks(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no weight masks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> model = apply_weight_masks(model, WeightMasks({"en-de": {"0": torch.tensor([[True, False]])}}))
+        >>> type(remove_weight_masks(model)[0]) is nn.Linear
+        True
     """
     masked = [module for module in model.modules() if isinstance(module, TaskMaskedWeight)]
     if not masked:

@@ -94,6 +94,11 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
     Raises:
         ValueError: no task, tasks with different layers or shapes, or a name that is empty.
         TypeError: a value that is not a bool tensor ``[out, in]``, or a name that is no text, or no mapping of mappings.
+
+    Example:
+        >>> masks = WeightMasks({"en-de": {"fc1": torch.tensor([[True, False], [True, True]])}})
+        >>> masks, masks["en-de"]["fc1"][0].tolist()
+        (WeightMasks(1 tasks, 1 layers, density 0.750), [True, False])
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -50,6 +50,16 @@ class RowSparseAdamW(torch.optim.Optimizer):
             made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is
             not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
         TypeError: an option that is no number, betas that are not two.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
+        >>> optimizer, before = nspec.RowSparseAdamW(model.parameters(), lr=0.1), model[0].weight.detach().clone()
+        >>> with nspec.task(model, "en-de"):
+        ...     model(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> torch.equal(model[0].weight[6:], before[6:])
+        True
     """
 
     _layers: dict[int, weakref.ref[Masked]]

@@ -75,6 +75,15 @@ def specialize(
             does; in mode ``forward`` an activation dropout above 0, unless the block has no biases, or a block that gives
             its activations to a ``torch.autograd.Function`` (kernels that Liger puts in place of a layer's forward).
         TypeError: ``masks`` is not a ``NeuronMasks``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}})
+        >>> model = nspec.specialize(model, masks, mode="forward")
+        >>> with nspec.task(model, "en-de"):
+        ...     model(torch.randn(3, 4)).sum().backward()
+        >>> int(model[0].weight.grad[6:].count_nonzero())  # the rows of other neurons get no gradient
+        0
     """
     check_mode(mode)
     if not isinstance(masks, NeuronMasks):
@@ -230,6 +239,14 @@ def despecialize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not specialised, or a layer was changed since in a way that cannot be undone here.
         RuntimeError: another thread has switched the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> before = model(torch.ones(1, 4))
+        >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
+        >>> model = nspec.despecialize(model)
+        >>> type(model[0]) is nn.Linear, torch.equal(model(torch.ones(1, 4)), before)
+        (True, True)
     """
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, TaskLayer)]
@@ -274,6 +291,16 @@ def merge(model: nn.Module, task: str) -> nn.Module:
         ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew
             by a hook in each pass.
         TypeError: ``task`` is not the name of one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
+        >>> german, x = nspec.merge(model, "en-de"), torch.randn(3, 4)
+        >>> with nspec.task(model, "en-de"):
+        ...     print(torch.allclose(german(x), model(x), atol=1e-6))
+        True
+        >>> type(german[0]) is nn.Linear, int(german[0].weight[6:].count_nonzero())
+        (True, 0)
     """
     if not isinstance(task, str):
         raise TypeError(f"task is {task!r}, expected the name of a task")

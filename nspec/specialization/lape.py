@@ -112,6 +112,15 @@ def load_lape(
 
     Warns:
         UserWarning: where a task has no neuron.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        ...     torch.save([[torch.tensor([0, 3])], [torch.tensor([3])]], file.name)
+        ...     masks = load_lape(file.name, ["cy", "lv"], model)
+        >>> {task: layers["0"].nonzero().flatten().tolist() for task, layers in masks.items()}
+        {'cy': [0, 3], 'lv': [3]}
     """
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
         raise TypeError(f"tasks is {tasks!r}, expected a list of the names of the languages, in the order of the file")

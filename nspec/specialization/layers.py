@@ -79,6 +79,13 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
         ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
             layers that do not fit together, one with an adapter, or a weight that is shared with another module.
         TypeError: ``layers`` is one text, or has something else than names and tuples of two or three.
+
+    Example:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_layers=2)
+        >>> [block.name for block in find_blocks(model)]
+        ['layers.0.linear1', 'layers.1.linear1']
+        >>> [block.name for block in find_blocks(model, ["layers.1"])]
+        ['layers.1.linear1']
     """
     structural = list(_by_structure(model, every=layers is None))
     found = structural if layers is None else chosen(dict(model.named_modules()), structural, layers)

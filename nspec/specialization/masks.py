@@ -25,6 +25,16 @@ class NeuronMasks(TaskTensors):
     Raises:
         ValueError: no task, tasks with different layers or widths, a layer without neurons, or a name that is empty.
         TypeError: a value that is not a bool tensor ``[d_ff]``, or a name that is no text, or no mapping of mappings.
+
+    Example:
+        >>> import tempfile
+        >>> masks = NeuronMasks({"en-de": {"fc1": torch.tensor([True, False, True, True])}})
+        >>> masks.tasks, masks.layers, masks.density()["en-de"]["fc1"]
+        (['en-de'], ['fc1'], 0.75)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     masks.save(folder)
+        ...     NeuronMasks.load(folder)
+        NeuronMasks(1 tasks, 1 layers, mean density 0.750)
     """
 
     def __init__(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -45,11 +55,12 @@ class NeuronMasks(TaskTensors):
         """A table for people: for each task how many neurons it keeps, of which layers none, and of which most.
 
         Example:
+            >>> masks = NeuronMasks({"cy": {"fc1": torch.arange(100) < 3}, "mt": {"fc1": torch.arange(100) < 5}})
             >>> print(masks.summary())
             task      neurons  share  layers without  most in a layer
-            cy             30  1.50%               1             3.0%
-            mt             50  2.50%               0             4.0%
-            any task       70  3.50%               0             6.0%
+            cy              3  3.00%               0             3.0%
+            mt              5  5.00%               0             5.0%
+            any task        5  5.00%               0             5.0%
         """
         total = sum(len(mask) for mask in self._by_task[self.tasks[0]].values())
         union = {layer: torch.stack([self._by_task[t][layer] for t in self.tasks]).any(0) for layer in self.layers}

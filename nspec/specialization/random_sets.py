@@ -20,6 +20,11 @@ def random_masks(masks: NeuronMasks, seed: int, *, by_layer: bool = True) -> Neu
         seed: the same seed gives the same masks.
         by_layer: whether each layer keeps as many as in ``masks``; else the whole model does, and a layer as many as
             chance gives it.
+
+    Example:
+        >>> masks = NeuronMasks({"en-de": {"fc1": torch.tensor([True, True, False, False])}})
+        >>> int(random_masks(masks, seed=1)["en-de"]["fc1"].sum())
+        2
     """
     generator = _generator(seed)
     drawn = {}

@@ -101,6 +101,12 @@ def set_task(
             a task, the sequence is empty, or ``batch_dim`` is negative.
         TypeError: the task is no name, number or None, nor a sequence of them.
         RuntimeError: another thread has switched the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
+        >>> nspec.set_task(model, "en-de")  # until it is set again
+        >>> nspec.set_task(model, None)  # the dense model
     """
     layers = specialized_layers(model)
     switch = check_task(task, layers, batch_dim, flattened)
@@ -227,8 +233,13 @@ def task(
     Layers that no pass calls, because code reads their weights instead, are warned of once when a block ends.
 
     Example:
-        with nspec.task(model, "en-de"):
-            model(**batch).loss.backward()
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = {"en-de": {"0": torch.arange(8) < 6}, "en-fr": {"0": torch.arange(8) > 3}}
+        >>> model, batch = nspec.specialize(model, nspec.NeuronMasks(masks)), torch.randn(3, 4)
+        >>> with nspec.task(model, "en-de"):  # forward and backward of one task
+        ...     model(batch).square().mean().backward()
+        >>> with nspec.task(model, ["en-fr", "en-de", None]):  # or the task of each sentence
+        ...     model(batch).square().mean().backward()
 
     Raises:
         ValueError: as in :func:`set_task`.

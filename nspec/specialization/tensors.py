@@ -58,6 +58,11 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             ValueError: no pattern, or one that matches no layer; the message names the layers that there are.
             TypeError: ``patterns`` is a text itself.
+
+        Example:
+            >>> of_layers = {"encoder.layers.0.fc1": torch.ones(2).bool(), "decoder.layers.0.fc1": torch.ones(2).bool()}
+            >>> nspec.NeuronMasks({"en-de": of_layers}).only(["decoder"]).layers
+            ['decoder.layers.0.fc1']
         """
         kept = dict.fromkeys(matching(self.layers, patterns))
         return self._renamed({layer: layer for layer in kept})
@@ -77,7 +82,9 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
             TypeError: ``names`` is something else, or gives something else than names.
 
         Example:
-            >>> masks.renamed("model.", "base_model.model.model.")
+            >>> masks = nspec.NeuronMasks({"en-de": {"model.fc1": torch.tensor([True, False])}})
+            >>> masks.renamed("model.", "base_model.model.model.").layers
+            ['base_model.model.model.fc1']
         """
         if isinstance(names, str):
             if not isinstance(replacement, str):

@@ -14,7 +14,7 @@ from bench import report
 from bench.machine import ROOT
 from bench.reporting import figures
 
-PAGES = [ROOT / name for name in ("README.md", "kernels/README.md", "bench/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "docs/speed.md", "kernels/README.md", "bench/README.md")]
 
 
 def pinned_matplotlib() -> bool:
