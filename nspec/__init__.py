@@ -28,6 +28,9 @@ _HOMES = {
     "task": "nspec.specialization.tasks",
     "set_task": "nspec.specialization.tasks",
     "checkpoint_contexts": "nspec.specialization.tasks",
+    "finetune": "nspec.tuning.finetune",
+    "save_neurons": "nspec.tuning.storage",
+    "load_neurons": "nspec.tuning.storage",
     "MaskedLinear": "nspec.nn.masked_linear",
     "RowSparseAdamW": "nspec.nn.optimizer",
     "TaskTrainerMixin": "nspec.integrations.trainer",
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from nspec.specialization.profiling import profile
     from nspec.specialization.selection import random_masks, select
     from nspec.specialization.tasks import checkpoint_contexts, set_task, task
+    from nspec.tuning.finetune import finetune
+    from nspec.tuning.storage import load_neurons, save_neurons
 
 
 def _map_kernels() -> None:

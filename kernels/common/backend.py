@@ -36,6 +36,7 @@ OPERATORS = (
     "compact_fc1",
     "compact_fc2",
     "gated_activation",
+    "neuron_wgrad",
     "row_sparse_adamw",
 )
 

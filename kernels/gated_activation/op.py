@@ -121,3 +121,25 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         else module.forward(gate, up, kind)
     )
     return h
+
+
+def gated_gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`gated_activation`, and some of their columns beside them, for a backward pass.
+
+    Args:
+        dh: gradient of the product, ``[tokens, d_ff]``. Its memory may be used for a result.
+        gate: ``[tokens, d_ff]``, of that dtype.
+        up: the same.
+        kind: as there.
+        index: int64 ``[k]``, rising: the columns; None: all, which are not copied.
+
+    Returns:
+        The gradients of gate and up, ``[tokens, d_ff]``, and their columns ``index``, ``[tokens, k]``.
+    """
+    module = choose("gated_activation", BACKENDS, gate, up, kind)
+    dgate, dup = module.backward(dh, gate, up, kind)
+    if index is None:
+        return dgate, dup, dgate, dup
+    return dgate, dup, dgate.index_select(1, index), dup.index_select(1, index)

@@ -16,6 +16,7 @@ LAYERS = [
     ["nspec.files"],
     ["nspec.nn"],
     ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
+    ["nspec.tuning"],
     ["nspec.integrations"],
     ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
     ["nspec.mt"],
