@@ -24,7 +24,7 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
 
 @explainable
 def neuron_wgrad(dz: Tensor, x: Tensor, index: Tensor | None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Weight gradient of the neurons ``index`` of a linear layer: ``dz[:, index]ᵀ x``. Nothing of the weight's size is made.
+    """Weight gradient of the neurons ``index`` of a linear layer, and of no other: ``dz[:, index]ᵀ x``.
 
     Of a last layer, whose neurons are its inputs, it is called with what these were and the gradient of the output, and
     gives the gradient of the columns transposed.

@@ -2,9 +2,9 @@
 
 ``neurons.safetensors`` holds, for each task and block, ``<task>/<block>/rows`` (int32 ``[k]``, the neurons) and for each
 part ``<task>/<block>/<part>`` (``[k, d]``, those of a last layer transposed) and, where biases belong to a neuron,
-``<task>/<block>/<part>.bias`` (``[k]``). Its metadata has one entry, ``nspec``, a JSON object: the base, with the SHA-256 of
-what it has in these rows, the tasks, the parts and the sizes of each block, and the digest of it all. ``neurons.json``
-shows the same to people. No pickle anywhere.
+``<task>/<block>/<part>.bias`` (``[k]``). Its metadata has one entry, ``nspec``, a JSON object: the base, with the SHA-256
+of what it has in these rows, the tasks, the parts and the sizes of each block, and the digest of it all.
+``neurons.json`` shows the same to people. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def load_neurons(
     verify: bool = True,
     layers: Sequence[Layer] | None = None,
 ) -> nn.Module:
-    """Puts neurons that :func:`save_neurons` wrote beside the base that they were trained on. In place.
+    """Puts neurons that :func:`save_neurons` wrote beside the base that they were trained on, and freezes it. In place.
 
     ``nspec.task(model, name)`` switches between those of several tasks; with one alone the model computes with it from now
     on. Sets may be added to a model that has some.
@@ -182,7 +182,7 @@ def load_neurons(
         model: the base.
         folders: one, all of whose tasks are loaded; or by the name that a task is to have, each the folder of one task, or
             of several among which is that name.
-        trained: whether the parameters are trained on, and all else is frozen.
+        trained: whether the parameters are trained on; else they are frozen too.
         verify: whether the base must have the same numbers in these rows as the base of the training, to the bit.
         layers: as in ``nspec.specialize``.
 
@@ -232,9 +232,8 @@ def load_neurons(
     if verify:
         for one in stored.values():
             _check_base(one, mine, known)
-    if trained:
-        freeze(model)
     if not present:
+        freeze(model)
         prepare(model, blocks, tuning)
         hook_embeddings(model)
     for name, one in stored.items():
