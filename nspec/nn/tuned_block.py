@@ -92,6 +92,7 @@ class TunedBlock:
 
     _nspec_names: tuple[str, str, str, str]
     _nspec_kind: str
+    _nspec_known: tuple[Any]
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes."""
@@ -118,6 +119,8 @@ class TunedBlock:
             return None
         layers = self.projections()
         activation = self._nspec_activation
+        if activation is not self._nspec_known[0]:
+            return None
         for layer in layers:
             if not isinstance(layer, TunedLayer) or _is_watched(layer) or not layer.in_place():
                 return None
@@ -164,12 +167,13 @@ def tuned_block(module: Any, names: tuple[str, str, str, str], kind: str) -> Non
     """
     module.__class__ = _class(type(module))
     module._nspec_names, module._nspec_kind = names, kind
+    module._nspec_known = (module._nspec_activation,)  # a tuple, or it would be a module of the model
 
 
 def untuned_block(module: Any) -> None:
     """The module as it was before."""
     plain = plain_class(module, TunedBlock)
-    del module._nspec_names, module._nspec_kind
+    del module._nspec_names, module._nspec_kind, module._nspec_known
     module.__class__ = plain
 
 

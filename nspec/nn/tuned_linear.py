@@ -31,6 +31,7 @@ from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState, write
 from .recompute import backward_pass
 from .state import SwitchedTo
 from .switched import Shared, TaskSwitched
+from .transforms import outside_transforms
 
 
 class _InPlace(torch.autograd.Function):
@@ -255,7 +256,8 @@ class TunedLayer(TaskSwitched):
             use = sets[0] if batch is None else sets
             x, *_ = self._nspec.passes.note((use, batch), x)
             if self.is_writable() and self._nspec.content is not None:
-                self.bring(None)
+                with outside_transforms():
+                    self.bring(None)
         parts = [self.of(one) for one in sets]
         if not any(one is not None for one, _, _ in parts):
             return self._of_base(x)
