@@ -137,9 +137,16 @@ def gated_gradients(
 
     Returns:
         The gradients of gate and up, ``[tokens, d_ff]``, and their columns ``index``, ``[tokens, k]``.
+
+    Raises:
+        ValueError: different shapes.
     """
+    checks.shape("gate", gate, [None, None])
+    checks.shape("up", up, list(gate.shape))
+    checks.shape("dh", dh, list(gate.shape))
     module = choose("gated_activation", BACKENDS, gate, up, kind)
-    dgate, dup = module.backward(dh, gate, up, kind)
     if index is None:
+        dgate, dup = module.backward(dh, gate, up, kind)
         return dgate, dup, dgate, dup
-    return dgate, dup, dgate.index_select(1, index), dup.index_select(1, index)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = module.gradients(dh, gate, up, kind, index)
+    return found

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, native
 from ..common.backend import Backend, Choice, choose, explainable
 
-BACKENDS = (Backend("reference", f"{__package__}.reference"),)
+BACKENDS = (
+    Backend("native", f"{__package__}.native", native.why_not),
+    Backend("reference", f"{__package__}.reference"),
+)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nspec.kernels.common.columns import take_columns
 from nspec.kernels.common.derivatives import once
 from nspec.kernels.gated_activation import gated_gradients
 from nspec.kernels.neuron_wgrad import neuron_wgrad
@@ -41,10 +42,10 @@ class _Block(torch.autograd.Function):
         index = next(use.index for use in uses if use is not None)
         ctx.block, ctx.layers, ctx.uses, ctx.kind, ctx.lead = block, layers, uses, block._nspec_kind, x.shape[:-1]
         ctx.weights, ctx.index = [layer.weight for layer in layers], index
-        columns = flat(h).index_select(1, index) if ctx.needs_input_grad[5] else None
+        columns = take_columns(flat(h), index) if ctx.needs_input_grad[5] else None
         g, u = flat(g), flat(u)
         if not ctx.needs_input_grad[0]:  # all that a gradient is wanted of
-            g, u = g.index_select(1, index), u.index_select(1, index)
+            g, u = take_columns(g, index), take_columns(u, index)
         kept = flat(x) if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
         ctx.save_for_backward(kept, g, u, columns, *parameters)
         return y

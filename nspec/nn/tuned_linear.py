@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.kernels.common.checks import PLAIN
+from nspec.kernels.common.columns import take_columns
 from nspec.kernels.common.derivatives import once, transformed
 from nspec.kernels.neuron_wgrad import neuron_wgrad
 
@@ -46,7 +47,7 @@ class _InPlace(torch.autograd.Function):
         ctx.layer, ctx.use, ctx.weight, ctx.lead = layer, use, layer.weight, x.shape[:-1]
         kept = None
         if use is not None and ctx.needs_input_grad[1]:
-            kept = flat(x) if layer._nspec.outputs else flat(x).index_select(1, use.index)
+            kept = flat(x) if layer._nspec.outputs else take_columns(flat(x), use.index)
         ctx.save_for_backward(kept, rows, bias)
         return y
 

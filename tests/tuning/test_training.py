@@ -64,7 +64,7 @@ def test_a_checkpoint_finds_the_task_of_its_forward_pass() -> None:
 
 
 def test_passes_of_other_tasks_between_forward_and_backward_change_no_gradient() -> None:
-    base, model = tuned(tasks=("a", "b"))
+    _, model = tuned(tasks=("a", "b"))
     with torch.no_grad():
         for p in own(model).values():
             p *= 1.5
