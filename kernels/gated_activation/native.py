@@ -30,7 +30,7 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
 
 
 def gradients(
-    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference, in one pass; the gradient of gate lies in the memory of ``dh`` where that is contiguous."""
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()

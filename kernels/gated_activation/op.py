@@ -124,7 +124,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def gated_gradients(
-    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor | None
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor | None, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`gated_activation`, and some of their columns beside them, for a backward pass.
 
@@ -134,6 +134,7 @@ def gated_gradients(
         up: the same.
         kind: as there.
         index: int64 ``[k]``, rising: the columns; None: all, which are not copied.
+        places: int32 ``[d_ff]``, where each column is in ``index``, -1 for nowhere, for callers that keep it.
 
     Returns:
         The gradients of gate and up, ``[tokens, d_ff]``, and their columns ``index``, ``[tokens, k]``.
@@ -148,5 +149,5 @@ def gated_gradients(
     if index is None:
         dgate, dup = module.backward(dh, gate, up, kind)
         return dgate, dup, dgate, dup
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = module.gradients(dh, gate, up, kind, index)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = module.gradients(dh, gate, up, kind, index, places)
     return found

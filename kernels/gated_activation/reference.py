@@ -44,7 +44,7 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
 
 
 def gradients(
-    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients ``[tokens, d_ff]``, and their columns ``index``, int64 ``[k]``."""
     dgate, dup = backward(dh, gate, up, kind)

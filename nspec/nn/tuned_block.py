@@ -143,7 +143,7 @@ class TunedBlock:
         return _blank, (plain_class(self, TunedBlock),), self.__dict__.copy()
 
 
-def _is_watched(module: nn.Module) -> bool:
+def _is_watched(module: Any) -> bool:
     """Whether hooks, or a ``forward`` of its own, would miss that the module is not called."""
     return any(module.__dict__[hooks] for hooks in _HOOKS) or "forward" in module.__dict__
 
@@ -154,7 +154,7 @@ def _class(plain: type) -> type:
 
 
 def _blank(plain: type) -> Any:
-    made = _class(plain)
+    made: Any = _class(plain)
     return made.__new__(made)
 
 
@@ -166,7 +166,8 @@ def tuned_block(module: Any, names: tuple[str, str, str, str], kind: str) -> Non
         names: of the attributes with gate, up, down and the activation.
         kind: of the activation.
     """
-    module.__class__ = _class(type(module))
+    plain: Any = type(module)
+    module.__class__ = _class(plain)
     module._nspec_names, module._nspec_kind = names, kind
     module._nspec_known = (module._nspec_activation,)  # a tuple, or it would be a module of the model
 
@@ -190,10 +191,10 @@ def recognised(module: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Modul
     if None in names or len(others) != 1 or [*module._parameters, *module._buffers] or _is_watched(module):
         return None
     name, activation = others[0]
-    weights = [part.weight for part in (gate, up, down)]  # type: ignore[union-attr]
+    weights: list[Any] = [part.weight for part in (gate, up, down)]
     if any(type(w) is not nn.Parameter or w.is_meta or not w.is_floating_point() for w in weights):
         return None
-    if (kind := _kind_of(activation)) is None:
+    if activation is None or (kind := _kind_of(activation)) is None:
         return None
     x = torch.randn(2, 3, weights[0].shape[1], generator=torch.Generator().manual_seed(0))
     x = x.to(weights[0].device, weights[0].dtype)
@@ -211,9 +212,9 @@ def recognised(module: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Modul
     return (*names, name), kind
 
 
-def _kind_of(activation: nn.Module | None) -> str | None:
+def _kind_of(activation: nn.Module) -> str | None:
     """Which activation of the fused gradient a module is, by its values."""
-    if activation is None or [*activation.parameters(), *activation.buffers()]:
+    if [*activation.parameters(), *activation.buffers()]:
         return None
     z = torch.linspace(-12, 12, 2401, dtype=torch.float64)
     known = {

@@ -148,11 +148,12 @@ class TunedLayer(TaskSwitched):
         if not self.in_place():
             return self._overlaid(x, (use,), None)
         use, rows, bias = self.of(use)
+        noted: Any = use, None
         if not torch.is_grad_enabled():
-            self._nspec.passes.note((use, None), x)
+            self._nspec.passes.note(noted, x)
             self.bring(use, rows, bias)
             return self.plain_forward(x)
-        x, rows, bias = self._nspec.passes.note((use, None), x, rows, bias)
+        x, rows, bias = self._nspec.passes.note(noted, x, rows, bias)
         y: Tensor = _InPlace.apply(x, rows, bias, self, None if use is None else use.on(self.weight.device))
         return y
 
@@ -254,8 +255,8 @@ class TunedLayer(TaskSwitched):
     def _overlaid(self, x: Tensor, sets: tuple[NeuronSet | None, ...], batch: TaskBatch | None) -> Tensor:
         """The layer of the base, with the outputs of the tasks' neurons replaced, or their inputs taken out."""
         if not torch.compiler.is_compiling():
-            use = sets[0] if batch is None else sets
-            x, *_ = self._nspec.passes.note((use, batch), x)
+            noted: Any = sets[0] if batch is None else sets, batch
+            x, *_ = self._nspec.passes.note(noted, x)
             if self.is_writable() and self._nspec.content is not None:
                 with outside_transforms():
                     self.bring(None)
@@ -377,7 +378,7 @@ def plain_class(module: Any, mixin: type) -> type:
 
 
 def _blank(plain: type) -> Any:
-    made = tuned_class(plain)
+    made: Any = tuned_class(plain)
     return made.__new__(made)
 
 
@@ -390,7 +391,8 @@ def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
         outputs: whether neurons are its outputs; else they are its inputs.
         shared: what the layers of the model have in common.
     """
-    layer.__class__ = tuned_class(type(layer))
+    plain: Any = type(layer)
+    layer.__class__ = tuned_class(plain)
     layer._nspec = TunedState(name, outputs, int(outputs == layer.transposed))
     layer._nspec.shared = shared
     layer.neurons, layer.neuron_biases = Parameters(), Parameters()

@@ -125,11 +125,11 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
         in_layer: dict[str, int] = {}
         places = tuning.places[block.name] = []
         for part in tuning.parts[block.name]:
-            layer: Any = layer_of(block, part)
-            name = names[id(layer)]
+            of: Any = layer_of(block, part)
+            name = names[id(of)]
             places.append((part, name, in_layer.setdefault(name, 0)))
             in_layer[name] += 1
-            tuning.base_dtype = "" if is_packed(layer) else str(layer.weight.dtype).removeprefix("torch.")
+            tuning.base_dtype = "" if is_packed(of) else str(of.weight.dtype).removeprefix("torch.")
         tuning.sizes[block.name] = [block.d_ff, features(block.fc1)[0]]
         taken = {id(layer_of(block, part)) for part in tuning.parts[block.name]}
         taken |= {id(layer) for layer in (block.fc1, block.up, block.fc2) if around is not None}
@@ -177,14 +177,14 @@ def attach(
         trained: whether the parameters require gradients.
     """
     tuning.index[task] = dict(index)
-    for layer in tuned_layers(model):
-        layer._nspec.sets.setdefault(task, None)
+    for known in tuned_layers(model):
+        known._nspec.sets.setdefault(task, None)
     for block in blocks:
         chosen = index[block.name]
         if not len(chosen):
             continue
         parts = tuning.parts[block.name]
-        for own in ([part for part in parts if layer_of(block, part) is layer] for layer in _layers(block)):
+        for own in ([part for part in parts if layer_of(block, part) is one] for one in _layers(block)):
             if not own:
                 continue
             layer: Any = layer_of(block, own[0])

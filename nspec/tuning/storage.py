@@ -151,14 +151,14 @@ class Stored(NamedTuple):
     """What a file holds of one task.
 
     Attributes:
-        index: of each block, int64 ``[k]``.
+        neurons: of each block, int64 ``[k]``.
         values: of each block and part.
         about: the file's metadata.
         path: of the file.
         task: its name there.
     """
 
-    index: dict[str, Tensor]
+    neurons: dict[str, Tensor]
     values: dict[str, dict[str, Values]]
     about: dict[str, Any]
     path: Path
@@ -238,7 +238,7 @@ def load_neurons(
         hook_embeddings(model)
     for name, one in stored.items():
         empty = torch.empty(0, dtype=torch.int64)
-        index = {mine[block]: one.index.get(block, empty) for block in names}
+        index = {mine[block]: one.neurons.get(block, empty) for block in names}
         attach(model, blocks, name, index, {mine[block]: v for block, v in one.values.items()}, tuning, trained)
     default_task(model, list(tuning.index))
     return model
@@ -336,7 +336,7 @@ def _check_base(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedFo
     """Raises ValueError unless the base has the same numbers in the rows as that of the training had."""
     digest = hashlib.sha256()
     written = one.about["base"]["dtype"]
-    for name, index in one.index.items():
+    for name, index in one.neurons.items():
         block = known[mine[name]]
         for part in one.about["parts"][name]:
             layer: Any = layer_of(block, part)
