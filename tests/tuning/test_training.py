@@ -440,7 +440,8 @@ def test_the_trainer_of_transformers_trains_and_resumes_with_nothing_else_called
         model = nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True)
         arguments = TrainingArguments(
             str(tmp_path), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2,
-            learning_rate=0.01, weight_decay=0.1, report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+            learning_rate=0.01, weight_decay=0.1, lr_scheduler_type="constant", report_to=[], use_cpu=True,
+            disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
@@ -449,10 +450,8 @@ def test_the_trainer_of_transformers_trains_and_resumes_with_nothing_else_called
     once = train(4, resume=False)
     resumed = train(4, resume=True)
     assert all(torch.equal(p, own(resumed)[name]) for name, p in own(once).items())
-    assert all(
-        not torch.equal(p, own(nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True))[name])
-        for name, p in own(once).items()
-    )
+    start = own(nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True))
+    assert all(not torch.equal(p, start[name]) for name, p in own(once).items())
     for model in (once, resumed):
         restored = nspec.despecialize(model).state_dict()
         assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
