@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from .masks import NeuronMasks
 from .naming import Layer
 from .patterns import alike, nearest
 from .tasks import calls_its_class, check_task, refuse_other_threads, remember_place, specialized_layers
-from .tuned import BEFORE, fold, is_tuned, restore_modules, take_off
+from .tuned import BEFORE, fold, is_tuned, rebind, restore_modules, take_off
 
 
 def specialize(
@@ -117,7 +116,7 @@ def specialize(
                 with_layer=first,
             )
             first = first or layer
-            _rebind(layer)
+            rebind(layer)
             remember_place(model, layer.qualified_name)
     return model
 
@@ -198,12 +197,6 @@ def _needs_its_class(layer: Any) -> str | None:
     return None
 
 
-def _rebind(module: nn.Module) -> None:
-    """Has a ``forward`` that accelerate put on a module (device maps, offloading) call the one of its class now."""
-    if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-
-
 def fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
     """The masks by the model's own names of layers; every named layer must be there, equally wide."""
     modules = dict(model.named_modules())
@@ -251,7 +244,7 @@ def despecialize(model: nn.Module) -> nn.Module:
     for layer in layers:
         plain: Any = layer.__dict__.pop("_nspec").plain or nn.Linear
         layer.__class__ = plain
-        _rebind(layer)
+        rebind(layer)
     restore_modules(modules)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,6 +50,7 @@ def take_off(model: nn.Module, task: str | None = None) -> nn.Module:
             untuned_block(module)
         if isinstance(module, TunedLayer):
             untuned(module)
+            rebind(module)
         for name in module.__dict__.pop(TRAINED, ()):
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, EmbeddingHook)]:
@@ -78,6 +80,12 @@ def restore_modules(modules: Iterable[nn.Module]) -> None:
         module.__dict__.pop(PLACES, None)
         for name, before in module.__dict__.pop(BEFORE, {}).items():
             setattr(module, name, *before) if before else delattr(module, name)
+
+
+def rebind(module: nn.Module) -> None:
+    """Has a ``forward`` that accelerate put on a module (device maps, offloading) call the one of its class now."""
+    if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _check_undoable(layer: Any) -> None:

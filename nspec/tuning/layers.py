@@ -16,6 +16,7 @@ from nspec.specialization.apply import change
 from nspec.specialization.feed_forward import FeedForward, features, is_transposed
 from nspec.specialization.layers import batch_dim_of, fast_paths, flattens, is_routed
 from nspec.specialization.tasks import remember_place
+from nspec.specialization.tuned import rebind
 
 GATED, PLAIN = ("gate", "up", "down"), ("fc1", "fc2")
 
@@ -41,7 +42,7 @@ class Tuning(Shared):
         index: the neurons of each task and block, int64 ``[k]``.
         places: of each block and part: the name of its layer, and how many parts precede it there.
         sizes: ``d_ff`` and ``d_model`` of each block.
-        base_dtype: of the base's weights; "" where they are packed.
+        dtypes: of the base's weights by block and part; "" where they are packed.
     """
 
     def __init__(self, parts: Mapping[str, tuple[str, ...]], biases: bool) -> None:
@@ -50,7 +51,7 @@ class Tuning(Shared):
         self.index: dict[str, dict[str, Tensor]] = {}
         self.places: dict[str, list[tuple[str, str, int]]] = {}
         self.sizes: dict[str, list[int]] = {}
-        self.base_dtype = ""
+        self.dtypes: dict[str, dict[str, str]] = {}
 
 
 def parts_of(block: FeedForward) -> tuple[str, ...]:
@@ -129,7 +130,8 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
             name = names[id(of)]
             places.append((part, name, in_layer.setdefault(name, 0)))
             in_layer[name] += 1
-            tuning.base_dtype = "" if is_packed(of) else str(of.weight.dtype).removeprefix("torch.")
+            dtype = "" if is_packed(of) else str(of.weight.dtype).removeprefix("torch.")
+            tuning.dtypes.setdefault(block.name, {})[part] = dtype
         tuning.sizes[block.name] = [block.d_ff, features(block.fc1)[0]]
         taken = {id(layer_of(block, part)) for part in tuning.parts[block.name]}
         taken |= {id(layer) for layer in (block.fc1, block.up, block.fc2) if around is not None}
@@ -137,6 +139,7 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
             if layer is None or id(layer) not in taken:
                 continue
             turned = tuned(layer, names[id(layer)], outputs, tuning)
+            rebind(layer)
             kept = turned._nspec
             kept.first, first = first, False
             kept.routed, kept.batch_dim = is_routed(model, block.name), batch_dim_of(block)

@@ -102,7 +102,7 @@ def save_neurons(
     about: dict[str, Any] = {
         "format": FORMAT,
         "kind": "neurons",
-        "base": {"name": _name_of(model), "dtype": tuning.base_dtype, "rows_sha256": base},
+        "base": {"name": _name_of(model), "dtypes": tuning.dtypes, "rows_sha256": base},
         "tasks": list(counts),
         "parts": tuning.parts,
         "biases": tuning.biases,
@@ -335,7 +335,7 @@ def _check_sizes(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedF
 def _check_base(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedForward]) -> None:
     """Raises ValueError unless the base has the same numbers in the rows as that of the training had."""
     digest = hashlib.sha256()
-    written = one.about["base"]["dtype"]
+    dtypes = one.about["base"]["dtypes"]
     for name, index in one.neurons.items():
         block = known[mine[name]]
         for part in one.about["parts"][name]:
@@ -345,7 +345,7 @@ def _check_base(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedFo
                     f"{mine[name]}: the weights of the base are packed, and cannot be compared with those of the training: "
                     "give verify=False if it is the same base"
                 )
-            dtype = getattr(torch, str(written), None)
+            dtype = getattr(torch, str(dtypes[name][part]), None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(
                     f"{one.path}: the base of the training was packed: give verify=False if it is the same"
@@ -354,9 +354,12 @@ def _check_base(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedFo
             moved = NeuronSet(one.task, index, rows.to(dtype), None if bias is None else bias.to(dtype))
             _digest_base(digest, moved, slice(None))
     if digest.hexdigest() != one.about["base"]["rows_sha256"][one.task]:
-        name, dtypes = one.about["base"]["name"], {str(layer_of(b, "fc1").weight.dtype) for b in known.values()}
+        name = one.about["base"]["name"]
+        then = {dtype for parts in dtypes.values() for dtype in parts.values()}
+        layers: list[Any] = [layer_of(known[mine[block]], "fc1") for block in one.neurons]
+        now = {str(layer.weight.dtype).removeprefix("torch.") for layer in layers}
         raise ValueError(
             f"{one.path} is of another base{f' ({name})' if name else ''}: the model has other numbers in these rows. Load "
-            f"the base that they were trained on, in {written} (it is in {', '.join(sorted(dtypes))[6:]} now); or, if "
-            "neurons of another base are meant, give verify=False"
+            f"the base that they were trained on, in {', '.join(sorted(then))} (this one is in {', '.join(sorted(now))}); "
+            "or, if neurons of another base are meant, give verify=False"
         )

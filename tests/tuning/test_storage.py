@@ -87,7 +87,7 @@ def test_the_size_of_a_file_is_that_of_its_rows(dtype: torch.dtype, saved: Any, 
     assert (tmp_path / "neurons.safetensors").stat().st_size == 8 + header + wanted
     about = json.loads((tmp_path / "neurons.json").read_text())
     assert about["tasks"] == ["cy"]
-    assert about["base"]["dtype"] == "bfloat16"
+    assert set(about["base"]["dtypes"]["model.layers.0.mlp.gate_proj"].values()) == {"bfloat16"}
     assert list(about["neurons"]["cy"].values()) == k
     other = nspec.load_neurons(copy.deepcopy(base), tmp_path)
     assert torch.equal(logits(other), logits(model))
@@ -145,3 +145,24 @@ def test_a_model_without_neurons_has_nothing_to_save(tmp_path: Path) -> None:
     _, model = trained(LLAMA)
     with pytest.raises(ValueError, match="no neurons of task 'xx'; known: cy"):
         nspec.save_neurons(model, tmp_path, tasks=["xx"])
+
+
+def test_a_base_of_several_dtypes_comes_back(tmp_path: Path) -> None:
+    """As T5 has, whose last layers are kept in float32."""
+    base = make(LLAMA).float()
+    for layer in base.model.layers:
+        layer.mlp.gate_proj.to(torch.bfloat16)
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+    model = nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True)
+    nspec.save_neurons(model, tmp_path)
+    other = nspec.load_neurons(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_base_in_another_dtype_is_refused_and_named(tmp_path: Path) -> None:
+    base, model = trained(LLAMA, dtype=torch.float32)
+    nspec.save_neurons(model, tmp_path)
+    with pytest.raises(ValueError, match=r"trained on, in float32 \(this one is in bfloat16\)"):
+        nspec.load_neurons(copy.deepcopy(base).to(torch.bfloat16), tmp_path)
+    wider = nspec.load_neurons(copy.deepcopy(base).double(), tmp_path)  # the same numbers
+    assert {p.dtype for p in own(wider).values()} == {torch.float32}

@@ -455,3 +455,33 @@ def test_the_trainer_of_transformers_trains_and_resumes_with_nothing_else_called
     for model in (once, resumed):
         restored = nspec.despecialize(model).state_dict()
         assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_decoding_in_inference_mode_writes_the_rows() -> None:
+    base, model = tuned()
+    steps(LLAMA, model, count=1)
+    given = inputs(LLAMA)
+    with torch.inference_mode():
+        found = output(LLAMA, model, given)
+        with nspec.task(model, None):
+            assert torch.equal(output(LLAMA, model, given), output(LLAMA, base, given))
+    assert torch.equal(found, output(LLAMA, nspec.merge(model, "cy"), given))
+    steps(LLAMA, model, count=1)
+
+
+def test_hooks_of_accelerate_call_the_layer_as_it_is() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    base, model = tuned()
+    hooked = copy.deepcopy(base)
+    for layer in hooked.model.layers:
+        for part in (layer.mlp.gate_proj, layer.mlp.down_proj):
+            add_hook_to_module(part, ModelHook())
+    nspec.finetune(hooked, masks_of(base), quiet=True)
+    steps(LLAMA, model)
+    steps(LLAMA, hooked)
+    assert all(near(p, own(hooked)[name]) for name, p in own(model).items())
+    given = inputs(LLAMA)
+    assert torch.equal(output(LLAMA, nspec.despecialize(hooked), given), output(LLAMA, base, given))
+    remove_hook_from_module(hooked, recurse=True)
+    assert torch.equal(output(LLAMA, hooked, given), output(LLAMA, base, given))
