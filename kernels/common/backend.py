@@ -37,6 +37,7 @@ OPERATORS = (
     "compact_fc2",
     "gated_activation",
     "neuron_wgrad",
+    "write_neurons",
     "row_sparse_adamw",
 )
 

@@ -42,16 +42,6 @@ class NeuronSet:
         return self.__dict__ | {"_copies": {}}
 
 
-def write(weight: Tensor, index: Tensor, rows: Tensor, dim: int) -> None:
-    """Puts ``rows [k, d]`` where the neurons ``index`` lie, along dimension ``dim`` of a matrix. Not seen by autograd.
-
-    A version that is counted up would keep a backward pass from using the weight, and it is written before each use.
-    """
-    rows = rows.detach()
-    rows = rows if rows.dtype == weight.dtype else rows.to(weight.dtype)
-    weight.data.index_copy_(dim, index, rows.t() if dim == 1 and weight.dim() == 2 else rows)
-
-
 class TunedState(LayerState):
     """What is kept on a linear layer some of whose neurons have parameters of their own.
 

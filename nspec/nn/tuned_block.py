@@ -22,7 +22,7 @@ from nspec.kernels.gated_activation import gated_gradients
 from nspec.kernels.neuron_wgrad import neuron_wgrad
 
 from .neurons import NeuronSet
-from .tuned_linear import TunedLayer, cast, flat, plain_class
+from .tuned_linear import TunedLayer, cast, flat, plain_class, put
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -33,15 +33,15 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: TunedBlock, uses: Any, *parameters: Tensor | None) -> Tensor:
         layers = block.projections()
-        for layer, use, rows, bias in zip(layers, uses, parameters[:3], parameters[3:]):
-            layer.bring(use, rows, bias)
+        weights = [layer.weight for layer in layers]
+        _bring(layers, uses, parameters[:3], parameters[3:], weights)
         gate, up, down = layers
         g, u = gate.plain_forward(x), up.plain_forward(x)
         h = _product(block._nspec_activation(g), g, u)
         y = down.plain_forward(h)
         index = next(use.index for use in uses if use is not None)
         ctx.block, ctx.layers, ctx.uses, ctx.kind, ctx.lead = block, layers, uses, block._nspec_kind, x.shape[:-1]
-        ctx.weights, ctx.index = [layer.weight for layer in layers], index
+        ctx.weights, ctx.index = weights, index
         columns = take_columns(flat(h), index) if ctx.needs_input_grad[5] else None
         g, u = flat(g), flat(u)
         if not ctx.needs_input_grad[0]:  # all that a gradient is wanted of
@@ -63,8 +63,7 @@ class _Block(torch.autograd.Function):
         dx = None
         projected = any(ctx.needs_input_grad[one] for one in (3, 4, 6, 7))
         if whole:
-            for layer, use, weight, own, bias in zip(ctx.layers, ctx.uses, ctx.weights, rows, biases):
-                layer.bring(use, own, bias, weight)
+            _bring(ctx.layers, ctx.uses, rows, biases, ctx.weights)
             dh = dy @ cast(down, dy.dtype)
             dg, du, own_dg, own_du = gated_gradients(dh, g, u, ctx.kind, index)
             dx = torch.mm(dg, cast(gate, dg.dtype))
@@ -80,6 +79,11 @@ class _Block(torch.autograd.Function):
             if ctx.needs_input_grad[6 + place]:
                 gradients[3 + place] = own_gradient.sum(0, dtype=biases[place].dtype)
         return dx, None, None, *gradients
+
+
+def _bring(layers: Any, uses: Any, rows: Any, biases: Any, weights: Any) -> None:
+    """Has the weights hold what the pass uses, in one write."""
+    put([one for of in zip(layers, uses, rows, biases, weights) for one in of[0].to_bring(*of[1:])])
 
 
 def _product(activated: Tensor, g: Tensor, u: Tensor) -> Tensor:

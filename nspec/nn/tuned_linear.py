@@ -26,9 +26,10 @@ from nspec.kernels.common.checks import PLAIN
 from nspec.kernels.common.columns import take_columns
 from nspec.kernels.common.derivatives import once, transformed
 from nspec.kernels.neuron_wgrad import neuron_wgrad
+from nspec.kernels.write_neurons import write_neurons_
 
 from .batch import TaskBatch, check_sentences
-from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState, write
+from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState
 from .recompute import backward_pass
 from .state import SwitchedTo
 from .switched import Shared, TaskSwitched
@@ -83,6 +84,17 @@ def flat(x: Tensor) -> Tensor:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor itself where it is of that dtype."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+Write = tuple[Tensor, Tensor, Tensor, bool]
+"""A matrix, the rows of neurons that are put into it, the neurons, and whether they are its columns."""
+
+
+def put(writes: list[Write]) -> None:
+    """Writes rows into weights. Autograd does not see it: a version that rose would keep a backward pass from their use."""
+    if writes:
+        weights, rows, index, columns = zip(*writes)
+        write_neurons_(weights, rows, index, columns)
 
 
 class TunedLayer(TaskSwitched):
@@ -220,26 +232,33 @@ class TunedLayer(TaskSwitched):
 
         They are written each time: that a parameter has changed cannot be seen.
         """
+        put(self.to_bring(use, rows, bias, weight))
+
+    def to_bring(
+        self, use: NeuronSet | None, rows: Tensor | None = None, bias: Tensor | None = None, weight: Any = None
+    ) -> list[Write]:
+        """The rows that :meth:`bring` writes, for :func:`put`; what another task has written is undone here."""
         kept, weight = self._nspec, self.weight if weight is None else weight
+        writes: list[Write] = []
         if kept.content is not None and (use is None or kept.content != use.task):
             for one in kept.sets.values():
                 if one is not None and kept.content in (UNKNOWN, one.task):
-                    self._write(
-                        weight, one.on(weight.device), one.on(weight.device).base, one.on(weight.device).base_bias
-                    )
-            kept.content = None
-        if use is not None and rows is not None:
+                    there = one.on(weight.device)
+                    writes += self._writes(weight, there, there.base, there.base_bias)
+            put(writes)  # by itself: a launch writes its matrices side by side
+            writes, kept.content = [], None
+        if use is not None:
             kept.content = use.task
-            self._write(weight, use.on(weight.device), rows, bias)
-        elif use is not None and bias is not None:
-            kept.content = use.task
-            self._write(weight, use.on(weight.device), None, bias)
+            writes += self._writes(weight, use.on(weight.device), rows, bias)
+        return writes
 
-    def _write(self, weight: Tensor, use: NeuronSet, rows: Tensor | None, bias: Tensor | None) -> None:
+    def _writes(self, weight: Tensor, use: NeuronSet, rows: Tensor | None, bias: Tensor | None) -> list[Write]:
+        found: list[Write] = []
         if rows is not None:
-            write(weight, use.index, rows, self._nspec.dim)
+            found.append((weight.data, rows.detach(), use.index, self._nspec.dim == 1))
         if bias is not None:
-            write(self.bias, use.index, bias, 0)
+            found.append((self.bias.data[None], bias.detach()[:, None], use.index, True))
+        return found
 
     def bring_current(self) -> None:
         """Has the weight hold what the model is switched to, where it may be written to now."""
