@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu
+from ..common import checks, gpu, native
 from ..common.backend import Backend, Choice, choose, explainable
 
 BACKENDS = (
     Backend("triton", f"{__package__}.triton", lambda weights, *_: gpu.why_not(*weights)),
+    Backend("native", f"{__package__}.native", native.why_not),
     Backend("reference", f"{__package__}.reference"),
 )
 
