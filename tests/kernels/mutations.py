@@ -306,7 +306,6 @@ MUTATIONS = [
         ("rows for columns", "target = weight_ptr + number.to(tl.int64)[None, :] * stride + place[:, None]", "target = weight_ptr + place[:, None] * stride + number[None, :]", "places"),
         ("the third matrix", "_put(weight2_ptr, rows2_ptr, index2_ptr,", "_put(weight2_ptr, rows1_ptr, index2_ptr,", "places several"),
         ("more than three", "for start in range(0, len(some), _MOST):", "for start in range(0, _MOST, _MOST):", "several"),
-        ("sizes in one launch", "key=lambda entry: (entry[1].shape, entry[0].device)", "key=lambda entry: entry[0].device", "several"),
     ),
     *_of("row_sparse_adamw", "reference", "reference.py",
         ("decay on inactive rows", "p.mul_(1 - lr * weight_decay)", "param.mul_(1 - lr * weight_decay)", "bits"),
