@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .state import LayerState
 
-UNKNOWN = "?"  # what lies in a weight that was loaded; no task, as those are told apart by their sets
+UNKNOWN = "\0"  # what lies in a weight that was loaded; no name of a task
 
 
 class NeuronSet:

@@ -22,7 +22,8 @@ from nspec.kernels.gated_activation import gated_gradients
 from nspec.kernels.neuron_wgrad import neuron_wgrad
 
 from .neurons import NeuronSet
-from .tuned_linear import TunedLayer, cast, flat, plain_class, put
+from .overlay import cast, flat
+from .tuned_linear import TunedLayer, plain_class, put
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -14,12 +14,10 @@ In both, the gradient of the neurons is computed for them alone, ``[k, d]``.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.kernels.common.checks import PLAIN
@@ -30,6 +28,7 @@ from nspec.kernels.write_neurons import write_neurons_
 
 from .batch import TaskBatch, check_sentences
 from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState
+from .overlay import cast, flat, with_inputs, with_outputs
 from .recompute import backward_pass
 from .state import SwitchedTo
 from .switched import Shared, TaskSwitched
@@ -74,16 +73,6 @@ def rows_gradient(outputs: bool, dy: Tensor, kept: Tensor, index: Tensor, rows: 
     if outputs:
         return neuron_wgrad(dy, kept, index, dtype=rows.dtype)
     return neuron_wgrad(kept, dy, None, dtype=rows.dtype)
-
-
-def flat(x: Tensor) -> Tensor:
-    """Tokens as rows."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor itself where it is of that dtype."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 Write = tuple[Tensor, Tensor, Tensor, bool]
@@ -281,55 +270,16 @@ class TunedLayer(TaskSwitched):
                     self.bring(None)
         parts = [self.of(one) for one in sets]
         if not any(one is not None for one, _, _ in parts):
-            return self._of_base(x)
-        places = _places(x, batch, [None if one is None else one.on(x.device).index for one, _, _ in parts])
-        if self._nspec.outputs:
-            return self._with_outputs(x, parts, places)
-        return self._with_inputs(x, parts, places)
+            return self.of_base(x)
+        replace = with_outputs if self._nspec.outputs else with_inputs
+        return replace(x, self.of_base, parts, batch, self.bias)
 
-    def _of_base(self, x: Tensor) -> Tensor:
+    def of_base(self, x: Tensor) -> Tensor:
         """Of the base, through a node that has the weight hold its rows again in the backward pass."""
         if self.in_place() and torch.is_grad_enabled():
             y: Tensor = _InPlace.apply(x, None, None, self, None)
             return y
         return self.plain_forward(x)
-
-    def _with_outputs(self, x: Tensor, parts: list[Any], places: Any) -> Tensor:
-        y, tokens = self._of_base(x), flat(x)
-        values = []
-        for (one, rows, bias), at in zip(parts, places.tokens):
-            if one is None:
-                continue
-            mine = tokens if at is None else tokens.index_select(0, at)
-            index = one.on(x.device).index
-            if rows is None:
-                value = flat(y).index_select(1, index) if at is None else flat(y)[at[:, None], index[None]]
-                value = value + (bias - one.on(x.device).base_bias).to(value.dtype)
-            else:
-                own = bias if bias is not None else None if self.bias is None else self.bias.index_select(0, index)
-                value = F.linear(cast(mine, y.dtype), cast(rows, y.dtype), None if own is None else cast(own, y.dtype))
-            values.append(value.to(y.dtype))
-        if places.whole is not None:
-            return y.index_copy(y.dim() - 1, places.whole, values[0].view(*y.shape[:-1], -1))
-        together = torch.cat([value.reshape(-1) for value in values])
-        return flat(y).index_put((places.rows, places.columns), together).view(y.shape)
-
-    def _with_inputs(self, x: Tensor, parts: list[Any], places: Any) -> Tensor:
-        tokens = flat(x)
-        if places.whole is not None:
-            (_, rows, _), taken = parts[0], tokens.index_select(1, places.whole)
-            y = self._of_base(x.index_fill(x.dim() - 1, places.whole, 0))
-            return y + (cast(taken, y.dtype) @ cast(rows, y.dtype)).view(y.shape)
-        zeros = tokens.new_zeros(())
-        y = self._of_base(tokens.index_put((places.rows, places.columns), zeros).view(x.shape))
-        added, where = [], []
-        for (one, rows, _), at in zip(parts, places.tokens):
-            if one is not None:
-                index = one.on(x.device).index
-                added.append(cast(tokens[at[:, None], index[None]], y.dtype) @ cast(rows, y.dtype))
-                where.append(at)
-        total = flat(y.new_zeros(y.shape)).index_copy(0, torch.cat(where), torch.cat(added))
-        return y + total.view(y.shape)
 
     # What copies, state dicts and replicas need.
 
@@ -349,35 +299,6 @@ class TunedLayer(TaskSwitched):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (plain_class(self, TunedLayer),), self.__dict__.copy()
-
-
-class _Places:
-    """Where the neurons of the tasks are in the tokens of a batch.
-
-    Attributes:
-        tokens: of each task, int64 ``[n]``; None: all.
-        whole: the neurons, where all tokens are of one task.
-        rows: int64, the token of each number that is replaced, tasks one after another; ``columns`` its neuron.
-    """
-
-    def __init__(
-        self, tokens: list[Tensor | None], whole: Tensor | None, rows: Any = None, columns: Any = None
-    ) -> None:
-        self.tokens, self.whole, self.rows, self.columns = tokens, whole, rows, columns
-
-
-def _places(x: Tensor, batch: TaskBatch | None, indices: list[Tensor | None]) -> _Places:
-    if batch is None:
-        return _Places([None], indices[0])
-    order, _, _ = batch.layout(x)
-    bounds = batch.bounds(x)
-    count = math.prod(x.shape[:-1])
-    order = torch.arange(count, device=x.device) if order is None else order
-    tokens: list[Tensor | None] = [order[start:stop] for start, stop in zip(bounds, bounds[1:])]
-    mine = [(at, index) for at, index in zip(tokens, indices) if at is not None and index is not None]
-    rows = torch.cat([at.repeat_interleave(len(index)) for at, index in mine])
-    columns = torch.cat([index.repeat(len(at)) for at, index in mine])
-    return _Places(tokens, None, rows, columns)
 
 
 @functools.cache
