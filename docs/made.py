@@ -55,6 +55,8 @@ INTRODUCTIONS = {
     "nspec.specialization": "What lies behind [the names of the package](nspec.md): finding blocks and naming layers.",
     "nspec.kernels": "Operators on plain tensors. Every one has the same meaning on every backend; the mathematics and "
     "the layouts are in [The operators](../kernels.md).",
+    "nspec.tuning": "Fine-tuning a few neurons of a frozen model; the names that are used are those of "
+    "[the package](nspec.md).",
     "nspec.baselines": "The methods that neuron specialisation is compared with, for any `nn.Module`.",
     "nspec.analysis": "What masks say about languages: density, overlap, and tests against distances of languages.",
     "nspec.integrations": "In the training loops of other libraries; the names that are used are those of "

@@ -77,6 +77,13 @@ def finetune(
             wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; ``also``
             that matches nothing; a dtype that is not floating.
         TypeError: ``masks`` is not a ``NeuronMasks``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = NeuronMasks({"cy": {"0": torch.arange(8) < 2}})
+        >>> model = finetune(model, masks, quiet=True)
+        >>> {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        {'0.neurons.cy': [2, 4], '0.neuron_biases.cy': [2], '2.neurons.cy': [2, 4]}
     """
     if not isinstance(masks, NeuronMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")

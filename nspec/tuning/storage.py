@@ -67,6 +67,15 @@ def save_neurons(
     Raises:
         ValueError: no such neurons, or an unknown task.
         OSError: a file cannot be written; what was there is unchanged.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> model = nspec.finetune(model, NeuronMasks({"cy": {"0": torch.arange(8) < 2}}), quiet=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_neurons(model, folder)
+        ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
+        ['neurons.json', 'neurons.safetensors']
     """
     layers = {layer.qualified_name: layer for layer in tuned_layers(model)}
     if not layers:
@@ -193,6 +202,17 @@ def load_neurons(
         FileNotFoundError: no file there.
         ValueError: a file that is broken; another base: its rows, its blocks or their sizes differ; a task that is there
             already; sets whose parts or biases differ.
+
+    Example:
+        >>> import copy, tempfile
+        >>> base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> masks = NeuronMasks({"cy": {"0": torch.arange(8) < 2}})
+        >>> model, x = nspec.finetune(copy.deepcopy(base), masks, quiet=True), torch.randn(3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_neurons(model, folder)
+        ...     loaded = load_neurons(base, folder)
+        >>> torch.equal(loaded(x), model(x))
+        True
     """
     stored = dict(_stored(folders))
     first = next(iter(stored.values()))
