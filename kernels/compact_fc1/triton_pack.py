@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..common import checks
+from ..common.kernels import from_neurons_kernel, pack_neurons_kernel
 from ..common.triton_launch import Launcher, Shipped, cdiv, padded, pointer, precision, processors, target_of
 from ..common.triton_tasks import WIDTH_MULTIPLE, Tasks, compact_width, wide
-from ..compact_ffn.triton_kernels import from_neurons_kernel
 from ..compact_ffn.triton_tiles import features_tile
 
 _PACK = {"NEURONS": 64, "FEATURES": 64, "num_warps": 4}
-
-
-@triton.jit
-def pack_neurons_kernel(
-    source_ptr,
-    bias_ptr,
-    index_ptr,
-    out_ptr,
-    out_bias_ptr,
-    index_width,
-    width,
-    features,
-    out_features,
-    neuron_stride,
-    feature_stride,
-    out_neuron_stride,
-    out_feature_stride,
-    BIAS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    FILL: tl.constexpr,
-    NEURONS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Packs neurons with their features, zero beyond them, and the bias, in float32.
-
-    Where a task has no neuron: zero; with FILL the first neuron of the task again. IN_PLACE: its own bias.
-    """
-    task = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
-    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    neuron = tl.load(index_ptr + task * index_width + place, mask=place < index_width, other=-1)
-    if FILL:
-        first = tl.load(index_ptr + task * index_width, mask=index_width > 0, other=-1)
-        neuron = tl.where(neuron < 0, first, neuron)
-    has = neuron >= 0
-    source = source_ptr + neuron[:, None] * neuron_stride + feature.to(tl.int64)[None, :] * feature_stride
-    block = tl.load(source, mask=has[:, None] & (feature < features)[None, :], other=0.0)
-    out = out_ptr + task * width * out_features
-    out += place.to(tl.int64)[:, None] * out_neuron_stride + feature.to(tl.int64)[None, :] * out_feature_stride
-    tl.store(out, block, mask=(place < width)[:, None] & (feature < out_features)[None, :])
-    if BIAS:
-        if IN_PLACE:
-            bias = tl.load(bias_ptr + place, mask=place < index_width, other=0.0)
-        else:
-            bias = tl.load(bias_ptr + neuron, mask=has, other=0.0)
-        here = (place < width) & (tl.program_id(1) == 0)
-        tl.store(out_bias_ptr + task * width + place, bias.to(tl.float32), mask=here)
 
 
 class Pack:

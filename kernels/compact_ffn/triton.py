@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.active import places_of
+from ..common.kernels import from_neurons_kernel
 from ..common.products import Ways, ways
 from ..common.triton_launch import (
     Launcher,
@@ -43,14 +44,7 @@ from ..common.triton_tasks import (
     wide,
 )
 from ..row_sparse_wgrad.triton import Expand, Product
-from .triton_kernels import (
-    constant_kernel,
-    expand_bias_kernel,
-    from_neurons_kernel,
-    pack_fc1_kernel,
-    pack_fc2_kernel,
-    to_neurons_kernel,
-)
+from .kernels import constant_kernel, expand_bias_kernel, pack_fc1_kernel, pack_fc2_kernel, to_neurons_kernel
 from .triton_tiles import CONSTANT, PACK_COLUMNS, PACK_ROWS, expand_bias_launch, features_tile, flattens, neurons_tile
 from .triton_tiles import shipped as shipped
 

@@ -7,18 +7,12 @@ from typing import Any
 
 import torch
 
+from ..common.kernels import from_neurons_kernel, task_sums_kernel
 from ..common.products import launched
 from ..common.triton_launch import INTERPRETER, SMALL, Shipped, pointer
-from ..common.triton_tasks import Tile, task_sums_kernel, task_sums_launch
+from ..common.triton_tasks import Tile, task_sums_launch
 from ..row_sparse_wgrad.triton import precisions
-from .triton_kernels import (
-    constant_kernel,
-    expand_bias_kernel,
-    from_neurons_kernel,
-    pack_fc1_kernel,
-    pack_fc2_kernel,
-    to_neurons_kernel,
-)
+from .kernels import constant_kernel, expand_bias_kernel, pack_fc1_kernel, pack_fc2_kernel, to_neurons_kernel
 
 PACK_ROWS = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 PACK_COLUMNS = {"NEURONS": 64, "OUTPUTS": 64, "num_warps": 4}

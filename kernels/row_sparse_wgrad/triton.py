@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.active import places_of
+from ..common.kernels import expand_kernel, pack_columns_kernel, product_kernel
 from ..common.products import by_library, launched, mm_float32
 from ..common.triton_launch import (
     INTERPRETER,
@@ -40,11 +41,9 @@ from ..common.triton_tasks import (
     column_sums,
     columns_launch,
     compact_width,
-    pack_columns_kernel,
     refuses,
     tasks_of,
 )
-from .triton_kernels import expand_kernel, product_kernel
 
 #: (1 - width / d_ff) d_in from which packing pays for one task: its pass takes as long as 200 to 320 multiplications of
 #: each value (16384 tokens, H100, arithmetic). NOT YET MEASURED: ``python -m bench.gpu.probe --only E5``.
