@@ -14,7 +14,6 @@ from . import gpu
 from .kernels import pack_columns_kernel, task_sums_kernel
 from .triton_launch import Launcher, cdiv, offsets_on
 
-TOKENS = 64  # tokens of a tile of sums
 COLUMNS = 128
 WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,15 +132,10 @@ class Columns(NamedTuple):
 
 def column_sums(grouped: bool, pack: bool) -> Columns:
     """Launches that pack active columns, or only sum all of them; for a plan."""
-    keywords = columns_launch(grouped, pack)
-    return Columns(Launcher(pack_columns_kernel, keywords), keywords["TOKENS"])
-
-
-def columns_launch(grouped: bool, pack: bool) -> dict[str, Any]:
-    """What a launch of ``pack_columns_kernel`` gives by keyword."""
     # Packing 64 tokens with 8 warps, a thread loads its index 32 times, and half as many warps fit (9.0, Triton 3.6).
-    sizes = {"TOKENS": 32, "num_warps": 4} if pack else {"TOKENS": TOKENS, "num_warps": 8}
-    return {"GROUPED": grouped, "PACK": pack, "COLUMNS": COLUMNS, **sizes}
+    sizes: dict[str, Any] = {"TOKENS": 32, "num_warps": 4} if pack else {"TOKENS": 64, "num_warps": 8}
+    keywords = {"GROUPED": grouped, "PACK": pack, "COLUMNS": COLUMNS, **sizes}
+    return Columns(Launcher(pack_columns_kernel, keywords), sizes["TOKENS"])
 
 
 class Sums:
@@ -149,7 +143,9 @@ class Sums:
 
     def __init__(self) -> None:
         self.tiles = column_sums(True, False)
-        self.tasks = Launcher(task_sums_kernel, task_sums_launch())
+        # Few programs, each a chain of loads: the larger the tile, the shorter.
+        keywords = {"GROUPED": True, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
+        self.tasks = Launcher(task_sums_kernel, keywords)
 
     def __call__(self, dense: Tensor, tasks: Tasks) -> Tensor:
         """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
@@ -160,12 +156,6 @@ class Sums:
         grid = (tasks.number, cdiv(columns, COLUMNS), 1)
         self.tasks(grid, sums, out, tasks.offsets, tasks.tokens, columns, self.tiles.tokens)
         return out
-
-
-def task_sums_launch() -> dict[str, Any]:
-    """What a launch of ``task_sums_kernel`` gives by keyword."""
-    # Few programs, each a chain of loads: the larger the tile, the shorter.
-    return {"GROUPED": True, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
 
 
 def whole(matrix: Tensor, columns: int) -> Tensor:

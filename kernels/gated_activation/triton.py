@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.triton_launch import Launcher, Shipped, aligned, cdiv, launching, planned, pointer
+from ..common.triton_launch import Launcher, aligned, cdiv, launching, planned
 from ..common.triton_tasks import DTYPES
 from .kernels import backward_kernel, forward_kernel
 
 _LAUNCH = {"BLOCK": 2048, "num_warps": 4}  # 16 bytes for each thread of the wider wavefronts of AMD too
-_KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def supports(gate: Tensor, up: Tensor, kind: str) -> str | None:
@@ -55,21 +54,3 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     _launch(kind, False, dh, gate, up, dgate, dup)
     return dgate, dup
-
-
-def shipped(target: str) -> list[Shipped]:
-    """Every kernel and configuration that can be launched on a target."""
-    kernels = []
-    for dtype in (torch.bfloat16, torch.float32):
-        p, name = pointer(dtype), str(dtype).removeprefix("torch.")
-        for kind in _KINDS:
-            for label, kernel, names in (
-                ("forward", forward_kernel, ("gate_ptr", "up_ptr", "h_ptr")),
-                ("backward", backward_kernel, ("dh_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),
-            ):
-                signature = {**dict.fromkeys(names, p), "elements": "i32"}
-                keywords = {"KIND": kind, **_LAUNCH}
-                kernels.append(
-                    Shipped(f"{label} {kind} {name}", kernel, signature, keywords, tuple(signature), ("stream",))
-                )
-    return kernels

@@ -24,14 +24,12 @@ from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
     Launcher,
-    Shipped,
     aligned,
     cdiv,
     launching,
     offsets_on,
     padded,
     planned,
-    pointer,
     precision,
     processors,
     rows16,
@@ -77,55 +75,6 @@ def _choose(tiles: list[dict[str, Any]], d_ff: int, tokens: int, programs: int) 
         if cdiv(d_ff, tile["BM"]) * cdiv(tokens, tile["BN"]) >= programs:
             return tile
     return tiles[-1]
-
-
-def _tile_tasks_keywords(tile: dict[str, Any]) -> dict[str, Any]:
-    return {"BN": tile["BN"], "BLOCK": 128, "num_warps": 4}
-
-
-def _straddling_keywords(tile: dict[str, Any], has_valid: bool) -> dict[str, Any]:
-    sizes = {"BN": tile["BN"], "UNIT": tile["UNIT"], "ROWS": 32, "COLUMNS": 128}
-    return {**sizes, "HAS_VALID": has_valid, "num_warps": 4}
-
-
-def shipped(target: str) -> list[Shipped]:
-    """What can be launched on ``target``: each tile, with all that is optional and, in one dtype, without."""
-    found = []
-    lengths = dict.fromkeys(("tokens", "d_ff", "inner", "h_row", "x_row", "w_row"), "i32")
-    variants = [(torch.bfloat16, "ieee", True), (torch.bfloat16, "ieee", False), (torch.float16, "ieee", True)]
-    variants += [(torch.float32, "ieee", True)]
-    if target.startswith("cuda"):
-        variants += [(torch.float32, "tf32", True)]
-    pointers = {"valid": "*u8", "tile_task": "*i32", "counts": "*i64"}
-    for dtype, precise, full in variants:
-        arrays = dict.fromkeys(("x", "weight", "bias", "h"), pointer(dtype)) | pointers
-        optional: dict[str, bool | None] = {"HAS_BIAS": True, "HAS_VALID": True, "HAS_TASKS": True}
-        if not full:
-            absent = ("bias", "valid", "tile_task")
-            arrays = {name: kind for name, kind in arrays.items() if name not in absent}
-            optional = {**dict.fromkeys(optional, False), **dict.fromkeys(absent, None)}
-        for tile in _tiles(target, dtype, precise):
-            found.append(
-                Shipped(
-                    name=f"{pointer(dtype)[1:]} {precise} {tile['BM']}x{tile['BN']} {'full' if full else 'plain'}",
-                    kernel=forward_kernel,
-                    signature={**arrays, **lengths},
-                    launch={**tile, **optional},
-                    divisible=list(arrays),
-                    expect=("product32",) if dtype == torch.float32 else ("product16", "count"),
-                    covered=not full or dtype == torch.float16,
-                )
-            )
-    tile = _tiles(target, torch.bfloat16, "ieee")[0]
-    helpers = [
-        ("tasks of tiles", tile_tasks_kernel, ("offsets", "tile_task"), _tile_tasks_keywords(tile)),
-        ("straddling", count_straddling_kernel, ("h", "valid", "offsets", "counts"), _straddling_keywords(tile, True)),
-    ]
-    pointers = {"h": "*bf16", "offsets": "*i64", **pointers}
-    for name, kernel, given, keywords in helpers:
-        sizes = {size: "i32" for size in (*lengths, "tasks", "columns") if size in kernel.arg_names}
-        found.append(Shipped(name, kernel, {**{a: pointers[a] for a in given}, **sizes}, keywords, given))
-    return found
 
 
 def supports(
@@ -225,9 +174,10 @@ def _plan(
 ) -> _Plan:
     """The launches of calls that are alike in all this; the sizes are not specialised on."""
     tile = next(t for t in _tiles(target_of(device), dtype, precise) if (t["BM"], t["BN"]) == (bm, bn))
+    sizes = {"BN": tile["BN"], "UNIT": tile["UNIT"], "ROWS": 32, "COLUMNS": 128}
     options = {"HAS_BIAS": has_bias, "HAS_VALID": has_valid, "HAS_TASKS": has_tasks}
     return _Plan(
         Launcher(forward_kernel, {**tile, **options}),
-        Launcher(tile_tasks_kernel, _tile_tasks_keywords(tile)),
-        Launcher(count_straddling_kernel, _straddling_keywords(tile, has_valid)),
+        Launcher(tile_tasks_kernel, {"BN": tile["BN"], "BLOCK": 128, "num_warps": 4}),
+        Launcher(count_straddling_kernel, {**sizes, "HAS_VALID": has_valid, "num_warps": 4}),
     )

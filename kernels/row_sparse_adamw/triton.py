@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.checks import PLAIN
-from ..common.triton_launch import INTERPRETER, Launcher, Shipped, cdiv, launching, planned, stream_of, target_of
+from ..common.triton_launch import INTERPRETER, Launcher, cdiv, launching, planned, stream_of, target_of
 from .kernels import adamw_kernel
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -45,32 +45,6 @@ def _keywords(target: str, dtypes: Sequence[torch.dtype], aligned: bool) -> dict
     types = dict(zip("PGMV", (_TYPES[dtype] for dtype in dtypes)))
     sizes = {"GROUPS": elements // wide, "WIDE": wide, "FIELDS": _FIELDS}
     return {**types, **sizes, "num_warps": 4, "enable_fp_fusion": False}
-
-
-def shipped(target: str) -> list[Shipped]:
-    """What is launched on ``target`` for the usual dtypes; other combinations of the three differ in the casts alone."""
-    f32, b16 = torch.float32, torch.bfloat16
-    coefficients = ("decay", "step_size", "one_minus_beta1", "beta2", "one_minus_beta2", "root_correction2", "eps")
-    found = []
-    for name, dtypes in (
-        ("float32", (f32, f32, f32, f32)),
-        ("bfloat16 gradients", (f32, b16, f32, f32)),
-        ("bfloat16 with float32 moments", (b16, b16, f32, f32)),
-        ("bfloat16", (b16, b16, b16, b16)),
-    ):
-        for aligned in (True, False):
-            found.append(
-                Shipped(
-                    name=f"{name}, {'aligned' if aligned else 'element by element'}",
-                    kernel=adamw_kernel,
-                    signature={"table": "*i64", "owner": "*i32", **dict.fromkeys(coefficients, "fp32")},
-                    launch=_keywords(target, dtypes, aligned),
-                    divisible=("table", "owner"),
-                    expect=("unfused", "stream") if aligned else ("unfused",),
-                    covered=not aligned and b16 in dtypes,
-                )
-            )
-    return found
 
 
 def supports(
