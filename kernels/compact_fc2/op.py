@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common import checks, gpu, native
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
 from ..common.derivatives import once, transformed
 from . import reference
 
@@ -106,7 +106,43 @@ class _Eager(torch.autograd.Function):
         return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
 
 
-@explainable
+def _prepare(
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+    if w.dim() != 2:
+        raise ValueError(f"w has shape {list(w.shape)}, expected [d_out, d_ff]")
+    d_out, d_ff = w.shape
+    checks.active_sets(active, d_ff, task_offsets)
+    if b is not None:
+        checks.shape("b", b, [d_out])
+    tasks = active.shape[0] if active.dim() == 2 else 1
+    if constant is not None:
+        if constant.dim() == 2:
+            checks.shape("constant", constant, [tasks, d_ff])
+        elif constant.dim() == 1:
+            checks.shape("constant", constant, [d_ff])
+        elif constant.dim() > 2:
+            raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
+    if index is None:
+        index = active_index(active)
+    checks.shape("index", index, [tasks, None])
+    checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
+    h, constant, w, b = cast_inputs(h, constant, w, b)
+    if constant is not None and constant.dim() < 2:
+        constant = constant.expand(1, d_ff)
+    flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
+    return flat, constant, w, b, index, task_offsets
+
+
+@explainable("compact_fc2", BACKENDS, _prepare)
 def compact_fc2(
     h: Tensor,
     constant: Tensor | None,
@@ -149,41 +185,14 @@ def compact_fc2(
         >>> compact_fc2(h, torch.tensor(0.5), torch.ones(1, 2), None, active).item()
         2.5
     """
-    if w.dim() != 2:
-        raise ValueError(f"w has shape {list(w.shape)}, expected [d_out, d_ff]")
-    d_out, d_ff = w.shape
-    checks.active_sets(active, d_ff, task_offsets)
-    if b is not None:
-        checks.shape("b", b, [d_out])
-    tasks = active.shape[0] if active.dim() == 2 else 1
-    if constant is not None:
-        if constant.dim() == 2:
-            checks.shape("constant", constant, [tasks, d_ff])
-        elif constant.dim() == 1:
-            checks.shape("constant", constant, [d_ff])
-        elif constant.dim() > 2:
-            raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
-    if index is None:
-        index = active_index(active)
-    checks.shape("index", index, [tasks, None])
-    checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
-    h, constant, w, b = cast_inputs(h, constant, w, b)
-    if constant is not None and constant.dim() < 2:
-        constant = constant.expand(1, d_ff)
-    flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
+    args = _prepare(h, constant, w, b, active, task_offsets=task_offsets, index=index)
     y: Tensor
-    by_torch = requested("compact_fc2") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and transformed():
-        answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        y = reference.forward(flat, constant, w, b, index, task_offsets)
-    elif opaque(flat, constant, w, b, index, task_offsets):
-        y = _compact_fc2(flat, constant, w, b, index, task_offsets)
+    if by_torch("compact_fc2"):
+        y = reference.forward(*args)
+    elif opaque(*args):
+        y = _compact_fc2(*args)
     else:
-        args = (flat, constant, w, b, index, task_offsets)
         module = choose("compact_fc2", BACKENDS, *args)
-        y = (
-            _Eager.apply(module, *args, places)
-            if torch.is_grad_enabled() or transformed()
-            else module.forward(*args, places)
-        )
-    return y if h.dim() == 2 else y.view(*h.shape[:-1], d_out)
+        eager = torch.is_grad_enabled() or transformed()
+        y = _Eager.apply(module, *args, places) if eager else module.forward(*args, places)
+    return y if h.dim() == 2 else y.view(*h.shape[:-1], w.shape[0])

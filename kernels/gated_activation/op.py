@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
 from ..common.derivatives import once, transformed
 from . import reference
 
@@ -78,7 +78,16 @@ class _Eager(torch.autograd.Function):
         return None, dgate, dup, None
 
 
-@explainable
+def _prepare(gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor, str]:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    checks.shape("up", up, list(gate.shape))
+    if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
+        raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
+    return gate, up, kind
+
+
+@explainable("gated_activation", BACKENDS, _prepare)
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """What a gated feed-forward block puts between its layers: ``act(gate) · up``, elementwise (SwiGLU, GeGLU, ReGLU).
 
@@ -103,21 +112,11 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         >>> gated_activation(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 3.0]), "relu").tolist()
         [6.0, 0.0]
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    checks.shape("up", up, list(gate.shape))
-    if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
-        raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
-    by_torch = requested("gated_activation") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and transformed():
-        answer("gated_activation", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        return reference.forward(gate, up, kind)
+    args = _prepare(gate, up, kind)
+    if by_torch("gated_activation"):
+        return reference.forward(*args)
     if opaque(gate, up):
-        return _gated_activation(gate, up, kind)
-    module = choose("gated_activation", BACKENDS, gate, up, kind)
-    h: Tensor = (
-        _Eager.apply(module, gate, up, kind)
-        if torch.is_grad_enabled() or transformed()
-        else module.forward(gate, up, kind)
-    )
+        return _gated_activation(*args)
+    module = choose("gated_activation", BACKENDS, *args)
+    h: Tensor = _Eager.apply(module, *args) if torch.is_grad_enabled() or transformed() else module.forward(*args)
     return h

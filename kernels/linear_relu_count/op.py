@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..common import checks, gpu, native
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
-from ..common.derivatives import once, transformed
+from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
+from ..common.derivatives import once
 from . import reference
 
 BACKENDS = (
@@ -94,7 +94,29 @@ class _Eager(torch.autograd.Function):
         return dx, dw, db if ctx.has_bias else None, None, None
 
 
-@explainable
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    task_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [d_ff, d_in]")
+    checks.shape("x", x, [*x.shape[:-1], weight.shape[1]])
+    if bias is not None:
+        checks.shape("bias", bias, [weight.shape[0]])
+    if valid is not None:
+        checks.boolean("valid", valid)
+        checks.shape("valid", valid, x.shape[:-1])
+    if task_offsets is not None:
+        checks.offsets(task_offsets)
+    x, weight, bias = cast_inputs(x, weight, bias)
+    return x.reshape(-1, x.shape[-1]), weight, bias, None if valid is None else valid.reshape(-1), task_offsets
+
+
+@explainable("linear_relu_count", BACKENDS, _prepare)
 def linear_relu_count(
     x: Tensor,
     weight: Tensor,
@@ -128,22 +150,9 @@ def linear_relu_count(
         >>> counts.tolist()
         [1, 1]
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [d_ff, d_in]")
-    checks.shape("x", x, [*x.shape[:-1], weight.shape[1]])
-    if bias is not None:
-        checks.shape("bias", bias, [weight.shape[0]])
-    if valid is not None:
-        checks.boolean("valid", valid)
-        checks.shape("valid", valid, x.shape[:-1])
-    if task_offsets is not None:
-        checks.offsets(task_offsets)
-    x, weight, bias = cast_inputs(x, weight, bias)
-    flat_valid = None if valid is None else valid.reshape(-1)
-    if requested("linear_relu_count") == "auto" and not torch.compiler.is_compiling() and transformed():
-        answer("linear_relu_count", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        h, counts = reference.forward(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
-        return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts
-    compute = _linear_relu_count if opaque(x, weight, bias) else _Eager.apply
-    h, counts = compute(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
+    args = _prepare(x, weight, bias, valid=valid, task_offsets=task_offsets)
+    if by_torch("linear_relu_count"):
+        h, counts = reference.forward(*args)
+    else:
+        h, counts = (_linear_relu_count if opaque(*args[:3]) else _Eager.apply)(*args)
     return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts
