@@ -23,8 +23,8 @@ from .transforms import in_transform, outside_transforms
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
 
-# The optimiser sees parameters, not modules, and wrappers replace parameters: the layers are known, and asked for the
-# parameter that they have now.
+# For optimisers that are given parameters and no model: a parameter does not know its layer, cannot be told (what is put on
+# it is lost in copies and breaks pickles), and wrappers replace it. The layers are asked for the one that they have now.
 _LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -395,12 +395,7 @@ class MaskedLinear(Masked, nn.Linear):
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 
 
-def owners() -> dict[int, Any]:
-    """The specialised layers that there are, by the ``id`` of the weight that each has now."""
-    return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, Masked)}
-
-
-def makers() -> dict[int, Any]:
-    """The specialised layers whose weight is made anew in each pass, by the ``id`` of each parameter that it is made of."""
-    remade = [one for one in list(_LAYERS) if isinstance(one, Masked) and "weight" not in one._parameters]
-    return {id(p): layer for layer in remade for name, p in layer.named_parameters() if name != "bias"}
+def masked_layers(model: nn.Module | None) -> list[Masked]:
+    """The layers of a model that can be masked; without one, all that there are in the process."""
+    layers = list(_LAYERS) if model is None else model.modules()
+    return [layer for layer in layers if isinstance(layer, Masked)]
