@@ -172,7 +172,7 @@ class Masked(nn.Module):
         active, batch = use = self._begin(x)
         if active is None:
             return self._dense(use, x)
-        x, weight, bias = self._noted(use, x, self.note_use(active, self.weight), self.bias)
+        x, weight, bias = self._nspec.note(use, x, self.note_use(active, self.weight), self.bias)
         weight = weight.t() if self.transposed else weight
         active = active.on(weight.device)
         keep(x.device, active)
@@ -190,8 +190,8 @@ class Masked(nn.Module):
         """What the layer computes without active neurons."""
         plain = self._nspec.plain
         if plain is None:
-            return F.linear(*self._noted(use, x, self.note_use(None, self.weight), self.bias))
-        (x,) = self._noted(use, x)
+            return F.linear(*self._nspec.note(use, x, self.note_use(None, self.weight), self.bias))
+        (x,) = self._nspec.note(use, x)
         y: Tensor = plain.forward(self, x)
         return self.note_use(None, y) if self.weight.requires_grad else y
 
@@ -217,10 +217,6 @@ class Masked(nn.Module):
             batch.check(x)
             use = active, None if batch.single else batch
         return use
-
-    def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
-        """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
-        return tensors if torch.compiler.is_compiling() else self._nspec.passes.note(use, *tensors)
 
     # What the optimiser needs to know: the rows that the gradient of the weight is made of.
 

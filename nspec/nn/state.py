@@ -61,6 +61,10 @@ class LayerState:
                 return self.passes.recomputed()
         return self.use, self.batch
 
+    def note(self, use: Use, *tensors: Any) -> tuple[Any, ...]:
+        """Remembers a pass in case it is computed again; the layer goes on with the tensors returned."""
+        return tensors if torch.compiler.is_compiling() else self.passes.note(use, *tensors)
+
     def replica(self) -> Any:
         """The state of a replica of the layer, which runs in a thread of its own."""
         return copy.copy(self)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .lass import TaskMaskedWeight
+from .layer import LassLinear
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def kept_weights_only(model: nn.Module, optimizer: torch.optim.Optimizer, tasks:
     Raises:
         ValueError: the model has no weight masks, or one of the tasks has none.
     """
-    masked = [module for module in model.modules() if isinstance(module, TaskMaskedWeight)]
+    masked = [module for module in model.modules() if isinstance(module, LassLinear)]
     if not masked:
         raise ValueError(f"{type(model).__name__} has no weight masks: call apply_weight_masks(model, masks) first")
     names = list(dict.fromkeys(tasks))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks
 
 TASKS = ("en-de", "de-en", "en-fr")
 
