@@ -12,6 +12,7 @@ from torch import nn
 
 from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer
 from nspec.nn.masked_linear import Masked, Mode, check_mode
+from nspec.nn.state import Around
 from nspec.nn.switched import Shared, TaskSwitched
 from nspec.nn.task_layers import TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 
@@ -29,9 +30,7 @@ from .layers import (
 from .masks import NeuronMasks
 from .naming import Layer
 from .patterns import alike, nearest
-from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
-
-_BEFORE = "_nspec_before"  # on a module of which an attribute was changed: what it was
+from .tasks import calls_its_class, check_task, refuse_other_threads, specialized_layers
 
 
 def specialize(
@@ -101,7 +100,7 @@ def specialize(
         changes += [(module, name, 0.0) for block in blocks for module, name, _ in _dropouts(block, activation_dropout)]
     for module, name, value in changes:
         before = (module.__dict__[name],) if name in module.__dict__ else ()
-        module.__dict__.setdefault(_BEFORE, {}).setdefault(name, before)
+        Around.of(module).before.setdefault(name, before)
         setattr(module, name, value)
     shared = Shared()
     for block in blocks:
@@ -122,7 +121,7 @@ def specialize(
             first = first or layer
             _rebind(layer)
             holder, _, attribute = layer.qualified_name.rpartition(".")
-            model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = layer.qualified_name
+            Around.of(model.get_submodule(holder)).places[attribute] = layer.qualified_name
     return model
 
 
@@ -245,9 +244,10 @@ def despecialize(model: nn.Module) -> nn.Module:
         layer.__class__ = plain
         _rebind(layer)
     for module in modules:
-        module.__dict__.pop(PLACES, None)
-        for name, before in module.__dict__.pop(_BEFORE, {}).items():
-            setattr(module, name, *before) if before else delattr(module, name)
+        if isinstance(around := module.__dict__.get("_nspec"), Around):
+            del module.__dict__["_nspec"]
+            for name, before in around.before.items():
+                setattr(module, name, *before) if before else delattr(module, name)
     return model
 
 

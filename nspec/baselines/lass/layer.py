@@ -267,6 +267,6 @@ class LassLinear(nn.Linear, TaskSwitched):
         return f"{super().extra_repr()}, tasks={len(self._nspec.masks)}, task={self.task}"
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()
         replica._nspec = self._nspec.replica()
         return replica
