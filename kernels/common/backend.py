@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import gpu, native
 from .checks import PLAIN
 from .derivatives import transformed
 
@@ -93,6 +94,22 @@ class Backend:
             return reason
         supports = getattr(self.implementation, "supports", None)
         return None if supports is None else supports(*args)
+
+
+def standard(package: str, casts: bool = False) -> tuple[Backend, ...]:
+    """The backends of most operators, by the package of the operator; ``casts``: of Triton's."""
+    return (
+        Backend("triton", f"{package}.triton", gpu.why_not, casts=casts),
+        Backend("native", f"{package}.native", native.why_not),
+        Backend("reference", f"{package}.reference"),
+    )
+
+
+def torch_operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator ``nspec::name`` of PyTorch: what it computes, and the shapes of that for a compiler."""
+    operator = torch.library.custom_op(f"nspec::{name}", compute, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
 def requested(operator: str) -> str:

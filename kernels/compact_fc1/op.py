@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -30,30 +26,22 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_fc1", mutates_args=())
-def _compact_fc1(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
-    args = (x, w, b, index, task_offsets)
-    return choose("compact_fc1", BACKENDS, *args).forward(*args)
-
-
-@_compact_fc1.register_fake
-def _(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], index.shape[1]))
-
-
-@torch.library.custom_op("nspec::compact_fc1_backward", mutates_args=())
-def _compact_fc1_backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose("compact_fc1", BACKENDS, x, w, None, index, task_offsets)
-    return backend.backward(dz, x, w, index, task_offsets, has_b)
-
-
-@_compact_fc1_backward.register_fake
-def _(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
+_compact_fc1 = torch_operator(
+    "compact_fc1",
+    "(Tensor x, Tensor w, Tensor? b, Tensor index, Tensor? task_offsets) -> Tensor",
+    lambda *args: choose("compact_fc1", BACKENDS, *args).forward(*args),
+    lambda x, w, b, index, task_offsets: x.new_empty((x.shape[0], index.shape[1])),
+)
+_compact_fc1_backward = torch_operator(
+    "compact_fc1_backward",
+    "(Tensor dz, Tensor x, Tensor w, Tensor index, Tensor? task_offsets, bool has_b) -> (Tensor, Tensor, Tensor)",
+    lambda dz, x, w, index, task_offsets, has_b: (
+        choose("compact_fc1", BACKENDS, x, w, None, index, task_offsets)
+    ).backward(dz, x, w, index, task_offsets, has_b),
+    lambda dz, x, w, index, task_offsets, has_b: (
+        (x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0))
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -31,35 +27,26 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_fc2", mutates_args=())
-def _compact_fc2(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> Tensor:
-    args = (h, constant, w, b, index, task_offsets)
-    return choose("compact_fc2", BACKENDS, *args).forward(*args)
-
-
-@_compact_fc2.register_fake
-def _(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> Tensor:
-    return h.new_empty((h.shape[0], w.shape[0]))
-
-
-@torch.library.custom_op("nspec::compact_fc2_backward", mutates_args=())
-def _compact_fc2_backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
-    return backend.backward(dy, h, constant, w, index, task_offsets, has_b)
-
-
-@_compact_fc2_backward.register_fake
-def _(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dc = w.new_empty(0 if constant is None else constant.shape)
-    return h.new_empty(h.shape), dc, w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
+_compact_fc2 = torch_operator(
+    "compact_fc2",
+    "(Tensor h, Tensor? constant, Tensor w, Tensor? b, Tensor index, Tensor? task_offsets) -> Tensor",
+    lambda *args: choose("compact_fc2", BACKENDS, *args).forward(*args),
+    lambda h, constant, w, b, index, task_offsets: h.new_empty((h.shape[0], w.shape[0])),
+)
+_compact_fc2_backward = torch_operator(
+    "compact_fc2_backward",
+    "(Tensor dy, Tensor h, Tensor? constant, Tensor w, Tensor index, Tensor? task_offsets, bool has_b)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, h, constant, w, index, task_offsets, has_b: (
+        choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
+    ).backward(dy, h, constant, w, index, task_offsets, has_b),
+    lambda dy, h, constant, w, index, task_offsets, has_b: (
+        h.new_empty(h.shape),
+        w.new_empty(0 if constant is None else constant.shape),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape[:1] if has_b else 0),
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import compute_dtype
-from ..common.backend import PREFERRED, TORCH_FUNC, Backend, Choice, choose, explainable, opaque, requested, watched
+from ..common.backend import (
+    PREFERRED,
+    TORCH_FUNC,
+    Backend,
+    Choice,
+    choose,
+    explainable,
+    opaque,
+    requested,
+    standard,
+    torch_operator,
+    watched,
+)
 from ..common.derivatives import batched, once, transformed
 from . import dense
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not, casts=True),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__, casts=True)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -32,56 +40,35 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_ffn", mutates_args=())
-def _compact_ffn(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    args = (x, w1, b1, w2, b2, index, task_offsets)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     y, kept = choose("compact_ffn", BACKENDS, *args).forward(*args)
     return y, kept[0]
 
 
-@_compact_ffn.register_fake
-def _(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1]))
-
-
-@torch.library.custom_op("nspec::compact_ffn_backward", mutates_args=())
-def _compact_ffn_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    index: Tensor,
-    task_offsets: Tensor | None,
-    h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
-    dx, dw1, db1, dw2, db2 = backend.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, *rest[:2])
+    dx, dw1, db1, dw2, db2 = backend.backward(dy, x, w1, b1, w2, *rest)
     return dx, dw1, w1.new_zeros(len(w1)) if db1 is None else db1, dw2, db2
 
 
-@_compact_ffn_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    index: Tensor,
-    task_offsets: Tensor | None,
-    h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
+_compact_ffn = torch_operator(
+    "compact_ffn",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor index, Tensor? task_offsets) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, w1, b1, w2, b2, index, task_offsets: (
+        (x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1])))
+    ),
+)
+_compact_ffn_backward = torch_operator(
+    "compact_ffn_backward",
+    "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor index, Tensor? task_offsets, Tensor h)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dy, x, w1, b1, w2, index, task_offsets, h: (
         x.new_empty(x.shape),
-        w1.new_empty(w1.shape),
-        w1.new_empty(w1.shape[:1]),
-        w2.new_empty(w2.shape),
-        w2.new_empty(w2.shape[:1]),
-    )
+        *(part for w in (w1, w2) for part in (w.new_empty(w.shape), w.new_empty(w.shape[:1]))),
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

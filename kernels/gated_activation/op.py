@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
+from ..common import checks
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -29,24 +25,18 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::gated_activation", mutates_args=())
-def _gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return choose("gated_activation", BACKENDS, gate, up, kind).forward(gate, up, kind)
-
-
-@_gated_activation.register_fake
-def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("nspec::gated_activation_backward", mutates_args=())
-def _gated_activation_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return choose("gated_activation", BACKENDS, gate, up, kind).backward(dh, gate, up, kind)
-
-
-@_gated_activation_backward.register_fake
-def _(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+_gated_activation = torch_operator(
+    "gated_activation",
+    "(Tensor gate, Tensor up, str kind) -> Tensor",
+    lambda *args: choose("gated_activation", BACKENDS, *args).forward(*args),
+    lambda gate, up, kind: gate.new_empty(gate.shape),
+)
+_gated_activation_backward = torch_operator(
+    "gated_activation_backward",
+    "(Tensor dh, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
+    lambda dh, *args: choose("gated_activation", BACKENDS, *args).backward(dh, *args),
+    lambda dh, gate, up, kind: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

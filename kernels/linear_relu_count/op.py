@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, by_torch, choose, explainable, opaque
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -28,31 +24,23 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::linear_relu_count", mutates_args=())
-def _linear_relu_count(
-    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    args = (x, weight, bias, valid, task_offsets)
-    return choose("linear_relu_count", BACKENDS, *args).forward(*args)
-
-
-@_linear_relu_count.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    tasks = 1 if task_offsets is None else task_offsets.shape[0] - 1
-    d_ff = weight.shape[0]
-    return x.new_empty((x.shape[0], d_ff)), x.new_empty((tasks, d_ff), dtype=torch.int64)
-
-
-@torch.library.custom_op("nspec::linear_relu_count_backward", mutates_args=())
-def _backward(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.backward(dh, x, weight, h)
-
-
-@_backward.register_fake
-def _(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+_linear_relu_count = torch_operator(
+    "linear_relu_count",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? valid, Tensor? task_offsets) -> (Tensor, Tensor)",
+    lambda *args: choose("linear_relu_count", BACKENDS, *args).forward(*args),
+    lambda x, weight, bias, valid, task_offsets: (
+        x.new_empty((x.shape[0], weight.shape[0])),
+        x.new_empty((1 if task_offsets is None else task_offsets.shape[0] - 1, weight.shape[0]), dtype=torch.int64),
+    ),
+)
+_backward = torch_operator(
+    "linear_relu_count_backward",
+    "(Tensor dh, Tensor x, Tensor weight, Tensor h) -> (Tensor, Tensor, Tensor)",
+    reference.backward,
+    lambda dh, x, weight, h: (
+        (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, choose, explainable
+from ..common import checks
+from ..common.backend import Choice, choose, explainable, standard
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:

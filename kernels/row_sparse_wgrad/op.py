@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index, rows_of
-from ..common.backend import Backend, Choice, choose, explainable, opaque
+from ..common.backend import Choice, choose, explainable, opaque, standard, torch_operator
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -27,15 +23,12 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::row_sparse_wgrad", mutates_args=())
-def _row_sparse_wgrad(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    args = (dh, x, index, task_offsets)
-    return choose("row_sparse_wgrad", BACKENDS, *args).forward(*args)
-
-
-@_row_sparse_wgrad.register_fake
-def _(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    return dh.new_empty((dh.shape[1], x.shape[1])), dh.new_empty(dh.shape[1])
+_row_sparse_wgrad = torch_operator(
+    "row_sparse_wgrad",
+    "(Tensor dh, Tensor x, Tensor index, Tensor? task_offsets) -> (Tensor, Tensor)",
+    lambda *args: choose("row_sparse_wgrad", BACKENDS, *args).forward(*args),
+    lambda dh, x, index, task_offsets: (dh.new_empty((dh.shape[1], x.shape[1])), dh.new_empty(dh.shape[1])),
+)
 
 
 @torch.library.custom_op("nspec::row_sparse_wgrad_add_", mutates_args=("total",))
