@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .storage import Kind, Stacked, reading, save_stacked
-from .tensors import TaskTensors, check_same_layers, each
+from .tensors import TaskTensors, check_same_layers, each, neurons
 
 _KIND = Kind("counts", ("I32", "I64"))
 
@@ -88,7 +88,7 @@ class ActivationCounts(TaskTensors):
                 if theirs is not None:
                     tokens[task] = dict(theirs)
                 continue
-            check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers})
+            check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers}, neurons)
             joined[task] = {layer: _sum(task, layer, mine[layer], count) for layer, count in layers.items()}
             if theirs is None:
                 tokens.pop(task, None)  # of one part it is not known
