@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -205,10 +206,13 @@ def explainable(
     """
 
     def decorate(compute: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(compute)
+
         @functools.wraps(compute)
         def call(*args: Any, explain: bool = False, **kwargs: Any) -> Any:
             if not explain:
                 return compute(*args, **kwargs)
+            signature.bind(*args, **kwargs)  # a call that could not compute is not explained
             prepared = prepare(*args, **kwargs)
             if isinstance(prepared, Choice):
                 return prepared

@@ -77,6 +77,8 @@ def test_explain_answers_for_the_arguments_and_computes_nothing(monkeypatch: pyt
     assert "triton: " in choice.reason
     with pytest.raises(ValueError, match="x has shape"):
         asked(linear_relu_count, one, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
+        asked(row_sparse_adamw_, *state, [rows], step=1)
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
