@@ -7,7 +7,7 @@ apart; ``test_compiled.py`` wants every kernel among their launches, and ``test_
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import itertools
 import pkgutil
 import sys
@@ -25,7 +25,6 @@ import nspec.kernels
 from nspec.kernels.common import products, triton_launch
 from nspec.kernels.common.active import active_index
 
-HALF = (torch.bfloat16, torch.float16)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 #: What the machine code must have beside no spills, see ``test_compiled.py``. Products by the dtype of their operands.
 PRODUCTS = ("common/product", "common/from_neurons", "compact_ffn/to_neurons", "linear_relu_count/forward")
@@ -109,7 +108,7 @@ def described(launcher: triton_launch.Launcher, args: tuple[Any, ...]) -> Record
     constants: dict[str, Any] = {name: value for name, value in keywords.items() if name not in OPTIONS}
     divisible = []
     for param, value in zip(kernel.params, args):
-        if value is None or (value == 1 if type(value) is int and not param.do_not_specialize else False):
+        if value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
             constants[param.name] = value
             continue
         if isinstance(value, Tensor):
