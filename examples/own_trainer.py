@@ -74,7 +74,7 @@ def main(sentences: int = 64) -> None:
             use_cpu=True,  # a model as small as this is as fast there
             dataloader_pin_memory=False,
         )
-        optimizer = nspec.RowSparseAdamW(model.parameters(), lr=settings.learning_rate)
+        optimizer = nspec.RowSparseAdamW(model.parameters(), lr=settings.learning_rate, model=model)
         trainer = MyTrainer(model, settings, train_dataset=train, eval_dataset=test, optimizers=(optimizer, None))
         trainer.train()
         scores = trainer.evaluate()  # a data set for each task here; batches may mix them in evaluation too

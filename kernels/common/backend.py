@@ -13,9 +13,9 @@ an error, never a quiet fallback.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import gpu, native
 from .checks import PLAIN
+from .derivatives import transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +42,10 @@ OPERATORS = (
     "write_neurons",
     "row_sparse_adamw",
 )
+
+
+PREFERRED = "preferred, and it takes the call"
+TORCH_FUNC = "torch.func knows the derivatives of PyTorch's operations only"
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,22 @@ class Backend:
         return None if supports is None else supports(*args)
 
 
+def standard(package: str, casts: bool = False) -> tuple[Backend, ...]:
+    """The backends of most operators, by the package of the operator; ``casts``: of Triton's."""
+    return (
+        Backend("triton", f"{package}.triton", gpu.why_not, casts=casts),
+        Backend("native", f"{package}.native", native.why_not),
+        Backend("reference", f"{package}.reference"),
+    )
+
+
+def torch_operator(name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator ``nspec::name`` of PyTorch: what it computes, and the shapes of that for a compiler."""
+    operator = torch.library.custom_op(f"nspec::{name}", compute, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
 def requested(operator: str) -> str:
     """The backend that ``NSPEC_BACKEND`` asks for, or ``auto``.
 
@@ -134,29 +156,33 @@ def opaque(*tensors: Tensor | None) -> bool:
     )
 
 
-class _Answer(Exception):
-    """Carries a choice out of an operator that was asked to explain and not to compute."""
-
-
-_asked: contextvars.ContextVar[bool] = contextvars.ContextVar("nspec_explain", default=False)
-
-
 def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Any:
     """The module of the backend that computes ``operator(*args)``.
 
     Raises:
         ValueError: ``NSPEC_BACKEND`` asks for a backend that the operator does not have or that refuses these arguments.
     """
+    return _taken(operator, backends, requested(operator), args)[0].implementation
+
+
+def explained(operator: str, backends: Sequence[Backend], *args: Any) -> Choice:
+    """What :func:`choose` takes for these arguments, and why; raises as it does."""
     wanted = requested(operator)
+    taken, passed_over = _taken(operator, backends, wanted, args)
+    alone = "the only backend of this operator" if len(backends) == 1 else PREFERRED
+    why = "asked for by NSPEC_BACKEND" if wanted != "auto" else "; ".join(passed_over) or alone
+    return Choice(operator, taken.name, why)
+
+
+def _taken(operator: str, backends: Sequence[Backend], wanted: str, args: Sequence[Any]) -> tuple[Backend, list[str]]:
+    """The backend that takes a call, and why those before it do not."""
     passed_over: list[str] = []
     for backend in backends:
         if wanted not in ("auto", backend.name):
             continue
         reason = backend.refuses(*args)
         if reason is None:
-            if _asked.get():
-                raise _Answer(Choice(operator, backend.name, _why(backend, backends, wanted, passed_over)))
-            return backend.implementation
+            return backend, passed_over
         if wanted == backend.name:
             raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} cannot take it here: {reason}")
         passed_over.append(f"{backend.name}: {reason}")
@@ -164,37 +190,41 @@ def choose(operator: str, backends: Sequence[Backend], *args: Any) -> Any:
     raise ValueError(f"NSPEC_BACKEND asks for {wanted!r}, but {operator} has: {have}")
 
 
-def answer(operator: str, name: str, reason: str) -> None:
-    """For what an operator computes without a backend: ends the call where it was asked to explain."""
-    if _asked.get():
-        raise _Answer(Choice(operator, name, reason))
+def by_torch(operator: str) -> bool:
+    """Whether a call is computed from PyTorch's operations, since ``torch.func`` knows the derivatives of these alone."""
+    return requested(operator) == "auto" and not torch.compiler.is_compiling() and transformed()
 
 
-def _why(taken: Backend, backends: Sequence[Backend], wanted: str, passed_over: Sequence[str]) -> str:
-    if wanted != "auto":
-        return "asked for by NSPEC_BACKEND"
-    if passed_over:
-        return "; ".join(passed_over)
-    return "the only backend of this operator" if len(backends) == 1 else "preferred, and it takes the call"
+def explainable(
+    operator: str, backends: Sequence[Backend], prepare: Callable[..., Any], composed: str | None = "reference"
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Gives a public operator the keyword ``explain``: with True, it returns the :class:`Choice` and does not compute.
 
+    Args:
+        operator: its name.
+        backends: as for :func:`choose`.
+        prepare: checks the operator's arguments and gives those of its backends, or the choice itself.
+        composed: what computes where :func:`by_torch` says so; None: no such thing.
+    """
 
-def explainable(operator: Callable[P, R]) -> Callable[P, R]:
-    """Gives a public operator the keyword ``explain``: with True, it returns the :class:`Choice` and does not compute."""
+    def decorate(compute: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(compute)
 
-    @functools.wraps(operator)
-    def call(*args: Any, explain: bool = False, **kwargs: Any) -> Any:
-        if not explain:
-            return operator(*args, **kwargs)
-        token = _asked.set(True)
-        try:
-            operator(*args, **kwargs)
-        except _Answer as answer:
-            return answer.args[0]
-        finally:
-            _asked.reset(token)
-        raise AssertionError(f"{operator.__name__} did not choose a backend")
+        @functools.wraps(compute)
+        def call(*args: Any, explain: bool = False, **kwargs: Any) -> Any:
+            if not explain:
+                return compute(*args, **kwargs)
+            signature.bind(*args, **kwargs)  # a call that could not compute is not explained
+            prepared = prepare(*args, **kwargs)
+            if isinstance(prepared, Choice):
+                return prepared
+            if composed is not None and by_torch(operator):
+                return Choice(operator, composed, TORCH_FUNC)
+            return explained(operator, backends, *prepared)
 
-    return call  # type: ignore[return-value]
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:

@@ -53,13 +53,6 @@ def ways(dtype: torch.dtype, task_offsets: Tensor | None) -> Ways:
     return Ways(*[by_library(product, dtype, task_offsets) for product in Ways._fields])
 
 
-def launched(product: str, dtype: torch.dtype, several: bool, target: str) -> bool:
-    """Whether :func:`by_library` ever leaves ``product`` to our kernel on a target, for one task or for several."""
-    if several or (product == "dw" and dtype != torch.float32 and target.startswith("hip")):
-        return True
-    return (LIBRARY_FLOAT32 if dtype == torch.float32 else LIBRARY)[product] == NEVER
-
-
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32, summed in float32, whatever the dtype of ``a`` and ``b``."""
     if a.dtype == torch.float32:

@@ -1,8 +1,7 @@
-"""How Triton kernels are launched here: for which target, with which workspace, and what the compile check compiles.
+"""How Triton kernels are launched here: for which target, and with which workspace.
 
-A *target* names a family of devices that share block sizes (:func:`target_of`). Each ``triton.py`` has one function that
-chooses the block sizes for a target; the launch uses it, and so does its ``shipped(target)``, which lists every kernel
-and configuration that can be launched there. ``tests/kernels/compiled`` compiles that list without a GPU.
+A *target* names a family of devices that share block sizes (:func:`target_of`). Every launch goes through
+:class:`Launcher`; ``tests/kernels/compiled`` records there what is launched for a target, and compiles it without a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -30,59 +28,6 @@ PLANS = 1024  # kept for each pass of an operator: one for each layer's width an
 #: NVIDIA devices with 100 KB of shared memory for a program: 8.6, 8.9 and 12.x. The oldest gives the name.
 SMALL = "cuda:86"
 INTERPRETER = "interpreter"
-
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """One kernel as it can be launched on a target.
-
-    Attributes:
-        name: what it is, unique in the operator: ``"forward bf16 128x256"``.
-        kernel: the function under ``triton.jit``.
-        signature: Triton type of each argument that is no constexpr, in any order: ``{"x": "*bf16", "tokens": "i32"}``.
-        launch: what the launch gives by keyword: constexprs, and ``num_warps``, ``num_stages``, ``enable_fp_fusion``;
-            also the arguments that are None.
-        divisible: arguments that are multiples of 16 (addresses of fresh tensors are; integers under
-            ``do_not_specialize`` must not be named).
-        expect: what the machine code must have beside no spills, of ``product16`` (tensor cores on 16-bit operands, wide
-            loads in the main loop), ``product32`` (wide loads alone), ``count`` (few shuffles), ``stream`` (all
-            accesses to the tensors 128 bits wide), ``unfused`` (no multiply-add that the source does not have).
-        covered: whether another kernel of the list has these block sizes and does as much or more: with a bias, for
-            several tasks, in another 16-bit dtype. The compile check leaves such kernels out for some targets.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    launch: Mapping[str, Any]
-    divisible: Sequence[str] = ()
-    expect: Sequence[str] = ()
-    covered: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The compiler's options among ``launch``."""
-        return {name: value for name, value in self.launch.items() if name in _OPTIONS}
-
-    @property
-    def constexprs(self) -> dict[str, Any]:
-        """The kernel's constants among ``launch``."""
-        return {name: value for name, value in self.launch.items() if name not in _OPTIONS}
-
-
-def pointer(dtype: torch.dtype) -> str:
-    """Triton's name of a pointer to ``dtype``: ``"*bf16"``."""
-    return "*" + _TYPES[dtype]
 
 
 @functools.cache

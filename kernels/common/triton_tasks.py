@@ -1,8 +1,6 @@
 """Tokens sorted by task, and columns by active set: what the kernels of ``row_sparse_wgrad`` and ``compact_ffn`` share.
 
-The tokens of each task are cut into tiles of their own, so that no tile has tokens of two tasks. How many tiles there are
-depends on the offsets, which may be on the device and are never read by the host: grids come from :func:`most_tiles`, an
-upper bound, and a program finds its tile by :func:`token_tile`. The order of every sum follows from the offsets alone.
+The kernels are in ``kernels.py``, which says how tokens are cut into tiles.
 """
 
 from __future__ import annotations
@@ -10,14 +8,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import gpu
+from .kernels import pack_columns_kernel, task_sums_kernel
 from .triton_launch import Launcher, cdiv, offsets_on
 
-TOKENS = 64  # tokens of a tile of sums
 COLUMNS = 128
 WIDTH_MULTIPLE = 64  # of packed columns; the compact layout has it, the in-place layout is padded to it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,94 +104,6 @@ def refuses(tensors: tuple[Tensor | None, ...], index: Tensor, tokens: int, same
     return None if smallest else "a layer has no features"
 
 
-@triton.jit
-def task_end(offsets_ptr, task, start, tokens, GROUPED: tl.constexpr):
-    """The first token behind a task whose first is ``start``: 0, or the end of the task before."""
-    if GROUPED:
-        # Offsets on a device are not checked. Wrong ones give wrong numbers, but whatever they are, tasks follow one
-        # another within the tokens and have no more tiles than Tasks.most_tiles: nothing outside the tensors is touched.
-        # In 32 bits, which take fewer registers: clamped, it does not matter what the upper half was.
-        return tl.minimum(tl.maximum(tl.load(offsets_ptr + task + 1).to(tl.int32), start), tokens)
-    else:
-        return tokens
-
-
-@triton.jit
-def token_tile(offsets_ptr, tile, size, tokens, tasks, GROUPED: tl.constexpr):
-    """The task of a tile of ``size`` tokens, its first token, and the first token behind the task.
-
-    Beyond the last tile, the first token is not below the one behind the task.
-    """
-    if GROUPED:
-        task = tl.zeros((), tl.int32)
-        start = tl.zeros((), tl.int32)
-        stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
-        count = tl.cdiv(stop - start, size)
-        while (tile >= count) & (task < tasks - 1):
-            tile -= count
-            task += 1
-            start = stop
-            stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
-            count = tl.cdiv(stop - start, size)
-        return task, start + tile * size, stop
-    else:
-        return tl.zeros((), tl.int32), tile * size, tokens
-
-
-@triton.jit
-def tiles_before(offsets_ptr, task, size, tokens, GROUPED: tl.constexpr):
-    """How many tiles the tasks before ``task`` have, and the first token behind them."""
-    count = tl.zeros((), tl.int32)
-    start = tl.zeros((), tl.int32)
-    if GROUPED:
-        for earlier in range(task):
-            stop = task_end(offsets_ptr, earlier, start, tokens, GROUPED)
-            count += tl.cdiv(stop - start, size)
-            start = stop
-    return count, start
-
-
-@triton.jit(do_not_specialize=["tokens", "tasks"])
-def pack_columns_kernel(
-    dense_ptr,
-    packed_ptr,
-    sums_ptr,
-    index_ptr,
-    places_ptr,
-    offsets_ptr,
-    tokens,
-    tasks,
-    columns,
-    width,
-    dense_stride,
-    packed_stride,
-    GROUPED: tl.constexpr,
-    PACK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One tile of tokens, one block of columns: their sums over the tokens, and the active ones among them, compact."""
-    tile = tl.program_id(0)
-    task, first, stop = token_tile(offsets_ptr, tile, TOKENS, tokens, tasks, GROUPED)
-    token = first + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real = column < columns
-    there = (token < stop)[:, None]
-    row_ptr = dense_ptr + token.to(tl.int64)[:, None] * dense_stride
-    dense = tl.load(row_ptr + column[None, :], mask=there & real[None, :], other=0.0)
-    tl.store(sums_ptr + tile.to(tl.int64) * columns + column, tl.sum(dense.to(tl.float32), axis=0), mask=real)
-    if PACK:
-        # The active columns of the block have neighbouring places. They are read again, place by place (the cache has
-        # them): so both the reads and the writes of a warp fall into few lines.
-        place = tl.load(places_ptr + task.to(tl.int64) * columns + column, mask=real, other=-1)
-        target = tl.min(tl.where(place < 0, width, place)) + tl.arange(0, COLUMNS)
-        wanted = target <= tl.max(place)
-        neuron = tl.load(index_ptr + task.to(tl.int64) * width + target, mask=wanted, other=-1)
-        picked = tl.load(row_ptr + neuron[None, :], mask=there & (neuron >= 0)[None, :], other=0.0)
-        packed = packed_ptr + token.to(tl.int64)[:, None] * packed_stride + target[None, :]
-        tl.store(packed, picked, mask=there & wanted[None, :])
-
-
 class Columns(NamedTuple):
     """Launches of ``pack_columns_kernel``; see :func:`column_sums`."""
 
@@ -224,42 +132,10 @@ class Columns(NamedTuple):
 
 def column_sums(grouped: bool, pack: bool) -> Columns:
     """Launches that pack active columns, or only sum all of them; for a plan."""
-    keywords = columns_launch(grouped, pack)
-    return Columns(Launcher(pack_columns_kernel, keywords), keywords["TOKENS"])
-
-
-def columns_launch(grouped: bool, pack: bool) -> dict[str, Any]:
-    """What a launch of ``pack_columns_kernel`` gives by keyword."""
     # Packing 64 tokens with 8 warps, a thread loads its index 32 times, and half as many warps fit (9.0, Triton 3.6).
-    sizes = {"TOKENS": 32, "num_warps": 4} if pack else {"TOKENS": TOKENS, "num_warps": 8}
-    return {"GROUPED": grouped, "PACK": pack, "COLUMNS": COLUMNS, **sizes}
-
-
-@triton.jit(do_not_specialize=["tokens", "size"])
-def task_sums_kernel(
-    sums_ptr,
-    out_ptr,
-    offsets_ptr,
-    tokens,
-    columns,
-    size,
-    GROUPED: tl.constexpr,
-    TILES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The sums of a task's tiles, in their order."""
-    task = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real = (column < columns)[None, :]
-    first, start = tiles_before(offsets_ptr, task, size, tokens, GROUPED)
-    stop = task_end(offsets_ptr, task, start, tokens, GROUPED)
-    last = first + tl.cdiv(stop - start, size)
-    total = tl.zeros((TILES, COLUMNS), tl.float32)
-    for begin in range(first, last, TILES):
-        tile = begin + tl.arange(0, TILES)
-        part = sums_ptr + tile.to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.load(part, mask=(tile < last)[:, None] & real, other=0.0)
-    tl.store(out_ptr + task.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    sizes: dict[str, Any] = {"TOKENS": 32, "num_warps": 4} if pack else {"TOKENS": 64, "num_warps": 8}
+    keywords = {"GROUPED": grouped, "PACK": pack, "COLUMNS": COLUMNS, **sizes}
+    return Columns(Launcher(pack_columns_kernel, keywords), sizes["TOKENS"])
 
 
 class Sums:
@@ -267,7 +143,9 @@ class Sums:
 
     def __init__(self) -> None:
         self.tiles = column_sums(True, False)
-        self.tasks = Launcher(task_sums_kernel, task_sums_launch())
+        # Few programs, each a chain of loads: the larger the tile, the shorter.
+        keywords = {"GROUPED": True, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
+        self.tasks = Launcher(task_sums_kernel, keywords)
 
     def __call__(self, dense: Tensor, tasks: Tasks) -> Tensor:
         """The sums of the columns of ``dense [tokens, columns]`` by task: float32 ``[tasks, columns]``."""
@@ -278,12 +156,6 @@ class Sums:
         grid = (tasks.number, cdiv(columns, COLUMNS), 1)
         self.tasks(grid, sums, out, tasks.offsets, tasks.tokens, columns, self.tiles.tokens)
         return out
-
-
-def task_sums_launch() -> dict[str, Any]:
-    """What a launch of ``task_sums_kernel`` gives by keyword."""
-    # Few programs, each a chain of loads: the larger the tile, the shorter.
-    return {"GROUPED": True, "TILES": 64, "COLUMNS": COLUMNS, "num_warps": 8}
 
 
 def whole(matrix: Tensor, columns: int) -> Tensor:

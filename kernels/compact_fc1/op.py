@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -30,30 +26,22 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_fc1", mutates_args=())
-def _compact_fc1(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
-    args = (x, w, b, index, task_offsets)
-    return choose("compact_fc1", BACKENDS, *args).forward(*args)
-
-
-@_compact_fc1.register_fake
-def _(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], index.shape[1]))
-
-
-@torch.library.custom_op("nspec::compact_fc1_backward", mutates_args=())
-def _compact_fc1_backward(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose("compact_fc1", BACKENDS, x, w, None, index, task_offsets)
-    return backend.backward(dz, x, w, index, task_offsets, has_b)
-
-
-@_compact_fc1_backward.register_fake
-def _(
-    dz: Tensor, x: Tensor, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
+_compact_fc1 = torch_operator(
+    "compact_fc1",
+    "(Tensor x, Tensor w, Tensor? b, Tensor index, Tensor? task_offsets) -> Tensor",
+    lambda *args: choose("compact_fc1", BACKENDS, *args).forward(*args),
+    lambda x, w, b, index, task_offsets: x.new_empty((x.shape[0], index.shape[1])),
+)
+_compact_fc1_backward = torch_operator(
+    "compact_fc1_backward",
+    "(Tensor dz, Tensor x, Tensor w, Tensor index, Tensor? task_offsets, bool has_b) -> (Tensor, Tensor, Tensor)",
+    lambda dz, x, w, index, task_offsets, has_b: (
+        choose("compact_fc1", BACKENDS, x, w, None, index, task_offsets)
+    ).backward(dz, x, w, index, task_offsets, has_b),
+    lambda dz, x, w, index, task_offsets, has_b: (
+        (x.new_empty(x.shape), w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0))
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,7 +85,31 @@ class _Eager(torch.autograd.Function):
         return None, dx, dw, db if ctx.has_b else None, None, None, None
 
 
-@explainable
+def _prepare(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    if w.dim() != 2:
+        raise ValueError(f"w has shape {list(w.shape)}, expected [d_ff, d_in]")
+    d_ff, d_in = w.shape
+    checks.shape("x", x, [*x.shape[:-1], d_in])
+    if b is not None:
+        checks.shape("b", b, [d_ff])
+    checks.active_sets(active, d_ff, task_offsets)
+    x, w, b = cast_inputs(x, w, b)
+    if index is None:
+        index = active_index(active)
+    checks.shape("index", index, [active.shape[0] if active.dim() == 2 else 1, None])
+    return x if x.dim() == 2 else x.reshape(-1, d_in), w, b, index, task_offsets
+
+
+@explainable("compact_fc1", BACKENDS, _prepare)
 def compact_fc1(
     x: Tensor,
     w: Tensor,
@@ -139,27 +151,13 @@ def compact_fc1(
         >>> compact_fc1(torch.ones(1, 1), torch.ones(2, 1), torch.ones(2), torch.tensor([True, False])).tolist()
         [[2.0, 1.0]]
     """
-    if w.dim() != 2:
-        raise ValueError(f"w has shape {list(w.shape)}, expected [d_ff, d_in]")
-    d_ff, d_in = w.shape
-    checks.shape("x", x, [*x.shape[:-1], d_in])
-    if b is not None:
-        checks.shape("b", b, [d_ff])
-    checks.active_sets(active, d_ff, task_offsets)
-    x, w, b = cast_inputs(x, w, b)
-    if index is None:
-        index = active_index(active)
-    checks.shape("index", index, [active.shape[0] if active.dim() == 2 else 1, None])
-    flat = x if x.dim() == 2 else x.reshape(-1, d_in)
+    args = _prepare(x, w, b, active, task_offsets=task_offsets, index=index)
     z: Tensor
-    by_torch = requested("compact_fc1") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and transformed():
-        answer("compact_fc1", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        z = reference.forward(flat, w, b, index, task_offsets)
-    elif opaque(flat, w, b, index, task_offsets):
-        z = _compact_fc1(flat, w, b, index, task_offsets)
+    if by_torch("compact_fc1"):
+        z = reference.forward(*args)
+    elif opaque(*args):
+        z = _compact_fc1(*args)
     else:
-        args = (flat, w, b, index, task_offsets)
         module = choose("compact_fc1", BACKENDS, *args)
         z = _Eager.apply(module, *args, places) if torch.is_grad_enabled() or transformed() else module.forward(*args)
-    return z if x.dim() == 2 else z.view(*x.shape[:-1], index.shape[1])
+    return z if x.dim() == 2 else z.view(*x.shape[:-1], z.shape[1])

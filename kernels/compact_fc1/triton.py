@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..common.active import places_of
 from ..common.products import Ways, by_library, ways
-from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
+from ..common.triton_launch import aligned, launching, planned, precision, rows16
+from ..common.triton_products import Expand, Multiply, Product
 from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole, wide
-from ..row_sparse_wgrad.triton import Expand, Product
-from .triton_pack import Multiply, shipped_packing
 
 
 def supports(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None) -> str | None:
@@ -105,8 +104,3 @@ def backward(
         aligned(dz, w, index, places),
     )
     return launching(x.device, plan, dz, x, w, index, places, tasks, task_offsets)
-
-
-def shipped(target: str) -> list[Shipped]:
-    """The kernels that no other operator lists; ``compact_ffn`` and ``row_sparse_wgrad`` list those that they lend."""
-    return [kernel for dtype in (torch.bfloat16, torch.float32) for kernel in shipped_packing(dtype, False)]

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -31,35 +27,26 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_fc2", mutates_args=())
-def _compact_fc2(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> Tensor:
-    args = (h, constant, w, b, index, task_offsets)
-    return choose("compact_fc2", BACKENDS, *args).forward(*args)
-
-
-@_compact_fc2.register_fake
-def _(
-    h: Tensor, constant: Tensor | None, w: Tensor, b: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> Tensor:
-    return h.new_empty((h.shape[0], w.shape[0]))
-
-
-@torch.library.custom_op("nspec::compact_fc2_backward", mutates_args=())
-def _compact_fc2_backward(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
-    return backend.backward(dy, h, constant, w, index, task_offsets, has_b)
-
-
-@_compact_fc2_backward.register_fake
-def _(
-    dy: Tensor, h: Tensor, constant: Tensor | None, w: Tensor, index: Tensor, task_offsets: Tensor | None, has_b: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dc = w.new_empty(0 if constant is None else constant.shape)
-    return h.new_empty(h.shape), dc, w.new_empty(w.shape), w.new_empty(w.shape[:1] if has_b else 0)
+_compact_fc2 = torch_operator(
+    "compact_fc2",
+    "(Tensor h, Tensor? constant, Tensor w, Tensor? b, Tensor index, Tensor? task_offsets) -> Tensor",
+    lambda *args: choose("compact_fc2", BACKENDS, *args).forward(*args),
+    lambda h, constant, w, b, index, task_offsets: h.new_empty((h.shape[0], w.shape[0])),
+)
+_compact_fc2_backward = torch_operator(
+    "compact_fc2_backward",
+    "(Tensor dy, Tensor h, Tensor? constant, Tensor w, Tensor index, Tensor? task_offsets, bool has_b)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, h, constant, w, index, task_offsets, has_b: (
+        choose("compact_fc2", BACKENDS, h, constant, w, None, index, task_offsets)
+    ).backward(dy, h, constant, w, index, task_offsets, has_b),
+    lambda dy, h, constant, w, index, task_offsets, has_b: (
+        h.new_empty(h.shape),
+        w.new_empty(0 if constant is None else constant.shape),
+        w.new_empty(w.shape),
+        w.new_empty(w.shape[:1] if has_b else 0),
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +93,43 @@ class _Eager(torch.autograd.Function):
         return None, dh, dc if has_constant else None, dw, db if has_b else None, None, None, None
 
 
-@explainable
+def _prepare(
+    h: Tensor,
+    constant: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+    if w.dim() != 2:
+        raise ValueError(f"w has shape {list(w.shape)}, expected [d_out, d_ff]")
+    d_out, d_ff = w.shape
+    checks.active_sets(active, d_ff, task_offsets)
+    if b is not None:
+        checks.shape("b", b, [d_out])
+    tasks = active.shape[0] if active.dim() == 2 else 1
+    if constant is not None:
+        if constant.dim() == 2:
+            checks.shape("constant", constant, [tasks, d_ff])
+        elif constant.dim() == 1:
+            checks.shape("constant", constant, [d_ff])
+        elif constant.dim() > 2:
+            raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
+    if index is None:
+        index = active_index(active)
+    checks.shape("index", index, [tasks, None])
+    checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
+    h, constant, w, b = cast_inputs(h, constant, w, b)
+    if constant is not None and constant.dim() < 2:
+        constant = constant.expand(1, d_ff)
+    flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
+    return flat, constant, w, b, index, task_offsets
+
+
+@explainable("compact_fc2", BACKENDS, _prepare)
 def compact_fc2(
     h: Tensor,
     constant: Tensor | None,
@@ -149,41 +172,14 @@ def compact_fc2(
         >>> compact_fc2(h, torch.tensor(0.5), torch.ones(1, 2), None, active).item()
         2.5
     """
-    if w.dim() != 2:
-        raise ValueError(f"w has shape {list(w.shape)}, expected [d_out, d_ff]")
-    d_out, d_ff = w.shape
-    checks.active_sets(active, d_ff, task_offsets)
-    if b is not None:
-        checks.shape("b", b, [d_out])
-    tasks = active.shape[0] if active.dim() == 2 else 1
-    if constant is not None:
-        if constant.dim() == 2:
-            checks.shape("constant", constant, [tasks, d_ff])
-        elif constant.dim() == 1:
-            checks.shape("constant", constant, [d_ff])
-        elif constant.dim() > 2:
-            raise ValueError(f"constant has shape {list(constant.shape)}, expected [], [{d_ff}] or [{tasks}, {d_ff}]")
-    if index is None:
-        index = active_index(active)
-    checks.shape("index", index, [tasks, None])
-    checks.shape("h", h, [*h.shape[:-1], index.shape[1]])
-    h, constant, w, b = cast_inputs(h, constant, w, b)
-    if constant is not None and constant.dim() < 2:
-        constant = constant.expand(1, d_ff)
-    flat = h if h.dim() == 2 else h.reshape(h.shape[:-1].numel(), index.shape[1])
+    args = _prepare(h, constant, w, b, active, task_offsets=task_offsets, index=index)
     y: Tensor
-    by_torch = requested("compact_fc2") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and transformed():
-        answer("compact_fc2", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        y = reference.forward(flat, constant, w, b, index, task_offsets)
-    elif opaque(flat, constant, w, b, index, task_offsets):
-        y = _compact_fc2(flat, constant, w, b, index, task_offsets)
+    if by_torch("compact_fc2"):
+        y = reference.forward(*args)
+    elif opaque(*args):
+        y = _compact_fc2(*args)
     else:
-        args = (flat, constant, w, b, index, task_offsets)
         module = choose("compact_fc2", BACKENDS, *args)
-        y = (
-            _Eager.apply(module, *args, places)
-            if torch.is_grad_enabled() or transformed()
-            else module.forward(*args, places)
-        )
-    return y if h.dim() == 2 else y.view(*h.shape[:-1], d_out)
+        eager = torch.is_grad_enabled() or transformed()
+        y = _Eager.apply(module, *args, places) if eager else module.forward(*args, places)
+    return y if h.dim() == 2 else y.view(*h.shape[:-1], w.shape[0])

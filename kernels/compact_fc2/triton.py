@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..common.active import places_of
 from ..common.products import Ways, by_library, mm_float32, ways
-from ..common.triton_launch import Shipped, aligned, launching, planned, precision, rows16
+from ..common.triton_launch import aligned, launching, planned, precision, rows16
+from ..common.triton_products import Expand, Multiply, Product
 from ..common.triton_tasks import Sums, Tasks, compact_width, refuses, tasks_of, whole, wide
-from ..compact_fc1.triton_pack import Multiply, shipped_packing
-from ..row_sparse_wgrad.triton import Expand, Product
 
 
 def supports(
@@ -135,8 +134,3 @@ def backward(
         *(precision(h.dtype), aligned(h, w, index, places)),
     )
     return launching(h.device, plan, dy, h, constant, w, index, places, tasks, task_offsets, has_b)
-
-
-def shipped(target: str) -> list[Shipped]:
-    """The kernels that no other operator lists; ``compact_ffn`` and ``row_sparse_wgrad`` list those that they lend."""
-    return [kernel for dtype in (torch.bfloat16, torch.float32) for kernel in shipped_packing(dtype, True)]

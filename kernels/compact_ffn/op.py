@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index
 from ..common.autocast import compute_dtype
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested, watched
+from ..common.backend import (
+    PREFERRED,
+    TORCH_FUNC,
+    Backend,
+    Choice,
+    choose,
+    explainable,
+    opaque,
+    requested,
+    standard,
+    torch_operator,
+    watched,
+)
 from ..common.derivatives import batched, once, transformed
 from . import dense
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not, casts=True),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__, casts=True)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -31,56 +40,35 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::compact_ffn", mutates_args=())
-def _compact_ffn(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    args = (x, w1, b1, w2, b2, index, task_offsets)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     y, kept = choose("compact_ffn", BACKENDS, *args).forward(*args)
     return y, kept[0]
 
 
-@_compact_ffn.register_fake
-def _(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1]))
-
-
-@torch.library.custom_op("nspec::compact_ffn_backward", mutates_args=())
-def _compact_ffn_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    index: Tensor,
-    task_offsets: Tensor | None,
-    h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, index, task_offsets)
-    dx, dw1, db1, dw2, db2 = backend.backward(dy, x, w1, b1, w2, index, task_offsets, h)
+def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    backend = choose("compact_ffn", BACKENDS, x, w1, b1, w2, None, *rest[:2])
+    dx, dw1, db1, dw2, db2 = backend.backward(dy, x, w1, b1, w2, *rest)
     return dx, dw1, w1.new_zeros(len(w1)) if db1 is None else db1, dw2, db2
 
 
-@_compact_ffn_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    index: Tensor,
-    task_offsets: Tensor | None,
-    h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
+_compact_ffn = torch_operator(
+    "compact_ffn",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor index, Tensor? task_offsets) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, w1, b1, w2, b2, index, task_offsets: (
+        (x.new_empty((x.shape[0], w2.shape[0])), x.new_empty((x.shape[0], index.shape[1])))
+    ),
+)
+_compact_ffn_backward = torch_operator(
+    "compact_ffn_backward",
+    "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor index, Tensor? task_offsets, Tensor h)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dy, x, w1, b1, w2, index, task_offsets, h: (
         x.new_empty(x.shape),
-        w1.new_empty(w1.shape),
-        w1.new_empty(w1.shape[:1]),
-        w2.new_empty(w2.shape),
-        w2.new_empty(w2.shape[:1]),
-    )
+        *(part for w in (w1, w2) for part in (w.new_empty(w.shape), w.new_empty(w.shape[:1]))),
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -139,7 +127,59 @@ class _Eager(torch.autograd.Function):
         return None, dx, dw1, db1 if has_b1 else None, dw2, db2 if has_b2 else None, None, None, None
 
 
-@explainable
+def _checked(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    active: Tensor,
+    task_offsets: Tensor | None,
+    index: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:
+    """Checks the arguments; gives the index."""
+    if w1.dim() != 2:
+        raise ValueError(f"w1 has shape {list(w1.shape)}, expected [d_ff, d_in]")
+    d_ff, d_in = w1.shape
+    checks.shape("x", x, [*x.shape[:-1], d_in])
+    checks.shape("w2", w2, [None, d_ff])
+    if b1 is not None and b1.shape != (d_ff,):
+        checks.shape("b1", b1, [d_ff])
+    if b2 is not None and b2.shape != w2.shape[:1]:
+        checks.shape("b2", b2, [w2.shape[0]])
+    checks.active_sets(active, d_ff, task_offsets)
+    if index is None:
+        index = active_index(active)
+    else:
+        checks.sets(index, places, active)
+    return index
+
+
+def _prepare(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Any:
+    """The arguments of a backend, or the choice where that is another."""
+    index, weights = _checked(x, w1, b1, w2, b2, active, task_offsets, index, places), (w1, b1, w2, b2)
+    dtype = compute_dtype(x, *weights)
+    x = x.reshape(-1, w1.shape[1]).to(dtype)
+    if (found := _without_backend(x, w1, index, task_offsets)) is not None:
+        return Choice("compact_ffn", "dense", found[1])
+    if not opaque(x, *weights) and (backend := _casting(x, weights, index, task_offsets)) is not None:
+        return Choice("compact_ffn", backend.name, PREFERRED)
+    return x, *_cast(weights, dtype), index, task_offsets
+
+
+@explainable("compact_ffn", BACKENDS, _prepare, composed=None)
 def compact_ffn(
     x: Tensor,
     w1: Tensor,
@@ -187,23 +227,11 @@ def compact_ffn(
         >>> compact_ffn(one, two, torch.ones(2), two.t(), None, torch.tensor([True, False])).item()  # relu(2) + relu(1)
         3.0
     """
-    if w1.dim() != 2:
-        raise ValueError(f"w1 has shape {list(w1.shape)}, expected [d_ff, d_in]")
-    d_ff, d_in = w1.shape
-    checks.shape("x", x, [*x.shape[:-1], d_in])
-    checks.shape("w2", w2, [None, d_ff])
-    if b1 is not None and b1.shape != (d_ff,):
-        checks.shape("b1", b1, [d_ff])
-    if b2 is not None and b2.shape != w2.shape[:1]:
-        checks.shape("b2", b2, [w2.shape[0]])
-    checks.active_sets(active, d_ff, task_offsets)
-    if index is None:
-        index = active_index(active)
-    else:
-        checks.sets(index, places, active)
+    weights, d_in = (w1, b1, w2, b2), w1.shape[-1]
+    index = _checked(x, *weights, active, task_offsets, index, places)
     if x.dim() == 2:
-        return _compute(x, (w1, b1, w2, b2), active, index, places, task_offsets)
-    y = _compute(x.reshape(-1, d_in), (w1, b1, w2, b2), active, index, places, task_offsets)
+        return _compute(x, weights, active, index, places, task_offsets)
+    y = _compute(x.reshape(-1, d_in), weights, active, index, places, task_offsets)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -216,33 +244,20 @@ def _compute(
     task_offsets: Tensor | None,
 ) -> Tensor:
     """The block for ``x [tokens, d_in]`` in the way that suits the call; ``weights`` are w1, b1, w2, b2."""
-    dtype, wanted, whole = compute_dtype(x, *weights), requested("compact_ffn"), opaque(x, *weights)
+    # Before dtypes are made alike.
+    dtype, whole = compute_dtype(x, *weights), opaque(x, *weights)
     x = x if x.dtype == dtype else x.to(dtype)
-    if wanted == "auto" and not torch.compiler.is_compiling():
-        compute: Any = None
-        why: str | None = None
-        if transformed():
-            compute, why = dense.composed, "torch.func knows the derivatives of PyTorch's operations only"
-        elif not watched() and (why := dense.reason(x, weights[0], index, task_offsets)) is not None:
-            compute = dense.block
-        if compute is not None:
-            answer("compact_ffn", "dense", str(why))
-            y: Tensor = compute(x, *_cast(weights, dtype), active, task_offsets)
-            return y
+    if (found := _without_backend(x, weights[0], index, task_offsets)) is not None:
+        y: Tensor = found[0](x, *_cast(weights, dtype), active, task_offsets)
+        return y
     if whole:
         y, _ = _compact_ffn(x, *_cast(weights, dtype), index, task_offsets)
         return y
     args = (index, task_offsets)
-    backend = None
-    if any([t is not None and t.dtype != dtype for t in weights]):
-        backend = next((one for one in BACKENDS if one.casts and _takes(one, wanted, x, *weights, *args)), None)
-        if backend is None:
-            weights = _cast(weights, dtype)
+    backend = _casting(x, weights, *args)
     if backend is None:
-        module = choose("compact_ffn", BACKENDS, x, *weights, *args)
-    else:
-        answer("compact_ffn", backend.name, "preferred, and it takes the call")
-        module = backend.implementation
+        weights = _cast(weights, dtype)
+    module = choose("compact_ffn", BACKENDS, x, *weights, *args) if backend is None else backend.implementation
     if not (torch.is_grad_enabled() or transformed()):
         y, _ = module.forward(x, *weights, *args, places)
         return y
@@ -250,8 +265,25 @@ def _compute(
     return y
 
 
-def _takes(backend: Backend, wanted: str, *args: Any) -> bool:
-    return wanted in ("auto", backend.name) and backend.refuses(*args) is None
+def _without_backend(
+    x: Tensor, w1: Tensor, index: Tensor, task_offsets: Tensor | None
+) -> tuple[Callable[..., Tensor], str] | None:
+    """What computes a call if no backend does, and why."""
+    if requested("compact_ffn") != "auto" or torch.compiler.is_compiling():
+        return None
+    if transformed():
+        return dense.composed, TORCH_FUNC
+    why = None if watched() else dense.reason(x, w1, index, task_offsets)
+    return None if why is None else (dense.block, why)
+
+
+def _casting(x: Tensor, weights: tuple[Tensor | None, ...], *args: Any) -> Backend | None:
+    """The backend that takes weights of another dtype than x as they are, if they are that and one does."""
+    if all([t is None or t.dtype == x.dtype for t in weights]):
+        return None
+    wanted = requested("compact_ffn")
+    backends = (one for one in BACKENDS if one.casts and wanted in ("auto", one.name))
+    return next((one for one in backends if one.refuses(x, *weights, *args) is None), None)
 
 
 def _cast(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import checks
 from ..common.active import places_of
 from ..common.products import Ways, ways
 from ..common.triton_launch import (
+    INTERPRETER,
+    SMALL,
     Launcher,
     aligned,
     cdiv,
@@ -31,10 +32,12 @@ from ..common.triton_launch import (
     rows16,
     target_of,
 )
+from ..common.triton_products import Expand, Features, Product, float32_tile, multiply
 from ..common.triton_tasks import (
     DTYPES,
     Sums,
     Tasks,
+    Tile,
     column_sums,
     compact_width,
     refuses,
@@ -42,17 +45,37 @@ from ..common.triton_tasks import (
     whole,
     wide,
 )
-from ..row_sparse_wgrad.triton import Expand, Product
-from .triton_kernels import (
-    constant_kernel,
-    expand_bias_kernel,
-    from_neurons_kernel,
-    pack_fc1_kernel,
-    pack_fc2_kernel,
-    to_neurons_kernel,
-)
-from .triton_tiles import CONSTANT, PACK_COLUMNS, PACK_ROWS, expand_bias_launch, features_tile, flattens, neurons_tile
-from .triton_tiles import shipped as shipped
+from .kernels import constant_kernel, expand_bias_kernel, pack_fc1_kernel, pack_fc2_kernel, to_neurons_kernel
+
+PACK_ROWS = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+PACK_COLUMNS = {"NEURONS": 64, "OUTPUTS": 64, "num_warps": 4}
+CONSTANT = {"BLOCKS": 64, "COLUMNS": 128, "num_warps": 8}
+
+
+def neurons_tile(target: str, dtype: torch.dtype, precise: str, gate: bool) -> Tile:
+    """The block sizes of ``to_neurons_kernel``: neurons, tokens, depth."""
+    if target == INTERPRETER:
+        return Tile(64, 32, 32, 2, 4, 1)
+    if dtype == torch.float32:
+        # 4 warps, or 3 stages, spill for 8.6 without gate (Triton 3.6), 8 warps with it (Triton 3.7).
+        return float32_tile(precise, 8 if target == SMALL and not gate else 4, 2)
+    return {
+        "cuda:80": Tile(128, 128, 64, 8, 8, 3),
+        SMALL: Tile(128, 128, 32, 8, 8, 3),
+        "cuda:90": Tile(128, 256, 64, 8, 8, 3),
+        # With 8 warps the transposed store aborts the compiler on 10.0 (Triton 3.6 and 3.7).
+        "cuda:100": Tile(128, 128, 64, 8, 4, 3),
+        "hip:gfx942": Tile(128, 128, 64, 8, 8, 2),
+    }[target]
+
+
+def flattens(target: str, dtype: torch.dtype, grouped: bool, gate: bool) -> bool:
+    """Whether the loop over the tiles of ``to_neurons_kernel`` is flattened with that over their steps.
+
+    The gate's block of h does not fit beside three stages then, a task is found by a loop of its own, and flattening spills
+    or takes twice the shared memory elsewhere, as in ``linear_relu_count``.
+    """
+    return not (grouped or gate) and (target == INTERPRETER or (target == "cuda:90" and dtype != torch.float32))
 
 
 class Packed(NamedTuple):
@@ -67,20 +90,6 @@ class Packed(NamedTuple):
     fc2: Tensor
     constant: Tensor | None
     width: int
-
-
-def _multiply(a: Tensor, b: Tensor, constant: Tensor | None, out: Tensor) -> None:
-    """Writes ``out = a b + constant`` by the library."""
-    if constant is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(constant, a, b, out=out)
-
-
-def _parts(tasks: Tasks, task_offsets: Tensor | None, width: int) -> list[tuple[int, slice, slice]]:
-    """For the library, each task of several with its tokens and with its rows of the packed weights."""
-    bounds = checks.segments(task_offsets, tasks.tokens)
-    return [(t, slice(*tokens), slice(t * width, (t + 1) * width)) for t, tokens in enumerate(bounds)]
 
 
 class _Pack:
@@ -142,42 +151,6 @@ class _Neurons:
         return sums
 
 
-class _Features:
-    """Products from the neurons into features; for a plan."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, constant: bool, library: bool) -> None:
-        precise, target = precision(dtype), target_of(device)
-        self.library, self.tile, self.programs = library, features_tile(target, dtype, precise), processors(device)
-        keywords = {"GROUPED": grouped, "CONSTANT": constant, **self.tile.keywords(precise)}
-        self.launcher = Launcher(from_neurons_kernel, keywords)
-
-    def __call__(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        constant: Tensor | None,
-        tasks: Tasks,
-        task_offsets: Tensor | None,
-        columns: int,
-    ) -> Tensor:
-        """``inputs weight + constant``, ``[tokens, columns]``."""
-        width, wide = inputs.shape[1], weight.shape[1]
-        out = inputs.new_empty((tasks.tokens, wide))
-        if self.library:
-            if tasks.number == 1:
-                _multiply(inputs, weight, None if constant is None else constant[0], out)
-                return whole(out, columns)
-            for task, tokens, rows in _parts(tasks, task_offsets, width):
-                _multiply(inputs[tokens], weight[rows], None if constant is None else constant[task], out[tokens])
-            return whole(out, columns)
-        # A step over the edge would multiply zeros by rows of the next task, whose NaN and infinities would give NaN.
-        assert width % self.tile.k == 0, f"{width} packed columns are no multiple of a step of {self.tile.k}"
-        programs = min(self.programs, tasks.most_tiles(self.tile.m) * cdiv(wide, self.tile.n))
-        sizes = (tasks.tokens, tasks.number, width, wide)
-        self.launcher((programs, 1, 1), inputs, weight, constant, out, tasks.offsets, *sizes)
-        return whole(out, columns)
-
-
 class _Forward:
     """The launches of forward passes that are alike in all that Triton compiles for."""
 
@@ -194,7 +167,7 @@ class _Forward:
         self.library = library
         self.pack = _Pack(d_ff, width, dtype, biases, constant=dtype if library.y else torch.float32)
         self.hidden = _Neurons(device, dtype, grouped, biases[0], gate=False)
-        self.features = _Features(device, dtype, grouped, any(biases), library.y)
+        self.features = Features(device, dtype, grouped, any(biases), library.y)
 
     def __call__(
         self,
@@ -209,16 +182,12 @@ class _Forward:
         h = x.new_empty((tasks.tokens, packed.width))
         if not self.library.h:
             self.hidden(x, packed.fc1, packed.bias, None, h, tasks)
-        elif tasks.number == 1:
-            _multiply(x, packed.fc1.t(), packed.bias, h)
-            h.relu_()  # not _addmm_activation: nothing promises that the ReLU inside it lets NaN through
         else:
-            for _, tokens, rows in _parts(tasks, task_offsets, packed.width):
-                bias = None if packed.bias is None else packed.bias[rows]
-                _multiply(x[tokens], packed.fc1[rows].t(), bias, h[tokens])
-            h.relu_()
-        y = self.features(h, packed.fc2, packed.constant, tasks, task_offsets, weights[2].shape[0])
-        return y, h, packed
+            bias = None if packed.bias is None else packed.bias.view(tasks.number, -1)
+            multiply(x, packed.fc1, bias, h, tasks, task_offsets, transposed=True)
+            h.relu_()  # not _addmm_activation: nothing promises that the ReLU inside it lets NaN through
+        y = self.features(h, packed.fc2, packed.constant, tasks, task_offsets)
+        return whole(y, weights[2].shape[0]), h, packed
 
 
 class _Backward:
@@ -227,10 +196,13 @@ class _Backward:
     def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: Ways, has_b1: bool) -> None:
         self.library, self.sums, self.tiles = library, Sums(), column_sums(grouped, False)
         self.hidden = _Neurons(device, dtype, grouped, bias=False, gate=True)
-        self.features = _Features(device, dtype, grouped, constant=False, library=library.dx)
+        self.features = Features(device, dtype, grouped, added=False, library=library.dx)
         self.product1, self.product2 = (Product(device, dtype, grouped, library.dw) for _ in range(2))
         self.fc1, self.fc2 = Expand(grouped), Expand(grouped, constant=has_b1)
-        self.bias = Launcher(expand_bias_kernel, expand_bias_launch(target_of(device), grouped))
+        # Few programs, each a chain of loads: the more outputs a step has, the shorter. 256 spill for 8.0.
+        outputs = 128 if target_of(device) in ("cuda:80", SMALL) else 256
+        keywords = {"GROUPED": grouped, "NEURONS": 32, "OUTPUTS": outputs, "TILES": 16, "num_warps": 8}
+        self.bias = Launcher(expand_bias_kernel, keywords)
 
     def __call__(
         self,
@@ -246,7 +218,7 @@ class _Backward:
         (d_ff, d_in), d_out, one, width = w1.shape, w2.shape[0], tasks.number == 1, h.shape[1]
         s = whole(self.sums(dy, tasks), d_out)
         dh, active, size = self._hidden(dy, h, fc2, tasks, task_offsets, b1 is not None)
-        dx = self.features(dh, fc1, None, tasks, task_offsets, d_in)
+        dx = whole(self.features(dh, fc1, None, tasks, task_offsets), d_in)
         dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
         self.fc1(*self.product1(dh, x, tasks, task_offsets), places, tasks, dw1)
         parts, chunk = self.product2(h, dy, tasks, task_offsets)
@@ -267,11 +239,7 @@ class _Backward:
         dh = torch.empty_like(h)
         if not self.library.dh:
             return dh, self.hidden(dy, fc2, None, h, dh, tasks), self.hidden.tile.n
-        if tasks.number == 1:
-            _multiply(dy, fc2.t(), None, dh)
-        else:
-            for _, tokens, rows in _parts(tasks, task_offsets, h.shape[1]):
-                _multiply(dy[tokens], fc2[rows].t(), None, dh[tokens])
+        multiply(dy, fc2, None, dh, tasks, task_offsets, transposed=True)
         torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
         if tasks.number == 1 or not sums:
             return dh, dh.sum(0, dtype=torch.float32)[None] if sums else None, max(tasks.tokens, 1)

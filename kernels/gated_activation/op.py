@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
+from ..common import checks
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
 from ..common.derivatives import once, transformed
 from . import reference
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -29,24 +25,18 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::gated_activation", mutates_args=())
-def _gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return choose("gated_activation", BACKENDS, gate, up, kind).forward(gate, up, kind)
-
-
-@_gated_activation.register_fake
-def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("nspec::gated_activation_backward", mutates_args=())
-def _gated_activation_backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return choose("gated_activation", BACKENDS, gate, up, kind).backward(dh, gate, up, kind)
-
-
-@_gated_activation_backward.register_fake
-def _(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+_gated_activation = torch_operator(
+    "gated_activation",
+    "(Tensor gate, Tensor up, str kind) -> Tensor",
+    lambda *args: choose("gated_activation", BACKENDS, *args).forward(*args),
+    lambda gate, up, kind: gate.new_empty(gate.shape),
+)
+_gated_activation_backward = torch_operator(
+    "gated_activation_backward",
+    "(Tensor dh, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
+    lambda dh, *args: choose("gated_activation", BACKENDS, *args).backward(dh, *args),
+    lambda dh, gate, up, kind: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -78,7 +68,16 @@ class _Eager(torch.autograd.Function):
         return None, dgate, dup, None
 
 
-@explainable
+def _prepare(gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor, str]:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    checks.shape("up", up, list(gate.shape))
+    if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
+        raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
+    return gate, up, kind
+
+
+@explainable("gated_activation", BACKENDS, _prepare)
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """What a gated feed-forward block puts between its layers: ``act(gate) · up``, elementwise (SwiGLU, GeGLU, ReGLU).
 
@@ -103,23 +102,13 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         >>> gated_activation(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 3.0]), "relu").tolist()
         [6.0, 0.0]
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    checks.shape("up", up, list(gate.shape))
-    if gate.dtype != up.dtype or not gate.dtype.is_floating_point:
-        raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}, expected one floating dtype")
-    by_torch = requested("gated_activation") == "auto" and not torch.compiler.is_compiling()
-    if by_torch and transformed():
-        answer("gated_activation", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        return reference.forward(gate, up, kind)
+    args = _prepare(gate, up, kind)
+    if by_torch("gated_activation"):
+        return reference.forward(*args)
     if opaque(gate, up):
-        return _gated_activation(gate, up, kind)
-    module = choose("gated_activation", BACKENDS, gate, up, kind)
-    h: Tensor = (
-        _Eager.apply(module, gate, up, kind)
-        if torch.is_grad_enabled() or transformed()
-        else module.forward(gate, up, kind)
-    )
+        return _gated_activation(*args)
+    module = choose("gated_activation", BACKENDS, *args)
+    h: Tensor = _Eager.apply(module, *args) if torch.is_grad_enabled() or transformed() else module.forward(*args)
     return h
 
 

@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.autocast import cast_inputs
-from ..common.backend import Backend, Choice, answer, choose, explainable, opaque, requested
-from ..common.derivatives import once, transformed
+from ..common.backend import Choice, by_torch, choose, explainable, opaque, standard, torch_operator
+from ..common.derivatives import once
 from . import reference
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -28,31 +24,23 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::linear_relu_count", mutates_args=())
-def _linear_relu_count(
-    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    args = (x, weight, bias, valid, task_offsets)
-    return choose("linear_relu_count", BACKENDS, *args).forward(*args)
-
-
-@_linear_relu_count.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, task_offsets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    tasks = 1 if task_offsets is None else task_offsets.shape[0] - 1
-    d_ff = weight.shape[0]
-    return x.new_empty((x.shape[0], d_ff)), x.new_empty((tasks, d_ff), dtype=torch.int64)
-
-
-@torch.library.custom_op("nspec::linear_relu_count_backward", mutates_args=())
-def _backward(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.backward(dh, x, weight, h)
-
-
-@_backward.register_fake
-def _(dh: Tensor, x: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+_linear_relu_count = torch_operator(
+    "linear_relu_count",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? valid, Tensor? task_offsets) -> (Tensor, Tensor)",
+    lambda *args: choose("linear_relu_count", BACKENDS, *args).forward(*args),
+    lambda x, weight, bias, valid, task_offsets: (
+        x.new_empty((x.shape[0], weight.shape[0])),
+        x.new_empty((1 if task_offsets is None else task_offsets.shape[0] - 1, weight.shape[0]), dtype=torch.int64),
+    ),
+)
+_backward = torch_operator(
+    "linear_relu_count_backward",
+    "(Tensor dh, Tensor x, Tensor weight, Tensor h) -> (Tensor, Tensor, Tensor)",
+    reference.backward,
+    lambda dh, x, weight, h: (
+        (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -94,7 +82,29 @@ class _Eager(torch.autograd.Function):
         return dx, dw, db if ctx.has_bias else None, None, None
 
 
-@explainable
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    task_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [d_ff, d_in]")
+    checks.shape("x", x, [*x.shape[:-1], weight.shape[1]])
+    if bias is not None:
+        checks.shape("bias", bias, [weight.shape[0]])
+    if valid is not None:
+        checks.boolean("valid", valid)
+        checks.shape("valid", valid, x.shape[:-1])
+    if task_offsets is not None:
+        checks.offsets(task_offsets)
+    x, weight, bias = cast_inputs(x, weight, bias)
+    return x.reshape(-1, x.shape[-1]), weight, bias, None if valid is None else valid.reshape(-1), task_offsets
+
+
+@explainable("linear_relu_count", BACKENDS, _prepare)
 def linear_relu_count(
     x: Tensor,
     weight: Tensor,
@@ -128,22 +138,9 @@ def linear_relu_count(
         >>> counts.tolist()
         [1, 1]
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [d_ff, d_in]")
-    checks.shape("x", x, [*x.shape[:-1], weight.shape[1]])
-    if bias is not None:
-        checks.shape("bias", bias, [weight.shape[0]])
-    if valid is not None:
-        checks.boolean("valid", valid)
-        checks.shape("valid", valid, x.shape[:-1])
-    if task_offsets is not None:
-        checks.offsets(task_offsets)
-    x, weight, bias = cast_inputs(x, weight, bias)
-    flat_valid = None if valid is None else valid.reshape(-1)
-    if requested("linear_relu_count") == "auto" and not torch.compiler.is_compiling() and transformed():
-        answer("linear_relu_count", "reference", "torch.func knows the derivatives of PyTorch's operations only")
-        h, counts = reference.forward(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
-        return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts
-    compute = _linear_relu_count if opaque(x, weight, bias) else _Eager.apply
-    h, counts = compute(x.reshape(-1, x.shape[-1]), weight, bias, flat_valid, task_offsets)
+    args = _prepare(x, weight, bias, valid=valid, task_offsets=task_offsets)
+    if by_torch("linear_relu_count"):
+        h, counts = reference.forward(*args)
+    else:
+        h, counts = (_linear_relu_count if opaque(*args[:3]) else _Eager.apply)(*args)
     return h.view(*x.shape[:-1], weight.shape[0]), counts[0] if task_offsets is None else counts

@@ -17,8 +17,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..common.checks import PLAIN
@@ -26,156 +24,23 @@ from ..common.triton_launch import (
     INTERPRETER,
     SMALL,
     Launcher,
-    Shipped,
     aligned,
     cdiv,
     launching,
     offsets_on,
     padded,
     planned,
-    pointer,
     precision,
     processors,
     rows16,
     target_of,
     unit,
 )
-from ..common.triton_tile import tile_order
+from .kernels import count_straddling_kernel, forward_kernel, tile_tasks_kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGE = ("cuda:80", "cuda:90")  # whose shared memory holds a 128x128 tile of float32
 _LIMIT = 2**31 - 512  # coordinates of a descriptor are int32, and the last tile may reach over the edge
-
-
-@triton.jit(do_not_specialize=["tokens", "d_ff", "inner", "h_row", "x_row", "w_row"])
-def _forward(
-    x,
-    weight,
-    bias,
-    valid,
-    tile_task,
-    h,
-    counts,
-    tokens,
-    d_ff,
-    inner,
-    h_row,
-    x_row,
-    w_row,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_TASKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
-    # inner and the row strides count units of 16 bytes: multiplied here, the compiler knows that they are multiples of
-    # that and reads 16 bytes at a time. It compiles once for all sizes.
-    d_in = inner * UNIT
-    w_tiles = tl.make_tensor_descriptor(
-        weight, shape=[d_ff, d_in], strides=[w_row.to(tl.int64) * UNIT, 1], block_shape=[BM, BK]
-    )
-    x_tiles = tl.make_tensor_descriptor(
-        x, shape=[tokens, d_in], strides=[x_row.to(tl.int64) * UNIT, 1], block_shape=[BN, BK]
-    )
-    h_tiles = tl.make_tensor_descriptor(
-        h, shape=[tokens, h_row * UNIT], strides=[h_row.to(tl.int64) * UNIT, 1], block_shape=[BN, BM]
-    )
-    rows = tl.cdiv(d_ff, BM)
-    columns = tl.cdiv(tokens, BN)
-    steps = tl.cdiv(d_in, BK)
-    programs = tl.num_programs(0)
-    # The loop is flattened into one over all steps of all tiles. What follows the product runs while the next tile's
-    # operands are on their way, and needs the number of its own tile.
-    done = tl.program_id(0) - programs
-    for tile in tl.range(tl.program_id(0), rows * columns, programs, flatten=FLATTEN):
-        row, column = tile_order(tile, rows, columns, GROUP)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(steps):
-            a = w_tiles.load([row * BM, k * BK])
-            b = x_tiles.load([column * BN, k * BK])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        done += programs
-        row, column = tile_order(done, rows, columns, GROUP)
-        neuron = row * BM + tl.arange(0, BM)
-        token = column * BN + tl.arange(0, BN)
-        if HAS_BIAS:
-            acc += tl.load(bias + neuron, mask=neuron < d_ff, other=0.0).to(tl.float32)[:, None]
-        # torch.relu(NaN) is NaN; by default tl.maximum gives 0.
-        out = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL).to(h.dtype.element_ty)
-        h_tiles.store([column * BN, row * BM], tl.trans(out))
-        counted = token < tokens
-        if HAS_VALID:
-            counted &= tl.load(valid + token, mask=counted, other=0) != 0
-        n = tl.sum(((out.to(tl.float32) > 0) & counted[None, :]).to(tl.int32), axis=1).to(tl.int64)
-        if HAS_TASKS:
-            # No loop over the tasks of a tile here: the compiler cannot flatten a loop that holds another region.
-            task = tl.load(tile_task + column)
-            counts_of = counts + tl.maximum(task, 0).to(tl.int64) * d_ff
-            tl.atomic_add(counts_of + neuron, n, mask=(neuron < d_ff) & (task >= 0), sem="relaxed")
-        else:
-            tl.atomic_add(counts + neuron, n, mask=neuron < d_ff, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["tokens", "tasks", "columns"])
-def _tile_tasks(offsets, tile_task, tokens, tasks, columns, BN: tl.constexpr, BLOCK: tl.constexpr):
-    """For each tile of BN tokens the task that all its tokens belong to, or -1 where they belong to several."""
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tile * BN
-    after = tl.zeros((BLOCK,), tl.int32)
-    for task in range(1, tasks):
-        after += (tl.load(offsets + task) <= begin).to(tl.int32)
-    stop = tl.load(offsets + after + 1, mask=tile < columns, other=0)
-    tl.store(tile_task + tile, tl.where(stop >= tl.minimum(begin + BN, tokens), after, -1), mask=tile < columns)
-
-
-@triton.jit(do_not_specialize=["tokens", "d_ff", "h_row"])
-def _count_straddling(
-    h,
-    valid,
-    offsets,
-    counts,
-    tokens,
-    d_ff,
-    h_row,
-    BN: tl.constexpr,
-    UNIT: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Adds to the counts of task ``program_id(0)`` its tokens in tiles that it shares with other tasks.
-
-    Those are tokens up to the first multiple of BN and from the last one: no other program touches these counts.
-    """
-    task = tl.program_id(0)
-    # Offsets on a device are not checked. Wrong ones give wrong counts, but nothing outside h is read.
-    begin = tl.maximum(tl.load(offsets + task), 0).to(tl.int32)
-    end = tl.minimum(tl.load(offsets + task + 1), tokens).to(tl.int32)
-    # A tile that ends with the last token is shared only if the task begins within it.
-    head = tl.minimum(tl.cdiv(begin, BN) * BN, end)
-    tail = tl.where(end < tokens, tl.maximum(end // BN * BN, head), end)
-    neuron = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = neuron < h_row * UNIT
-    n = tl.zeros((COLUMNS,), tl.int32)
-    for part in range(2):
-        start = tl.where(part == 0, begin, tail)
-        stop = tl.where(part == 0, head, end)
-        for at in range(start, stop, ROWS):
-            token = at + tl.arange(0, ROWS)
-            counted = token < stop
-            rows = h + token.to(tl.int64)[:, None] * (h_row.to(tl.int64) * UNIT)
-            value = tl.load(rows + neuron[None, :], mask=counted[:, None] & inside[None, :], other=0.0)
-            if HAS_VALID:
-                counted &= tl.load(valid + token, mask=counted, other=0) != 0
-            n += tl.sum(((value.to(tl.float32) > 0) & counted[:, None]).to(tl.int32), axis=0)
-    place = counts + task.to(tl.int64) * d_ff + neuron
-    keep = neuron < d_ff
-    tl.store(place, tl.load(place, mask=keep, other=0) + n.to(tl.int64), mask=keep)
 
 
 def _tiles(target: str, dtype: torch.dtype, precise: str) -> list[dict[str, Any]]:
@@ -210,55 +75,6 @@ def _choose(tiles: list[dict[str, Any]], d_ff: int, tokens: int, programs: int) 
         if cdiv(d_ff, tile["BM"]) * cdiv(tokens, tile["BN"]) >= programs:
             return tile
     return tiles[-1]
-
-
-def _tile_tasks_keywords(tile: dict[str, Any]) -> dict[str, Any]:
-    return {"BN": tile["BN"], "BLOCK": 128, "num_warps": 4}
-
-
-def _straddling_keywords(tile: dict[str, Any], has_valid: bool) -> dict[str, Any]:
-    sizes = {"BN": tile["BN"], "UNIT": tile["UNIT"], "ROWS": 32, "COLUMNS": 128}
-    return {**sizes, "HAS_VALID": has_valid, "num_warps": 4}
-
-
-def shipped(target: str) -> list[Shipped]:
-    """What can be launched on ``target``: each tile, with all that is optional and, in one dtype, without."""
-    found = []
-    lengths = dict.fromkeys(("tokens", "d_ff", "inner", "h_row", "x_row", "w_row"), "i32")
-    variants = [(torch.bfloat16, "ieee", True), (torch.bfloat16, "ieee", False), (torch.float16, "ieee", True)]
-    variants += [(torch.float32, "ieee", True)]
-    if target.startswith("cuda"):
-        variants += [(torch.float32, "tf32", True)]
-    pointers = {"valid": "*u8", "tile_task": "*i32", "counts": "*i64"}
-    for dtype, precise, full in variants:
-        arrays = dict.fromkeys(("x", "weight", "bias", "h"), pointer(dtype)) | pointers
-        optional: dict[str, bool | None] = {"HAS_BIAS": True, "HAS_VALID": True, "HAS_TASKS": True}
-        if not full:
-            absent = ("bias", "valid", "tile_task")
-            arrays = {name: kind for name, kind in arrays.items() if name not in absent}
-            optional = {**dict.fromkeys(optional, False), **dict.fromkeys(absent, None)}
-        for tile in _tiles(target, dtype, precise):
-            found.append(
-                Shipped(
-                    name=f"{pointer(dtype)[1:]} {precise} {tile['BM']}x{tile['BN']} {'full' if full else 'plain'}",
-                    kernel=_forward,
-                    signature={**arrays, **lengths},
-                    launch={**tile, **optional},
-                    divisible=list(arrays),
-                    expect=("product32",) if dtype == torch.float32 else ("product16", "count"),
-                    covered=not full or dtype == torch.float16,
-                )
-            )
-    tile = _tiles(target, torch.bfloat16, "ieee")[0]
-    helpers = [
-        ("tasks of tiles", _tile_tasks, ("offsets", "tile_task"), _tile_tasks_keywords(tile)),
-        ("straddling", _count_straddling, ("h", "valid", "offsets", "counts"), _straddling_keywords(tile, True)),
-    ]
-    pointers = {"h": "*bf16", "offsets": "*i64", **pointers}
-    for name, kernel, given, keywords in helpers:
-        sizes = {size: "i32" for size in (*lengths, "tasks", "columns") if size in kernel.arg_names}
-        found.append(Shipped(name, kernel, {**{a: pointers[a] for a in given}, **sizes}, keywords, given))
-    return found
 
 
 def supports(
@@ -358,9 +174,10 @@ def _plan(
 ) -> _Plan:
     """The launches of calls that are alike in all this; the sizes are not specialised on."""
     tile = next(t for t in _tiles(target_of(device), dtype, precise) if (t["BM"], t["BN"]) == (bm, bn))
+    sizes = {"BN": tile["BN"], "UNIT": tile["UNIT"], "ROWS": 32, "COLUMNS": 128}
     options = {"HAS_BIAS": has_bias, "HAS_VALID": has_valid, "HAS_TASKS": has_tasks}
     return _Plan(
-        Launcher(_forward, {**tile, **options}),
-        Launcher(_tile_tasks, _tile_tasks_keywords(tile)),
-        Launcher(_count_straddling, _straddling_keywords(tile, has_valid)),
+        Launcher(forward_kernel, {**tile, **options}),
+        Launcher(tile_tasks_kernel, {"BN": tile["BN"], "BLOCK": 128, "num_warps": 4}),
+        Launcher(count_straddling_kernel, {**sizes, "HAS_VALID": has_valid, "num_warps": 4}),
     )

@@ -25,7 +25,17 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@explainable
+def _prepare(
+    dz: Tensor, x: Tensor, index: Tensor | None, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    checks.shape("dz", dz, [None, None])
+    checks.shape("x", x, [dz.shape[0], None])
+    if x.dtype != dz.dtype:  # a layer that autocast has cast to 16 bits for
+        x = x.to(dz.dtype)
+    return dz, x, index, dz.dtype if dtype is None else dtype
+
+
+@explainable("neuron_wgrad", BACKENDS, _prepare, composed=None)
 def neuron_wgrad(dz: Tensor, x: Tensor, index: Tensor | None, *, dtype: torch.dtype | None = None) -> Tensor:
     """Weight gradient of the neurons ``index`` of a linear layer, and of no other: ``dz[:, index]ᵀ x``.
 
@@ -50,10 +60,6 @@ def neuron_wgrad(dz: Tensor, x: Tensor, index: Tensor | None, *, dtype: torch.dt
         >>> neuron_wgrad(torch.tensor([[1.0, 2.0]]), torch.ones(1, 3), torch.tensor([1])).tolist()
         [[2.0, 2.0, 2.0]]
     """
-    checks.shape("dz", dz, [None, None])
-    checks.shape("x", x, [dz.shape[0], None])
-    if x.dtype != dz.dtype:  # a layer that autocast has cast to 16 bits for
-        x = x.to(dz.dtype)
-    dtype = dz.dtype if dtype is None else dtype
-    dw: Tensor = choose("neuron_wgrad", BACKENDS, dz, x, index, dtype).forward(dz, x, index, dtype)
+    args = _prepare(dz, x, index, dtype=dtype)
+    dw: Tensor = choose("neuron_wgrad", BACKENDS, *args).forward(*args)
     return dw

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
-from ..common.backend import Backend, Choice, choose, explainable
+from ..common import checks
+from ..common.backend import Choice, choose, explainable, standard
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -60,7 +56,31 @@ def _(*_: Any) -> None:
     return None
 
 
-@explainable
+def _prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    active: Sequence[Tensor | None],
+    *,
+    step: int,
+    **_: Any,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
+    lengths = [len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(active)]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"params, grads, exp_avgs, exp_avg_sqs and active have lengths {lengths}, expected one length")
+    if step < 1:
+        raise ValueError(f"step is {step}, expected a count from 1")
+    for i, (param, *others, rows) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, active)):
+        for name, tensor in zip(("grads", "exp_avgs", "exp_avg_sqs"), others):
+            checks.shape(f"{name}[{i}]", tensor, param.shape)
+        if rows is not None:
+            checks.boolean(f"active[{i}]", rows)
+            checks.shape(f"active[{i}]", rows, param.shape[:1])
+    return list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(active)
+
+
+@explainable("row_sparse_adamw", BACKENDS, _prepare, composed=None)
 @torch.no_grad()
 def row_sparse_adamw_(
     params: Sequence[Tensor],
@@ -102,17 +122,5 @@ def row_sparse_adamw_(
         >>> p[:, 0].tolist()
         [0.5, 1.0]
     """
-    lengths = [len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(active)]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"params, grads, exp_avgs, exp_avg_sqs and active have lengths {lengths}, expected one length")
-    if step < 1:
-        raise ValueError(f"step is {step}, expected a count from 1")
-    for i, (param, *others, rows) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, active)):
-        for name, tensor in zip(("grads", "exp_avgs", "exp_avg_sqs"), others):
-            checks.shape(f"{name}[{i}]", tensor, param.shape)
-        if rows is not None:
-            checks.boolean(f"active[{i}]", rows)
-            checks.shape(f"active[{i}]", rows, param.shape[:1])
-    beta1, beta2 = betas
-    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(active))
-    _row_sparse_adamw(*lists, step, lr, beta1, beta2, eps, weight_decay)
+    lists = _prepare(params, grads, exp_avgs, exp_avg_sqs, active, step=step)
+    _row_sparse_adamw(*lists, step, lr, *betas, eps, weight_decay)

@@ -24,76 +24,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.checks import PLAIN
-from ..common.triton_launch import INTERPRETER, Launcher, Shipped, cdiv, launching, planned, stream_of, target_of
+from ..common.triton_launch import INTERPRETER, Launcher, cdiv, launching, planned, stream_of, target_of
+from .kernels import adamw_kernel
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _Row = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None"]  # param, grad, exp_avg, exp_avg_sq, active
 _Launch = tuple[int, Tensor, Tensor, Launcher]  # programs, table, owners, kernel
 _FIELDS = 8  # int64 numbers of a tensor in the table: param, grad, exp_avg, exp_avg_sq, active, elements, width, block
 _TABLES = 64  # kept tables: gradients come back at a few addresses, in an order that the allocator chooses
-
-
-@triton.jit
-def _adamw(
-    table,
-    owner,
-    decay,
-    step_size,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    root_correction2,
-    eps,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
-    """One block of GROUPS x WIDE elements. WIDE neighbours are in one row, and with WIDE > 1 they are read together."""
-    this = tl.load(owner + tl.program_id(0))
-    entry = table + this * FIELDS
-    p = tl.load(entry + 0).to(tl.pointer_type(P))
-    g = tl.load(entry + 1).to(tl.pointer_type(G))
-    m = tl.load(entry + 2).to(tl.pointer_type(M))
-    v = tl.load(entry + 3).to(tl.pointer_type(V))
-    active = tl.load(entry + 4).to(tl.pointer_type(tl.uint8))
-    elements = tl.load(entry + 5)
-    width = tl.load(entry + 6)
-    if WIDE > 1:
-        p = tl.multiple_of(p, 16)
-        g = tl.multiple_of(g, 16)
-        m = tl.multiple_of(m, 16)
-        v = tl.multiple_of(v, 16)
-    begin = (tl.program_id(0) - tl.load(entry + 7)) * (GROUPS * WIDE)
-    group = tl.arange(0, GROUPS) * WIDE
-    keep = begin + group < elements
-    if active.to(tl.int64) != 0:
-        # 64-bit divisions are slow: one for the block, then from the second row in it on in 32 bits.
-        row = begin // width
-        first = tl.minimum((row + 1) * width - begin, GROUPS * WIDE).to(tl.int32)
-        later = 1 + (group - first) // tl.minimum(width, GROUPS * WIDE).to(tl.int32)
-        keep &= tl.load(active + row + tl.where(group < first, 0, later), mask=keep, other=0) != 0
-    at = group[:, None] + tl.arange(0, WIDE)[None, :]
-    keep = tl.broadcast_to(keep[:, None], (GROUPS, WIDE))
-    grad = tl.load(g + begin + at, mask=keep, other=0.0).to(tl.float32)
-    mean = tl.load(m + begin + at, mask=keep, other=0.0).to(tl.float32)
-    square = tl.load(v + begin + at, mask=keep, other=0.0).to(tl.float32)
-    value = tl.load(p + begin + at, mask=keep, other=0.0).to(tl.float32)
-    mean = mean + one_minus_beta1 * (grad - mean)
-    square = beta2 * square + one_minus_beta2 * grad * grad
-    root = tl.div_rn(tl.sqrt_rn(square), root_correction2) + eps
-    value = value * decay - step_size * tl.div_rn(mean, root)
-    tl.store(m + begin + at, mean.to(M), mask=keep)
-    tl.store(v + begin + at, square.to(V), mask=keep)
-    tl.store(p + begin + at, value.to(P), mask=keep)
 
 
 def _keywords(target: str, dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, Any]:
@@ -103,32 +45,6 @@ def _keywords(target: str, dtypes: Sequence[torch.dtype], aligned: bool) -> dict
     types = dict(zip("PGMV", (_TYPES[dtype] for dtype in dtypes)))
     sizes = {"GROUPS": elements // wide, "WIDE": wide, "FIELDS": _FIELDS}
     return {**types, **sizes, "num_warps": 4, "enable_fp_fusion": False}
-
-
-def shipped(target: str) -> list[Shipped]:
-    """What is launched on ``target`` for the usual dtypes; other combinations of the three differ in the casts alone."""
-    f32, b16 = torch.float32, torch.bfloat16
-    coefficients = ("decay", "step_size", "one_minus_beta1", "beta2", "one_minus_beta2", "root_correction2", "eps")
-    found = []
-    for name, dtypes in (
-        ("float32", (f32, f32, f32, f32)),
-        ("bfloat16 gradients", (f32, b16, f32, f32)),
-        ("bfloat16 with float32 moments", (b16, b16, f32, f32)),
-        ("bfloat16", (b16, b16, b16, b16)),
-    ):
-        for aligned in (True, False):
-            found.append(
-                Shipped(
-                    name=f"{name}, {'aligned' if aligned else 'element by element'}",
-                    kernel=_adamw,
-                    signature={"table": "*i64", "owner": "*i32", **dict.fromkeys(coefficients, "fp32")},
-                    launch=_keywords(target, dtypes, aligned),
-                    divisible=("table", "owner"),
-                    expect=("unfused", "stream") if aligned else ("unfused",),
-                    covered=not aligned and b16 in dtypes,
-                )
-            )
-    return found
 
 
 def supports(
@@ -208,7 +124,7 @@ def _tables(tensors: Sequence[_Row]) -> list[_Launch]:
 
 @planned
 def _launcher(device: torch.device, dtypes: tuple[torch.dtype, ...], aligned: bool) -> Launcher:
-    return Launcher(_adamw, _keywords(target_of(device), dtypes, aligned))
+    return Launcher(adamw_kernel, _keywords(target_of(device), dtypes, aligned))
 
 
 _kept: OrderedDict[tuple[Any, ...], list[_Launch]] = OrderedDict()

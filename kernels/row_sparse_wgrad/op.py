@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks, gpu, native
+from ..common import checks
 from ..common.active import active_index, rows_of
-from ..common.backend import Backend, Choice, choose, explainable, opaque
+from ..common.backend import Choice, choose, explainable, opaque, standard, torch_operator
 
-BACKENDS = (
-    Backend("triton", f"{__package__}.triton", gpu.why_not),
-    Backend("native", f"{__package__}.native", native.why_not),
-    Backend("reference", f"{__package__}.reference"),
-)
+BACKENDS = standard(__package__)
 
 
 def example(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -27,15 +23,12 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@torch.library.custom_op("nspec::row_sparse_wgrad", mutates_args=())
-def _row_sparse_wgrad(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    args = (dh, x, index, task_offsets)
-    return choose("row_sparse_wgrad", BACKENDS, *args).forward(*args)
-
-
-@_row_sparse_wgrad.register_fake
-def _(dh: Tensor, x: Tensor, index: Tensor, task_offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    return dh.new_empty((dh.shape[1], x.shape[1])), dh.new_empty(dh.shape[1])
+_row_sparse_wgrad = torch_operator(
+    "row_sparse_wgrad",
+    "(Tensor dh, Tensor x, Tensor index, Tensor? task_offsets) -> (Tensor, Tensor)",
+    lambda *args: choose("row_sparse_wgrad", BACKENDS, *args).forward(*args),
+    lambda dh, x, index, task_offsets: (dh.new_empty((dh.shape[1], x.shape[1])), dh.new_empty(dh.shape[1])),
+)
 
 
 @torch.library.custom_op("nspec::row_sparse_wgrad_add_", mutates_args=("total",))
@@ -69,7 +62,36 @@ def _gradient(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
 _row_sparse_wgrad.register_autograd(_gradient, setup_context=_save)
 
 
-@explainable
+def _prepare(
+    dh: Tensor,
+    x: Tensor,
+    active: Tensor,
+    *,
+    task_offsets: Tensor | None = None,
+    index: Tensor | None = None,
+    places: Tensor | None = None,
+    add_to: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    checks.shape("dh", dh, [None, None])
+    checks.shape("x", x, [dh.shape[0], None])
+    checks.active_sets(active, dh.shape[1], task_offsets)
+    if dh.dtype != x.dtype:
+        raise TypeError(f"dh has dtype {dh.dtype} and x {x.dtype}, expected one dtype")
+    if index is None:
+        index = active_index(active)
+    else:
+        checks.sets(index, places, active)
+    if add_to is not None:
+        checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
+        if add_to.dtype != torch.float32:
+            raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
+        if add_to.requires_grad and add_to.is_leaf and torch.is_grad_enabled():
+            raise ValueError("add_to is a leaf that requires a gradient: give a tensor that does not")
+    return dh, x, index, task_offsets
+
+
+@explainable("row_sparse_wgrad", BACKENDS, _prepare, composed=None)
 def row_sparse_wgrad(
     dh: Tensor,
     x: Tensor,
@@ -110,39 +132,23 @@ def row_sparse_wgrad(
         >>> dw[:, 0].tolist(), db.tolist()
         ([3.0, 0.0], [3.0, 3.0])
     """
-    checks.shape("dh", dh, [None, None])
-    checks.shape("x", x, [dh.shape[0], None])
-    checks.active_sets(active, dh.shape[1], task_offsets)
-    if dh.dtype != x.dtype:
-        raise TypeError(f"dh has dtype {dh.dtype} and x {x.dtype}, expected one dtype")
-    if index is None:
-        index = active_index(active)
-    else:
-        checks.sets(index, places, active)
-    if add_to is not None:
-        checks.shape("add_to", add_to, [dh.shape[1], x.shape[1]])
-        if add_to.dtype != torch.float32:
-            raise TypeError(f"add_to has dtype {add_to.dtype}, expected torch.float32")
-        if add_to.requires_grad and add_to.is_leaf and torch.is_grad_enabled():
-            raise ValueError("add_to is a leaf that requires a gradient: give a tensor that does not")
+    options = {"task_offsets": task_offsets, "index": index, "places": places, "add_to": add_to}
+    args = _prepare(dh, x, active, **options)
     if torch.is_autocast_enabled(dh.device.type):  # which would round what is summed in float32
         with torch.autocast(dh.device.type, enabled=False):
-            return _compute(dh, x, index, places, task_offsets, add_to, dtype)
-    return _compute(dh, x, index, places, task_offsets, add_to, dtype)
+            return _compute(args, places, add_to, dtype)
+    return _compute(args, places, add_to, dtype)
 
 
 def _compute(
-    dh: Tensor,
-    x: Tensor,
-    index: Tensor,
+    args: tuple[Tensor, Tensor, Tensor, Tensor | None],
     places: Tensor | None,
-    task_offsets: Tensor | None,
     add_to: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    dh, x = args[:2]
     # Without a gradient of its own to record, as in a backward pass, the computation needs no operator around it.
     direct = not (torch.is_grad_enabled() and (dh.requires_grad or x.requires_grad)) and not opaque(dh, x, add_to)
-    args = (dh, x, index, task_offsets)
     if add_to is None:
         if direct:
             dw, db = choose("row_sparse_wgrad", BACKENDS, *args).forward(*args, places, dtype or dh.dtype)

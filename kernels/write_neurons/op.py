@@ -28,7 +28,23 @@ def example(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-@explainable
+_Args = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[bool]]
+
+
+def _prepare(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], index: Sequence[Tensor], columns: Sequence[bool]
+) -> _Args:
+    if not len(weights) == len(rows) == len(index) == len(columns):
+        raise ValueError(
+            f"there are {len(weights)} weights, {len(rows)} rows, {len(index)} index, {len(columns)} columns"
+        )
+    for weight, mine, at, transposed in zip(weights, rows, index, columns):
+        checks.shape("weight", weight, [None, None])
+        checks.shape("rows", mine, [at.shape[0], weight.shape[0 if transposed else 1]])
+    return weights, rows, index, columns
+
+
+@explainable("write_neurons", BACKENDS, _prepare, composed=None)
 def write_neurons_(
     weights: Sequence[Tensor], rows: Sequence[Tensor], index: Sequence[Tensor], columns: Sequence[bool]
 ) -> None:
@@ -53,12 +69,6 @@ def write_neurons_(
         >>> weight.tolist()
         [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     """
-    if not len(weights) == len(rows) == len(index) == len(columns):
-        raise ValueError(
-            f"there are {len(weights)} weights, {len(rows)} rows, {len(index)} index, {len(columns)} columns"
-        )
-    for weight, mine, at, transposed in zip(weights, rows, index, columns):
-        checks.shape("weight", weight, [None, None])
-        checks.shape("rows", mine, [at.shape[0], weight.shape[0 if transposed else 1]])
+    args = _prepare(weights, rows, index, columns)
     with torch.no_grad():
-        choose("write_neurons", BACKENDS, weights, rows, index, columns).write(weights, rows, index, columns)
+        choose("write_neurons", BACKENDS, *args).write(*args)

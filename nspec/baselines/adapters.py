@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.nn.batch import TaskBatch, reorder
-from nspec.nn.recompute import backward_pass
-from nspec.nn.state import LayerState, SwitchedTo
+from nspec.nn.state import LayerState
 from nspec.nn.switched import TaskSwitched
 from nspec.specialization.feed_forward import features
 from nspec.specialization.layers import find_blocks, nearest
@@ -93,38 +92,23 @@ class TaskAdapters(nn.Module, TaskSwitched):
         self.groups = nn.ModuleDict({_key(name): Bottleneck(width, bottleneck) for name in names})
         self._nspec = LayerState()
 
+    decodes_by_task = True  # adapters are part of the forward pass
+
     @property
     def tasks(self) -> list[str]:
         """The tasks that have a group."""
         return list(self.group_of)
 
-    @property
-    def decodes_by_task(self) -> bool:
-        """True: adapters are part of the forward pass."""
-        return True
-
-    @property
-    def task(self) -> str | tuple[str, ...] | None:
-        """The current task, or the task of each sentence of a batch; None: no adapter is used."""
-        task: str | tuple[str, ...] | None = self._nspec.task
-        return task
-
-    def set_task(self, task: str | TaskBatch | None) -> None:
-        """Switches to the adapter of a task's group, or of each sentence's; None uses none.
+    def use_of(self, tasks: tuple[Any, ...]) -> str | None:
+        """The group of one task, so that two tasks of one may share a backward pass.
 
         Raises:
             ValueError: a task without a group; nothing is switched then.
         """
-        names = () if task is None else task.names if isinstance(task, TaskBatch) else (task,)
-        for name in names:
+        for name in tasks:
             if name not in self.group_of:
                 raise ValueError(f"there are no adapters of task {name!r}; {nearest(name, self.group_of)}")
-        if isinstance(task, TaskBatch):
-            self.switch(SwitchedTo(task.tasks, None, task, backward_pass()))
-        else:
-            # The group says what a pass uses, so that two tasks of one may share a backward pass.
-            group = None if task is None else sys.intern(self.group_of[task])
-            self.switch(SwitchedTo(task, group, None, backward_pass()))
+        return sys.intern(self.group_of[tasks[0]]) if len(tasks) == 1 else None
 
     @torch.compiler.disable  # a graph for each group would reach the limit of recompilation, and all become eager
     def forward(self, x: Tensor) -> Tensor:
@@ -138,15 +122,13 @@ class TaskAdapters(nn.Module, TaskSwitched):
                 f"the layer's output is {x.shape[-1]} wide, its adapters {self.width}, as the last feed-forward layer "
                 "inside is: expected the hidden state; name other layers with layers=[...]"
             )
-        self.check_thread()
-        use: Any = self._nspec.current()
-        group, batch = use
+        group, batch = use = self.begin()
         alone: Any = None if group is None else self.groups[_key(group)]
         if alone is None and batch is None:
-            (marked,) = self._nspec.passes.note(use, x)
+            (marked,) = self._nspec.note(use, x)
             return x if marked is x else marked.clone()  # a mark is a view, which the model may not write into
         added = alone(x) if batch is None else self._by_sentence(x, batch)
-        (added,) = self._nspec.passes.note(use, added)
+        (added,) = self._nspec.note(use, added)
         return x + added.to(x.dtype)
 
     def _by_sentence(self, x: Tensor, batch: TaskBatch) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 import nspec
 from nspec import processes
 from nspec.baselines import adapters, lass
-from nspec.baselines.kept_weights import kept_weights_only
+from nspec.baselines.lass import kept_weights_only
 from nspec.files import read_json, write_json
 from nspec.nn.masked_linear import MODES, Mode
 

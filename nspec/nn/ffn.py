@@ -95,7 +95,7 @@ class CompactLayer(TaskLayer):
         """
         (active, batch), (x, w, b) = h.use, h.inputs
         self._check_whole(w)
-        x, w, b = self._noted(h.use, x, w, b)
+        x, w, b = self._nspec.note(h.use, x, w, b)
         active = self._on_device(active, x, w)
         order, inverse, offsets = (None, None, None) if batch is None else batch.layout(x)
         tokens = x if batch is None else reorder(x.reshape(-1, x.shape[-1]), order, inverse)
@@ -152,7 +152,7 @@ class CompactLayer(TaskLayer):
         if h.active is not None or not h.rectified:
             return self._second(h, w2, b2)
         h.check()
-        x, w1, b1, w2, b2 = self._noted(h.use, x, w1, b1, w2, b2)
+        x, w1, b1, w2, b2 = self._nspec.note(h.use, x, w1, b1, w2, b2)
         active = self._on_device(active, x, w1)
         if not self._computes_anew():
             y = self._without_grad(x, (w1, b1, w2, b2), active, batch)

@@ -23,8 +23,8 @@ from .transforms import in_transform, outside_transforms
 Mode = Literal["forward", "update"]
 MODES = ("forward", "update")
 
-# The optimiser sees parameters, not modules, and wrappers replace parameters: the layers are known, and asked for the
-# parameter that they have now.
+# For optimisers that are given parameters and no model: a parameter does not know its layer, cannot be told (what is put on
+# it is lost in copies and breaks pickles), and wrappers replace it. The layers are asked for the one that they have now.
 _LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -172,7 +172,7 @@ class Masked(nn.Module):
         active, batch = use = self._begin(x)
         if active is None:
             return self._dense(use, x)
-        x, weight, bias = self._noted(use, x, self.note_use(active, self.weight), self.bias)
+        x, weight, bias = self._nspec.note(use, x, self.note_use(active, self.weight), self.bias)
         weight = weight.t() if self.transposed else weight
         active = active.on(weight.device)
         keep(x.device, active)
@@ -190,8 +190,8 @@ class Masked(nn.Module):
         """What the layer computes without active neurons."""
         plain = self._nspec.plain
         if plain is None:
-            return F.linear(*self._noted(use, x, self.note_use(None, self.weight), self.bias))
-        (x,) = self._noted(use, x)
+            return F.linear(*self._nspec.note(use, x, self.note_use(None, self.weight), self.bias))
+        (x,) = self._nspec.note(use, x)
         y: Tensor = plain.forward(self, x)
         return self.note_use(None, y) if self.weight.requires_grad else y
 
@@ -217,10 +217,6 @@ class Masked(nn.Module):
             batch.check(x)
             use = active, None if batch.single else batch
         return use
-
-    def _noted(self, use: Use, *tensors: Tensor | None) -> tuple[Any, ...]:
-        """Remembers the pass in case it is computed again; the layer goes on with the tensors returned."""
-        return tensors if torch.compiler.is_compiling() else self._nspec.passes.note(use, *tensors)
 
     # What the optimiser needs to know: the rows that the gradient of the weight is made of.
 
@@ -395,12 +391,7 @@ class MaskedLinear(Masked, nn.Linear):
         return f"{super().extra_repr()}, mode={self.mode}, {density}"
 
 
-def owners() -> dict[int, Any]:
-    """The specialised layers that there are, by the ``id`` of the weight that each has now."""
-    return {id(layer.weight): layer for layer in list(_LAYERS) if isinstance(layer, Masked)}
-
-
-def makers() -> dict[int, Any]:
-    """The specialised layers whose weight is made anew in each pass, by the ``id`` of each parameter that it is made of."""
-    remade = [one for one in list(_LAYERS) if isinstance(one, Masked) and "weight" not in one._parameters]
-    return {id(p): layer for layer in remade for name, p in layer.named_parameters() if name != "bias"}
+def masked_layers(model: nn.Module | None) -> list[Masked]:
+    """The layers of a model that can be masked; without one, all that there are in the process."""
+    layers = list(_LAYERS) if model is None else model.modules()
+    return [layer for layer in layers if isinstance(layer, Masked)]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
-from .masked_linear import Masked, makers, owners
+from .masked_linear import Masked, masked_layers
 
 
 class RowSparseAdamW(torch.optim.Optimizer):
@@ -44,17 +44,20 @@ class RowSparseAdamW(torch.optim.Optimizer):
         betas: decay rates of the moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
+        model: the model, or what wraps it, whose specialised layers the parameters are of. None: all specialised layers
+            of the process are searched for them, in each step.
 
     Raises:
         ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
             made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is
             not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
-        TypeError: an option that is no number, betas that are not two.
+        TypeError: an option that is no number, betas that are not two, a model that is no module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
-        >>> optimizer, before = nspec.RowSparseAdamW(model.parameters(), lr=0.1), model[0].weight.detach().clone()
+        >>> optimizer = nspec.RowSparseAdamW(model.parameters(), model=model, lr=0.1)
+        >>> before = model[0].weight.detach().clone()
         >>> with nspec.task(model, "en-de"):
         ...     model(torch.randn(3, 4)).sum().backward()
         >>> optimizer.step()
@@ -63,6 +66,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
     """
 
     _layers: dict[int, weakref.ref[Masked]]
+    _model: nn.Module | None = None  # a copy, or what was pickled, has none
 
     def __init__(
         self,
@@ -71,12 +75,18 @@ class RowSparseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
     ) -> None:
         _check(lr, betas, eps, weight_decay)
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module or None")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self._model = model
         if not self._owners():
+            where = "" if model is None else f" of the {type(model).__name__}"
             raise ValueError(
-                "no parameter belongs to a specialised layer: call nspec.specialize(model, masks) first, or use "
+                f"no parameter belongs to a specialised layer{where}: call nspec.specialize(model, masks) first, or use "
                 "torch.optim.AdamW"
             )
 
@@ -109,7 +119,10 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     def _owners(self) -> dict[Tensor, Any]:
         """The specialised layers whose weights are among the parameters."""
-        now, found, made_of = owners(), {}, makers()
+        layers, found = masked_layers(self._model), {}
+        now = {id(layer.weight): layer for layer in layers}
+        remade = (layer for layer in layers if "weight" not in layer._parameters)
+        made_of = {id(p) for layer in remade for name, p in layer.named_parameters() if name != "bias"}
         # A wrapper that shards may have put another tensor in the place of a parameter for a while (FSDP between a
         # forward pass and the next backward pass): a layer that was found once is remembered.
         known = self.__dict__.setdefault("_layers", {})

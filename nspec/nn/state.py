@@ -1,4 +1,4 @@
-"""What nspec keeps on a layer, as its one attribute ``_nspec``: what it is switched to, and the passes that it has made."""
+"""What nspec keeps on a module, as its one attribute ``_nspec``: what a layer is switched to, and what was before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .batch import TaskBatch
 from .recompute import ForwardPasses, Use, backward_pass
@@ -25,6 +26,25 @@ class SwitchedTo(NamedTuple):
     use: Any = None
     batch: TaskBatch | None = None
     set_in: int = -1
+
+
+class Around:
+    """What is kept on a module that is no specialised layer: the holder of one, or one of which an attribute was changed.
+
+    Attributes:
+        places: attributes that are specialised layers, each with the layer's qualified name.
+        before: what attributes were that were changed: a tuple of the value on the instance, or none.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.before: dict[str, tuple[Any, ...]] = {}
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Around:
+        """That of a module, made where there is none."""
+        found: Around = module.__dict__.setdefault("_nspec", cls())
+        return found
 
 
 class LayerState:
@@ -60,6 +80,10 @@ class LayerState:
             if running >= 0 and running != self.set_in:
                 return self.passes.recomputed()
         return self.use, self.batch
+
+    def note(self, use: Use, *tensors: Any) -> tuple[Any, ...]:
+        """Remembers a pass in case it is computed again; the layer goes on with the tensors returned."""
+        return tensors if torch.compiler.is_compiling() else self.passes.note(use, *tensors)
 
     def replica(self) -> Any:
         """The state of a replica of the layer, which runs in a thread of its own."""

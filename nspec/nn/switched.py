@@ -139,6 +139,8 @@ _passes = _Passes()
 class TaskSwitched:
     """A mixin for modules that ``nspec.task`` and ``nspec.set_task`` switch, whatever it is that they do for a task.
 
+    A class says what it knows and what it computes with for a task; its ``forward`` asks :meth:`begin`.
+
     Masked feed-forward layers, adapters and layers with masked weights are of this kind. A model may hold several, which
     then know the same tasks.
     """
@@ -159,9 +161,30 @@ class TaskSwitched:
         """Whether the forward pass depends on the task, so that a translation must be made under it."""
         raise NotImplementedError
 
+    @property
+    def task(self) -> Any:
+        """The current task, or the task of each sentence of a batch as a tuple; None: none."""
+        return self._nspec.task
+
+    def use_of(self, tasks: tuple[str | None, ...]) -> Any:
+        """What the layer computes with for a task, or for the different tasks of a batch."""
+        raise NotImplementedError
+
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to a task, or to the task of each sentence of a batch; None switches off what depends on it."""
-        raise NotImplementedError
+        if isinstance(task, TaskBatch):
+            self.switch(SwitchedTo(task.tasks, self.use_of(task.names), task, backward_pass()))
+        else:
+            self.switch(SwitchedTo(task, None if task is None else self.use_of((task,)), None, backward_pass()))
+
+    def begin(self) -> Any:
+        """Begins a forward pass: what it uses, and the batch.
+
+        Raises:
+            RuntimeError: see :meth:`check_thread`.
+        """
+        self.check_thread()
+        return self._nspec.current()
 
     def switch(self, to: SwitchedTo) -> None:
         """Switches to what a task, a batch or an earlier state says."""

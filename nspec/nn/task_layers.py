@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .active import ActiveSet
-from .batch import TaskBatch, check_sentences
+from .batch import check_sentences
 from .masked_linear import Masked, MaskedLinear, Mode, NeuronState
 from .packed import PackedWeights
 from .recompute import Use, backward_pass
-from .state import SwitchedTo
 from .switched import Shared, TaskSwitched
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
@@ -111,30 +110,18 @@ class TaskLayer(Masked, TaskSwitched):
         """In mode ``forward`` alone: in mode ``update`` the forward pass is dense."""
         return self.mode == "forward"
 
-    @property
-    def task(self) -> str | tuple[str | None, ...] | None:
-        """The current task, or the task of each sentence of a batch; None is dense."""
-        return self._nspec.task
-
-    def set_task(self, task: str | TaskBatch | None) -> None:
-        """Switches to the mask of a task, or of each task of a batch; None makes the layer dense."""
-        if isinstance(task, TaskBatch):
-            self.switch(SwitchedTo(task.tasks, self._stack(task.names), task, backward_pass()))
-        else:
-            self.switch(SwitchedTo(task, None if task is None else self._nspec.sets[task], None, backward_pass()))
-
-    def _stack(self, names: tuple[str | None, ...]) -> ActiveSet:
+    def use_of(self, tasks: tuple[str | None, ...]) -> ActiveSet:
         """The sets of several tasks as one, all neurons for None; the set itself of a single one."""
-        if len(names) == 1 and names[0] is not None:
-            return self._nspec.sets[names[0]]
-        stack = self._nspec.stacks.get(names)
+        if len(tasks) == 1 and tasks[0] is not None:
+            return self._nspec.sets[tasks[0]]
+        stack = self._nspec.stacks.get(tasks)
         if stack is None:
             if len(self._nspec.stacks) >= _STACKS:
                 del self._nspec.stacks[next(iter(self._nspec.stacks))]
-            sets = [self._every() if name is None else self._nspec.sets[name] for name in names]
+            sets = [self._every() if name is None else self._nspec.sets[name] for name in tasks]
             if not self.weight.is_meta:  # weights that are offloaded come when the layer runs
                 sets = [one.on(self.weight.device) for one in sets]
-            self._nspec.stacks[names] = stack = ActiveSet.stack(sets)
+            self._nspec.stacks[tasks] = stack = ActiveSet.stack(sets)
         return stack
 
     def _every(self) -> ActiveSet:

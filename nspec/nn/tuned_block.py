@@ -103,7 +103,7 @@ class TunedBlock:
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes."""
         if not args and not kwargs and (layers := self._as_found(x)) is not None:
-            found = [layer.begin(x) for layer in layers]
+            found = [layer.begin_with(x) for layer in layers]
             uses = [use for use, _ in found]
             if all(batch is None for _, batch in found) and any(use is not None for use in uses):
                 return self._at_once(x, layers, uses)

@@ -143,7 +143,7 @@ class TunedLayer(TaskSwitched):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
-        use, batch = self.begin(x)
+        use, batch = self.begin_with(x)
         if batch is not None:
             return self._overlaid(x, use, batch)
         if not self.in_place():
@@ -163,7 +163,7 @@ class TunedLayer(TaskSwitched):
         y: Tensor = super().forward(x)  # type: ignore[misc]
         return y
 
-    def begin(self, x: Tensor) -> Any:
+    def begin_with(self, x: Tensor) -> Any:
         """Begins a forward pass: what it uses.
 
         Raises:

@@ -11,6 +11,7 @@ from torch import nn
 
 from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer
 from nspec.nn.masked_linear import Masked, Mode, check_mode
+from nspec.nn.state import Around
 from nspec.nn.switched import Shared, TaskSwitched
 from nspec.nn.task_layers import TaskConv1D, TaskLayer, TaskLayerState, TaskLinear
 
@@ -29,7 +30,7 @@ from .masks import NeuronMasks
 from .naming import Layer
 from .patterns import alike, nearest
 from .tasks import calls_its_class, check_task, refuse_other_threads, remember_place, specialized_layers
-from .tuned import BEFORE, fold, is_tuned, rebind, restore_modules, take_off
+from .tuned import fold, is_tuned, rebind, restore_modules, take_off
 
 
 def specialize(
@@ -133,7 +134,7 @@ def specialize(
 def change(module: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module until :func:`despecialize`."""
     before = (module.__dict__[name],) if name in module.__dict__ else ()
-    module.__dict__.setdefault(BEFORE, {}).setdefault(name, before)
+    Around.of(module).before.setdefault(name, before)
     setattr(module, name, value)
 
 

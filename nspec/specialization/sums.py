@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .tensors import TaskTensors, check_same_layers
+from .tensors import TaskTensors, check_same_layers, neurons
 
 _Same = TypeVar("_Same", bound="TokenSums")
 
@@ -72,7 +72,7 @@ class TokenSums(TaskTensors):
                 if theirs is not None:
                     tokens[task] = dict(theirs)
                 continue
-            check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers})
+            check_same_layers({f"{task} (left)": mine, f"{task} (right)": layers}, neurons)
             joined[task] = {layer: self._plus(task, layer, mine[layer], value) for layer, value in layers.items()}
             if theirs is None:
                 tokens.pop(task, None)  # of one part it is not known

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
+from nspec.nn.state import Around
 from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead
 from nspec.nn.task_layers import TaskLayer
 
 from .layers import nearest
 
-PLACES = "_nspec_places"
-"""On the module that holds specialised layers: their attributes there, each with the layer's qualified name."""
 _PASSES = 8  # in which no layer is left out each time by chance (LayerDrop)
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile and activation checkpointing of one layer
 
@@ -35,8 +34,8 @@ def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
     for module in model.modules():
         if isinstance(module, TaskSwitched):
             layers.append(module)
-        if (places := module.__dict__.get(PLACES)) is not None:
-            _check_places(module, places)
+        if isinstance(around := module.__dict__.get("_nspec"), Around):
+            _check_places(module, around.places)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) or nspec.finetune first"
@@ -47,7 +46,7 @@ def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
 def remember_place(model: nn.Module, name: str) -> None:
     """Notes on the module around a specialised layer that the layer is there."""
     holder, _, attribute = name.rpartition(".")
-    model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = name
+    Around.of(model.get_submodule(holder)).places[attribute] = name
 
 
 def _check_places(parent: nn.Module, places: dict[str, str]) -> None:

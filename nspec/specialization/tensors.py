@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -13,24 +13,10 @@ _Same = TypeVar("_Same", bound="TaskTensors")
 _Value = TypeVar("_Value")
 
 
-class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
-    """``self[task][layer]`` is a tensor ``[d_ff]``; a mapping of tasks. Subclasses check and copy the values.
+class ByTask(Mapping[str, Mapping[str, Tensor]], Generic[_Value]):
+    """A value for each task and layer, the same layers for every task: a mapping of tasks."""
 
-    Args:
-        tasks: task -> {qualified name of fc1: tensor}, in the order of the model.
-
-    Raises:
-        ValueError: no task, tasks with different layers or widths, or a layer of width 0.
-    """
-
-    def __init__(self, tasks: dict[str, dict[str, Tensor]]) -> None:
-        check_same_layers(tasks)
-        if empty := [layer for layer, value in next(iter(tasks.values())).items() if not len(value)]:
-            raise ValueError(f"layer {empty[0]} has a width of 0, expected 1 or more")
-        self._by_task = tasks
-
-    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
-        return self._by_task[task]
+    _by_task: dict[str, dict[str, _Value]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_task)
@@ -45,8 +31,28 @@ class TaskTensors(Mapping[str, Mapping[str, Tensor]]):
 
     @property
     def layers(self) -> list[str]:
-        """The qualified names of the fc1 modules, in the order of the model."""
+        """The qualified names of the layers, in the order of the first task."""
         return list(next(iter(self._by_task.values())))
+
+
+class TaskTensors(ByTask[Tensor]):
+    """``self[task][layer]`` is a tensor ``[d_ff]``; a mapping of tasks. Subclasses check and copy the values.
+
+    Args:
+        tasks: task -> {qualified name of fc1: tensor}, in the order of the model.
+
+    Raises:
+        ValueError: no task, tasks with different layers or widths, or a layer of width 0.
+    """
+
+    def __init__(self, tasks: dict[str, dict[str, Tensor]]) -> None:
+        check_same_layers(tasks, neurons)
+        if empty := [layer for layer, value in next(iter(tasks.values())).items() if not len(value)]:
+            raise ValueError(f"layer {empty[0]} has a width of 0, expected 1 or more")
+        self._by_task = tasks
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return self._by_task[task]
 
     def only(self: _Same, patterns: Iterable[str]) -> _Same:
         """The same tasks with the layers that a pattern matches, such as ``encoder`` or ``decoder.layers.[12]``.
@@ -162,21 +168,24 @@ def _check_name(what: str, name: Any) -> None:
         raise ValueError(f"{what} {name!r} is no name: expected text that is not empty, in UTF-8")
 
 
-def check_same_layers(tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises ValueError unless there is a task with layers and all tasks have the same layers, equally wide."""
+def neurons(value: Tensor) -> str:
+    """How wide a layer is, for messages."""
+    return f"{len(value)} neurons"
+
+
+def check_same_layers(tasks: Mapping[str, Mapping[str, _Value]], size: Callable[[_Value], str]) -> None:
+    """Raises ValueError unless there is a task with layers and all tasks have the same layers, of the same size."""
     if not tasks:
         raise ValueError("no task: expected a mapping of at least one task")
     first, *others = tasks
     if not tasks[first]:
         raise ValueError(f"task {first} has no layer")
-    widths = {layer: len(value) for layer, value in tasks[first].items()}
+    sizes = {layer: size(value) for layer, value in tasks[first].items()}
     for task in others:
         for layer, value in tasks[task].items():
-            if layer not in widths:
+            if layer not in sizes:
                 raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
-            if len(value) != widths[layer]:
-                raise ValueError(
-                    f"layer {layer} has {len(value)} neurons in task {task}, {widths[layer]} in task {first}"
-                )
-        if missing := [layer for layer in widths if layer not in tasks[task]]:
+            if (found := size(value)) != sizes[layer]:
+                raise ValueError(f"layer {layer} has {found} in task {task}, {sizes[layer]} in task {first}")
+        if missing := [layer for layer in sizes if layer not in tasks[task]]:
             raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nspec.nn.state import Around
 from nspec.nn.tuned_block import TunedBlock, untuned_block
 from nspec.nn.tuned_linear import TunedLayer, untuned
 
-from .tasks import PLACES, calls_its_class, refuse_other_threads
+from .tasks import calls_its_class, refuse_other_threads
 
-BEFORE = "_nspec_before"
-"""On a module of which an attribute was changed: what it was."""
 TRAINED = "_nspec_trained"
 """On a module of which parameters were frozen: their names."""
 
@@ -77,9 +76,10 @@ def fold(model: nn.Module, task: str) -> nn.Module:
 def restore_modules(modules: Iterable[nn.Module]) -> None:
     """Gives modules the attributes back that were changed."""
     for module in modules:
-        module.__dict__.pop(PLACES, None)
-        for name, before in module.__dict__.pop(BEFORE, {}).items():
-            setattr(module, name, *before) if before else delattr(module, name)
+        if isinstance(around := module.__dict__.get("_nspec"), Around):
+            del module.__dict__["_nspec"]
+            for name, before in around.before.items():
+                setattr(module, name, *before) if before else delattr(module, name)
 
 
 def rebind(module: nn.Module) -> None:

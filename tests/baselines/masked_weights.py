@@ -9,9 +9,9 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from nspec.baselines.lass import (
+    WeightMasks,
     prunable_layers,
 )
-from nspec.baselines.weight_masks import WeightMasks
 
 TASKS = ("en-de", "de-en", "en-fr")
 

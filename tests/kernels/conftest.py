@@ -139,6 +139,26 @@ def no_waiting() -> Callable[[Callable[[], object]], None]:
     return check
 
 
+@pytest.fixture
+def beside_others() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
+    """Calls a function again and again on another stream of a busy GPU: its results have the same bits each time."""
+
+    def check(call: Callable[[], Sequence[Tensor]]) -> None:
+        once = call()
+        side, busy = torch.cuda.Stream(), torch.cuda.Stream()
+        noise = torch.randn(4096, 4096, device="cuda")
+        torch.cuda.synchronize()
+        for _ in range(50):
+            with torch.cuda.stream(busy):
+                noise = (noise @ noise).tanh()
+            with torch.cuda.stream(side):
+                again = call()
+                side.synchronize()
+            assert all(Compare.same_bits(a, b) for a, b in zip(again, once, strict=True))
+
+    return check
+
+
 @dataclass(frozen=True)
 class Draw:
     """Seeded inputs on one device."""
@@ -174,6 +194,11 @@ class Draw:
             "ends": lambda: torch.arange(d_ff).roll(n // 2),
         }[kind]()
         return torch.zeros(d_ff, dtype=torch.bool).index_fill_(0, order[:n], True).to(self.device)
+
+    def sets(self, d_ff: int, share: float, count: int, kind: str = "random", seed: int = 0) -> Tensor:
+        """So many sets, the larger the later, up to a share of d_ff: bool ``[count, d_ff]``; see :meth:`active`."""
+        most = round(share * d_ff)
+        return torch.stack([self.active(d_ff, most * (i + 1) // count, kind, seed + i) for i in range(count)])
 
     def offsets(self, sizes: Sequence[int], dtype: torch.dtype = torch.int64, device: str = "cpu") -> Tensor:
         """``task_offsets`` of tasks with so many tokens."""

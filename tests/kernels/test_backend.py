@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nspec.kernels.common import gpu
-from nspec.kernels.common.backend import OPERATORS, Backend, Choice, choose, explain, explainable
+from nspec.kernels.common.backend import OPERATORS, Backend, Choice, choose, explain
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
@@ -77,13 +77,8 @@ def test_explain_answers_for_the_arguments_and_computes_nothing(monkeypatch: pyt
     assert "triton: " in choice.reason
     with pytest.raises(ValueError, match="x has shape"):
         asked(linear_relu_count, one, torch.ones(2, 3))
-
-
-def test_a_call_after_explain_computes_again() -> None:
-    double = explainable(lambda x: choose("compact_ffn", (PLAIN,)) and 2 * x)
-    asked: Any = double
-    assert asked(2, explain=True).backend == "reference"
-    assert double(2) == 4
+    with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
+        asked(row_sparse_adamw_, *state, [rows], step=1)
 
 
 def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,9 +239,7 @@ def test_any_shape_and_grouping_equals_autograd(place: Any, draw: Any, examples:
         sizes: list[int], d_in: int, d_ff: int, share: float, kind: str, in_place: bool, dtype: torch.dtype, seed: int,
         layout: str,
     ) -> None:  # fmt: skip
-        active = torch.stack(
-            [draw.active(d_ff, round(share * d_ff) * (i + 1) // len(sizes), kind, seed + i) for i in range(len(sizes))]
-        )
+        active = draw.sets(d_ff, share, len(sizes), kind, seed)
         index = LAYOUTS[in_place](active)
         x, w, b = (t.detach() for t in inputs(draw, sum(sizes), d_in, d_ff, dtype))
         tensors, dz = [t.requires_grad_() for t in (x, layouts[layout](w), b)], gradient(draw, index, sizes, dtype)

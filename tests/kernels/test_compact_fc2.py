@@ -253,9 +253,7 @@ def test_any_shape_and_grouping_equals_autograd(place: Any, draw: Any, examples:
         sizes: list[int], d_ff: int, d_out: int, share: float, kind: str, in_place: bool, constant: str,
         dtype: torch.dtype, seed: int, layout: str,
     ) -> None:  # fmt: skip
-        active = torch.stack(
-            [draw.active(d_ff, round(share * d_ff) * (i + 1) // len(sizes), kind, seed + i) for i in range(len(sizes))]
-        )
+        active = draw.sets(d_ff, share, len(sizes), kind, seed)
         index = LAYOUTS[in_place](active)
         h, c, w, b = inputs(draw, index, sizes, d_ff, d_out, dtype, constant)
         w = layouts[layout](w.detach()).requires_grad_()

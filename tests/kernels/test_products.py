@@ -28,12 +28,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def module(operator: str) -> ModuleType:
-    """The Triton backend of an operator."""
+    """The Triton backend of an operator; the products that they share."""
     pytest.importorskip("triton")
     gpu = importlib.import_module("nspec.kernels.common.gpu")
     if not torch.cuda.is_available() and not gpu.interpreted():
         pytest.skip("there is neither a GPU nor Triton's interpreter")
-    return importlib.import_module(f"nspec.kernels.{operator}.triton")
+    file = "triton_products" if operator == "common" else "triton"
+    return importlib.import_module(f"nspec.kernels.{operator}.{file}")
 
 
 # On a machine with a GPU they are tests of the GPU, which `-m gpu` runs.
@@ -78,11 +79,11 @@ def ffn(backend: ModuleType, call: dict[str, Any], dtype: torch.dtype, keep: int
 def test_compact_ffn_is_exact_on_integers_either_way(
     way: str, call: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = module("compact_ffn")
+    backend, shared = module("compact_ffn"), module("common")
     several = call["task_offsets"] is not None
     library, ours = [], []
-    multiply, launch = backend._multiply, backend.Launcher.__call__
-    monkeypatch.setattr(backend, "_multiply", lambda *a: (library.append(1), multiply(*a)))
+    multiply, launch = shared._multiply, backend.Launcher.__call__
+    monkeypatch.setattr(shared, "_multiply", lambda *a: (library.append(1), multiply(*a)))
     monkeypatch.setattr(backend.Launcher, "__call__", lambda self, *a: (ours.append(self.kernel), launch(self, *a)))
     got = ffn(backend, call, dtype)
     want = ffn(importlib.import_module("nspec.kernels.compact_ffn.reference"), call, torch.float64)
@@ -91,7 +92,7 @@ def test_compact_ffn_is_exact_on_integers_either_way(
         assert torch.equal(a.double(), b), name
     for a, b in zip(got, ffn(backend, call, dtype, keep=1)):  # as a compiled graph does, which keeps the activations
         assert torch.equal(a, b)
-    own = sum(kernel in (backend.to_neurons_kernel, backend.from_neurons_kernel) for kernel in ours)
+    own = sum(kernel in (backend.to_neurons_kernel, shared.from_neurons_kernel) for kernel in ours)
     by_them = way == HOST or (way == ONE_TASK and not several)
     # h, y, dh and dx, twice: one launch each, or one call of the library for each task.
     assert (own, len(library)) == ((0, 8 * (len(SIZES) if several else 1)) if by_them else (8, 0))
@@ -104,7 +105,7 @@ def test_row_sparse_wgrad_is_exact_on_integers_either_way(
 ) -> None:
     backend = module("row_sparse_wgrad")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(backend, "has_tma", lambda target: tma)
+        monkeypatch.setattr(module("common"), "has_tma", lambda target: tma)
     where = (call["index"], call["task_offsets"])
     reference = importlib.import_module("nspec.kernels.row_sparse_wgrad.reference")
     want = reference.forward(call["dh"].double(), call["x"].double(), *where)
@@ -124,7 +125,7 @@ def test_row_sparse_wgrad_is_exact_where_the_next_task_has_nan(
 ) -> None:
     backend = module("row_sparse_wgrad")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(backend, "has_tma", lambda target: tma)
+        monkeypatch.setattr(module("common"), "has_tma", lambda target: tma)
     where, last = (call["index"], call["task_offsets"]), 70 - SIZES[-1]
     reference = importlib.import_module("nspec.kernels.row_sparse_wgrad.reference")
     clean, dh = call["dh"].double(), call["dh"].clone()
@@ -164,11 +165,9 @@ def test_wrong_offsets_on_a_device_lead_nowhere_outside_the_tensors(
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942", "interpreter"])
 def test_a_step_over_the_neurons_stays_within_a_task(target: str) -> None:
-    module("compact_ffn")
-    backend = importlib.import_module("nspec.kernels.compact_ffn.triton")
-    tasks = importlib.import_module("nspec.kernels.common.triton_tasks")
+    shared = module("common")
     for dtype, precise in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-        assert tasks.WIDTH_MULTIPLE % backend.features_tile(target, dtype, precise).k == 0
+        assert shared.WIDTH_MULTIPLE % shared.features_tile(target, dtype, precise).k == 0
 
 
 def test_several_tasks_go_to_the_library_only_where_their_offsets_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +186,11 @@ def test_several_tasks_go_to_the_library_only_where_their_offsets_can_be_read(mo
 
 @pytest.mark.parametrize(("tiles", "chunk"), [(40, 5504), (64, 8192), (132, 16384), (1000, 16384)])
 def test_tokens_are_cut_into_chunks_that_fill_the_device(tiles: int, chunk: int) -> None:
-    backend = module("row_sparse_wgrad")
+    backend = module("common")
     # 132 processors and tiles of 128 x 256: what they need is in whole steps of 64 tokens.
     assert backend.chunk_of(backend.Tasks(16384, 1, None), tiles, 132, 64) == chunk
 
 
 def test_many_small_tasks_are_not_cut() -> None:
-    backend = module("row_sparse_wgrad")
+    backend = module("common")
     assert backend.chunk_of(backend.Tasks(100, 40, None), 1, 132, 64) == 64

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import nspec
 from nspec import cli
 from nspec.baselines.adapters import TaskAdapters, add_adapters
-from nspec.baselines.lass import apply_weight_masks, prunable_layers
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks, apply_weight_masks, prunable_layers
 from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.zero_shot import combined, description, parts_of, sides_of
 from nspec.specialization.layers import find_blocks

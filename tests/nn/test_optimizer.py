@@ -100,6 +100,22 @@ def test_a_masked_linear_alone_works_too() -> None:
     assert torch.equal((layer.weight != before).any(1), LOW)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_given_model_is_asked_for_its_layers_and_nothing_else(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nspec.nn import masked_linear
+
+    model = specialised()
+    monkeypatch.setattr(masked_linear, "_LAYERS", ())
+    with pytest.raises(ValueError, match="no parameter belongs to a specialised layer"):
+        RowSparseAdamW(model.parameters(), **OPTIONS)
+    optimizer = RowSparseAdamW(model.parameters(), **OPTIONS, model=nn.Sequential(model) if wrapped else model)
+    assert torch.equal(step(model, optimizer, "low"), LOW)
+    with pytest.raises(ValueError, match="belongs to a specialised layer of the Linear: call"):
+        RowSparseAdamW(model.parameters(), **OPTIONS, model=nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="model is a str, expected a torch.nn.Module or None"):
+        RowSparseAdamW(model.parameters(), **OPTIONS, model="model")
+
+
 @pytest.mark.parametrize("how", ["assigned", "loaded", "moved"])
 def test_a_layer_whose_parameter_was_replaced_is_known(how: str) -> None:
     model = specialised()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from nspec import ActivationCounts, NeuronMasks
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks
 
 
 def some_masks(tasks: int = 3, layers: int = 2, d_ff: int = 37) -> NeuronMasks:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nspec import ActivationCounts, NeuronMasks
 from nspec.analysis.heads import HeadImportance
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks
 
 TASKS, LAYERS = ("de-en", "en-de"), ("encoder.0.fc1", "decoder.0.fc1")
 KINDS: dict[str, Any] = {

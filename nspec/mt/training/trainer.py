@@ -122,7 +122,7 @@ def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Opti
     ]
     options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
     if settings.optimizer == "row_sparse_adamw":
-        return nspec.RowSparseAdamW(groups, **options)
+        return nspec.RowSparseAdamW(groups, **options, model=model)
     # With loss scaling the fused one would skip a step by itself, where nobody sees it and the schedule goes on.
     return torch.optim.AdamW(groups, fused=settings.precision != "fp16", **options)
 

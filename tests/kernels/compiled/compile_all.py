@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel that the operators can launch, for every target, on a machine without a GPU.
+"""Compiles every Triton kernel that the operators launch (``record.py``), for every target, on a machine without a GPU.
 
     python tests/kernels/compiled/compile_all.py            prints the figures, one kernel per line, as JSON
     python tests/kernels/compiled/compile_all.py --update   writes them to snapshots/triton-VERSION.json
@@ -9,9 +9,9 @@
 kernel that is meant, run ``--update`` and look at the difference. The work is done in processes of their own: a failed
 assertion in the compiler ends the process, and is noted as the error of the kernel that it was at.
 
-Every kernel is compiled for every target, every product with all its block sizes. Kernels that say of themselves that
-another one covers them (no bias, one task where several go the same way, float16 beside bfloat16) are compiled for EVERY
-alone; with ``NSPEC_COMPILE_COVERED=1`` the rules of ``test_compiled.py`` are checked for them on the other targets too.
+Every kernel is compiled for every target, every product with all its block sizes. Kernels that another one covers (no
+bias, one task where several go the same way, float16 beside bfloat16) are compiled for EVERY alone; with
+``NSPEC_COMPILE_COVERED=1`` the rules of ``test_compiled.py`` are checked for them on the other targets too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-OPERATORS = FOLDER.parents[2] / "kernels"
 TARGETS = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 #: One of NVIDIA's and AMD's, for which the kernels that others cover are compiled as well.
 EVERY = ("cuda:90", "hip:gfx942")
@@ -37,28 +36,23 @@ EVERY = ("cuda:90", "hip:gfx942")
 LIKE = {"cuda:86": "cuda:80"}
 
 
-def shipped(target: str, covered: bool) -> list[tuple[str, Any]]:
-    """The kernels of a target with their names: ``"linear_relu_count/fp16 128x128"``; ``covered``: all of them."""
-    found: list[tuple[str, Any]] = []
-    for path in sorted(OPERATORS.glob("*/triton.py")):
-        operator = path.parent.name
-        module = importlib.import_module(f"nspec.kernels.{operator}.triton")
-        kernels = [kernel for kernel in module.shipped(target) if covered or target in EVERY or not kernel.covered]
-        if not covered and target in LIKE:
-            other = {kernel.name: kernel for kernel in module.shipped(LIKE[target])}
-            kernels = [kernel for kernel in kernels if kernel.expect or kernel != other.get(kernel.name)]
-        found += [(f"{operator}/{kernel.name}", kernel) for kernel in kernels]
-    names = [name for name, _ in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{target}: two kernels have the name {max(names, key=names.count)!r}")
-    return found
+def chosen(target: str, covered: bool) -> list[Any]:
+    """The kernels of a target that are compiled; ``covered``: all of them."""
+    from record import recorded
+
+    kernels = recorded(target)
+    if covered:
+        return kernels
+    if target not in EVERY:
+        kernels = [one for one in kernels if not any(other.covers(one) for other in kernels)]
+    like = {one.name: one for one in recorded(LIKE[target])} if target in LIKE else {}
+    return [one for one in kernels if one.expect or one != like.get(one.name)]
 
 
 def _compile(kernel: Any, target: str) -> dict[str, Any]:
     """The figures of one kernel.
 
     Raises:
-        ValueError: the description does not fit the kernel's arguments.
         RuntimeError: it does not compile.
     """
     import machine_code
@@ -68,14 +62,9 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
 
     kind, arch = target.split(":")
     names = kernel.kernel.arg_names
-    constants = dict(kernel.constexprs)
-    if unknown := {*constants, *kernel.divisible, *kernel.signature} - set(names):
-        raise ValueError(f"the kernel has no arguments {sorted(unknown)}")
-    if missing := set(names) - {*constants, *kernel.signature}:
-        raise ValueError(f"arguments without type or value: {sorted(missing)}")
-    signature = {name: "constexpr" if name in constants else kernel.signature[name] for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible if name not in constants}
-    source = ASTSource(fn=kernel.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    signature = {name: "constexpr" if name in kernel.constants else kernel.signature[name] for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible}
+    source = ASTSource(fn=kernel.kernel, signature=signature, constexprs=kernel.constants, attrs=aligned)
     gpu = GPUTarget("hip", arch, 64) if kind == "hip" else GPUTarget("cuda", int(arch), 32)
     compiled = triton.compile(source, target=gpu, options=kernel.options)
     found: dict[str, Any] = {"shared": compiled.metadata.shared, "expect": sorted(kernel.expect)}
@@ -100,7 +89,7 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
 
 def _work(share: int, workers: int, only: str, covered: bool, done: set[str]) -> None:
     """In a process of its own: one line of JSON before and one after each kernel of its share."""
-    kernels = [(target, f"{target}/{name}", kernel) for target in TARGETS for name, kernel in shipped(target, covered)]
+    kernels = [(target, f"{target}/{one.name}", one) for target in TARGETS for one in chosen(target, covered)]
     wanted = [entry for entry in kernels if only in entry[1]]
     for target, name, kernel in wanted[share::workers]:
         if name in done:

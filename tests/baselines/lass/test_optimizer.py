@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import nspec
-from nspec.baselines.kept_weights import kept_weights_only
-from nspec.baselines.lass import WeightMasks, apply_weight_masks
+from nspec.baselines.lass import WeightMasks, apply_weight_masks, kept_weights_only
 
 SHAPES = {"0": (16, 8), "2": (8, 16)}
 LAYERS = list(SHAPES)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .lass import TaskMaskedWeight
+from .layer import LassLinear
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def kept_weights_only(model: nn.Module, optimizer: torch.optim.Optimizer, tasks:
 
     Example:
         >>> from nspec.baselines.lass import apply_weight_masks
-        >>> from nspec.baselines.weight_masks import WeightMasks
+        >>> from nspec.baselines.lass import WeightMasks
         >>> model = nn.Sequential(nn.Linear(2, 1))
         >>> model = apply_weight_masks(model, WeightMasks({"en-de": {"0": torch.tensor([[True, False]])}}))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
@@ -41,7 +41,7 @@ def kept_weights_only(model: nn.Module, optimizer: torch.optim.Optimizer, tasks:
         >>> (model[0].weight == before).tolist()
         [[False, True]]
     """
-    masked = [module for module in model.modules() if isinstance(module, TaskMaskedWeight)]
+    masked = [module for module in model.modules() if isinstance(module, LassLinear)]
     if not masked:
         raise ValueError(f"{type(model).__name__} has no weight masks: call apply_weight_masks(model, masks) first")
     names = list(dict.fromkeys(tasks))

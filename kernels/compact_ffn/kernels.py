@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.triton_tasks import task_end, tiles_before, token_tile
-from ..common.triton_tile import tile_order
+from ..common.kernels import task_end, tile_order, tiles_before, token_tile
 
 
 @triton.jit
@@ -214,63 +213,6 @@ def to_neurons_kernel(
                 out.store([first, block * M], result)
         else:
             out.store([first, block * M], result)
-
-
-@triton.jit(do_not_specialize=["tokens", "tasks"])
-def from_neurons_kernel(
-    in_ptr,
-    weight_ptr,
-    constant_ptr,
-    out_ptr,
-    offsets_ptr,
-    tokens,
-    tasks,
-    width,
-    columns,
-    GROUPED: tl.constexpr,
-    CONSTANT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``out [tokens, columns] = in weight + constant``; in ``[tokens, width]``, constant float32 ``[tasks, columns]``."""
-    inputs = tl.make_tensor_descriptor(in_ptr, shape=[tokens, width], strides=[width, 1], block_shape=[M, K])
-    weight = tl.make_tensor_descriptor(
-        weight_ptr, shape=[tasks * width, columns], strides=[columns, 1], block_shape=[K, N]
-    )
-    out = tl.make_tensor_descriptor(out_ptr, shape=[tokens, columns], strides=[columns, 1], block_shape=[M, N])
-    if GROUPED:
-        tiles, _ = tiles_before(offsets_ptr, tasks, M, tokens, GROUPED)
-    else:
-        tiles = tl.cdiv(tokens, M)
-    across = tl.cdiv(columns, N)
-    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
-        tile, block = tile_order(item, tiles, across, GROUP)
-        task, first, stop = token_tile(offsets_ptr, tile, M, tokens, tasks, GROUPED)
-        total = tl.zeros((M, N), tl.float32)
-        # Counted along: from task * width + k the compiler for gfx942 reads "in" 2 bytes at a time (Triton 3.6).
-        row = task * width
-        for k in range(0, width, K):
-            right = weight.load([row, block * N])
-            total = tl.dot(inputs.load([first, k]), right, total, input_precision=PRECISION)
-            row += K
-        if CONSTANT:
-            column = block * N + tl.arange(0, N)
-            constant = tl.load(constant_ptr + task.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
-            total += constant[None, :]
-        result = total.to(out_ptr.dtype.element_ty)
-        if GROUPED:
-            if first + M > stop:
-                last = tl.make_tensor_descriptor(
-                    out_ptr, shape=[stop, columns], strides=[columns, 1], block_shape=[M, N]
-                )
-                last.store([first, block * N], result)
-            else:
-                out.store([first, block * N], result)
-        else:
-            out.store([first, block * N], result)
 
 
 @triton.jit(do_not_specialize=["tokens", "tasks", "size"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks
 
 TASKS = ("en-de", "de-en", "en-fr")
 
@@ -58,7 +58,7 @@ def test_single_tasks_are_put_together_without_copying_bits() -> None:
     with pytest.raises(ValueError, match="task en-de is given twice"):
         WeightMasks.union_of_tasks([parts[0], parts[0]])
     other = WeightMasks({"other": {"x": torch.rand(5, 3) < 0.5}})
-    with pytest.raises(ValueError, match=r"\[5, 3\] in task other, \[3, 5\] in task en-de"):
+    with pytest.raises(ValueError, match=r"weights \[5, 3\] in task other, weights \[3, 5\] in task en-de"):
         WeightMasks.union_of_tasks([parts[0], other])
 
 

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import nspec
 from nspec.baselines.lass import (
-    TaskMaskedWeight,
+    LassLinear,
+    WeightMasks,
     apply_weight_masks,
     magnitude_masks,
     prunable_layers,
     remove_weight_masks,
 )
-from nspec.baselines.weight_masks import WeightMasks
 
 
 @pytest.mark.parametrize("task", ["en-de", "de-en"])
@@ -150,7 +150,7 @@ def test_without_a_task_it_is_the_dense_model_and_a_block_restores_what_was_set(
         with nspec.task(model, None):
             assert torch.equal(model(**batch()).logits, dense)
     assert torch.equal(model(**batch()).logits, first)
-    assert {layer.task for layer in model.modules() if isinstance(layer, TaskMaskedWeight)} == {"en-de"}
+    assert {layer.task for layer in model.modules() if isinstance(layer, LassLinear)} == {"en-de"}
 
 
 def test_masks_are_unpacked_once_for_a_task_and_dropped_for_the_next() -> None:
@@ -160,14 +160,14 @@ def test_masks_are_unpacked_once_for_a_task_and_dropped_for_the_next() -> None:
     with nspec.task(model, "en-de"):
         model(x)
     nspec.set_task(model, None)
-    (first,) = layer._unpacked.values()
+    (first,) = layer._nspec.unpacked.values()
     with nspec.task(model, "en-de"):
         model(x)
-    assert next(iter(layer._unpacked.values())) is first
+    assert next(iter(layer._nspec.unpacked.values())) is first
     with nspec.task(model, ["de-en", "en-fr"]):
         model(x)
-        assert len(layer._unpacked) == 2
-        assert all(bits is not first for bits in layer._unpacked.values())
+        assert len(layer._nspec.unpacked) == 2
+        assert all(bits is not first for bits in layer._nspec.unpacked.values())
 
 
 def test_passes_without_gradients_follow_changed_weights_and_tasks() -> None:
@@ -183,9 +183,9 @@ def test_passes_without_gradients_follow_changed_weights_and_tasks() -> None:
 
     with torch.no_grad(), nspec.task(model, "en-de"):
         check("en-de")
-        kept = layer._product
+        kept = layer._nspec.product
         check("en-de")
-        assert layer._product is kept
+        assert layer._nspec.product is kept
         layer.weight.add_(1)
         check("en-de")
         layer.weight.data = torch.randn(4, 3, dtype=torch.float64)
@@ -280,7 +280,7 @@ def test_modules_parameters_and_keys_stay_and_removal_leaves_no_trace() -> None:
     assert apply_weight_masks(model, random_masks(model)) is model
     assert list(model.state_dict()) == list(before)
     assert [id(p) for p in model.parameters()] == parameters
-    layers = [m for m in model.modules() if isinstance(m, TaskMaskedWeight)]
+    layers = [m for m in model.modules() if isinstance(m, LassLinear)]
     assert len(layers) == len(prunable_layers(m2m100()))
     assert all(layer.tasks == list(TASKS) and layer.decodes_by_task for layer in layers)
     with nspec.task(model, "en-de"):
@@ -299,7 +299,7 @@ def test_copies_compute_the_same_and_switch_apart(way: str) -> None:
     nspec.set_task(model, "en-de")
     want = model(**batch()).logits
     other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert not any(m._unpacked for m in other.modules() if isinstance(m, TaskMaskedWeight))  # bits are enough
+    assert not any(m._nspec.unpacked for m in other.modules() if isinstance(m, LassLinear))  # bits are enough
     assert torch.equal(other(**batch()).logits, want)
     nspec.set_task(other, "de-en")
     assert not torch.equal(other(**batch()).logits, want)
@@ -319,7 +319,7 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
         apply_weight_masks(model, masks("linears.2", 4, 2))
     with pytest.raises(ValueError, match="the model is wrapped"):
         apply_weight_masks(nn.DataParallel(model), masks("linears.1", 2, 4))
-    assert not any(isinstance(module, TaskMaskedWeight) for module in model.modules())
+    assert not any(isinstance(module, LassLinear) for module in model.modules())
     with pytest.raises(ValueError, match="has no weight masks"):
         remove_weight_masks(model)
     apply_weight_masks(model, masks("linears.1", 2, 4))

@@ -1,26 +1,10 @@
-"""LaSS (Lin et al. 2021): for each task a sub-network of single weights, found by magnitude after fine-tuning.
-
-    dense = ...                                                     # trained on all tasks
-    parts = []
-    for task in tasks:
-        tuned = ...                                                 # a copy of it, fine-tuned on the task alone
-        parts.append(WeightMasks({task: magnitude_masks(tuned, alpha=0.3)}))
-    apply_weight_masks(dense, WeightMasks.union_of_tasks(parts))    # in place; its code is not touched
-    with nspec.task(dense, "en-de"):
-        dense(**batch).loss.backward()
-    with kept_weights_only(dense, optimizer, ["en-de"]):            # of .kept_weights: else momentum and decay move all
-        optimizer.step()
-
-With the mask M of a task, a layer computes ``y = x (M ⊙ W)ᵀ + b``, and the gradient of a masked weight is exactly zero.
-"""
+"""The layers of LaSS: linear ones with a mask over their weights for each task."""
 
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -28,121 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspec.kernels.common.autocast import cast_inputs
-from nspec.nn.batch import TaskBatch, reorder
+from nspec.nn.batch import reorder
 from nspec.nn.captured import capturing, keep
-from nspec.nn.recompute import backward_pass
 from nspec.nn.state import LayerState, SwitchedTo
 from nspec.nn.switched import TaskSwitched
-from nspec.specialization.layers import find_blocks, nearest
+from nspec.specialization.layers import nearest
 from nspec.specialization.tasks import set_task
 
-from .structure import layer_around, within
-from .weight_masks import PackedMask, WeightMasks
+from .masks import PackedMask, WeightMasks
+from .pruning import check_own_weight
 
 # Modules that compute with the weights of their linear layers and do not always call them: a mask would be passed by.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_STATE = ("_masks", "_unpacked", "_product", "_nspec")
-
-
-def prunable_layers(model: nn.Module) -> list[str]:
-    """The linear layers that LaSS prunes: attention and feed-forward matrices of every encoder and decoder layer.
-
-    They are found by structure: every ``nn.Linear`` inside a module that holds a feed-forward pair as its own attributes
-    (``fc1`` and ``fc2``, see ``nspec.specialization.layers``). Embeddings and the output projection lie outside.
-
-    Returns:
-        Qualified names, in the order of the model's modules.
-
-    Raises:
-        ValueError: no feed-forward pair; a pair in a module of its own inside a larger layer (as in T5), whose attention
-            would be missed; or ``nn.MultiheadAttention``, whose fused projection is no ``nn.Linear`` and cannot be masked.
-    """
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    parents = dict.fromkeys(names[id(block.parent)] for block in find_blocks(model))
-    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    for parent in parents:
-        if fused := [name for name in within(parent, modules) if isinstance(modules[name], nn.MultiheadAttention)]:
-            raise ValueError(
-                f"{fused[0]} is nn.MultiheadAttention, whose fused projection cannot be masked: expected attention made of "
-                "nn.Linear layers; name the layers to prune with layers=[...]"
-            )
-        if whole := layer_around(parent, modules):
-            raise ValueError(
-                f"{parent or 'the model'} holds a feed-forward pair alone, and {whole} around it more linear layers: "
-                "expected both in one module; name the layers to prune with layers=[...]"
-            )
-    inside = {name for parent in parents for name in within(parent, linears)}
-    return [name for name in modules if name in inside]
-
-
-def magnitude_masks(model: nn.Module, alpha: float, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Masks that drop, in each weight matrix by itself, the weights of the lowest magnitude.
-
-    Of a matrix of n weights exactly ``floor(alpha * n)`` are dropped, with ``alpha`` the decimal number as it is written
-    (0.29 of 100 is 29). Among equal magnitudes the one with the lower index, row by row, goes first; so the masks depend
-    on the weights alone, not on the device.
-
-    Args:
-        model: fine-tuned on one task.
-        alpha: share of the weights to drop, at least 0 and below 1.
-        layers: qualified names of linear layers; None: :func:`prunable_layers`.
-
-    Returns:
-        By layer, a bool tensor ``[out, in]`` on the CPU, True for the weights that are kept.
-
-    Raises:
-        ValueError: ``alpha`` out of range, a name that is no linear layer, no layers, or a weight that is not finite.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -4.0], [3.0, -2.0]]))
-        >>> magnitude_masks(model, alpha=0.5, layers=["0"])["0"].tolist()
-        [[False, True], [True, False]]
-    """
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha is {alpha}, expected a share of weights of at least 0 and below 1")
-    names = prunable_layers(model) if layers is None else list(layers)
-    if not names:
-        raise ValueError("layers is empty, expected the names of linear layers")
-    modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    masks = {}
-    for name in names:
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"{name!r} is not a linear layer of the model; {nearest(name, linears)}")
-        _check_own_weight(name, module)
-        if not bool(module.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight has values that are not finite: their order by magnitude says nothing")
-        masks[name] = _lowest_dropped(module.weight.detach(), math.floor(Fraction(str(alpha)) * module.weight.numel()))
-    return masks
-
-
-def _check_own_weight(name: str, module: nn.Linear) -> None:
-    """ValueError where the weight is made of others before each pass, and is an old one until then, or is not there."""
-    if "weight" in vars(module):  # by a hook; that of a parametrised layer is made when it is asked for
-        raise ValueError(
-            f"{name}.weight is no parameter but is made by a hook from {', '.join(module._parameters)} (pruning, "
-            "weight_norm, spectral_norm): make it one first, with torch.nn.utils.prune.remove or remove_weight_norm"
-        )
-    if module.weight.is_meta:
-        raise ValueError(
-            f"{name}.weight is on the meta device: its values are elsewhere (offloaded, or not loaded yet); load the model "
-            "whole, without device_map and offloading"
-        )
-
-
-def _lowest_dropped(weight: Tensor, drop: int) -> Tensor:
-    """True but for the ``drop`` lowest magnitudes; of equal ones the first go."""
-    kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    if drop:
-        magnitude = weight.abs().flatten()
-        threshold = magnitude.kthvalue(drop).values
-        kept = magnitude >= threshold
-        equal = (magnitude == threshold).nonzero().squeeze(1)
-        kept[equal[: drop - int((~kept).sum())]] = False
-    return kept.view(weight.shape).cpu()
 
 
 def apply_weight_masks(model: nn.Module, masks: WeightMasks) -> nn.Module:
@@ -176,16 +57,16 @@ def apply_weight_masks(model: nn.Module, masks: WeightMasks) -> nn.Module:
     if not isinstance(masks, WeightMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected a WeightMasks")
     modules = dict(model.named_modules())
-    if any(isinstance(module, TaskMaskedWeight) for module in modules.values()):
+    if any(isinstance(module, LassLinear) for module in modules.values()):
         raise ValueError("the model has weight masks already: call remove_weight_masks(model) first")
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for layer, shape in masks.shapes.items():
         _check_maskable(layer, shape, modules, linears)
     for layer in masks.layers:
         module = modules[layer]
-        module.__class__ = TaskMaskedWeight
-        assert isinstance(module, TaskMaskedWeight)
-        module.attach({task: masks.packed(task, layer) for task in masks.tasks})
+        module.__class__ = LassLinear
+        assert isinstance(module, LassLinear)
+        module._nspec = LassState({task: masks.packed(task, layer) for task in masks.tasks})
     return model
 
 
@@ -214,7 +95,7 @@ def _check_maskable(layer: str, shape: tuple[int, int], modules: dict[str, nn.Mo
             "one there): mask the model first, or take it off with accelerate.hooks.remove_hook_from_module(model, "
             "recurse=True)"
         )
-    _check_own_weight(layer, module)
+    check_own_weight(layer, module)
     if tuple(module.weight.shape) != shape:
         raise ValueError(
             f"masks are of another model: {layer} has weights {list(shape)} in the masks, {list(module.weight.shape)} in "
@@ -237,14 +118,13 @@ def remove_weight_masks(model: nn.Module) -> nn.Module:
         >>> type(remove_weight_masks(model)[0]) is nn.Linear
         True
     """
-    masked = [module for module in model.modules() if isinstance(module, TaskMaskedWeight)]
+    masked = [module for module in model.modules() if isinstance(module, LassLinear)]
     if not masked:
         raise ValueError(f"{type(model).__name__} has no weight masks: call apply_weight_masks(model, masks) first")
     set_task(model, None)
     for module in masked:
         module.__class__ = nn.Linear  # type: ignore[assignment]
-        for name in _STATE:
-            module.__dict__.pop(name, None)
+        del module.__dict__["_nspec"]
     return model
 
 
@@ -277,7 +157,26 @@ class _MaskedWeight(torch.autograd.Function):
         return dx, dw, db, None
 
 
-class TaskMaskedWeight(nn.Linear, TaskSwitched):
+class LassState(LayerState):
+    """What is kept on a layer with masks.
+
+    Attributes:
+        masks: of each task, ``[out_features, in_features]``.
+        unpacked: those of the current tasks on the weight's device. Set anew, never changed: threads read it.
+        product: the masked weight, with what it was made of. Set at once, likewise.
+    """
+
+    def __init__(self, masks: dict[str, PackedMask]) -> None:
+        super().__init__()
+        self.masks = masks
+        self.unpacked: dict[PackedMask, Tensor] = {}
+        self.product: tuple[tuple[Any, ...], weakref.ref[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"unpacked": {}, "product": None}  # bits are enough
+
+
+class LassLinear(nn.Linear, TaskSwitched):
     """A linear layer with a mask over its weights for each task. ``nn.Linear`` modules are turned into it in place.
 
     Without a task it is an ordinary linear layer. Masks are kept as bits; those of the current task, or of the tasks of
@@ -285,45 +184,25 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
     task without gradients keep the masked weight until the weight changes, a task is set or a pass has gradients.
     """
 
-    _masks: dict[str, PackedMask]
-    _unpacked: dict[PackedMask, Tensor]
-    _product: tuple[tuple[Any, ...], weakref.ref[Tensor], Tensor] | None  # of what, of which weight; set at once
-
-    def attach(self, masks: dict[str, PackedMask]) -> None:
-        """Sets the mask of each task, ``[out_features, in_features]``; the layer is dense then."""
-        self._masks, self._unpacked, self._product, self._nspec = masks, {}, None, LayerState()
+    _nspec: LassState
+    decodes_by_task = True  # the masks are in the forward pass
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that this layer has masks of."""
-        return list(self._masks)
+        return list(self._nspec.masks)
 
-    @property
-    def decodes_by_task(self) -> bool:
-        """Always: the masks are in the forward pass."""
-        return True
-
-    @property
-    def task(self) -> str | tuple[str, ...] | None:
-        """The current task, or the task of each sentence of a batch; None is dense."""
-        task: str | tuple[str, ...] | None = self._nspec.task
-        return task
-
-    def set_task(self, task: str | TaskBatch | None) -> None:
-        """Switches to the mask of a task, or of each task of a batch; None makes the layer dense."""
-        if isinstance(task, TaskBatch):
-            self.switch(SwitchedTo(task.tasks, None, task, backward_pass()))
-            used = [self._masks[name] for name in task.names]
-        else:
-            used = [] if task is None else [self._masks[task]]
-            self.switch(SwitchedTo(task, used[0] if used else None, None, backward_pass()))
-        if used:  # between two batches of a task the model is dense: its masks stay
-            self._unpacked = {mask: bits for mask, bits in self._unpacked.items() if mask in used}
+    def use_of(self, tasks: tuple[Any, ...]) -> PackedMask | None:
+        """The mask of one task; other tasks' masks are no longer kept unpacked."""
+        used = [self._nspec.masks[name] for name in tasks]
+        # Between two batches of a task the model is dense: its masks stay.
+        self._nspec.unpacked = {mask: bits for mask, bits in self._nspec.unpacked.items() if mask in used}
+        return used[0] if len(used) == 1 else None
 
     def switch(self, to: SwitchedTo) -> None:
         """Switches to what a task, a batch or an earlier state says."""
         super().switch(to)
-        self._product = None
+        self._nspec.product = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``.
@@ -332,12 +211,13 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
             ValueError: the rows of ``x`` do not fit the sentences of the batch.
             RuntimeError: a CUDA graph is being captured, and the layer has not run with this task before.
         """
-        (mask, batch), x, weight, bias = self._begin(x)
+        mask, batch = use = self.begin()
+        x, weight, bias = self._nspec.note(use, x, self.weight, self.bias)
         if mask is None and batch is None:
             return F.linear(x, weight, bias)
         if batch is not None and batch.single:
             batch.check(x)
-            mask, batch = self._masks[batch.names[0]], None
+            batch = None
         x, weight, bias = cast_inputs(x, weight, bias)
         tokens = x.reshape(-1, self.in_features)
         if batch is None and self._may_keep(weight):
@@ -348,26 +228,15 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
             order, inverse, _ = batch.layout(x)
             tokens, bounds = reorder(tokens, order, inverse), batch.bounds(x)
             parts = [
-                _MaskedWeight.apply(tokens[start:stop], weight, bias, self._on(self._masks[name], weight.device))
+                _MaskedWeight.apply(tokens[start:stop], weight, bias, self._on(self._nspec.masks[name], weight.device))
                 for name, start, stop in zip(batch.names, bounds, bounds[1:])
             ]
             y = reorder(torch.cat(parts), inverse, order)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _begin(self, x: Tensor) -> tuple[Any, ...]:
-        """What a forward pass uses, then ``x`` and the parameters, with which it goes on.
-
-        A pass that activation checkpointing computes again uses the masks of the first, see ``nspec/nn/recompute.py``.
-        """
-        use: Any = self._nspec.current()
-        if torch.compiler.is_compiling():
-            return use, x, self.weight, self.bias
-        self.check_thread()
-        return use, *self._nspec.passes.note(use, x, self.weight, self.bias)
-
     def _on(self, mask: PackedMask, device: torch.device) -> Tensor:
         """The mask on a device, bool ``[out_features, in_features]``."""
-        bits = self._unpacked.get(mask)
+        bits = self._nspec.unpacked.get(mask)
         if bits is None or bits.device != device:
             if capturing(device):
                 raise RuntimeError(
@@ -375,14 +244,16 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
                     "capture, within the same nspec.task block"
                 )
             bits = mask.unpack(device)
-            self._unpacked = {**self._unpacked, mask: bits}
+            self._nspec.unpacked = {**self._nspec.unpacked, mask: bits}
         keep(device, bits)
         return bits
 
     def kept_by(self, tasks: Iterable[str]) -> Tensor:
         """The weights that one of the tasks keeps at least: bool ``[out_features, in_features]`` on their device."""
-        packed = [self._masks[task].packed for task in tasks]
-        union = functools.reduce(torch.bitwise_or, packed, torch.zeros_like(next(iter(self._masks.values())).packed))
+        packed = [self._nspec.masks[task].packed for task in tasks]
+        union = functools.reduce(
+            torch.bitwise_or, packed, torch.zeros_like(next(iter(self._nspec.masks.values())).packed)
+        )
         return PackedMask(union, (self.out_features, self.in_features)).unpack(self.weight.device)
 
     def _may_keep(self, weight: Tensor) -> bool:
@@ -392,23 +263,25 @@ class TaskMaskedWeight(nn.Linear, TaskSwitched):
         # What follows a training pass is an update, and wrappers write weights unseen. A graph makes its own product.
         may = not (torch.is_grad_enabled() or self.weight.is_inference() or capturing(weight.device))
         if not may:
-            self._product = None
+            self._nspec.product = None
         return may
 
     def _masked(self, weight: Tensor, mask: PackedMask) -> Tensor:
         """The masked weight, made once: a decoding step has few rows and would be mostly masking."""
         # A version counts in-place changes, a pointer changes with .data, and another weight may come to lie there.
         of = (mask, self.weight.data_ptr(), self.weight._version, weight.dtype, weight.device)
-        known = self._product
+        known = self._nspec.product
         if known is not None and known[0] == of and known[1]() is self.weight:
             return known[2]
         product = torch.where(self._on(mask, weight.device), weight, 0.0)
-        self._product = of, weakref.ref(self.weight), product
+        self._nspec.product = of, weakref.ref(self.weight), product
         return product
 
     def extra_repr(self) -> str:
         """Adds the number of tasks and the current one to what ``nn.Linear`` shows."""
-        return f"{super().extra_repr()}, tasks={len(self._masks)}, task={self.task}"
+        return f"{super().extra_repr()}, tasks={len(self._nspec.masks)}, task={self.task}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__) | {"_unpacked": {}, "_product": None}
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._nspec = self._nspec.replica()
+        return replica

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nspec.baselines.lass import apply_weight_masks, magnitude_masks, prunable_layers
-from nspec.baselines.weight_masks import WeightMasks
+from nspec.baselines.lass import WeightMasks, apply_weight_masks, magnitude_masks, prunable_layers
 
 
 def m2m100() -> nn.Module:

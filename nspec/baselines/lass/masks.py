@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nspec.specialization.storage import Kind, Stacked, reading, save_stacked
-from nspec.specialization.tensors import each
+from nspec.specialization.tensors import ByTask, check_same_layers, each
 
 _KIND = Kind("weight_masks", ("U8",), entry="shapes", bits=True)
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
@@ -81,7 +81,7 @@ class _Layers(Mapping[str, Tensor]):
         return len(self._packed)
 
 
-class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
+class WeightMasks(ByTask[PackedMask]):
     """``masks[task][layer]`` is a bool tensor ``[out, in]``, True for the weights that are kept. A mapping of tasks.
 
     In memory there are bits only: 60 tasks of 100 million weights take 750 MB. A tensor is unpacked whenever it is asked
@@ -105,7 +105,7 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
         self._set(each(masks, _checked))
 
     def _set(self, by_task: dict[str, dict[str, PackedMask]]) -> None:
-        _check_same_layers(by_task)
+        check_same_layers(by_task, lambda mask: f"weights {list(mask.shape)}")
         first = next(iter(by_task.values()))
         self._by_task = {task: {layer: layers[layer] for layer in first} for task, layers in by_task.items()}
 
@@ -133,26 +133,10 @@ class WeightMasks(Mapping[str, Mapping[str, Tensor]]):
     def __getitem__(self, task: str) -> Mapping[str, Tensor]:
         return _Layers(self._by_task[task])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_task)
-
-    def __len__(self) -> int:
-        return len(self._by_task)
-
     def __repr__(self) -> str:
         kept = sum(mask.kept() for layers in self._by_task.values() for mask in layers.values())
         share = kept / max(1, sum(mask.numel for layers in self._by_task.values() for mask in layers.values()))
         return f"WeightMasks({len(self.tasks)} tasks, {len(self.layers)} layers, density {share:.3f})"
-
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks, in the order given."""
-        return list(self._by_task)
-
-    @property
-    def layers(self) -> list[str]:
-        """The qualified names of the linear modules, in the order of the first task."""
-        return list(self.shapes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -219,20 +203,3 @@ def _checked(task: str, layer: str, mask: Tensor) -> PackedMask:
         found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"weight mask of {task}, {layer}: found {found}, expected a bool tensor [out, in]")
     return PackedMask.pack(mask)
-
-
-def _check_same_layers(by_task: Mapping[str, Mapping[str, PackedMask]]) -> None:
-    if not by_task:
-        raise ValueError("no task: expected weight masks of at least one task")
-    first, *others = by_task
-    if not by_task[first]:
-        raise ValueError(f"task {first} has no layer")
-    for task in others:
-        for layer, mask in by_task[task].items():
-            if layer not in by_task[first]:
-                raise ValueError(f"task {task} has layer {layer}, which task {first} has not")
-            if mask.shape != by_task[first][layer].shape:
-                shapes = f"{list(mask.shape)} in task {task}, {list(by_task[first][layer].shape)} in task {first}"
-                raise ValueError(f"layer {layer} has weights of shape {shapes}")
-        if missing := [layer for layer in by_task[first] if layer not in by_task[task]]:
-            raise ValueError(f"task {task} lacks layer {missing[0]}, which task {first} has")
