@@ -266,7 +266,7 @@ def analyze(
     debug: DebugOption = False,
 ) -> None:
     """Tests whether related languages keep the same neurons, and use the same heads."""
-    from nspec.report.proximity import analyze_run, print_analysis
+    from nspec.report.analyze import analyze_run, print_analysis
 
     print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads))
 

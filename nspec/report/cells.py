@@ -6,7 +6,7 @@ from typing import Any
 
 from nspec.mt.groups import kind_of_group
 from nspec.report import words
-from nspec.report.load import RunData
+from nspec.report.run_data import RunData
 
 
 def main_groups(data: RunData) -> list[str]:

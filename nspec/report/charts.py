@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec import analysis
-from nspec.report.canvas import INK, MARKERS, SIDES, colour, layer_axis, new_figure, style
-from nspec.report.load import METRICS, RunData
+from nspec.report.drawing import INK, MARKERS, SIDES, colour, layer_axis, new_figure, style
+from nspec.report.run_data import METRICS, RunData
 from nspec.report.words import in_sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from nspec.report.ablations import Curve, Stability
+    from nspec.report.sections.variants import Curve, Stability
 
 _METRIC_COLOURS = {"bleu": "#0072b2", "chrf": "#d55e00"}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.analysis import order_tasks
 from nspec.files import write_json
-from nspec.report.load import METRICS
+from nspec.report.run_data import METRICS
 from nspec.report.tables import write_scores
 from nspec.report.words import arrow, group_name, names_of_scores, signed
 

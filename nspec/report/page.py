@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from nspec import analysis
+from nspec.analysis.blocks import block_order
 from nspec.files import write_text
-from nspec.report import figures, published, words
-from nspec.report.ablations import ablation_section
-from nspec.report.blocks import block_order
+from nspec.report import published, words
 from nspec.report.cells import main_groups, score_cell
-from nspec.report.costs import cost_rows
-from nspec.report.group_tables import family_section
-from nspec.report.head_section import head_section
-from nspec.report.levels import level_section, transfer_section
-from nspec.report.load import METRICS, RunData, load_run
-from nspec.report.relations import relation_section
+from nspec.report.run_data import METRICS, RunData, load_run
+from nspec.report.sections import masks as figures
+from nspec.report.sections.averages import level_section, transfer_section
+from nspec.report.sections.group_tables import family_section
+from nspec.report.sections.heads import head_section
+from nspec.report.sections.relations import relation_section
+from nspec.report.sections.training import cost_rows
+from nspec.report.sections.variants import ablation_section
 from nspec.report.tables import write_overlap, write_scores
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -19,9 +19,9 @@ from nspec.analysis.student import t_quantile, t_tail
 from nspec.files import write_text
 from nspec.mt import options
 from nspec.mt.groups import kind_of_group
-from nspec.report.load import METRICS, RunData, load_run
+from nspec.report.run_data import METRICS, RunData, load_run
 from nspec.report.seeds_figure import draw
-from nspec.report.seeds_tables import average_lines, cost_lines, tested_together
+from nspec.report.seeds_write import average_lines, cost_lines, tested_together
 from nspec.report.words import arrow, group_name, metric_names, system_name
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
@@ -44,7 +44,7 @@ class Difference:
         t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
         p: two-sided, of the paired t test.
         p_holm: adjusted over the systems of this metric and average; of levels and families over all of their kind too,
-            see :func:`nspec.report.seeds_tables.tested_together`.
+            see :func:`nspec.report.seeds_write.tested_together`.
         tested: seeds whose run tested this system against the baseline.
         above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
         below: seeds in which it says worse.

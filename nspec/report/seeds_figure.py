@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from nspec.report.canvas import colour
-from nspec.report.load import METRICS
+from nspec.report.drawing import colour
+from nspec.report.run_data import METRICS
 from nspec.report.words import group_name, system_name
 
 if TYPE_CHECKING:

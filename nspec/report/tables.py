@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nspec import analysis
 from nspec.files import write_text
 from nspec.report.cells import main_groups
-from nspec.report.load import METRICS, RunData, load_run
+from nspec.report.run_data import METRICS, RunData, load_run
 from nspec.report.words import arrow, group_name, p_text, p_value, signed, two_sided
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from nspec.mt.groups import LEVEL as LEVEL_GROUP
 from nspec.mt.groups import kind_of_group
 from nspec.mt.systems import Variant
-from nspec.report.load import RunData
+from nspec.report.run_data import RunData
 
 LEVEL = 0.05
 

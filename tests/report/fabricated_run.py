@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from nspec import NeuronMasks
+from nspec.analysis.blocks import families_of
 from nspec.analysis.heads import HeadImportance
 from nspec.files import write_json, write_text
 from nspec.mt import options
@@ -18,7 +19,6 @@ from nspec.mt.config import Config, ScoreConfig
 from nspec.mt.groups import kind_of_group, run_groups
 from nspec.mt.scoring import average_groups, score_system
 from nspec.report import measured_heads
-from nspec.report.blocks import families_of
 
 LANGUAGES = ["de", "fa", "zh"]
 TASKS = [f"en-{x}" for x in LANGUAGES] + [f"{x}-en" for x in LANGUAGES]

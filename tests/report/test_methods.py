@@ -15,9 +15,9 @@ from fabricated_run import METHODS, Page, make_methods_run
 from nspec.files import write_json
 from nspec.mt.systems import KINDS, Variant
 from nspec.report import build_report, published, words
-from nspec.report.costs import cost_rows, size
-from nspec.report.figures import iou_masks
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
+from nspec.report.sections.masks import iou_masks
+from nspec.report.sections.training import cost_rows, size
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_built_in_system_has_a_name_a_meaning_and_a_colour_of_its_own() -> None:
-    from nspec.report.canvas import COLOURS
+    from nspec.report.drawing import COLOURS
 
     assert set(words.SYSTEMS) == set(KINDS) == set(COLOURS)
     assert len({name for name, _ in words.SYSTEMS.values()}) == len(set(COLOURS.values())) == len(KINDS)
@@ -156,7 +156,7 @@ def test_masks_of_few_languages_are_not_tested_for_relation(tmp_path: Path) -> N
 def test_relations_of_the_page_are_those_of_the_analysis(built: Path) -> None:
     from nspec import NeuronMasks
     from nspec.analysis.proximity import proximity
-    from nspec.report.proximity import script_control
+    from nspec.report.analyze import script_control
 
     found = proximity(NeuronMasks.load(built / "masks"), "en", grouping="ec30", control=script_control)
     text = Page(built / "report" / "index.html").words

@@ -15,7 +15,7 @@ import pytest
 from nspec import NeuronMasks, cli
 from nspec.files import read_json
 from nspec.mt import options
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ["dense", "continued", "forward", "update", "random"]

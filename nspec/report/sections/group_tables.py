@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nspec.analysis.blocks import families_of, grouping_of
 from nspec.analysis.mantel import holm
 from nspec.mt.groups import FAMILY, LEVEL, families, kind_of_group
 from nspec.report import words
-from nspec.report.blocks import families_of, grouping_of
 from nspec.report.cells import score_cell
-from nspec.report.load import METRICS, RunData
-from nspec.report.relations import GROUPINGS
+from nspec.report.run_data import METRICS, RunData
+from nspec.report.sections.relations import GROUPINGS
 
 HOW_TO = (
     "the scores are of an older version, which did not test {what}; `nspec evaluate CONFIG --redo score` makes them anew "

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nspec.mt.groups import resource_levels
-from nspec.report import figures, words
-from nspec.report.group_tables import HOW_TO, has_groups, level_tables
-from nspec.report.load import METRICS, RunData
+from nspec.report import words
+from nspec.report.run_data import METRICS, RunData
+from nspec.report.sections import masks as figures
+from nspec.report.sections.group_tables import HOW_TO, has_groups, level_tables
 
 
 def changes(data: RunData, system: str, than: str, metric: str) -> dict[str, float]:

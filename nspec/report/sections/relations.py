@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nspec.analysis.blocks import OTHER, grouping_of
 from nspec.analysis.languages import Grouping
 from nspec.analysis.overlap import layer_numbers
 from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of, proximity, sides_of_pivot
 from nspec.report import words
-from nspec.report.blocks import OTHER, grouping_of
-from nspec.report.canvas import inline_svg
-from nspec.report.load import RunData
-from nspec.report.proximity import Tree, cluster, script_control
+from nspec.report.analyze import Tree, cluster, script_control
+from nspec.report.drawing import inline_svg
+from nspec.report.run_data import RunData
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nspec import analysis
-from nspec.report.load import RunData
+from nspec.report.run_data import RunData
 from nspec.report.words import group_name
 
 if TYPE_CHECKING:

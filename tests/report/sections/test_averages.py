@@ -8,8 +8,8 @@ pytest.importorskip("matplotlib")
 
 from fabricated_run import SIZES, make_methods_run
 
-from nspec.report.levels import level_section, transfer_section
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
+from nspec.report.sections.averages import level_section, transfer_section
 
 
 def test_each_level_has_the_mean_change_of_its_directions(tmp_path: Path) -> None:

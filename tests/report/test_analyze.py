@@ -20,7 +20,7 @@ from nspec.files import write_text
 from nspec.mt import options
 from nspec.mt.config import Config
 from nspec.report import measured_heads
-from nspec.report.proximity import COLUMNS, analyze_run, proximity_table
+from nspec.report.analyze import COLUMNS, analyze_run, proximity_table
 
 CODES = ["ar", "de", "es", "fa", "he", "it", "nl", "pl"]
 LAYERS = [f"model.{side}.layers.{i}.fc1" for side in ("encoder", "decoder") for i in range(2)]

@@ -14,8 +14,8 @@ from fabricated_run import SIZES, Page, add_heads, make_methods_run
 from nspec.files import write_json
 from nspec.mt.arrows import stages_of
 from nspec.report import build_report, measured_heads
-from nspec.report.head_section import head_section, heat, layers_of_kind, strongest
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
+from nspec.report.sections.heads import head_section, heat, layers_of_kind, strongest
 
 
 @pytest.fixture

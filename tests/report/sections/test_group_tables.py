@@ -14,9 +14,9 @@ from rich.console import Console
 
 from nspec.files import write_json
 from nspec.report import build_report, score_table
-from nspec.report.group_tables import family_section
-from nspec.report.levels import level_section
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
+from nspec.report.sections.averages import level_section
+from nspec.report.sections.group_tables import family_section
 
 SYSTEMS = 6  # that are tested against continued
 

@@ -10,9 +10,10 @@ pytest.importorskip("matplotlib")
 from fabricated_run import make_methods_run
 
 from nspec import analysis
-from nspec.report import charts, figures, published
-from nspec.report.ablations import stability
-from nspec.report.load import RunData, load_run
+from nspec.report import charts, published
+from nspec.report.run_data import RunData, load_run
+from nspec.report.sections import masks as figures
+from nspec.report.sections.variants import stability
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nspec.report import words
-from nspec.report.load import METRICS, RunData
+from nspec.report.run_data import METRICS, RunData
 
 MISSING = "–"
 _UNITS = ("B", "kB", "MB", "GB", "TB")

@@ -12,9 +12,10 @@ from nspec import analysis
 from nspec.analysis.overlap import Floats, Masks
 from nspec.mt import options
 from nspec.mt.systems import config_of, masks_folder
-from nspec.report import figures, words
-from nspec.report.levels import changes
-from nspec.report.load import METRICS, RunData
+from nspec.report import words
+from nspec.report.run_data import METRICS, RunData
+from nspec.report.sections import masks as figures
+from nspec.report.sections.averages import changes
 
 
 @dataclass(frozen=True)

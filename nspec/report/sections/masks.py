@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec import analysis
+from nspec.analysis.blocks import block_order
 from nspec.report import charts, published
-from nspec.report.blocks import block_order
-from nspec.report.canvas import (
+from nspec.report.drawing import (
     GROUPS,
     INK,
     MARKERS,
@@ -24,7 +24,7 @@ from nspec.report.canvas import (
     render,
     style,
 )
-from nspec.report.load import RunData, System
+from nspec.report.run_data import RunData, System
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nspec.analysis.blocks import block_order, grouping_of
 from nspec.analysis.overlap import Floats, mean_pairwise, sort_layers
 from nspec.analysis.proximity import FEWEST, LayerProximity, proximity, sides_of_pivot
 from nspec.report import words
-from nspec.report.blocks import block_order, grouping_of
-from nspec.report.canvas import new_figure, render
-from nspec.report.load import RunData
-from nspec.report.proximity import layer_name
-from nspec.report.relations import PERMUTATIONS, summary
+from nspec.report.analyze import layer_name
+from nspec.report.drawing import new_figure, render
+from nspec.report.run_data import RunData
+from nspec.report.sections.relations import PERMUTATIONS, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def heat(rows: Floats, heads: list[int], tasks: list[str], pivot: str) -> Figure
     Args:
         rows: float64 [tasks, sum of heads], a head's share of its layer's importance.
         heads: of each layer, from bottom to top.
-        tasks: in the order of :func:`nspec.report.blocks.block_order`.
+        tasks: in the order of :func:`nspec.analysis.blocks.block_order`.
         pivot: see there.
     """
     _, blocks = block_order(tasks, pivot)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nspec.mt.groups import KINDS, LEVEL, kind_of_group
-from nspec.report.load import METRICS
+from nspec.report.run_data import METRICS
 from nspec.report.words import count, group_name, p_text, sign, signed, system_name
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from nspec.report.blocks import Block, block_order, grouping_of
+from nspec.analysis.blocks import Block, block_order, grouping_of
 
 
 def test_directions_stand_by_side_of_the_pivot_and_then_by_group() -> None:

@@ -10,8 +10,8 @@ pytest.importorskip("matplotlib")
 from fabricated_run import make_methods_run
 
 from nspec import NeuronMasks
-from nspec.report.ablations import ablation_section, curves, stabilities, stability
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
+from nspec.report.sections.variants import ablation_section, curves, stabilities, stability
 
 LAYER = "model.encoder.layers.0.fc1"
 

@@ -1,0 +1,1 @@
+"""The sections of the page: one section, one file, with its figures and its template."""
