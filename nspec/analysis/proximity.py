@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from scipy import stats
 
 from nspec.analysis import languages, mantel
 from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, sort_layers
@@ -229,7 +230,7 @@ def proximity(
 
 def _adjusted(rows: Sequence[LayerProximity]) -> list[LayerProximity]:
     p = [row.test.p for row in rows if row.test]
-    adjusted = iter(zip(mantel.holm(p), mantel.benjamini_hochberg(p)))
+    adjusted = iter(zip(mantel.holm(p), stats.false_discovery_control(p)))
     partial = iter(mantel.holm([row.partial.p for row in rows if row.partial]))
     done = []
     for row in rows:

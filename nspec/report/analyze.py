@@ -25,12 +25,14 @@ from nspec.analysis.proximity import (
 )
 from nspec.analysis.typology import Aspect, typological_distances
 from nspec.files import write_text
-from nspec.report.words import LEVEL
+from nspec.report import drawing, words
+from nspec.report.tables import terminal_table, write_tsv
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SIDES: tuple[Side, ...] = ("encoder", "decoder")
+PERMUTATIONS = 9999
+"""Relabellings of a test, at most, unless the caller says otherwise."""
 COLUMNS = [
     *("layer", "side", "direction", "languages", "r", "low", "high", "p", "p_holm", "p_bh", "exact", "permutations"),
     *("partial_r", "partial_p", "partial_p_holm", "iou_within", "iou_across", "reason"),
@@ -79,7 +81,7 @@ class Analysis:
 
 
 def analyze_run(
-    run: Path, pivot: str = "", permutations: int = 9999, distances: str = "", heads: int = 0
+    run: Path, pivot: str = "", permutations: int = PERMUTATIONS, distances: str = "", heads: int = 0
 ) -> tuple[Analysis, ...]:
     """Tests the masks of a run and writes ``analysis.json``, ``analysis.tsv`` and the dendrograms into RUN/analysis.
 
@@ -130,20 +132,17 @@ def analyze_run(
 def _analyze(
     what: str, of: Any, similarity: Similarity, folder: Path, pivot: str, *, distances: str, permutations: int
 ) -> Analysis:
-    from nspec.report.dendrogram import dendrogram
-
     far = _distances(distances)
     found = proximity(
         of, pivot, similarity=similarity, distances=far, permutations=permutations, control=script_control
     )
     result = Analysis(what, folder, distances, found, cluster(of, found, similarity))
     write_text(folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
-    lines = [COLUMNS, *([_text(cell) for cell in _cells(found, row)] for row in found.layers)]
-    write_text(folder / "analysis.tsv", "".join("\t".join(line) + "\n" for line in lines))
+    write_tsv(folder / "analysis.tsv", COLUMNS, (_cells(found, row) for row in found.layers))
     for tree in result.trees:
         groups = [name or "not known" for name in groups_of(tree.languages, found.grouping)]
         title = f"{tree.side.capitalize()}, {_arrow(tree.direction, found.pivot)}"
-        svg = dendrogram(tree.linkage, tree.languages, groups, title)
+        svg = drawing.svg_file(drawing.tree, "dendrogram", tree.linkage, tree.languages, groups, title)
         write_text(folder / f"dendrogram_{tree.side}_{tree.direction}_{found.pivot}.svg", svg)
     return result
 
@@ -189,7 +188,7 @@ def cluster(masks: Any, found: Proximity, similarity: Similarity = mask_iou) -> 
         similarity: as in :func:`nspec.analysis.proximity.proximity`.
     """
     trees = []
-    for side in SIDES:
+    for side in drawing.SIDES:
         layers = side_layers(masks, side)
         for direction, codes in found.languages.items() if layers else ():
             far = 1 - similarity(masks, layers, direction, found.pivot, codes).mean(0)
@@ -231,14 +230,33 @@ def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
     return [*cells, row.within, row.across, row.reason]
 
 
-def _text(cell: Any) -> str:
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
-
-
 def _arrow(direction: Direction, pivot: str) -> str:
-    return f"{pivot}→x" if direction == "from" else f"x→{pivot}"
+    return words.group_name(f"{direction}_{pivot}")
+
+
+def summary(found: Proximity, what: str, layers: str, name: Callable[[LayerProximity], str]) -> str:
+    """In how many layers related languages have more in common, after Holm's correction; and where most.
+
+    Args:
+        found: the tests.
+        what: is so in these layers, such as ``the masks of closer languages overlap more``.
+        layers: what they are called, all together.
+        name: of one of them.
+    """
+
+    def r(row: LayerProximity) -> float:
+        return row.test.r if row.test else math.nan
+
+    said = []
+    for direction in found.languages:
+        tested = [row for row in found.layers if row.direction == direction and row.test]
+        if tested:
+            sure, best = [row for row in tested if row.p_holm < words.LEVEL], max(tested, key=r)
+            said.append(
+                f"{_arrow(direction, found.pivot)}: in {len(sure)} of {len(tested)} {layers} {what} "
+                f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(r(best))}, in {name(best)}"
+            )
+    return "; ".join(said) + "." if said else "All languages are alike in every layer, so there is nothing to test."
 
 
 def proximity_table(found: Proximity, distances: str = "", what: str = "neurons") -> Table:
@@ -249,24 +267,18 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
         distances: the file of the languages' distances, for the title; empty: the tree of languages.
         what: ``neurons`` or ``heads``.
     """
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     against = escape(Path(distances).name) if distances else "the tree of languages"
     verb, of = ("use the same heads", "importances") if what == "heads" else ("keep the same neurons", "masks")
     overlap = "cosine" if what == "heads" else "IoU"
-    table = Table(
-        title=f"Do related languages {verb}? Distance of {of} against {against}",
-        caption="r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
+    table = terminal_table(
+        f"Do related languages {verb}? Distance of {of} against {against}",
+        "r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
         f"{overlap} by {found.grouping}{_with_script_held(found)}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        ["layer"],
+        ["x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"],
     )
-    table.add_column("layer", no_wrap=True)
-    for name in ("x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"):
-        table.add_column(name, justify="right", no_wrap=True)
     for row in found.layers:
         cells = [layer_name(row), _arrow(row.direction, found.pivot)]
         if row.test:
@@ -285,12 +297,11 @@ def _with_script_held(found: Proximity) -> str:
     partial = [row for row in found.layers if row.partial]
     if not partial:
         return ""
-    sure = sum(row.partial_p_holm < LEVEL for row in partial)
-    r = [row.partial.r for row in partial if row.partial]
-    between = f"r {min(r):+.2f} to {max(r):+.2f}"
-    return (
-        f". With script held constant (partial Mantel): {between}, Holm p < {LEVEL:g} in {sure} of {len(partial)} rows"
+    sure = (
+        f"Holm p < {words.LEVEL:g} in {sum(row.partial_p_holm < words.LEVEL for row in partial)} of {len(partial)} rows"
     )
+    r = [row.partial.r for row in partial if row.partial]
+    return f". With script held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, {sure}"
 
 
 def layer_name(row: LayerProximity) -> str:

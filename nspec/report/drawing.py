@@ -1,7 +1,7 @@
-"""What all figures share: colours, axes, and the way from a drawing to SVG inside the page.
+"""What all figures share: colours, axes, and the way from a drawing to SVG, inside the page or as a file of its own.
 
-Colours of text, axes and background are CSS variables, so that one drawing serves a light and a dark page. Output is
-the same for the same input: no dates, no random ids.
+Inside the page colours of text, axes and background are CSS variables, so that one drawing serves a light and a dark
+page. Output is the same for the same input: no dates, no random ids.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nspec import analysis
-from nspec.report.run_data import RunData
-from nspec.report.words import group_name
+from nspec.analysis.blocks import Block
+from nspec.analysis.clustering import leaf_order
+from nspec.analysis.overlap import Floats, Side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,15 +42,16 @@ COLOURS = {
     "bilingual": "#8a5a2b",
 }
 _OTHERS = ["#a6551f", "#4c9bb0", "#9a8f2e", "#a04a86", "#6b8e3d", "#c06c6c"]
+_LEAVES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#050505"]
 MARKERS = {"dense": "o", "continued": "s", "forward": "^", "update": "v", "random": "D", "lass": "X", "adapters": "p"}
-GROUPS = [("all", "#8c8c8c"), ("from", "#0072b2"), ("to", "#d55e00")]
 
-# Placeholders that become CSS variables in the SVG: matplotlib only takes colours.
+# Placeholders that become CSS variables in the page, and colours in a file: matplotlib only takes colours.
 INK, GRID = "#010203", "#010204"
 # The blue is too dark on a dark page, so that one varies as well.
-_VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", "#0072b2": "var(--blue)"}
+_IN_PAGE = {INK: "var(--ink)", GRID: "var(--line)", "#0072b2": "var(--blue)"}
+_IN_FILE = {INK: "#333333", GRID: "#dddddd"}
 
-SIDES: tuple[analysis.overlap.Side, ...] = ("encoder", "decoder")
+SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
 def colour(system: str, names: Sequence[str]) -> str:
@@ -64,7 +65,7 @@ def colour(system: str, names: Sequence[str]) -> str:
 def css_colour(system: str, names: Sequence[str]) -> str:
     """The same colour for use in the page itself."""
     value = colour(system, names)
-    return _VARIABLES.get(value, value)
+    return _IN_PAGE.get(value, value)
 
 
 def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, NDArray[Any]]:
@@ -76,19 +77,117 @@ def new_figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> 
     return figure, axes
 
 
-def style(axes: Axes, x: str, y: str, title: str = "") -> None:
-    """Labels, a grid of horizontal lines, and no frame above and at the right."""
+def side_panels(y: str, height: float = 3.4) -> tuple[Figure, NDArray[Any]]:
+    """A panel for the layers of the encoder and one for those of the decoder, on one scale ``y``."""
+    figure, panels = new_figure(9.6, height, 2, sharey=True)
+    for axes, side in zip(panels, SIDES):
+        style(axes, f"{side} layer", y if side == "encoder" else "", side.capitalize())
+    return figure, panels
+
+
+def style(axes: Axes, x: str, y: str, title: str = "", *, lines: str = "y", frame: Sequence[str] = ()) -> None:
+    """Labels, a grid of ``lines`` across one axis, and no frame above and at the right, nor at what ``frame`` adds."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, fontsize=11, color=INK, loc="left")
-    axes.grid(True, axis="y", color=GRID, linewidth=0.8)
+    axes.grid(True, axis=lines, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
+    for side in ("top", "right", *frame):
         axes.spines[side].set_visible(False)
 
 
-def inline_svg(svg: str, name: str, label: str) -> str:
-    """An SVG file as an ``<svg>`` element: ids made unique by ``name``, sizes and font left to the page."""
+def legend_of(figure: Figure, axes: Axes, columns: int, where: str = "upper") -> None:
+    """A legend of what ``axes`` shows, above all panels or below them."""
+    place = f"outside {where} center"
+    figure.legend(*axes.get_legend_handles_labels(), loc=place, ncols=columns, fontsize=8.5)
+
+
+def layer_axis(axes: Axes, numbers: Iterable[int]) -> None:
+    """A tick for each layer that is drawn, by its number."""
+    shown = sorted(set(numbers))
+    axes.set_xticks(shown)
+    axes.set_xlim(shown[0] - 0.4, shown[-1] + 0.4)
+
+
+def heat_map(
+    figure: Figure, axes: Axes, values: Floats, tasks: Sequence[str], blocks: Sequence[Block], most: float, **shown: Any
+) -> float:
+    """Directions as rows, with lines between blocks of related languages, whose names stand at the right.
+
+    Args:
+        figure: of the axes; gets the bar of colours.
+        axes: to draw on.
+        values: float64 [tasks, columns].
+        tasks: in the order of :func:`nspec.analysis.blocks.block_order`.
+        blocks: of the same.
+        most: the value of the brightest colour.
+        shown: further arguments of ``imshow``, such as ``vmin`` and ``aspect``.
+
+    Returns:
+        The size of the names, in points: smaller for many directions.
+    """
+    image = axes.imshow(values, cmap="viridis", vmax=most, **shown)
+    font = 8.0 if len(tasks) <= 20 else 6.4
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for number, block in enumerate(blocks):
+        if block.first:
+            axes.axhline(block.first - 0.5, color="#ffffff", linewidth=block_line(blocks, number))
+        if len(blocks) > 1:
+            middle = block.first + (block.size - 1) / 2
+            axes.text(values.shape[1] - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=25, pad=0.015)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=7.5)
+    return font
+
+
+def block_line(blocks: Sequence[Block], number: int) -> float:
+    """The width of the line before a block, in points: where the direction type changes it is stronger."""
+    return 2.4 if blocks[number].part != blocks[number - 1].part else 0.9
+
+
+def tree(linkage: Floats, names: Sequence[str], groups: Sequence[str], title: str) -> Figure:
+    """A tree of languages from left (far) to right (near), a leaf a line.
+
+    Args:
+        linkage: float [n - 1, 4] of :func:`nspec.analysis.clustering.average_linkage`.
+        names: of the n leaves.
+        groups: their groups, which give the colours of names.
+        title: above the tree.
+    """
+    from scipy.cluster import hierarchy
+
+    figure, panels = new_figure(6.4, 1.1 + 0.22 * len(names))
+    axes = panels[0]
+    hierarchy.dendrogram(linkage, labels=list(names), orientation="left", link_color_func=lambda _: INK, ax=axes)
+    axes.invert_yaxis()
+    style(axes, "mask distance, 1 - IoU", "", title, frame=["left"])
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0, labelsize=10)
+    order = leaf_order(linkage)
+    known = list(dict.fromkeys(groups[leaf] for leaf in order))
+    tints = {group: _LEAVES[number % len(_LEAVES)] for number, group in enumerate(known)}
+    for label, leaf in zip(axes.get_yticklabels(), order):
+        label.set_color(tints[groups[leaf]])
+    for group in known:
+        axes.plot([], [], "s", color=tints[group], label=group)
+    axes.set_xlim(float(linkage[-1, 2]) * 1.03 or 1.0, 0)
+    figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
+
+
+def render(function: Callable[..., Figure], label: str, name: str, *arguments: Any) -> str:
+    """The figure that ``function(*arguments)`` draws as an ``<svg>`` element, sizes and font left to the page.
+
+    Args:
+        function: draws.
+        label: what the figure shows, for who cannot see it.
+        name: begins the ids in it; one in a page.
+        arguments: of the function.
+    """
+    svg = _drawn(function, name, arguments, transparent=True)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -99,20 +198,25 @@ def inline_svg(svg: str, name: str, label: str) -> str:
     head = f'role="img" aria-label="{html.escape(label)}">'
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" {head}', svg, count=1)
     svg = re.sub(r"'?DejaVu Sans'?[^;\"]*", "var(--sans)", svg)
-    for placeholder, variable in _VARIABLES.items():
-        svg = svg.replace(placeholder, variable)
+    return _coloured(svg, _IN_PAGE)
+
+
+def svg_file(function: Callable[..., Figure], name: str, *arguments: Any) -> str:
+    """The same figure as the text of an SVG file on white."""
+    return _coloured(_drawn(function, name, arguments, facecolor="white"), _IN_FILE)
+
+
+def _coloured(svg: str, colours: dict[str, str]) -> str:
+    for placeholder, value in colours.items():
+        svg = svg.replace(placeholder, value)
     return svg
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline_svg(buffer.getvalue(), name, label)
+def _drawn(function: Callable[..., Figure], name: str, arguments: Sequence[Any], **options: Any) -> str:
+    import matplotlib
 
-
-def _settings(name: str) -> Any:
     ink = {key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    return ink | {
+    settings: dict[Any, Any] = ink | {
         "svg.fonttype": "none",
         "svg.hashsalt": f"nspec-{name}",
         "font.family": "DejaVu Sans",
@@ -121,39 +225,7 @@ def _settings(name: str) -> Any:
         "legend.frameon": False,
         "axes.linewidth": 0.8,
     }
-
-
-def render(function: Callable[..., Figure], label: str, name: str, *arguments: Any) -> str:
-    """The figure that ``function(*arguments)`` draws as SVG.
-
-    Args:
-        function: draws.
-        label: what the figure shows, for who cannot see it.
-        name: begins the ids in it; one in a page.
-        arguments: of the function.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context(_settings(name)):
-        return _svg(function(*arguments), name, label)
-
-
-def groups(data: RunData, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """``from`` and ``to`` the pivot with their tasks, or ``all`` where there is no pivot."""
-    split = {
-        "from": [task for task in tasks if data.pivot and task.startswith(f"{data.pivot}-")],
-        "to": [task for task in tasks if data.pivot and task.endswith(f"-{data.pivot}")],
-    }
-    return {key: members for key, members in split.items() if members} or {"all": list(tasks)}
-
-
-def label_of(data: RunData, group: str) -> str:
-    """``en→x`` for ``from``, ``x→en`` for ``to``."""
-    return group_name("all" if group == "all" else f"{group}_{data.pivot}")
-
-
-def layer_axis(axes: Axes, numbers: Iterable[int]) -> None:
-    """A tick for each layer that is drawn, by its number."""
-    shown = sorted(set(numbers))
-    axes.set_xticks(shown)
-    axes.set_xlim(shown[0] - 0.4, shown[-1] + 0.4)
+    buffer = io.StringIO()
+    with matplotlib.rc_context(settings):
+        function(*arguments).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **options)
+    return buffer.getvalue()

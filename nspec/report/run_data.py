@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nspec.analysis import order_tasks
 from nspec.files import read_json
+from nspec.mt.checkpoints import read_log
 from nspec.mt.config import Config
+from nspec.mt.groups import kind_of_group
 from nspec.mt.run_files import check_written, read_config
 from nspec.mt.systems import KINDS, Variant, masks_folder, system_names, variants_of
+from nspec.report import words
+from nspec.report.words import METRICS
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks
 
-METRICS = ("bleu", "chrf")
 _SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
 _TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
 _LATER_TEST_KEYS = ["bleu_p_ar", "chrf_p_ar"]  # scores.json of older runs has none
@@ -62,9 +64,7 @@ class RunData:
 
     def name(self, system: str) -> str:
         """A system's name for readers, see :func:`nspec.report.words.system_name`."""
-        from nspec.report.words import system_name  # that module reads this one
-
-        return system_name(system, self.variants)
+        return words.system_name(system, self.variants)
 
     def short(self, system: str) -> str:
         """A system's name where there is little room: what a variant is shows elsewhere."""
@@ -78,12 +78,33 @@ class RunData:
         """The neuron masks in a folder of the run; None where there are none."""
         return self.masks if folder == "masks" else _masks(self.folder / folder) if folder else None
 
+    def changes(self, system: str, than: str, metric: str) -> dict[str, float]:
+        """Score of ``system`` minus that of ``than`` in points, for each direction that both have been scored in."""
+        one, other = (self.scored.get(name, {"tasks": {}})["tasks"] for name in (system, than))
+        return {task: one[task][metric] - other[task][metric] for task in self.tasks if task in one and task in other}
+
     @property
     def metric_names(self) -> dict[str, str]:
         """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
-        from nspec.report.words import names_of_scores  # that module reads this one
+        return words.names_of_scores(self.scored.values())
 
-        return names_of_scores(self.scored.values())
+    @property
+    def main_groups(self) -> list[str]:
+        """The averages that are of all directions or of a side of the pivot, not of levels or families."""
+        found = dict.fromkeys(group for scores in self.scored.values() for group in scores["average"])
+        return [group for group in found if not kind_of_group(group)[0]]
+
+    @property
+    def tests(self) -> list[dict[str, Any]]:
+        """Every test against a baseline that the scores hold."""
+        entries = [e for s in self.scored.values() for part in ("tasks", "average") for e in s[part].values()]
+        return [entry["baseline"] for entry in entries if entry.get("baseline")]
+
+    @property
+    def two_sided(self) -> bool | None:
+        """Whether all tests of the run are approximate randomisation; None where some are and some are not."""
+        kinds = {"bleu_p_ar" in test for test in self.tests}
+        return None if len(kinds) == 2 else kinds != {False}
 
     @property
     def scored(self) -> dict[str, dict[str, Any]]:
@@ -143,10 +164,8 @@ def _system(run: Path, name: str) -> System:
     check_written(scores, scores.with_name("stage-score.json"), "`nspec evaluate` makes it anew")
     if (folder / "summary.json").is_file():
         system.summary = _summary(folder / "summary.json")
-    if (folder / "log.jsonl").is_file():
-        lines = _log(folder / "log.jsonl")
-        system.training = _by_update(lines, "loss")
-        system.validation = _by_update(lines, "valid_loss")
+    rows = read_log(folder / "log.jsonl")
+    system.training, system.validation = _by_update(rows, "loss"), _by_update(rows, "valid_loss")
     if scores.is_file():
         system.scores = _scores(scores)
     return system
@@ -179,81 +198,65 @@ def _number(value: Any, most: float = 1e18) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < most  # NaN is not
 
 
-def _log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that a kill cut off is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
-        if isinstance(value, dict):
-            found.append(value)
-    return found
-
-
-def _by_update(lines: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The lines that have ``key``, by update; of an update that was done again after a kill, the last."""
+def _by_update(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows that have ``key``, by update; of an update that was done again after a kill, the last."""
     latest: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        step = line.get("updates", line.get("step"))
-        if isinstance(line.get(key), (int, float)) and isinstance(step, int):
-            latest[step] = line | {"step": step}
+    for row in rows:
+        step = row.get("updates", row["step"])
+        if isinstance(row.get(key), (int, float)) and isinstance(step, int):
+            latest[step] = row | {"step": step}
     return [latest[step] for step in sorted(latest)]
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "a number": lambda value: _number(value, 1e9),  # no score, p value or number of sentences is larger
+    "an object": lambda value: isinstance(value, dict),
+    "an object with directions": lambda value: isinstance(value, dict) and len(value) > 0,
+    "an object or null": lambda value: isinstance(value, dict),  # null has been seen to before
+    "a list": lambda value: isinstance(value, list),
+    "a list of directions": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    **{kind: lambda value: isinstance(value, str) for kind in ("a name", "a signature", "text")},
+}
 
 
 def _scores(path: Path) -> dict[str, Any]:
     """``scores.json``, checked for all that the page reads."""
 
-    def need(holder: Any, key: str, where: str, fits: Callable[[Any], bool], kind: str) -> Any:
+    def need(holder: Any, key: str, where: str, kind: str) -> Any:
         value = holder.get(key) if isinstance(holder, dict) else None
-        if not fits(value):
+        if not _FITS[kind](value):
             name = f"{where}.{key}" if where else key
             found = "nothing" if value is None else reprlib.repr(value)[:40]
             raise ValueError(f"{path}: {name} should be {kind}, found {found}; remove the file and run again")
         return value
 
-    def number(value: Any) -> bool:
-        return _number(value, 1e9)  # no score, p value or number of sentences is larger
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str)
-
-    def table(value: Any) -> bool:
-        return isinstance(value, dict)
-
-    def check(entry: dict[str, Any], where: str) -> None:
-        for key in _SCORE_KEYS:
-            need(entry, key, where, number, "a number")
-        test = entry.get("baseline")
-        if test is not None:
-            need(entry, "baseline", where, table, "an object or null")
-            for key in _TEST_KEYS + [key for key in _LATER_TEST_KEYS if key in test]:
-                need(test, key, f"{where}.baseline", number, "a number")
-            need(test, "system", f"{where}.baseline", is_text, "a name")
+    def check(holder: Any, key: str, where: str) -> dict[str, Any]:
+        entry, where = need(holder, key, where, "an object"), f"{where}.{key}"
+        for number in _SCORE_KEYS:
+            need(entry, number, where, "a number")
+        if entry.get("baseline") is not None:
+            test = need(entry, "baseline", where, "an object or null")
+            for number in _TEST_KEYS + [key for key in _LATER_TEST_KEYS if key in test]:
+                need(test, number, f"{where}.baseline", "a number")
+            need(test, "system", f"{where}.baseline", "a name")
+        return cast("dict[str, Any]", entry)
 
     scores = _dictionary(path)
-    tasks = need(scores, "tasks", "", lambda v: isinstance(v, dict) and len(v) > 0, "an object with directions")
+    tasks = need(scores, "tasks", "", "an object with directions")
     for task in tasks:
-        check(need(tasks, task, "tasks", table, "an object"), f"tasks.{task}")
-        need(tasks[task], "sentences", f"tasks.{task}", number, "a number")
+        entry = check(tasks, task, "tasks")
+        need(entry, "sentences", f"tasks.{task}", "a number")
         for metric in METRICS:
-            need(tasks[task], f"{metric}_signature", f"tasks.{task}", is_text, "a signature")
-    average = need(scores, "average", "", table, "an object")
-    need(average, "all", "average", table, "an object")
-    for group in average:
-        check(need(average, group, "average", table, "an object"), f"average.{group}")
-    for group in need(scores, "groups", "", table, "an object") if "groups" in scores else ():
-        need(scores["groups"], group, "groups", lambda v: isinstance(v, list), "a list of directions")
-        need(average, group, "average", table, "an object")
-    for warning in (
-        need(scores, "warnings", "", lambda v: isinstance(v, list), "a list") if "warnings" in scores else ()
-    ):
-        need(warning, "text", "warnings", is_text, "text")
-        need(warning, "directions", "warnings", lambda v: isinstance(v, list) and all(map(is_text, v)), "directions")
+            need(entry, f"{metric}_signature", f"tasks.{task}", "a signature")
+    average = need(scores, "average", "", "an object")
+    for group in {"all": None, **average}:
+        check(average, group, "average")
+    for group in need(scores, "groups", "", "an object") if "groups" in scores else ():
+        need(scores["groups"], group, "groups", "a list")
+        need(average, group, "average", "an object")
+    for warning in need(scores, "warnings", "", "a list") if "warnings" in scores else ():
+        need(warning, "text", "warnings", "text")
+        need(warning, "directions", "warnings", "a list of directions")
     return scores
 
 

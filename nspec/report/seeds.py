@@ -10,26 +10,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from nspec.analysis.mantel import holm
-from nspec.analysis.student import t_quantile, t_tail
-from nspec.files import write_text
+from nspec.analysis.overlap import Floats
 from nspec.mt import options
 from nspec.mt.groups import kind_of_group
-from nspec.report.run_data import METRICS, RunData, load_run
-from nspec.report.seeds_figure import draw
-from nspec.report.seeds_write import average_lines, cost_lines, tested_together
-from nspec.report.words import arrow, group_name, metric_names, system_name
+from nspec.report.run_data import RunData, load_run
+from nspec.report.words import METRICS, arrow, group_name, metric_names
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
 _LEVEL = 0.95
 # Systems are compared by name instead, so that a run with one more system can be a part.
 _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
-_RESULT_COLUMNS = ["system", "metric", "average", "seeds", "mean", "sd", "baseline", "delta", "delta_low", "delta_high"]
-_RESULT_COLUMNS += ["t", "p", "p_holm", "tested", "above", "below"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Difference:
         t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
         p: two-sided, of the paired t test.
         p_holm: adjusted over the systems of this metric and average; of levels and families over all of their kind too,
-            see :func:`nspec.report.seeds_write.tested_together`.
+            see :func:`tested_together`.
         tested: seeds whose run tested this system against the baseline.
         above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
         below: seeds in which it says worse.
@@ -128,67 +123,6 @@ class SeedComparison:
     def metric_names(self) -> dict[str, str]:
         """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
         return metric_names(self.signatures["bleu"])
-
-    def markdown(self) -> str:
-        """All of it as Markdown: tables of the averages, then costs, notes and signatures."""
-        base = system_name(self.baseline)
-        lines = [
-            f"# {len(self.seeds)} seeds ({', '.join(map(str, self.seeds))}), {len(self.tasks)} directions",
-            "",
-            f"Mean ± standard deviation over seeds. Δ: difference from {base}, paired by seed, with its 95 % t interval; "
-            "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
-            "run's own test on its test set is significant at 5 %.",
-        ]
-        lines += [*average_lines(self), *cost_lines(self), ""]
-        lines += [f"- {note}" for note in self.notes]
-        lines += [f"- {self.metric_names[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
-        return "\n".join(lines) + "\n"
-
-    def tsv(self) -> str:
-        """A line for each result; after the statistics the score and the difference of each seed."""
-        each = [f"{what}:{seed}" for what in ("score", "delta") for seed in self.seeds]
-        lines = [_RESULT_COLUMNS + each]
-        for result in self.results:
-            d = result.difference
-            row: list[Any] = [result.system, result.metric, result.group, len(self.seeds), result.mean, result.sd]
-            row += [self.baseline, d.mean, d.low, d.high, d.t, d.p, d.p_holm] if d else [None] * 7
-            row += [d.tested, d.above, d.below] if d else [None] * 3
-            row += [*result.scores, *(d.values if d else [None] * len(self.seeds))]
-            lines.append([_text(value) for value in row])
-        return "".join("\t".join(line) + "\n" for line in lines)
-
-    def costs_tsv(self) -> str:
-        """A line for each system: the mean of each of :data:`COSTS`."""
-        lines = [["system", *COSTS], *([name, *map(_text, self.costs[name].values())] for name in self.systems)]
-        return "".join("\t".join(line) + "\n" for line in lines)
-
-    def figure(self, group: str = "all") -> str:
-        """Differences from the baseline as an SVG file: a dot a seed, the mean with its 95 % interval, by system.
-
-        Raises:
-            ValueError: there is no such average, or no system but the baseline.
-        """
-        if group not in self.groups:
-            raise ValueError(f"there is no average {group!r}, expected one of {', '.join(self.groups)}")
-        if len(self.systems) < 2:
-            raise ValueError(f"there is nothing to draw: {self.baseline} is the only system")
-        return draw(self, group)
-
-    def write(self, folder: Path) -> None:
-        """Writes ``seeds.md``, ``seeds.tsv``, ``costs.tsv`` and ``seeds_<average>.svg`` (with two systems or more).
-
-        There is no figure of levels and families.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        folder = Path(folder)
-        write_text(folder / "seeds.md", self.markdown())
-        write_text(folder / "seeds.tsv", self.tsv())
-        write_text(folder / "costs.tsv", self.costs_tsv())
-        main = [group for group in self.groups if not kind_of_group(group)[0]]
-        for group in main if len(self.systems) > 1 else ():
-            write_text(folder / f"seeds_{group.replace('/', '_')}.svg", self.figure(group))
 
 
 def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
@@ -351,12 +285,20 @@ def _adjusted(results: Sequence[SeedResult]) -> list[SeedResult]:
     ]
 
 
-def _difference(values: Any, tests: Sequence[Mapping[str, Any]], metric: str) -> Difference:
+def tested_together(average: str) -> str:
+    """What names the averages whose p values are adjusted together: all levels (of a side of the pivot), all families.
+
+    Another average stands for itself: its p values are adjusted over systems alone.
+    """
+    kind, _, side = kind_of_group(average)
+    return f"{kind}/{side}" if kind else average
+
+
+def _difference(values: Floats, tests: Sequence[Mapping[str, object]], metric: str) -> Difference:
     """The statistics of paired differences float64 [seeds]; not yet adjusted for the number of systems."""
-    freedom = len(values) - 1
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    freedom, mean, error = len(values) - 1, float(values.mean()), float(stats.sem(values))
     t = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    p, reach = t_tail(t, freedom), t_quantile(_LEVEL, freedom) * error
+    p, reach = 2 * float(stats.t.sf(abs(t), freedom)), float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * error
     arrows = [arrow(test, metric) for test in tests]
     counts = len(arrows), arrows.count("▲"), arrows.count("▼")
     return Difference(tuple(values.tolist()), mean, mean - reach, mean + reach, t, p, p, *counts)
@@ -366,7 +308,3 @@ def _mean_cost(runs: Sequence[RunData], system: str, key: str) -> float | None:
     values = [(run.systems[system].summary or {}).get(key) for run in runs]
     numbers = [value for value in values if isinstance(value, (int, float))]
     return sum(numbers) / len(numbers) if len(numbers) == len(runs) else None
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -82,7 +82,7 @@ def test_page_holds_settings_versions_hashes_and_figures(complete: Path) -> None
     assert "nspec 0.1.0" in page.words
     assert "abababababab" in page.words
     labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page.source)
-    assert len(labels) == 6  # rows masked, two heat maps, IoU by layer twice, loss
+    assert len(labels) == 8  # scores twice, rows masked, two heat maps, IoU by layer twice, loss
     assert "en→x, published" in page.words
     assert "prefers-color-scheme: dark" in page.source
 
@@ -314,5 +314,5 @@ def test_files_that_are_not_json_and_folders_that_are_no_run_are_named(tmp_path:
     scores.unlink()
     log = run / "systems" / "dense" / "log.jsonl"
     log.write_text("{broken\n" + log.read_text())
-    with pytest.raises(ValueError, match=r"dense/log.jsonl line 1 is not valid JSON"):
+    with pytest.raises(ValueError, match=r"dense/log.jsonl line 1 is not JSON"):
         build_report(run)

@@ -1,4 +1,4 @@
-"""The section of the page on attention heads: which matter to which direction."""
+"""Which attention heads matter to which direction."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import numpy as np
 from nspec.analysis.blocks import block_order, grouping_of
 from nspec.analysis.overlap import Floats, mean_pairwise, sort_layers
 from nspec.analysis.proximity import FEWEST, LayerProximity, proximity, sides_of_pivot
-from nspec.report import words
-from nspec.report.analyze import layer_name
-from nspec.report.drawing import new_figure, render
+from nspec.report import drawing, words
+from nspec.report.analyze import PERMUTATIONS, layer_name, summary
 from nspec.report.run_data import RunData
-from nspec.report.sections.relations import PERMUTATIONS, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 KINDS = {"encoder self": "Encoder self-attention", "decoder self": "Decoder self-attention", "cross": "Cross-attention"}
 
 
-def head_section(data: RunData) -> dict[str, Any]:
+def section(data: RunData) -> dict[str, Any]:
     """Heat maps of the heads' importance, the strongest result in a sentence, and the test against language distance.
 
     Returns:
@@ -49,7 +47,9 @@ def head_section(data: RunData) -> dict[str, Any]:
         alike = float(np.mean([mean_pairwise(importance.similarity(layer)) for layer in layers]))
         key = f"heads_{kind.replace(' ', '_')}"
         label = f"Importance of heads, {words.in_sentence(KINDS[kind])}"
-        svg = render(heat, label, key, rows, [len(importance.matrix(layer)[0]) for layer in layers], tasks, data.pivot)
+        svg = drawing.render(
+            heat, label, key, rows, [len(importance.matrix(layer)[0]) for layer in layers], tasks, data.pivot
+        )
         maps.append({"kind": KINDS[kind], "svg": svg, "alike": f"{alike:.3f}" if len(tasks) > 1 else ""})
     relation, tested = _relation(importance, data.pivot)
     return {
@@ -142,29 +142,13 @@ def heat(rows: Floats, heads: list[int], tasks: list[str], pivot: str) -> Figure
         pivot: see there.
     """
     _, blocks = block_order(tasks, pivot)
-    wide = len(tasks) > 20
-    columns = rows.shape[1]
-    width = min(11.0, max(4.6, 2.4 + 0.24 * columns))
-    figure, panels = new_figure(width, max(1.8, 0.9 + (0.155 if wide else 0.24) * len(tasks)))
+    width = min(11.0, max(4.6, 2.4 + 0.24 * rows.shape[1]))
+    figure, panels = drawing.new_figure(width, max(1.8, 0.9 + (0.155 if len(tasks) > 20 else 0.24) * len(tasks)))
     axes = panels[0]
-    image = axes.imshow(rows, cmap="viridis", vmin=0.0, vmax=max(float(rows.max()), 1e-6), aspect="auto")
-    font = 6.4 if wide else 8.0
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
+    drawing.heat_map(figure, axes, rows, tasks, blocks, max(float(rows.max()), 1e-6), vmin=0.0, aspect="auto")
     ends = np.cumsum([0, *heads])
     axes.set_xticks((ends[:-1] + ends[1:] - 1) / 2, [f"layer {depth}" for depth in range(len(heads))], fontsize=8.0)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     for end in ends[1:-1]:
         axes.axvline(end - 0.5, color="#ffffff", linewidth=2.4)
-    for number, block in enumerate(blocks):
-        if block.first:
-            strong = block.part != blocks[number - 1].part
-            axes.axhline(block.first - 0.5, color="#ffffff", linewidth=2.4 if strong else 0.9)
-        if len(blocks) > 1:
-            middle = block.first + (block.size - 1) / 2
-            axes.text(columns - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=20, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7.5)
     return figure

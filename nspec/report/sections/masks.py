@@ -1,4 +1,9 @@
-"""The figures of the page about masks and training; those that compare methods are in :mod:`nspec.report.charts`."""
+"""Which neurons directions keep: how many by layer, and which they share, beside the numbers of the paper.
+
+The paper's are from Tan, Wu, Monz, *Neuron Specialization*, EMNLP 2024 (arXiv 2404.11201), with the outputs and figures
+of the authors' release: models of 6 + 6 layers, d_model 1024, d_ff 4096, on EC30 (30 languages and English, 60
+directions). Lists are of layers from bottom to top; ``from`` is en→x and ``to`` is x→en.
+"""
 
 from __future__ import annotations
 
@@ -9,101 +14,149 @@ import numpy as np
 
 from nspec import analysis
 from nspec.analysis.blocks import block_order
-from nspec.report import charts, published
-from nspec.report.drawing import (
-    GROUPS,
-    INK,
-    MARKERS,
-    SIDES,
-    colour,
-    css_colour,
-    groups,
-    label_of,
-    layer_axis,
-    new_figure,
-    render,
-    style,
-)
-from nspec.report.run_data import RunData, System
+from nspec.report import drawing
+from nspec.report.run_data import RunData
+from nspec.report.words import group_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SIDES", "colour", "css_colour", "draw", "groups"]
+    from nspec import NeuronMasks
 
-_POINTS = 200  # of a training curve; a longer log is averaged down to these
+SOURCE = "Tan, Wu and Monz, Neuron Specialization, EMNLP 2024 (arXiv 2404.11201), models of EC30"
+
+PUBLISHED_MASKED_K = 0.95
+"""The k of :data:`PUBLISHED_MASKED`."""
+
+PUBLISHED_MASKED: dict[tuple[str, str], list[float]] = {
+    ("from", "encoder"): [0.250, 0.209, 0.217, 0.225, 0.206, 0.179],
+    ("from", "decoder"): [0.172, 0.205, 0.223, 0.254, 0.291, 0.279],
+    ("to", "encoder"): [0.295, 0.213, 0.206, 0.214, 0.205, 0.176],
+    ("to", "decoder"): [0.211, 0.209, 0.201, 0.187, 0.237, 0.289],
+}
+"""Share of the rows of fc1 that are masked, mean over directions, by direction type and side."""
+
+PUBLISHED_IOU_K = 0.70
+"""The k of :data:`PUBLISHED_IOU`."""
+
+PUBLISHED_IOU: dict[tuple[str, analysis.overlap.Side], list[float]] = {
+    ("to", "encoder"): [0.377, 0.479, 0.526, 0.591, 0.630, 0.655],
+    ("from", "decoder"): [0.522, 0.497, 0.414, 0.299, 0.241, 0.259],
+}
+"""Mean IoU of the masks of two directions, by direction type and side: the two that were published."""
+
+_COLOURS = {"all": "#8c8c8c", "from": "#0072b2", "to": "#d55e00"}
 
 
-def draw(name: str, *arguments: Any, key: str = "") -> str:
-    """Draws the figure ``name`` (``masked``, ``heat_encoder``, ...) and returns it as SVG.
+def section(data: RunData) -> dict[str, Any] | None:
+    """Figures and numbers about the masks; None where there are none."""
+    if data.masks is None:
+        return None
+    tasks, blocks = block_order(data.masks.tasks, data.pivot)
+    shares = analysis.density(data.masks, tasks=tasks)
+    heats = []
+    for side in drawing.SIDES if len(tasks) > 1 else ():
+        layers = analysis.side_layers(data.masks, side)
+        if layers:
+            mean, chance = (values.mean() for values in _iou_and_chance(data.masks, layers, tasks))
+            svg = drawing.render(heat, f"IoU of directions, {side}", f"heat_{side}", data, side)
+            heats.append({"side": side, "svg": svg, "mean": f"{mean:.3f}", "chance": f"{chance:.3f}"})
+    label = "Mean IoU by layer, with published values"
+    beside = drawing.render(published_iou, label, "published_iou", data) if data.pivot and len(tasks) > 1 else ""
+    return {
+        "masked": drawing.render(masked, "Share of fc1 rows masked by layer, with published values", "masked", data),
+        "published": bool(data.pivot),
+        "source": SOURCE,
+        "blocks": len({block.name for block in blocks}) > 1,
+        "published_iou": beside,
+        "published_iou_k": f"{PUBLISHED_IOU_K:g}",
+        "k": data.config.select.k,
+        "mean": f"{shares.mean():.3f}",
+        "low": f"{shares.min():.3f}",
+        "high": f"{shares.max():.3f}",
+        "heats": heats,
+        "wide": len(tasks) > 20,
+        "iou": drawing.render(mean_iou, "Mean IoU by layer", "mean_iou", data) if heats else "",
+    }
 
-    Args:
-        name: of the figure.
-        arguments: what it shows.
-        key: begins its ids where a page has several of the name.
-    """
-    function, label = _FIGURES[name]
-    return render(function, label, key or name, *arguments)
+
+def _iou_and_chance(masks: NeuronMasks, layers: Sequence[str], tasks: Sequence[str]) -> tuple[Any, Any]:
+    """Mean IoU of two directions, and what independent masks of these densities would have: float64 [layers] each."""
+    shares = analysis.density(masks, layers, tasks)
+    chance = np.array([analysis.mean_pairwise(analysis.chance_iou(column)) for column in shares.T])
+    return analysis.mean_pairwise(analysis.layer_iou(masks, layers, tasks)), chance
+
+
+def _groups(data: RunData, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """``from`` and ``to`` the pivot with their tasks, or ``all`` where there is no pivot."""
+    split = {
+        "from": [task for task in tasks if data.pivot and task.startswith(f"{data.pivot}-")],
+        "to": [task for task in tasks if data.pivot and task.endswith(f"-{data.pivot}")],
+    }
+    return {key: members for key, members in split.items() if members} or {"all": list(tasks)}
+
+
+def _label(data: RunData, group: str) -> str:
+    """``en→x`` for ``from``, ``x→en`` for ``to``."""
+    return group_name("all" if group == "all" else f"{group}_{data.pivot}")
+
+
+def _line(axes: Axes, numbers: Sequence[int], values: Any, group: str, label: str) -> None:
+    axes.plot(numbers, values, label=label, color=_COLOURS[group], marker="o", markersize=4)
+
+
+def _chance(axes: Axes, numbers: Sequence[int], values: Any, label: str) -> None:
+    axes.plot(numbers, values, label=label, color=drawing.INK, linestyle=":", linewidth=1.2)
+
+
+def _published(axes: Axes, values: Sequence[float] | None, numbers: Sequence[int], group: str, label: str) -> None:
+    """A dashed line from the first layer to the last, whatever number of layers the published model had."""
+    whole = list(numbers) == list(range(len(numbers)))  # of a part of the layers it is not known how deep the model is
+    if values and len(numbers) > 1 and whole:
+        dashed: dict[str, Any] = {"color": _COLOURS[group], "linestyle": (0, (4, 3)), "linewidth": 1.1}
+        axes.plot(np.linspace(0, numbers[-1], len(values)), values, label=label, **dashed)
 
 
 def masked(data: RunData) -> Figure:
     """Share of fc1 rows masked by layer, encoder and decoder side by side, with the published one at relative depth."""
     assert data.masks is not None
-    figure, panels = new_figure(9.6, 3.4, 2, sharey=True)
-    colours = dict(GROUPS)
+    figure, panels = drawing.side_panels("share of fc1 rows masked")
     tasks = analysis.order_tasks(data.masks.tasks, data.pivot)
-    for axes, side in zip(panels, SIDES):
+    for axes, side in zip(panels, drawing.SIDES):
         layers = analysis.side_layers(data.masks, side)
-        style(axes, f"{side} layer", "share of fc1 rows masked" if side == "encoder" else "", side.capitalize())
         if not layers:
             continue
         numbers = analysis.layer_numbers(layers)
-        for group, members in groups(data, tasks).items():
-            shares = 1 - analysis.density(data.masks, layers, members)
-            line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
-            label = f"{label_of(data, group)}, this run (k = {data.config.select.k:g})"
-            axes.plot(numbers, shares.mean(0), label=label, **line)
-            axes.fill_between(numbers, shares.min(0), shares.max(0), color=colours[group], alpha=0.15, lw=0)
-            label = f"{label_of(data, group)}, published (k = {published.MASKED_K:g})"
-            _published(axes, published.MASKED.get((group, side)), numbers, colours[group], label)
-        layer_axis(axes, numbers)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        for group, members in _groups(data, tasks).items():
+            shares, name = 1 - analysis.density(data.masks, layers, members), _label(data, group)
+            _line(axes, numbers, shares.mean(0), group, f"{name}, this run (k = {data.config.select.k:g})")
+            axes.fill_between(numbers, shares.min(0), shares.max(0), color=_COLOURS[group], alpha=0.15, lw=0)
+            published = PUBLISHED_MASKED.get((group, side))
+            _published(axes, published, numbers, group, f"{name}, published (k = {PUBLISHED_MASKED_K:g})")
+        drawing.layer_axis(axes, numbers)
+    drawing.legend_of(figure, panels[0], 2)
     return figure
-
-
-def _published(axes: Axes, values: Sequence[float] | None, numbers: Sequence[int], tint: str, label: str) -> None:
-    """A dashed line from the first layer to the last, whatever number of layers the published model had."""
-    whole = list(numbers) == list(range(len(numbers)))  # of a part of the layers it is not known how deep the model is
-    if values and len(numbers) > 1 and whole:
-        dashed: dict[str, Any] = {"color": tint, "linestyle": (0, (4, 3)), "linewidth": 1.1}
-        axes.plot(np.linspace(0, numbers[-1], len(values)), values, label=label, **dashed)
 
 
 def published_iou(data: RunData) -> Figure:
     """Mean IoU by layer of the two direction types that were published, this run's beside the published one's."""
     masks, own = iou_masks(data)
-    figure, panels = new_figure(9.6, 3.4, 2, sharey=True)
-    colours = dict(GROUPS)
+    figure, panels = drawing.side_panels("mean IoU of two directions")
     tasks = analysis.order_tasks(masks.tasks, data.pivot)
-    for axes, (group, side) in zip(panels, published.IOU):
-        layers = analysis.side_layers(masks, side)  # type: ignore[arg-type]
-        title = f"{side.capitalize()}, {label_of(data, group)}"
-        style(axes, f"{side} layer", "mean IoU of two directions" if side == "encoder" else "", title)
-        members = groups(data, tasks).get(group, [])
+    for axes, (group, side) in zip(panels, PUBLISHED_IOU):
+        layers = analysis.side_layers(masks, side)
+        axes.set_title(f"{side.capitalize()}, {_label(data, group)}", loc="left")
+        members = _groups(data, tasks).get(group, [])
         if not layers:
             continue
         numbers = analysis.layer_numbers(layers)
         if len(members) > 1:
-            values = analysis.mean_pairwise(analysis.layer_iou(masks, layers, members))
-            line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
-            axes.plot(numbers, values, label=f"this run (k = {own:g})", **line)
-            shares = analysis.density(masks, layers, members)
-            chance = [analysis.mean_pairwise(analysis.chance_iou(column)) for column in shares.T]
-            axes.plot(numbers, chance, color=INK, linestyle=":", linewidth=1.2, label="this run, by chance")
-        label = f"published (k = {published.IOU_K:g})"
-        _published(axes, published.IOU[group, side], numbers, colours[group], label)
-        layer_axis(axes, numbers)
+            values, chance = _iou_and_chance(masks, layers, members)
+            _line(axes, numbers, values, group, f"this run (k = {own:g})")
+            _chance(axes, numbers, chance, "this run, by chance")
+        _published(axes, PUBLISHED_IOU[group, side], numbers, group, f"published (k = {PUBLISHED_IOU_K:g})")
+        drawing.layer_axis(axes, numbers)
         if axes.get_legend_handles_labels()[0]:  # one direction of a type and one layer: there is nothing to draw
             axes.legend(fontsize=8.5)
     return figure
@@ -116,32 +169,27 @@ def iou_masks(data: RunData) -> tuple[Any, float]:
         variant = data.variants[name]
         if variant.of == "forward" and set(variant.overrides) == {"select.k"}:
             found.append((float(variant.overrides["select.k"]), masks))
-    k, chosen = min(found, key=lambda pair: abs(pair[0] - published.IOU_K))
+    k, chosen = min(found, key=lambda pair: abs(pair[0] - PUBLISHED_IOU_K))
     return chosen, k
 
 
 def mean_iou(data: RunData) -> Figure:
     """Mean pairwise IoU by layer, with what independent masks of the same densities would have."""
     assert data.masks is not None
-    figure, panels = new_figure(9.6, 3.2, 2, sharey=True)
-    colours = dict(GROUPS)
+    figure, panels = drawing.side_panels("mean IoU of two directions", 3.2)
     tasks = analysis.order_tasks(data.masks.tasks, data.pivot)
-    chosen = {"all": tasks} | {k: v for k, v in groups(data, tasks).items() if len(v) > 1}
-    for axes, side in zip(panels, SIDES):
+    chosen = {"all": tasks} | {k: v for k, v in _groups(data, tasks).items() if len(v) > 1}
+    for axes, side in zip(panels, drawing.SIDES):
         layers = analysis.side_layers(data.masks, side)
-        style(axes, f"{side} layer", "mean IoU of two directions" if side == "encoder" else "", side.capitalize())
         if not layers:
             continue
         numbers = analysis.layer_numbers(layers)
-        for group, members in chosen.items():
-            values = analysis.mean_pairwise(analysis.layer_iou(data.masks, layers, members))
-            line: dict[str, Any] = {"color": colours[group], "marker": "o", "markersize": 4}
-            axes.plot(numbers, values, label=label_of(data, group), **line)
-        shares = analysis.density(data.masks, layers, tasks)
-        chance = [analysis.mean_pairwise(analysis.chance_iou(shares[:, i])) for i in range(len(layers))]
-        axes.plot(numbers, chance, color=INK, linestyle=":", linewidth=1.2, label="by chance")
-        layer_axis(axes, numbers)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        found = {group: _iou_and_chance(data.masks, layers, members) for group, members in chosen.items()}
+        for group, (values, _) in found.items():
+            _line(axes, numbers, values, group, _label(data, group))
+        _chance(axes, numbers, found["all"][1], "by chance")
+        drawing.layer_axis(axes, numbers)
+    drawing.legend_of(figure, panels[0], 4)
     return figure
 
 
@@ -150,114 +198,22 @@ def heat(data: RunData, side: analysis.overlap.Side) -> Figure:
     assert data.masks is not None
     tasks, blocks = block_order(data.masks.tasks, data.pivot)
     iou = analysis.layer_iou(data.masks, analysis.side_layers(data.masks, side), tasks).mean(0)
-    size = 5.3 if len(tasks) <= 20 else max(5.3, 0.155 * len(tasks) + 1)
-    figure, panels = new_figure(size + 1.3, size)
+    size = max(5.3, 0.155 * len(tasks) + 1)
+    figure, panels = drawing.new_figure(size + 1.3, size)
     axes = panels[0]
     shown = np.where(np.eye(len(tasks), dtype=bool), np.nan, iou)
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    image = axes.imshow(shown, cmap="viridis", vmin=low, vmax=max(high, low + 1e-6), interpolation="none")
-    font = 8.0 if len(tasks) <= 20 else 6.4
+    font = drawing.heat_map(figure, axes, shown, tasks, blocks, max(high, low + 1e-6), vmin=low, interpolation="none")
     axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=font)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
     axes.tick_params(length=2)
     axes.set_title(side.capitalize(), fontsize=10, loc="left")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     for number, block in enumerate(blocks):
         if block.first:
-            # where the direction type changes the line is stronger
-            width = 2.4 if block.part != blocks[number - 1].part else 0.9
-            for line in (axes.axhline, axes.axvline):
-                line(block.first - 0.5, color="#ffffff", linewidth=width)
-        if len(blocks) > 1:
-            middle = block.first + (block.size - 1) / 2
-            axes.text(len(tasks) - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
+            axes.axvline(block.first - 0.5, color="#ffffff", linewidth=drawing.block_line(blocks, number))
     if len(tasks) <= 20:
         for row, column in zip(*np.nonzero(~np.eye(len(tasks), dtype=bool))):
             # not #000000: matplotlib leaves that out, and the text colour of the page would take its place
-            dark = iou[row, column] < low + 0.6 * (high - low)
-            text = {"ha": "center", "va": "center", "fontsize": 6.6, "color": "#ffffff" if dark else "#050505"}
-            axes.text(column, row, f"{100 * iou[row, column]:.0f}", **text)
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, pad=0.01)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7.5)
+            tint = "#ffffff" if iou[row, column] < low + 0.6 * (high - low) else "#050505"
+            text = f"{100 * iou[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.6, color=tint)
     return figure
-
-
-def loss(data: RunData) -> Figure:
-    """Dense; then training and validation of everything that continues from it, apart because their scales are."""
-    names = list(data.systems)
-    dense = data.systems.get("dense", System("dense"))
-    continued = [data.systems[name] for name in continued_systems(data)]
-    figure, panels = new_figure(10.4, 3.4, 3 if continued else 1)
-    style(panels[0], "updates", "loss, nats per target token", "Dense")
-    _training(panels[0], dense, colour("dense", names), "training")
-    _validation(panels[0], dense, colour("dense", names), "validation")
-    if dense.training or dense.validation:
-        panels[0].legend(fontsize=8.5)
-    if continued:
-        style(panels[1], "updates after dense", "", "Continued: training")
-        style(panels[2], "updates after dense", "", "Continued: validation")
-        for system in continued:
-            _training(panels[1], system, colour(system.name, names), data.short(system.name))
-            _validation(panels[2], system, colour(system.name, names), data.short(system.name))
-        if dense.validation:
-            best = min(line["valid_loss"] for line in dense.validation)
-            panels[2].axhline(
-                best, color=colour("dense", names), ls=(0, (4, 3)), lw=1.2, label="dense, its best validation"
-            )
-        shown = _legend(list(panels[1:]))
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 5), fontsize=8.5)
-    for axes in panels:
-        axes.set_xlim(left=0)
-    return figure
-
-
-def continued_systems(data: RunData) -> list[str]:
-    """Systems that go on from dense as one model, so that their losses compare; a model for each direction does not."""
-    return [
-        name
-        for name, system in data.systems.items()
-        if name != "dense"
-        and data.base_of(name) not in ("finetuned", "bilingual")
-        and (system.training or system.validation)
-    ]
-
-
-def _legend(panels: Sequence[Axes]) -> dict[str, Any]:
-    """Label -> line over several panels; where a label is in more than one, the last panel's line stands for it."""
-    return {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
-
-
-def _training(axes: Axes, system: System, tint: str, label: str) -> None:
-    """Training loss as a thin line; of a long log, means over equal pieces."""
-    if not system.training:
-        return
-    steps = np.array([line["step"] for line in system.training], dtype=float)
-    values = np.array([line["loss"] for line in system.training], dtype=float)
-    pieces = min(len(steps), _POINTS)
-    x = [piece.mean() for piece in np.array_split(steps, pieces)]
-    y = [piece.mean() for piece in np.array_split(values, pieces)]
-    axes.plot(x, y, color=tint, linewidth=1.0, label=label)
-
-
-def _validation(axes: Axes, system: System, tint: str, label: str) -> None:
-    """Validation loss as a strong line with a marker for every measurement."""
-    if system.validation:
-        x = [line["step"] for line in system.validation]
-        y = [line["valid_loss"] for line in system.validation]
-        line: dict[str, Any] = {"marker": MARKERS.get(system.name, "P"), "markersize": 4, "linewidth": 1.8}
-        axes.plot(x, y, color=tint, label=label, **line)
-
-
-_FIGURES: dict[str, Any] = {
-    "masked": (masked, "Share of fc1 rows masked by layer, with published values"),
-    "published_iou": (published_iou, "Mean IoU by layer, with published values"),
-    "mean_iou": (mean_iou, "Mean IoU by layer"),
-    "heat_encoder": (lambda data: heat(data, "encoder"), "IoU of directions, encoder"),
-    "heat_decoder": (lambda data: heat(data, "decoder"), "IoU of directions, decoder"),
-    "loss": (loss, "Training and validation loss"),
-    "levels": (charts.levels, "Score change by level of training pairs"),
-    "ablation": (charts.ablation, "Score change against an option"),
-    "stability": (charts.stability, "IoU of the neurons of variants with those they vary, by layer"),
-}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,10 +12,14 @@ from nspec import analysis
 from nspec.analysis.overlap import Floats, Masks
 from nspec.mt import options
 from nspec.mt.systems import config_of, masks_folder
-from nspec.report import words
-from nspec.report.run_data import METRICS, RunData
-from nspec.report.sections import masks as figures
-from nspec.report.sections.averages import changes
+from nspec.report import drawing, words
+from nspec.report.run_data import RunData
+from nspec.report.words import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_METRIC_COLOURS = {"bleu": "#0072b2", "chrf": "#d55e00"}
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,46 @@ class Stability:
     density: float
 
 
+def section(data: RunData) -> dict[str, Any] | None:
+    """Table and figures of the variants; None where the run declares none."""
+    if not data.variants:
+        return None
+    stable = {entry.system: entry for entry in stabilities(data)}
+    label = "IoU of the neurons of variants with those they vary, by layer"
+    return {
+        "rows": [_row(data, name, stable.get(name)) for name in data.variants],
+        "curves": [
+            {
+                "option": curve.option,
+                "svg": drawing.render(ablation, "Score change against an option", f"ablation_{number}", data, curve),
+            }
+            for number, curve in enumerate(curves(data))
+        ],
+        "stability": drawing.render(by_layer, label, "stability", data, list(stable.values())) if stable else "",
+    }
+
+
 def curves(data: RunData) -> list[Curve]:
     """A curve for each numeric option that scored variants of ``forward`` change alone, with two points or more."""
-    flat = options.flatten(data.config)
+    scored = {name: [data.changes(name, data.baseline, m) for m in METRICS] for name in ["forward", *data.variants]}
     found: dict[str, dict[float, str]] = {}
     for name, variant in data.variants.items():
-        if variant.of == "forward" and len(variant.overrides) == 1 and changes(data, name, data.baseline, "bleu"):
+        if variant.of == "forward" and len(variant.overrides) == 1 and all(scored[name]):
             ((option, value),) = variant.overrides.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found.setdefault(option, {})[float(value)] = name
     drawn = []
     for option, points in found.items():
-        if changes(data, "forward", data.baseline, "bleu"):
-            points.setdefault(float(flat[option]), "forward")
-        if len(points) < 2:
-            continue
-        values = tuple(sorted(points))
-        systems = tuple(points[value] for value in values)
-        means = {metric: tuple(_mean_change(data, name, metric) for name in systems) for metric in METRICS}
-        drawn.append(Curve("forward", option, values, systems, means))
+        if all(scored["forward"]):
+            points.setdefault(float(options.flatten(data.config)[option]), "forward")
+        if len(points) > 1:
+            values, systems = zip(*sorted(points.items()))
+            means = {
+                metric: tuple(sum(of.values()) / len(of) for of in (scored[name][number] for name in systems))
+                for number, metric in enumerate(METRICS)
+            }
+            drawn.append(Curve("forward", option, values, systems, means))
     return drawn
-
-
-def _mean_change(data: RunData, name: str, metric: str) -> float:
-    found = changes(data, name, data.baseline, metric)
-    return sum(found.values()) / len(found) if found else math.nan
 
 
 def stability(variant: str, masks: Masks, base: Masks) -> Stability | None:
@@ -110,21 +129,42 @@ def stabilities(data: RunData) -> list[Stability]:
     return found
 
 
-def ablation_section(data: RunData) -> dict[str, Any] | None:
-    """Table and figures of the variants; None where the run declares none."""
-    if not data.variants:
-        return None
-    stable = {entry.system: entry for entry in stabilities(data)}
-    drawn = curves(data)
-    rows = [_row(data, name, stable.get(name)) for name in data.variants]
-    return {
-        "rows": rows,
-        "curves": [
-            {"option": curve.option, "svg": figures.draw("ablation", data, curve, key=f"ablation_{number}")}
-            for number, curve in enumerate(drawn)
-        ],
-        "stability": figures.draw("stability", data, list(stable.values())) if stable else "",
-    }
+def ablation(data: RunData, curve: Curve) -> Figure:
+    """BLEU and chrF++ difference from the baseline against an option."""
+    figure, panels = drawing.new_figure(6.4, 3.4)
+    axes = panels[0]
+    drawing.style(axes, curve.option, f"points above {words.in_sentence(data.name(data.baseline))}")
+    for metric, marker in zip(METRICS, "os"):
+        line: dict[str, Any] = {"color": _METRIC_COLOURS[metric], "marker": marker, "label": data.metric_names[metric]}
+        axes.plot(curve.values, curve.change[metric], **line)
+    for value, system in zip(curve.values, curve.systems):
+        if system == curve.of:
+            label = f"{system}, as the run has it"
+            axes.axvline(value, color=drawing.INK, linestyle=":", linewidth=1.0, label=label)
+    axes.axhline(0, color=drawing.INK, linewidth=0.8)
+    axes.set_xticks(curve.values, [f"{value:g}" for value in curve.values])
+    drawing.legend_of(figure, axes, 3)
+    return figure
+
+
+def by_layer(data: RunData, compared: Sequence[Stability]) -> Figure:
+    """IoU of the neurons of each variant with those that it varies, by layer, and what chance would give."""
+    figure, panels = drawing.side_panels("IoU with the run's own masks", 3.6)
+    for axes, side in zip(panels, drawing.SIDES):
+        drawn: set[int] = set()
+        for entry in compared:
+            chosen = [i for i, layer in enumerate(entry.layers) if analysis.layer_side(layer) == side]
+            numbers = analysis.layer_numbers([entry.layers[i] for i in chosen])
+            marker = drawing.MARKERS.get(entry.system, "o")
+            line: dict[str, Any] = {"color": drawing.colour(entry.system, list(data.systems))}
+            axes.plot(numbers, entry.iou[chosen], marker=marker, markersize=4, label=entry.system, **line)
+            line |= {"linestyle": ":", "linewidth": 1.2, "marker": "_" if len(chosen) == 1 else None}
+            axes.plot(numbers, entry.chance[chosen], label=f"{entry.system}, by chance", **line)
+            drawn.update(numbers)
+        if drawn:
+            drawing.layer_axis(axes, drawn)
+    drawing.legend_of(figure, panels[0], 4)
+    return figure
 
 
 def _row(data: RunData, name: str, stable: Stability | None) -> dict[str, Any]:
@@ -138,16 +178,14 @@ def _row(data: RunData, name: str, stable: Stability | None) -> dict[str, Any]:
             delta = f"{words.signed(test[f'{metric}_delta'])} {words.arrow(test, metric)}".rstrip()
             p = words.p_text(words.p_value(test, metric))
         cells.append({"score": f"{average[metric]:.2f}" if average else "–", "delta": delta or "–", "p": p})
-    own = config_of(data.config, name)
-    density = (system.summary or {}).get("density")
-    kept = stable.density if stable else density if isinstance(density, float) else None
+    density = stable.density if stable else (system.summary or {}).get("density")
     return {
         "name": name,
         "of": words.system_name(variant.of),
         "changes": words.changes(variant),
-        "k": f"{own.select.k:g}" if masks_folder(data.config, name) else "–",
+        "k": f"{config_of(data.config, name).select.k:g}" if masks_folder(data.config, name) else "–",
         "cells": cells,
-        "density": "–" if kept is None else f"{kept:.3f}",
+        "density": "–" if density is None else f"{density:.3f}",
         "iou": f"{stable.iou.mean():.3f}" if stable else "–",
         "chance": f"{stable.chance.mean():.3f}" if stable else "–",
     }

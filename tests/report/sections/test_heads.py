@@ -15,7 +15,7 @@ from nspec.files import write_json
 from nspec.mt.arrows import stages_of
 from nspec.report import build_report, measured_heads
 from nspec.report.run_data import load_run
-from nspec.report.sections.heads import head_section, heat, layers_of_kind, strongest
+from nspec.report.sections.heads import heat, layers_of_kind, section, strongest
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def test_a_run_without_measured_heads_says_how_to_get_them(run: Path) -> None:
 
 def test_heads_of_each_kind_have_a_map_with_directions_in_groups(run: Path) -> None:
     importance = add_heads(run)
-    section = head_section(load_run(run))
-    assert [each["kind"] for each in section["maps"]] == [
+    found = section(load_run(run))
+    assert [each["kind"] for each in found["maps"]] == [
         "Encoder self-attention",
         "Decoder self-attention",
         "Cross-attention",
@@ -73,14 +73,14 @@ def test_the_head_that_stands_out_most_is_named(run: Path) -> None:
 
 def test_related_languages_are_tested_where_there_are_enough(run: Path) -> None:
     add_heads(run)
-    section = head_section(load_run(run))
-    assert section["tested"]
-    assert section["relation"].startswith("Do related languages use the same heads? en→x: in ")
-    assert "of 6 attention layers closer languages use heads more alike" in section["relation"]
+    found = section(load_run(run))
+    assert found["tested"]
+    assert found["relation"].startswith("Do related languages use the same heads? en→x: in ")
+    assert "of 6 attention layers closer languages use heads more alike" in found["relation"]
     add_heads(run, list(SIZES)[:3])
-    section = head_section(load_run(run))
-    assert not section["tested"]
-    assert "is tested where there are 4 languages or more" in section["relation"]
+    found = section(load_run(run))
+    assert not found["tested"]
+    assert "is tested where there are 4 languages or more" in found["relation"]
 
 
 def test_the_page_stays_whole_and_the_same_with_heads(run: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ pytest.importorskip("matplotlib")
 from fabricated_run import make_methods_run
 
 from nspec import analysis
-from nspec.report import charts, published
 from nspec.report.run_data import RunData, load_run
-from nspec.report.sections import masks as figures
-from nspec.report.sections.variants import stability
+from nspec.report.sections import masks
+from nspec.report.sections.variants import by_layer, stability
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def lines(axes) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_masked_share_stands_beside_the_published_one_at_relative_depth(data: RunData) -> None:
-    encoder, decoder = figures.masked(data).axes
+    encoder, decoder = masks.masked(data).axes
     x, y = lines(decoder)["en→x, this run (k = 0.95)"]
     tasks = [task for task in data.tasks if task.startswith("en-")]
     assert x == [0, 1, 2]
@@ -34,7 +34,7 @@ def test_masked_share_stands_beside_the_published_one_at_relative_depth(data: Ru
         1 - analysis.density(data.masks, analysis.side_layers(data.masks, "decoder"), tasks).mean(0)
     )
     x, y = lines(encoder)["x→en, published (k = 0.95)"]
-    assert y == published.MASKED["to", "encoder"]
+    assert y == masks.PUBLISHED_MASKED["to", "encoder"]
     assert x == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2])  # six layers over three
 
 
@@ -44,26 +44,26 @@ def test_layers_keep_their_numbers_where_only_some_are_specialised(data: RunData
     own, base = data.masks.only(["decoder.layers.2"]), data.masks
     compared = stability("forward", own, base)
     assert compared is not None
-    decoder = charts.stability(data, [compared]).axes[1]
+    decoder = by_layer(data, [compared]).axes[1]
     assert lines(decoder)["forward"][0] == [2]
     assert decoder.lines[1].get_marker() == "_"  # one point has no line to be seen by
-    drawn = lines(figures.masked(part).axes[1])
+    drawn = lines(masks.masked(part).axes[1])
     assert drawn["en→x, this run (k = 0.95)"][0] == [2]
     assert not any("published" in label for label in drawn)  # of two layers left out
 
 
 def test_iou_stands_beside_the_two_published_cases(data: RunData) -> None:
-    encoder, decoder = figures.published_iou(data).axes
-    assert lines(encoder)["published (k = 0.7)"][1] == published.IOU["to", "encoder"]
-    assert lines(decoder)["published (k = 0.7)"][1] == published.IOU["from", "decoder"]
-    masks = data.variant_masks["forward-k70"]  # the nearest k
+    encoder, decoder = masks.published_iou(data).axes
+    assert lines(encoder)["published (k = 0.7)"][1] == masks.PUBLISHED_IOU["to", "encoder"]
+    assert lines(decoder)["published (k = 0.7)"][1] == masks.PUBLISHED_IOU["from", "decoder"]
+    nearest = data.variant_masks["forward-k70"]
     tasks = [task for task in data.tasks if task.endswith("-en")]
-    own = analysis.mean_pairwise(analysis.layer_iou(masks, analysis.side_layers(masks, "encoder"), tasks))
+    own = analysis.mean_pairwise(analysis.layer_iou(nearest, analysis.side_layers(nearest, "encoder"), tasks))
     assert lines(encoder)["this run (k = 0.7)"][1] == pytest.approx(own)
 
 
 def test_heat_map_shows_directions_in_named_blocks(data: RunData) -> None:
-    axes = figures.heat(data, "encoder").axes[0]
+    axes = masks.heat(data, "encoder").axes[0]
     order = [label.get_text() for label in axes.get_yticklabels()]
     assert order[:6] == ["en-de", "en-nl", "en-es", "en-fr", "en-ru", "en-ar"]
     assert order[6:] == ["de-en", "nl-en", "es-en", "fr-en", "ru-en", "ar-en"]
@@ -78,15 +78,18 @@ def test_heat_map_shows_directions_in_named_blocks(data: RunData) -> None:
     assert widths[5.5] > 2 * widths[1.5]
 
 
-def test_systems_without_a_colour_of_their_own_get_different_ones(data: RunData) -> None:
-    names = list(data.systems)
-    assert len({figures.colour(name, names) for name in names}) == len(names)
+def test_published_iou_is_compared_with_the_masks_of_the_nearest_k(tmp_path: Path) -> None:
+    data = load_run(make_methods_run(tmp_path / "run", layers=1))
+    assert masks.PUBLISHED_IOU_K == 0.7
+    chosen, k = masks.iou_masks(data)
+    assert k == 0.7
+    assert chosen is data.variant_masks["forward-k70"]
+    data.variant_masks.clear()
+    assert masks.iou_masks(data) == (data.masks, 0.95)
 
 
-def test_models_for_single_directions_are_not_among_the_curves(data: RunData) -> None:
-    point = [{"step": 1, "loss": 2.0, "valid_loss": 2.0}]
-    for system in data.systems.values():
-        system.training = system.validation = point
-    shown = figures.continued_systems(data)
-    assert "forward-k70" in shown
-    assert not {"dense", "bilingual"} & set(shown)
+def test_published_numbers_are_shares_of_six_layers() -> None:
+    for table in (masks.PUBLISHED_MASKED, masks.PUBLISHED_IOU):
+        assert all(len(values) == 6 and all(0 < value < 1 for value in values) for values in table.values())
+    mean = [sum(values) / 6 for values in masks.PUBLISHED_MASKED.values()]
+    assert 1 - sum(mean) / 4 == pytest.approx(0.78, abs=0.005)  # the density that these shares stand for

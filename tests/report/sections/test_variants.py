@@ -11,7 +11,7 @@ from fabricated_run import make_methods_run
 
 from nspec import NeuronMasks
 from nspec.report.run_data import load_run
-from nspec.report.sections.variants import ablation_section, curves, stabilities, stability
+from nspec.report.sections.variants import curves, section, stabilities, stability
 
 LAYER = "model.encoder.layers.0.fc1"
 
@@ -60,9 +60,9 @@ def test_variants_with_a_selection_of_their_own_are_compared_with_the_runs(tmp_p
     assert base is not None
     ratios = [(own[t][found.layers[3]].sum() / base[t][found.layers[3]].sum()).item() for t in own.tasks]
     assert found.iou[3] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)  # the variant's lie within the run's
-    section = ablation_section(data)
-    assert section is not None
-    rows = {row["name"]: row for row in section["rows"]}
+    found_section = section(data)
+    assert found_section is not None
+    rows = {row["name"]: row for row in found_section["rows"]}
     assert rows["k"]["density"] == f"{found.density:.3f}"
     assert rows["k"]["iou"] == f"{found.iou.mean():.3f}"
     assert (rows["k"]["k"], rows["long"]["k"]) == ("0.5", "0.95")
@@ -71,4 +71,4 @@ def test_variants_with_a_selection_of_their_own_are_compared_with_the_runs(tmp_p
 
 
 def test_a_run_without_variants_has_no_such_section(tmp_path: Path) -> None:
-    assert ablation_section(load_run(make_methods_run(tmp_path / "run", variants=[], layers=1))) is None
+    assert section(load_run(make_methods_run(tmp_path / "run", variants=[], layers=1))) is None
