@@ -195,7 +195,7 @@ def render(function: Callable[..., Figure], label: str, name: str, *arguments: A
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    head = f'role="img" aria-label="{html.escape(label)}">'
+    head = f'role="img" aria-label="{html.escape(label)}" preserveAspectRatio="xMinYMin">'
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" {head}', svg, count=1)
     svg = re.sub(r"'?DejaVu Sans'?[^;\"]*", "var(--sans)", svg)
     return _coloured(svg, _IN_PAGE)
