@@ -144,15 +144,12 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     for run in runs:
         if not run.scored:
             raise ValueError(f"{run.folder} has no scores yet; `nspec run` makes them")
-    first, *others = runs
-    for other in others:
-        _check_same(first, other)
+        _check_same(runs[0], run)
+    first = runs[0]
     systems, notes = _common_systems(runs)
-    for other in others:
-        _check_scores(first, other, systems)
-    notes += _machines(runs, systems)
+    for run in runs:
+        _check_scores(first, run, systems)
     groups, left_out = _common_groups(runs, systems)
-    notes += left_out
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
     return SeedComparison(
@@ -165,7 +162,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         results=tuple(_adjusted(results)),
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
-        notes=tuple(notes),
+        notes=(*notes, *_machines(runs, systems), *left_out),
     )
 
 
@@ -206,24 +203,22 @@ def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:
     return common, notes
 
 
-def _check_scores(first: RunData, other: RunData, systems: Sequence[str]) -> None:
-    """ValueError where directions or signatures differ."""
+def _check_scores(first: RunData, run: RunData, systems: Sequence[str]) -> None:
+    """ValueError where a system of ``run`` has other directions or signatures than the baseline of ``first``."""
     expected = first.scored[first.baseline]["tasks"]
-    for run in (first, other):
-        for system in systems:
-            tasks = run.scored[system]["tasks"]
-            if tasks.keys() != expected.keys():
-                different = ", ".join(sorted(tasks.keys() ^ expected.keys()))
-                raise ValueError(
-                    f"{run.folder}, {system}: other directions than {first.baseline} in {first.folder} ({different})"
-                )
-            for task, entry in tasks.items():
-                for key in (f"{metric}_signature" for metric in METRICS):
-                    if entry[key] != expected[task][key]:
-                        raise ValueError(
-                            f"{run.folder}, {system}, {task}: {key} is {entry[key]}, in {first.folder} "
-                            f"{expected[task][key]}; score them with the same sacreBLEU"
-                        )
+    for system in systems:
+        tasks = run.scored[system]["tasks"]
+        if different := ", ".join(sorted(tasks.keys() ^ expected.keys())):
+            raise ValueError(
+                f"{run.folder}, {system}: other directions than {first.baseline} in {first.folder} ({different})"
+            )
+        for task, entry in tasks.items():
+            for key in (f"{metric}_signature" for metric in METRICS):
+                if entry[key] != expected[task][key]:
+                    raise ValueError(
+                        f"{run.folder}, {system}, {task}: {key} is {entry[key]}, in {first.folder} "
+                        f"{expected[task][key]}; score them with the same sacreBLEU"
+                    )
 
 
 def _common_groups(runs: Sequence[RunData], systems: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -237,13 +232,12 @@ def _common_groups(runs: Sequence[RunData], systems: Sequence[str]) -> tuple[lis
         if all(group in scores["average"] for scores in scored)
         and len({tuple(found.get(group.partition("/")[0], ())) for found in members}) == 1
     ]
-    missing = [group for group in named if group not in common and "/" not in group]
-    if not missing:
-        return common, []
-    return common, [
-        f"{', '.join(map(group_name, missing))} left out: not every run averages over them, or over the same directions; "
-        "`nspec evaluate CONFIG --redo score` scores a run anew."
-    ]
+    missing = ", ".join(group_name(group) for group in named if group not in common and "/" not in group)
+    note = (
+        f"{missing} left out: not every run averages over them, or over the same directions; `nspec evaluate CONFIG --redo "
+        "score` scores a run anew."
+    )
+    return common, [note] if missing else []
 
 
 def _machines(runs: Sequence[RunData], systems: Sequence[str]) -> list[str]:
@@ -277,12 +271,11 @@ def _adjusted(results: Sequence[SeedResult]) -> list[SeedResult]:
         if r.difference:
             together.setdefault((r.metric, tested_together(r.group)), []).append(r.difference.p)
     adjusted = {key: iter(holm(p).tolist()) for key, p in together.items()}
-    return [
-        replace(r, difference=replace(r.difference, p_holm=next(adjusted[r.metric, tested_together(r.group)])))
-        if r.difference
-        else r
-        for r in results
-    ]
+    done = []
+    for r in results:
+        p_holm = next(adjusted[r.metric, tested_together(r.group)]) if r.difference else 0.0
+        done.append(replace(r, difference=r.difference and replace(r.difference, p_holm=p_holm)))
+    return done
 
 
 def tested_together(average: str) -> str:
