@@ -96,10 +96,11 @@ def style(axes: Axes, x: str, y: str, title: str = "", *, lines: str = "y", fram
         axes.spines[side].set_visible(False)
 
 
-def legend_of(figure: Figure, axes: Axes, columns: int, where: str = "upper") -> None:
+def legend_of(figure: Figure, axes: Axes, columns: int, below: bool = False) -> None:
     """A legend of what ``axes`` shows, above all panels or below them."""
-    place = f"outside {where} center"
-    figure.legend(*axes.get_legend_handles_labels(), loc=place, ncols=columns, fontsize=8.5)
+    lines, labels = axes.get_legend_handles_labels()
+    place: Any = "outside lower center" if below else "outside upper center"
+    figure.legend(lines, labels, loc=place, ncols=columns, fontsize=8.5)
 
 
 def layer_axis(axes: Axes, numbers: Iterable[int]) -> None:
@@ -138,7 +139,7 @@ def heat_map(
             middle = block.first + (block.size - 1) / 2
             axes.text(values.shape[1] - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=25, pad=0.015)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     return font
 

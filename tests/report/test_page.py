@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from fabricated_run import SYSTEMS, TASKS, Page, make_run, masks
+from fabricated_run import METHODS, SYSTEMS, TASKS, Page, make_methods_run, make_run, masks
 from rich.console import Console
 
 from nspec import NeuronMasks
@@ -20,7 +20,8 @@ from nspec.files import write_json, write_text
 from nspec.mt import options
 from nspec.mt.config import Config, ScoreConfig
 from nspec.mt.scoring import score_system
-from nspec.report import build_report, score_table
+from nspec.report import build_report, score_table, words
+from nspec.report.run_data import load_run
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +309,49 @@ def test_files_that_are_not_json_and_folders_that_are_no_run_are_named(tmp_path:
     log.write_text("{broken\n" + log.read_text())
     with pytest.raises(ValueError, match=r"dense/log.jsonl line 1 is not JSON"):
         build_report(run)
+
+
+def test_page_of_a_comparison_of_methods_has_every_part_and_stays_whole(tmp_path: Path) -> None:
+    page = Page(build_report(make_methods_run(tmp_path / "run", layers=2)))
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    inside = {r[1:] for r in page.references if r.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", page.source))
+    assert inside <= set(page.ids)
+    assert not re.search(r"url\((?!#)|@import|<script|https?://", page.source)
+    assert {"levels", "costs", "ablations", "masks", "relations"} <= set(page.ids)
+    for name in [
+        *(words.SYSTEMS[system][0] for system in METHODS),
+        "forward-k70: Specialised (forward), select.k = 0.7",
+    ]:
+        assert name in page.words
+    labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page.source)
+    for part in ("published values", "level of training pairs", "against an option", "variants", "Tree of languages"):
+        assert any(part in label for label in labels), part
+    assert "this run (k = 0.95)" in page.words
+    assert "published (k = 0.95)" in page.words
+    assert "published (k = 0.7)" in page.words
+    assert "Germanic" in page.words
+
+
+def test_models_that_only_another_system_needs_do_not_make_a_run_unfinished(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_methods_run(run)
+    before = load_run(run).missing
+    write_json(run / "systems" / "needed" / "summary.json", {"system": "needed", "updates": 1})
+    data = load_run(run)
+    assert data.systems["needed"].scores is None
+    assert data.missing == before == []
+
+
+def test_the_page_begins_with_the_picture_of_scores_and_prints_whole(complete: Path) -> None:
+    source = (complete / "report" / "index.html").read_text(encoding="utf-8")
+    assert source.index("<h1>") < source.index("BLEU of every system") < source.index('class="headline"')
+    printed = source.partition("@media print {")[2].partition("</style>")[0]
+    for rule in (
+        r"section \{[^}]*break-before: page",
+        r"thead \{ display: table-header-group",  # the head of a table on each of its pages
+        r"tr,[^{]*\{ break-inside: avoid",
+        r"\.scroll, \.tall \{ overflow: visible",  # paper does not scroll
+        r"details::details-content \{ content-visibility: visible",
+    ):
+        assert re.search(rule, printed), rule

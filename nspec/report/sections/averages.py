@@ -97,7 +97,7 @@ def bars(data: RunData, names: Sequence[str], means: Mapping[str, Mapping[str, S
             axes.bar(at, values[metric], width * 0.92, color=tint, label=data.short(system))
         axes.axhline(0, color=drawing.INK, linewidth=0.8)
         axes.set_xticks(places, names)
-    drawing.legend_of(figure, panels[0], min(4, len(means)), "lower")
+    drawing.legend_of(figure, panels[0], min(4, len(means)), below=True)
     return figure
 
 

@@ -146,7 +146,7 @@ def published_iou(data: RunData) -> Figure:
     tasks = analysis.order_tasks(masks.tasks, data.pivot)
     for axes, (group, side) in zip(panels, PUBLISHED_IOU):
         layers = analysis.side_layers(masks, side)
-        axes.set_title(f"{side.capitalize()}, {_label(data, group)}", loc="left")
+        axes.set_title(f"{side.capitalize()}, {_label(data, group)}", fontsize=11, loc="left")
         members = _groups(data, tasks).get(group, [])
         if not layers:
             continue
