@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nspec.analysis.languages import Grouping, group_of, language
+from nspec.analysis.languages import Grouping, known_group, language
 from nspec.analysis.lineages import EC30_GROUPS
 
 OTHER = "other"
@@ -13,29 +14,17 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Block:
-    """Directions that stand together.
+    """Directions that stand together."""
 
-    Attributes:
-        name: of the group of languages.
-        part: 0 from the pivot, 1 to it, 2 without it.
-        first: place of its first direction.
-        size: number of its directions.
-    """
-
-    name: str
-    part: int
-    first: int
-    size: int
+    name: str  # of the group of languages
+    part: int  # 0 from the pivot, 1 to it, 2 without it
+    first: int  # place of its first direction
+    size: int  # number of its directions
 
 
 def grouping_of(codes: Iterable[str]) -> Grouping:
     """EC30's own groups where all languages are of EC30, else branches."""
-    try:
-        for code in codes:
-            group_of(code, "ec30")
-    except ValueError:
-        return "branch"
-    return "ec30"
+    return "ec30" if all(known_group(code, "ec30") for code in codes) else "branch"
 
 
 def families_of(tasks: Iterable[str], pivot: str) -> Callable[[str], str]:
@@ -49,25 +38,15 @@ def families_of(tasks: Iterable[str], pivot: str) -> Callable[[str], str]:
         A function from a language to the name of its group, empty where it is not known.
     """
     grouping = grouping_of({code for task in tasks for code in task.split("-")} - {pivot})
-
-    def family_of(code: str) -> str:
-        try:
-            return group_of(code, grouping)
-        except ValueError:
-            return ""
-
-    return family_of
+    return functools.partial(known_group, grouping=grouping)
 
 
 def _place(code: str, grouping: Grouping) -> tuple[int, str, str]:
     """Sorts groups, and names the group: EC30's in its order, branches by their families, unknown languages last."""
-    try:
-        name = group_of(code, grouping)
-        if grouping == "ec30":
-            return list(EC30_GROUPS).index(name), "", name
-        return 0, language(code).family, name
-    except ValueError:
+    name = known_group(code, grouping)
+    if not name:
         return len(EC30_GROUPS), "", OTHER
+    return (list(EC30_GROUPS).index(name), "", name) if grouping == "ec30" else (0, language(code).family, name)
 
 
 def block_order(tasks: Iterable[str], pivot: str) -> tuple[list[str], list[Block]]:

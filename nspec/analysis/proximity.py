@@ -126,18 +126,8 @@ def within_across(iou: Floats, groups: Sequence[str]) -> tuple[float, float]:
 
 
 def groups_of(codes: Sequence[str], grouping: languages.Grouping) -> list[str]:
-    """The name of the group of each language; empty where it has none or is not known.
-
-    With distances of the user's own a language may be one that no tree has.
-    """
-
-    def group(code: str) -> str:
-        try:
-            return languages.group_of(code, grouping)
-        except ValueError:
-            return ""
-
-    return [group(code) for code in codes]
+    """The name of the group of each language; empty where it has none or is not known, as with distances of one's own."""
+    return [languages.known_group(code, grouping) for code in codes]
 
 
 def _other_groupings(codes: Sequence[str], grouping: languages.Grouping) -> dict[languages.Grouping, list[str]]:

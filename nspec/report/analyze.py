@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nspec.analysis import clustering
+from nspec.analysis.blocks import grouping_of
 from nspec.analysis.languages import genetic_distances, read_distances, script_distances
 from nspec.analysis.overlap import Floats, Side, side_layers
 from nspec.analysis.proximity import (
@@ -41,19 +42,12 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Tree:
-    """Languages clustered by their mean mask distance over the layers of one side.
-
-    Attributes:
-        side: half of the model.
-        direction: ``from`` or ``to`` the pivot.
-        languages: the leaves, by number.
-        linkage: float64 [n - 1, 4] of :func:`nspec.analysis.clustering.average_linkage`.
-    """
+    """Languages clustered by their mean mask distance over the layers of one side."""
 
     side: Side
-    direction: Direction
-    languages: tuple[str, ...]
-    linkage: Floats
+    direction: Direction  # ``from`` or ``to`` the pivot
+    languages: tuple[str, ...]  # the leaves, by number
+    linkage: Floats  # float64 [n - 1, 4] of :func:`nspec.analysis.clustering.average_linkage`
 
     @property
     def order(self) -> list[str]:
@@ -63,21 +57,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What :func:`analyze_run` found.
+    """What :func:`analyze_run` found."""
 
-    Attributes:
-        what: ``neurons`` or ``heads``.
-        folder: what it wrote.
-        distances: what the languages' distances are, as given to :func:`analyze_run`.
-        proximity: the tests; None where heads were measured but there are too few languages to test.
-        trees: languages clustered by their masks.
-    """
-
-    what: str
-    folder: Path
-    distances: str
-    proximity: Proximity | None
-    trees: tuple[Tree, ...]
+    what: str  # ``neurons`` or ``heads``
+    folder: Path  # what it wrote
+    distances: str  # of the languages, as given to :func:`analyze_run`
+    proximity: Proximity | None  # the tests; None where heads were measured but there are too few languages to test
+    trees: tuple[Tree, ...]  # languages clustered by their masks
 
 
 def analyze_run(
@@ -232,6 +218,19 @@ def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
 
 def _arrow(direction: Direction, pivot: str) -> str:
     return words.group_name(f"{direction}_{pivot}")
+
+
+def tested(of: Any, pivot: str, **options: Any) -> Proximity | None:
+    """:func:`nspec.analysis.proximity.proximity` by the groups that the page shows; None where languages are too few.
+
+    Raises:
+        ValueError: as there.
+    """
+    sides = sides_of_pivot(of, pivot).values()
+    if min(len(codes) for codes in sides) < FEWEST:
+        return None
+    grouping = grouping_of({code for codes in sides for code in codes})
+    return proximity(of, pivot, grouping=grouping, permutations=PERMUTATIONS, **options)
 
 
 def summary(found: Proximity, what: str, layers: str, name: Callable[[LayerProximity], str]) -> str:

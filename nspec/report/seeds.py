@@ -29,84 +29,47 @@ _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a system is above the baseline, paired by seed.
+    """How far a system is above the baseline, paired by seed."""
 
-    Attributes:
-        values: points, one a seed.
-        mean: of ``values``.
-        low: lower end of the 95 % t interval of the mean.
-        high: upper end.
-        t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
-        p: two-sided, of the paired t test.
-        p_holm: adjusted over the systems of this metric and average; of levels and families over all of their kind too,
-            see :func:`tested_together`.
-        tested: seeds whose run tested this system against the baseline.
-        above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
-        below: seeds in which it says worse.
-    """
-
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # points, one a seed
     mean: float
-    low: float
+    low: float  # lower end of the 95 % t interval of the mean
     high: float
-    t: float
-    p: float
-    p_holm: float
-    tested: int
-    above: int
-    below: int
+    t: float  # Student's, seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0
+    p: float  # two-sided, of the paired t test
+    p_holm: float  # adjusted over the systems of this metric and average, and what else is :func:`tested_together`
+    tested: int  # seeds whose run tested this system against the baseline
+    above: int  # those in which that test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %
+    below: int  # and worse
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One system, metric and average.
+    """One system, metric and average."""
 
-    Attributes:
-        system: its name in the runs.
-        metric: ``bleu`` or ``chrf``.
-        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``, or as :func:`nspec.mt.groups.run_groups` calls it.
-        scores: points (0 to 100), one a seed.
-        mean: of ``scores``.
-        sd: their standard deviation (n - 1).
-        difference: from the baseline; None for the baseline itself.
-    """
-
-    system: str
-    metric: str
-    group: str
-    scores: tuple[float, ...]
+    system: str  # its name in the runs
+    metric: str  # ``bleu`` or ``chrf``
+    group: str  # ``all``, ``from_<pivot>``, ``to_<pivot>``, or as :func:`nspec.mt.groups.run_groups` calls it
+    scores: tuple[float, ...]  # points (0 to 100), one a seed
     mean: float
-    sd: float
-    difference: Difference | None
+    sd: float  # standard deviation of ``scores`` (n - 1)
+    difference: Difference | None  # from the baseline; None for the baseline itself
 
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """What :func:`compare_seeds` found.
+    """What :func:`compare_seeds` found."""
 
-    Attributes:
-        folders: of the runs, in the order of seeds.
-        seeds: in rising order; every tuple of values is in this order.
-        baseline: the system that the others are compared with.
-        systems: those that every run has scored.
-        tasks: the directions.
-        groups: the averages.
-        results: by group, metric and system.
-        costs: system -> mean over seeds of each of :data:`COSTS`; None where a run does not say.
-        signatures: metric -> the sacreBLEU signatures of the directions, each once.
-        notes: what a reader has to know, a sentence each.
-    """
-
-    folders: tuple[Path, ...]
-    seeds: tuple[int, ...]
-    baseline: str
-    systems: tuple[str, ...]
-    tasks: tuple[str, ...]
-    groups: tuple[str, ...]
-    results: tuple[SeedResult, ...]
-    costs: Mapping[str, Mapping[str, float | None]]
-    signatures: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...]
+    folders: tuple[Path, ...]  # of the runs, in the order of seeds
+    seeds: tuple[int, ...]  # in rising order; every tuple of values is in this order
+    baseline: str  # the system that the others are compared with
+    systems: tuple[str, ...]  # those that every run has scored
+    tasks: tuple[str, ...]  # the directions
+    groups: tuple[str, ...]  # the averages
+    results: tuple[SeedResult, ...]  # by group, metric and system
+    costs: Mapping[str, Mapping[str, float | None]]  # system -> mean of each of COSTS; None where a run does not say
+    signatures: Mapping[str, tuple[str, ...]]  # metric -> the sacreBLEU signatures of the directions, each once
+    notes: tuple[str, ...]  # what a reader has to know, a sentence each
 
     def find(self, system: str, metric: str = "bleu", group: str = "all") -> SeedResult:
         """The result of one system.

@@ -79,13 +79,7 @@ def level_section(data: RunData) -> dict[str, Any]:
 
 
 def bars(data: RunData, names: Sequence[str], means: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Mean score change by level of training pairs, a bar for each system; BLEU and chrF++ side by side.
-
-    Args:
-        data: the run.
-        names: of the levels.
-        means: system -> metric -> change of each level in points.
-    """
+    """The means, system -> metric -> change of each level ``names`` in points, as bars; BLEU and chrF++ side by side."""
     figure, panels = drawing.new_figure(9.6, 3.6, 2)
     width = 0.84 / len(means)
     places = np.arange(len(names))
@@ -121,13 +115,8 @@ def members(data: RunData, kind: str) -> dict[str, list[str]]:
 def group_tables(data: RunData, kind: str, heads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Tables of all groups of a kind: first of whole groups, then of the directions from and to the pivot.
 
-    Each table is of one metric, a row for each scored system, with p values adjusted by Holm's method over all tests of
-    the table. Its arrows go by the adjusted values.
-
-    Args:
-        data: a run for which :func:`members` has groups.
-        kind: ``level`` or ``family``.
-        heads: of the columns: ``name``, as groups are called, ``title`` and whatever else the caller needs.
+    Each table is of one metric, a row for each scored system, a column for each of ``heads``, with p values adjusted by
+    Holm's method over all tests of the table. Its arrows go by the adjusted values.
 
     Returns:
         ``heads``; ``parts``, each with ``side`` (such as ``en→x``, empty for whole groups), ``heads`` and ``tables``.

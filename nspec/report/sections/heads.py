@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nspec.analysis.blocks import block_order, grouping_of
+from nspec.analysis.blocks import block_order
 from nspec.analysis.overlap import Floats, mean_pairwise, sort_layers
-from nspec.analysis.proximity import FEWEST, LayerProximity, proximity, sides_of_pivot
+from nspec.analysis.proximity import FEWEST, LayerProximity
 from nspec.report import drawing, words
-from nspec.report.analyze import PERMUTATIONS, layer_name, summary
+from nspec.report.analyze import PERMUTATIONS, layer_name, summary, tested
 from nspec.report.run_data import RunData
 
 if TYPE_CHECKING:
@@ -80,14 +80,9 @@ def _shares(importance: HeadImportance, layer: str, tasks: list[str]) -> Floats:
 
 
 def strongest(importance: HeadImportance, tasks: list[str]) -> str:
-    """The head that stands out most in one direction: its share there is farthest from its mean over directions.
+    """The head that stands out most in one direction, its share there being farthest from its mean over directions.
 
-    Args:
-        importance: of all heads.
-        tasks: the directions.
-
-    Returns:
-        A sentence; empty for a single direction.
+    It is a sentence; empty for a single direction.
     """
     if len(tasks) < 2:
         return ""
@@ -117,13 +112,11 @@ def _relation(importance: HeadImportance, pivot: str) -> tuple[str, bool]:
 
     what = "related languages use the same heads"
     try:
-        sides = sides_of_pivot(importance, pivot)
-        if min(len(codes) for codes in sides.values()) < FEWEST:
-            return f"Whether {what} is tested where there are {FEWEST} languages or more beside the pivot.", False
-        grouping = grouping_of({code for each in sides.values() for code in each})
-        found = proximity(importance, pivot, similarity=head_similarity, grouping=grouping, permutations=PERMUTATIONS)
+        found = tested(importance, pivot, similarity=head_similarity)
     except ValueError as error:
         return f"Whether {what} cannot be tested here: {error}.", False
+    if found is None:
+        return f"Whether {what} is tested where there are {FEWEST} languages or more beside the pivot.", False
     said = summary(found, "closer languages use heads more alike", "attention layers", _name)
     return f"Do related languages use the same heads? {said}", True
 
@@ -133,14 +126,7 @@ def _name(row: LayerProximity) -> str:
 
 
 def heat(rows: Floats, heads: list[int], tasks: list[str], pivot: str) -> Figure:
-    """Heads of each layer against directions, with lines between layers and between groups of languages.
-
-    Args:
-        rows: float64 [tasks, sum of heads], a head's share of its layer's importance.
-        heads: of each layer, from bottom to top.
-        tasks: in the order of :func:`nspec.analysis.blocks.block_order`.
-        pivot: see there.
-    """
+    """Shares of the importance of a layer, [tasks in the order of blocks, sum of ``heads``], ``heads`` to a layer."""
     _, blocks = block_order(tasks, pivot)
     width = min(11.0, max(4.6, 2.4 + 0.24 * rows.shape[1]))
     figure, panels = drawing.new_figure(width, max(1.8, 0.9 + (0.155 if len(tasks) > 20 else 0.24) * len(tasks)))

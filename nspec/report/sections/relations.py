@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nspec.analysis.blocks import OTHER, grouping_of
+from nspec.analysis.blocks import OTHER
 from nspec.analysis.languages import Grouping
 from nspec.analysis.overlap import layer_numbers
-from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of, proximity, sides_of_pivot
+from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of
 from nspec.report import drawing, words
-from nspec.report.analyze import PERMUTATIONS, Tree, cluster, script_control, summary
+from nspec.report.analyze import PERMUTATIONS, Tree, cluster, script_control, summary, tested
 from nspec.report.run_data import RunData
 
 
@@ -25,14 +25,11 @@ def section(data: RunData) -> dict[str, Any] | None:
     if data.masks is None:
         return None
     try:
-        sides = sides_of_pivot(data.masks, data.pivot)
-        if min(len(codes) for codes in sides.values()) < FEWEST:
-            return {"reason": f"This is tested where masks cover {FEWEST} languages or more beside the pivot."}
-        grouping = grouping_of({code for each in sides.values() for code in each})
-        options: dict[str, Any] = {"permutations": PERMUTATIONS, "control": script_control}
-        found = proximity(data.masks, data.pivot, grouping=grouping, **options)
+        found = tested(data.masks, data.pivot, control=script_control)
     except ValueError as error:
         return {"reason": f"This cannot be tested here: {error}."}
+    if found is None:
+        return {"reason": f"This is tested where masks cover {FEWEST} languages or more beside the pivot."}
     beside = list(dict.fromkeys(name for row in found.layers for name in row.beside))
     return {
         "reason": "",

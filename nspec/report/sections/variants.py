@@ -24,40 +24,24 @@ _METRIC_COLOURS = {"bleu": "#0072b2", "chrf": "#d55e00"}
 
 @dataclass(frozen=True)
 class Curve:
-    """Systems that differ in one numeric option.
+    """Systems that differ in one numeric option."""
 
-    Attributes:
-        of: the built-in system that they vary.
-        option: full name.
-        values: of the option, ascending; the built-in system's own is among them where it has been scored.
-        systems: as many names.
-        change: metric -> mean score difference against the baseline in points, as many.
-    """
-
-    of: str
-    option: str
-    values: tuple[float, ...]
-    systems: tuple[str, ...]
-    change: dict[str, tuple[float, ...]]
+    of: str  # the built-in system that they vary
+    option: str  # full name
+    values: tuple[float, ...]  # ascending; the built-in system's own is among them where it has been scored
+    systems: tuple[str, ...]  # as many names
+    change: dict[str, tuple[float, ...]]  # metric -> mean score difference against the baseline in points, as many
 
 
 @dataclass(frozen=True)
 class Stability:
-    """How far a variant selects the neurons that the selection it varies has.
+    """How far a variant selects the neurons that the selection it varies has."""
 
-    Attributes:
-        system: the variant.
-        layers: that both have, the encoder before the decoder.
-        iou: float64 [layers], mean over the directions that both have.
-        chance: float64 [layers], what independent masks of these densities would have.
-        density: of the variant, mean over directions and layers.
-    """
-
-    system: str
-    layers: tuple[str, ...]
-    iou: Floats
-    chance: Floats
-    density: float
+    system: str  # the variant
+    layers: tuple[str, ...]  # that both have, the encoder before the decoder
+    iou: Floats  # float64 [layers], mean over the directions that both have
+    chance: Floats  # float64 [layers], what independent masks of these densities would have
+    density: float  # of the variant, mean over directions and layers
 
 
 def section(data: RunData) -> dict[str, Any] | None:
