@@ -210,7 +210,7 @@ def comparison_tables(scored: Scored, pivot: str) -> list[Table | str]:
     """
     parts: list[Table | str] = []
     for metric in METRICS:
-        parts += [_comparison_table(scored, metric, pivot), *_signatures(scored, metric), ""]
+        parts += [_comparison_table(scored, metric, pivot), *_signature_lines(scored, metric), ""]
     models = [scores["signatures"]["comet"] for scores in scored.values() if "comet" in scores["signatures"]]
     if models:
         table = terminal_table("COMET", "", ["average of, direction"], list(scored))
@@ -220,13 +220,28 @@ def comparison_tables(scored: Scored, pivot: str) -> list[Table | str]:
     return parts[:-1]
 
 
-def warning_lines(scored: Scored) -> list[str]:
-    """What was warned of while systems were scored, a line for each text, with the systems and directions it is said of."""
-    said: dict[str, list[str]] = {}
+def signatures(scored: Scored, metric: str) -> dict[str, list[str]]:
+    """The sacreBLEU signatures of a metric that occur, with the directions of each."""
+    found: dict[str, dict[str, None]] = {}
+    for scores in scored.values():
+        for task, entry in scores["tasks"].items():
+            found.setdefault(entry[f"{metric}_signature"], {})[task] = None
+    return {signature: list(tasks) for signature, tasks in found.items()}
+
+
+def warnings(scored: Scored) -> dict[str, list[tuple[str, str]]]:
+    """What was warned of while systems were scored: text -> the systems and directions that it is said of."""
+    said: dict[str, list[tuple[str, str]]] = {}
     for name, scores in scored.items():
         for warning in scores.get("warnings", ()):
-            said.setdefault(warning["text"], []).append(f"{name} ({', '.join(warning['directions'])})")
-    return [f"nspec: warning, {'; '.join(where)}: {text}" for text, where in said.items()]
+            said.setdefault(warning["text"], []).append((name, ", ".join(warning["directions"])))
+    return said
+
+
+def warning_lines(scored: Scored) -> list[str]:
+    """The same as ``nspec score`` prints it, a line for each text."""
+    lines = {text: "; ".join(f"{name} ({of})" for name, of in where) for text, where in warnings(scored).items()}
+    return [f"nspec: warning, {where}: {text}" for text, where in lines.items()]
 
 
 def _tasks(scored: Scored, pivot: str) -> list[str]:
@@ -271,13 +286,7 @@ def _comparison_table(scored: Scored, metric: str, pivot: str) -> Table:
     return table
 
 
-def _signatures(scored: Scored, metric: str) -> list[str]:
-    """They are those of the references and of the tokenizer, so that all systems have the same."""
-    found: dict[str, list[str]] = {}
-    for task, entry in next(iter(scored.values()))["tasks"].items():
-        found.setdefault(entry[f"{metric}_signature"], []).append(task)
-    metric_name = names_of_scores(scored.values())[metric]
-    return [
-        f"{metric_name} signature{f' ({chr(44).join(tasks)})' if len(found) > 1 else ''}: {signature}"
-        for signature, tasks in found.items()
-    ]
+def _signature_lines(scored: Scored, metric: str) -> list[str]:
+    found, name = signatures(scored, metric), names_of_scores(scored.values())[metric]
+    of = {text: f" ({','.join(tasks)})" if len(found) > 1 else "" for text, tasks in found.items()}
+    return [f"{name} signature{where}: {text}" for text, where in of.items()]

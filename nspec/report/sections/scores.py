@@ -6,7 +6,7 @@ from typing import Any
 
 from nspec.report import words
 from nspec.report.run_data import RunData
-from nspec.report.tables import score_cell
+from nspec.report.tables import score_cell, signatures, warnings
 from nspec.report.words import METRICS
 
 
@@ -17,7 +17,10 @@ def section(data: RunData) -> dict[str, Any]:
         "averages": _averages(data),
         "directions": [_directions(data, metric) for metric in METRICS] if data.scored else [],
         "signatures": _signatures(data),
-        "warnings": _warnings(data),
+        "warnings": [
+            {"text": text, "where": "; ".join(f"{data.short(name)}: {of}" for name, of in where)}
+            for text, where in warnings(data.scored).items()
+        ],
         "test": which_test(data),
         "two_sided": data.two_sided,
         "bootstrap": data.config.score.bootstrap,
@@ -76,25 +79,12 @@ def _directions(data: RunData, metric: str) -> dict[str, Any]:
 
 def _signatures(data: RunData) -> list[dict[str, str]]:
     """Every signature that occurs, with the directions that it belongs to where they are not all."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for scores in data.scored.values():
-        for task, entry in scores["tasks"].items():
-            for metric in METRICS:
-                found.setdefault((metric, entry[f"{metric}_signature"]), set()).add(task)
+    found = [(metric, *entry) for metric in METRICS for entry in signatures(data.scored, metric).items()]
     return [
         {
             "metric": data.metric_names[metric],
             "text": text,
             "tasks": "" if len(tasks) == len(data.tasks) else ", ".join(t for t in data.tasks if t in tasks),
         }
-        for (metric, text), tasks in found.items()
+        for metric, text, tasks in found
     ]
-
-
-def _warnings(data: RunData) -> list[dict[str, str]]:
-    """What was warned of while scoring, with the systems and directions that it is said of."""
-    found: dict[str, list[str]] = {}
-    for name, scores in data.scored.items():
-        for warning in scores.get("warnings", ()):
-            found.setdefault(warning["text"], []).append(f"{data.short(name)}: {', '.join(warning['directions'])}")
-    return [{"text": text, "where": "; ".join(where)} for text, where in found.items()]
