@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from fabricated_run import shown
 
 from nspec import NeuronMasks, cli
 from nspec.analysis import layer_iou
@@ -105,9 +105,7 @@ def test_the_same_masks_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_table_fits_eighty_columns(tmp_path: Path) -> None:
     (result,) = analyze_run(make_run(tmp_path / "run"), permutations=9)
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(proximity_table(result.proximity))
-    text = console.export_text()
+    text = shown(proximity_table(result.proximity), 80)
     assert "…" not in text
     assert len(re.findall(r"\n *encoder \d", text)) == 4
 

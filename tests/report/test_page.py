@@ -12,8 +12,7 @@ import torch
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from fabricated_run import METHODS, SYSTEMS, TASKS, Page, make_methods_run, make_run, masks
-from rich.console import Console
+from fabricated_run import METHODS, SYSTEMS, TASKS, Page, edited, make_methods_run, make_run, masks, shown
 
 from nspec import NeuronMasks
 from nspec.files import write_json, write_text
@@ -42,10 +41,7 @@ def test_page_needs_nothing_from_elsewhere(complete: Path) -> None:
 
 def test_page_is_well_formed_and_its_links_and_ids_are_sound(complete: Path) -> None:
     page = Page(complete / "report" / "index.html")
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    inside = {r[1:] for r in page.references if r.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", page.source))
-    assert inside <= set(page.ids)
+    assert page.is_sound()
 
 
 def test_page_shows_every_direction_system_score_and_signature(complete: Path) -> None:
@@ -112,13 +108,11 @@ def test_scores_tsv_has_a_line_per_system_and_direction_and_the_averages(complet
 
 def test_scores_of_a_run_before_approximate_randomisation_are_still_read(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", systems=["dense", "continued"], with_masks=False)
-    path = run / "scores" / "dense" / "scores.json"
-    scores = json.loads(path.read_text())
-    del scores["signatures"]
-    for entry in [*scores["tasks"].values(), *scores["average"].values()]:
-        for key in ("bleu_p_ar", "chrf_p_ar", "ar_trials"):
-            del entry["baseline"][key]
-    write_json(path, scores)
+    with edited(run / "scores" / "dense" / "scores.json") as scores:
+        del scores["signatures"]
+        for entry in [*scores["tasks"].values(), *scores["average"].values()]:
+            for key in ("bleu_p_ar", "chrf_p_ar", "ar_trials"):
+                del entry["baseline"][key]
     build_report(run)
     with open(run / "report" / "scores.tsv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["system"] == "dense"]
@@ -144,9 +138,7 @@ def test_overlap_files_hold_every_density_and_pair(complete: Path) -> None:
 
 
 def test_terminal_table_fits_eighty_columns_and_has_every_system(complete: Path) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(score_table(complete))
-    text = console.export_text()
+    text = shown(score_table(complete), 80)
     assert "…" not in text
     for system in SYSTEMS:
         average = json.loads((complete / "scores" / system / "scores.json").read_text())["average"]
@@ -240,14 +232,12 @@ def test_broken_scores_are_one_error_that_names_file_and_place(
     tmp_path: Path, place: str, value: object, message: str
 ) -> None:
     run = make_run(tmp_path / "run", systems=["dense", "continued"], with_masks=False)
-    path = run / "scores" / "dense" / "scores.json"
-    scores = json.loads(path.read_text())
-    *above, key = place.split(".")
-    holder = functools.reduce(dict.__getitem__, above, scores)
-    holder[key] = value
-    if value is None:
-        del holder[key]
-    write_json(path, scores)
+    with edited(run / "scores" / "dense" / "scores.json") as scores:
+        *above, key = place.split(".")
+        holder = functools.reduce(dict.__getitem__, above, scores)
+        holder[key] = value
+        if value is None:
+            del holder[key]
     with pytest.raises(ValueError, match=re.escape(f"dense/scores.json: {place}") + rf"[ .]{message}"):
         build_report(run)
     assert not (run / "report").exists()
@@ -256,20 +246,17 @@ def test_broken_scores_are_one_error_that_names_file_and_place(
 def test_spbleu_and_what_sacrebleu_warned_of_stand_on_page_and_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", systems=["dense", "continued", "forward"])
     for path in run.glob("scores/*/scores.json"):
-        scores = json.loads(path.read_text())
-        for entry in scores["tasks"].values():
-            entry["bleu_signature"] = re.sub(r"tok:\w+", "tok:flores200", entry["bleu_signature"])
-        scores["warnings"] = [{"text": "an <odd> test set", "directions": ["en-de", "de-en"]}]
-        write_json(path, scores)
+        with edited(path) as scores:
+            for entry in scores["tasks"].values():
+                entry["bleu_signature"] = re.sub(r"tok:\w+", "tok:flores200", entry["bleu_signature"])
+            scores["warnings"] = [{"text": "an <odd> test set", "directions": ["en-de", "de-en"]}]
     page = Page(build_report(run))
     assert "spBLEU signature" in page.words
-    shown = page.words.replace(" ".join((run / "config.yaml").read_text().split()), "")
-    assert [where for where in re.findall(r".{20}\bBLEU\b.{20}", shown) if "BLEU, chrF++ how much" not in where] == []
+    visible = page.words.replace(" ".join((run / "config.yaml").read_text().split()), "")
+    assert [where for where in re.findall(r".{20}\bBLEU\b.{20}", visible) if "BLEU, chrF++ how much" not in where] == []
     assert "Warning (Dense: en-de, de-en; " in page.words
     assert "an <odd> test set" in page.words
-    console = Console(width=120, record=True)
-    console.print(score_table(run))
-    assert "spBLEU" in console.export_text()
+    assert "spBLEU" in shown(score_table(run), 120)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "systems/dense/summary.json", "scores/dense/scores.json"])
@@ -313,11 +300,7 @@ def test_files_that_are_not_json_and_folders_that_are_no_run_are_named(tmp_path:
 
 def test_page_of_a_comparison_of_methods_has_every_part_and_stays_whole(tmp_path: Path) -> None:
     page = Page(build_report(make_methods_run(tmp_path / "run", layers=2)))
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    inside = {r[1:] for r in page.references if r.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", page.source))
-    assert inside <= set(page.ids)
-    assert not re.search(r"url\((?!#)|@import|<script|https?://", page.source)
+    assert page.is_sound()
     assert {"levels", "costs", "ablations", "masks", "relations"} <= set(page.ids)
     for name in [
         *(words.SYSTEMS[system][0] for system in METHODS),

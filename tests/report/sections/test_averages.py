@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from fabricated_run import SIZES, Page, add_groups, make_methods_run
-from rich.console import Console
+from fabricated_run import SIZES, Page, add_groups, edited, make_methods_run, shown
 
-from nspec.files import write_json
 from nspec.report import build_report, score_table
 from nspec.report.run_data import load_run
 from nspec.report.sections.averages import family_section, level_section, transfer_section
@@ -47,10 +44,8 @@ def test_p_values_of_levels_are_adjusted_over_systems_and_levels_and_arrows_go_b
 
 
 def test_a_family_has_the_scores_of_its_directions(run: Path) -> None:
-    path = run / "scores" / "forward" / "scores.json"
-    scores = json.loads(path.read_text())
-    scores["tasks"]["en-nl"]["bleu"] += 4
-    write_json(path, scores)
+    with edited(run / "scores" / "forward" / "scores.json") as scores:
+        scores["tasks"]["en-nl"]["bleu"] += 4
     add_groups(run)
     section = family_section(load_run(run))
     assert section is not None
@@ -65,8 +60,7 @@ def test_a_family_has_the_scores_of_its_directions(run: Path) -> None:
 def test_the_page_has_the_tables_once_and_averages_stay_as_they_are(run: Path) -> None:
     add_groups(run)
     page = Page(build_report(run))
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
+    assert page.is_sound()
     averages, _, rest = page.source.partition('id="directions"')
     assert "high" not in averages.partition('id="average"')[2].replace("highest", "")
     assert "They are not adjusted for the number of systems and averages." in page.words
@@ -81,9 +75,7 @@ def test_the_page_has_the_tables_once_and_averages_stay_as_they_are(run: Path) -
 
 def test_the_terminal_table_has_no_columns_of_levels(run: Path) -> None:
     def text() -> str:
-        console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(score_table(run))
-        return console.export_text()
+        return shown(score_table(run), 200)
 
     before = text()
     add_groups(run)
@@ -98,10 +90,8 @@ def test_older_scores_keep_untested_means_and_say_how_to_test_them(run: Path) ->
     assert "which did not test families; `nspec evaluate CONFIG --redo score` makes them anew" in page
     assert "4 of 4 up" in page
     add_groups(run)
-    path = run / "scores" / "lass" / "scores.json"  # one system older than the others
-    scores = json.loads(path.read_text())
-    del scores["groups"]
-    write_json(path, scores)
+    with edited(run / "scores" / "lass" / "scores.json") as scores:  # one system older than the others
+        del scores["groups"]
     assert level_section(load_run(run))["tested"] is None
     assert "older version" in (family_section(load_run(run)) or {})["reason"]
 
@@ -116,10 +106,8 @@ def test_a_run_of_one_family_has_no_such_tables_and_says_nothing(tmp_path: Path)
 
 def test_groups_that_have_no_average_are_one_error(run: Path) -> None:
     add_groups(run)
-    path = run / "scores" / "lass" / "scores.json"
-    scores = json.loads(path.read_text())
-    del scores["average"]["level:high"]
-    write_json(path, scores)
+    with edited(run / "scores" / "lass" / "scores.json") as scores:
+        del scores["average"]["level:high"]
     with pytest.raises(ValueError, match=r"lass/scores.json: average.level:high should be an object, found nothing"):
         load_run(run)
 

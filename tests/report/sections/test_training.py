@@ -1,26 +1,22 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from fabricated_run import make_methods_run
+from fabricated_run import edited, make_methods_run
 
-from nspec.files import write_json
 from nspec.report.run_data import load_run
 from nspec.report.sections.training import continued_systems, cost_rows, size
 
 
 def test_costs_stand_beside_scores_and_what_is_not_said_is_a_dash(tmp_path: Path) -> None:
     run = make_methods_run(tmp_path / "run", variants=[], layers=1)
-    path = run / "systems" / "lass" / "summary.json"
-    summary = json.loads(path.read_text())
-    for key in ("parameters_added", "parameters_trained", "mask_bytes", "density"):
-        del summary[key]
-    write_json(path, summary)
+    with edited(run / "systems" / "lass" / "summary.json") as summary:
+        for key in ("parameters_added", "parameters_trained", "mask_bytes", "density"):
+            del summary[key]
     (run / "scores" / "random" / "scores.json").unlink()
     rows = {row["id"]: row for row in cost_rows(load_run(run))}
     assert rows["forward"] == {
