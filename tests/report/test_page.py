@@ -4,6 +4,8 @@ import csv
 import functools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,12 @@ def test_terminal_table_fits_eighty_columns_and_has_every_system(complete: Path)
         assert f"{average['from_en']['bleu']:.2f}" in text
     assert "▲" in text
     assert "▼" in text
+
+
+def test_the_terminal_table_loads_neither_scipy_nor_torch() -> None:
+    code = "import sys, nspec.report; print(sorted({'scipy', 'torch', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_run_that_has_only_begun_gets_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
