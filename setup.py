@@ -39,6 +39,7 @@ EXTRAS = {
         "Babel>=2.14",
         "qwanqwa>=1.2",
         "matplotlib>=3.8",
+        "scipy>=1.11",
         "tensorboard>=2.16",
         "typer>=0.12",
         "rich>=13.8",

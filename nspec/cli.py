@@ -113,11 +113,12 @@ def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds:
             if rank == 0:
                 _show(pipeline.folder, page)
     if rank == 0:
+        from nspec.report import seeds_write
         from nspec.report.seeds import compare_seeds
 
         compared = compare_seeds([str(folder) for folder in folders])
-        compared.write(base / "seeds")
-        print(compared.markdown(), end="")
+        seeds_write.write(compared, base / "seeds")
+        print(seeds_write.markdown(compared), end="")
         print(f"comparison: {base / 'seeds' / 'seeds.md'}", flush=True)
 
 

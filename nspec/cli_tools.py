@@ -63,13 +63,13 @@ def score(
     options = {"baseline": baseline, "pivot": pivot, "groups": groups, "out": out, "comet": comet, "sources": sources}
     scored = score_files(system, references, bootstrap=bootstrap, tokenize=tokenize, **options)
 
-    from nspec.report import comparison  # slow; a wrong option has shown before
+    from nspec.report import tables  # slow; a wrong option has shown before
 
     if out:
-        comparison.write(scored, pivot, Path(out))
-    for line in comparison.warning_lines(scored):
+        tables.write_comparison(scored, pivot, Path(out))
+    for line in tables.warning_lines(scored):
         print(line, file=sys.stderr, flush=True)
-    show(*comparison.tables(scored, pivot))
+    show(*tables.comparison_tables(scored, pivot))
 
 
 @tools.command()
@@ -262,7 +262,7 @@ def analyze(
     ] = 0,
 ) -> None:
     """Tests whether related languages keep the same neurons, and use the same heads."""
-    from nspec.report.proximity import analyze_run, print_analysis
+    from nspec.report.analyze import analyze_run, print_analysis
 
     print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads))
 
@@ -297,11 +297,12 @@ def seeds(
 
     Means and spread over seeds, and differences from the baseline with a paired t test.
     """
+    from nspec.report import seeds_write
     from nspec.report.seeds import compare_seeds
 
     if out:
         check_output("--out", out, folder=True)
     compared = compare_seeds(runs)
     if out:
-        compared.write(Path(out))
-    print(compared.markdown(), end="")
+        seeds_write.write(compared, Path(out))
+    print(seeds_write.markdown(compared), end="")

@@ -6,18 +6,19 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.cluster import hierarchy
 
+from nspec.analysis.mantel import condensed
 from nspec.analysis.overlap import Floats
 
 
 def average_linkage(distances: Floats) -> Floats:
     """Joins the two nearest clusters until one is left; clusters are as far apart as their members on average (UPGMA).
 
-    Sokal and Michener, University of Kansas Science Bulletin 38, 1958. Of equal distances the pair with the lowest
-    indices is joined, so the same matrix gives the same tree.
+    Sokal and Michener, University of Kansas Science Bulletin 38, 1958.
 
     Args:
-        distances: float [n, n], symmetric, n >= 1.
+        distances: float [n, n], symmetric, n >= 2.
 
     Returns:
         float64 [n - 1, 4], a row for each join, in the format of ``scipy.cluster.hierarchy``: two clusters (lower index
@@ -26,49 +27,17 @@ def average_linkage(distances: Floats) -> Floats:
     Raises:
         ValueError: no symmetric matrix of finite numbers.
     """
-    far = np.array(distances, dtype=np.float64)  # a copy: it is worked on in place
-    n = len(far)
-    if far.shape != (n, n) or n == 0:
-        raise ValueError(f"distances have shape {list(far.shape)}, expected [n, n] with n of 1 or more")
+    far = np.asarray(distances, dtype=np.float64)
+    if far.ndim != 2 or far.shape[0] != far.shape[1] or len(far) < 2:
+        raise ValueError(f"distances have shape {list(far.shape)}, expected [n, n] with n of 2 or more")
     if not np.isfinite(far).all() or not np.allclose(far, far.T, rtol=0, atol=1e-12):
         raise ValueError("distances are not symmetric or not finite, expected those of every two objects")
-    np.fill_diagonal(far, np.inf)
-    number, size = np.arange(n), np.ones(n)
-    rows = np.zeros((n - 1, 4))
-    for step in range(n - 1):
-        i, j = np.unravel_index(np.argmin(far), far.shape)
-        total = size[i] + size[j]
-        a, b = sorted((number[i], number[j]))
-        rows[step] = a, b, far[i, j], total
-        # The average over all members: each cluster counts by its size.
-        joined = (size[i] * far[i] + size[j] * far[j]) / total
-        far[i], far[:, i] = joined, joined
-        far[j], far[:, j] = np.inf, np.inf
-        far[i, i] = np.inf
-        number[i], size[i] = n + step, total
-    return rows
+    return np.asarray(hierarchy.linkage(condensed(far), "average"))
 
 
 def leaf_order(linkage: Floats) -> list[int]:
-    """Leaves as a tree shows them, so that clusters lie together: for dendrograms and heat maps.
-
-    Args:
-        linkage: float [n - 1, 4] of :func:`average_linkage`.
-
-    Returns:
-        The n leaves, for each join those of its first cluster before those of its second.
-    """
-    n = len(linkage) + 1
-    order: list[int] = []
-    waiting = [2 * n - 2]
-    while waiting:  # no recursion: a chain of joins can be deeper than Python's stack
-        node = waiting.pop()
-        if node < n:
-            order.append(node)
-        else:
-            first, second = (int(child) for child in linkage[node - n, :2])
-            waiting += [second, first]
-    return order
+    """The n leaves of a linkage [n - 1, 4] as a tree shows them: for each join those of its first cluster come first."""
+    return [int(leaf) for leaf in hierarchy.leaves_list(linkage)]
 
 
 def newick(linkage: Floats, names: Sequence[str]) -> str:

@@ -188,22 +188,22 @@ def head_importance(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     measure = loss or _cross_entropy
     found: dict[str, dict[str, Tensor]] = {}
-    with _undisturbed(model), _Gates(model, layers) as gates:
+    with _undisturbed(model), _gated(model, layers) as gates:
         for task, task_batches in batches.items():
             totals = {name: torch.zeros(heads, dtype=torch.float64) for name, heads in layers.items()}
             sentences = 0
             for done, batch in enumerate(task_batches, 1):
                 moved = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-                gates.values.clear()
+                gates.clear()
                 with torch.enable_grad():
                     value = measure(model, moved)
-                if missing := [name for name in layers if name not in gates.values]:
+                if missing := [name for name in layers if name not in gates]:
                     raise ValueError(f"the batches of task {task} did not run the attention module {missing[0]}")
-                gradients = torch.autograd.grad(value, [gates.values[name] for name in layers], allow_unused=True)
+                gradients = torch.autograd.grad(value, [gates[name] for name in layers], allow_unused=True)
                 for name, gradient in zip(layers, gradients):
                     if gradient is not None:
                         totals[name] += gradient.detach().double().abs().sum(0).cpu()
-                sentences += len(next(iter(gates.values.values())))
+                sentences += len(next(iter(gates.values())))
                 if progress is not None:
                     progress(task, done)
             if not sentences:
@@ -241,43 +241,35 @@ def attention_layers(model: nn.Module) -> dict[str, int]:
     return found
 
 
-class _Gates(contextlib.AbstractContextManager["_Gates"]):
+@contextlib.contextmanager
+def _gated(model: nn.Module, layers: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
     """While it is entered, each head's output is multiplied by a gate of 1 of its own for every sentence.
 
-    ``values`` has the gates ``[sentences, heads]`` of the last forward pass. A gate for every sentence, not one for all,
-    because the absolute value is taken before the mean.
+    A gate for every sentence, not one for all, because the absolute value is taken before the mean.
+
+    Yields:
+        The gates ``[sentences, heads]`` of the last forward pass, by layer.
     """
+    gates: dict[str, Tensor] = {}
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, int]) -> None:
-        self._model, self._layers = model, layers
-        self._hooks: list[Any] = []
-        self.values: dict[str, Tensor] = {}
-
-    def __enter__(self) -> _Gates:
-        for name, heads in self._layers.items():
-            projection = self._model.get_submodule(name).get_submodule("out_proj")
-            self._hooks.append(projection.register_forward_pre_hook(self._gating(name, heads)))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self.values.clear()
-
-    def _gating(self, name: str, heads: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def gating(name: str, heads: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def pre_hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             context = args[0]  # [sentences, ..., heads * head_dim]
-            if name in self.values:
+            if name in gates:
                 raise ValueError(
                     f"{name} runs twice in a forward pass: its heads have no importance of their own there"
                 )
-            gate = context.new_ones(len(context), heads).requires_grad_()
-            self.values[name] = gate
-            spread = gate.reshape(len(context), *[1] * (context.dim() - 2), heads, 1)
+            gates[name] = context.new_ones(len(context), heads).requires_grad_()
+            spread = gates[name].reshape(len(context), *[1] * (context.dim() - 2), heads, 1)
             return ((context.unflatten(-1, (heads, -1)) * spread).flatten(-2), *args[1:])
 
         return pre_hook
+
+    with contextlib.ExitStack() as hooks:
+        for name, heads in layers.items():
+            projection = model.get_submodule(name).get_submodule("out_proj")
+            hooks.enter_context(projection.register_forward_pre_hook(gating(name, heads)))
+        yield gates
 
 
 @contextlib.contextmanager

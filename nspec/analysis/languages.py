@@ -70,6 +70,14 @@ def group_of(code: str, grouping: Grouping = "branch") -> str:
     raise ValueError(f"EC30 has no group for language {code!r}; it has {' '.join(EC30_GROUPS.values())}")
 
 
+def known_group(code: str, grouping: Grouping = "branch") -> str:
+    """:func:`group_of`, or empty where the language has none or is not known."""
+    try:
+        return group_of(code, grouping)
+    except ValueError:
+        return ""
+
+
 def genetic_distance(a: str, b: str) -> float:
     """How far up the tree two languages meet: 1 / (1 + the number of groups that they share), in [0, 1].
 

@@ -1,4 +1,4 @@
-"""Whether two distance matrices over the same objects agree: the Mantel test, and corrections for several tests.
+"""Whether two distance matrices over the same objects agree: the Mantel test, and Holm's correction for several tests.
 
 The n(n-1)/2 distances between n objects are not independent, for each object is in n-1 of them, so the usual p value of a
 correlation is far too small. Mantel's test (Cancer Research 27, 1967) relabels the *objects* of one matrix at random
@@ -15,9 +15,10 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
+from scipy.spatial.distance import squareform
 
 from nspec.analysis.overlap import Floats
-from nspec.analysis.student import t_quantile
 
 Method = Literal["pearson", "spearman"]
 Alternative = Literal["greater", "less", "two-sided"]
@@ -137,16 +138,6 @@ def condensed(matrix: Floats) -> Floats:
     return np.asarray(matrix, dtype=np.float64)[np.triu_indices(len(matrix), 1)]
 
 
-def ranks(values: Floats) -> Floats:
-    """Ranks from 1; equal values share the mean of theirs.
-
-    Args:
-        values: float [n].
-    """
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
-
-
 def holm(p: Sequence[float] | Floats) -> Floats:
     """Adjusts p values for the number of tests by Holm's step-down method (Scandinavian Journal of Statistics 6, 1979).
 
@@ -166,44 +157,14 @@ def holm(p: Sequence[float] | Floats) -> Floats:
         >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
         [0.03, 0.06, 0.06]
     """
-    values = _probabilities(p)
-    order = np.argsort(values, kind="stable")
-    steps = values[order] * np.arange(len(values), 0, -1)
-    return _unsorted(np.minimum(np.maximum.accumulate(steps), 1.0), order)
-
-
-def benjamini_hochberg(p: Sequence[float] | Floats) -> Floats:
-    """Adjusts p values by Benjamini and Hochberg's step-up method (Journal of the Royal Statistical Society B 57, 1995).
-
-    Rejecting where the adjusted value is at most α keeps the expected *share* of false alarms among the rejections at
-    α, for tests that are independent or depend positively on each other: min over j >= i of m p_(j) / j.
-
-    Args:
-        p: float [m], in [0, 1].
-
-    Returns:
-        float64 [m], in the order given.
-
-    Raises:
-        ValueError: a value is no probability.
-    """
-    values = _probabilities(p)
-    order = np.argsort(values, kind="stable")
-    steps = values[order] * len(values) / np.arange(1, len(values) + 1)
-    return _unsorted(np.minimum(np.minimum.accumulate(steps[::-1])[::-1], 1.0), order)
-
-
-def _probabilities(p: Sequence[float] | Floats) -> Floats:
     values = np.asarray(p, dtype=np.float64)
     if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"p values are {values.tolist()}, expected a list of numbers from 0 to 1")
-    return values
-
-
-def _unsorted(values: Floats, order: NDArray[np.intp]) -> Floats:
-    back = np.empty_like(values)
-    back[order] = values
-    return back
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty_like(values)
+    steps = values[order] * np.arange(len(values), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
 
 
 def _checked(name: str, matrix: Floats, size: int | None = None) -> Floats:
@@ -230,7 +191,7 @@ def _scores(matrix: Floats, method: Method) -> Floats:
     values = condensed(matrix)
     if constant(values):
         return np.full_like(values, np.nan)
-    values = ranks(values) if method == "spearman" else values
+    values = stats.rankdata(values) if method == "spearman" else values
     values = values - values.mean()
     return values / np.linalg.norm(values)
 
@@ -255,8 +216,7 @@ def _permuted(matrices: Sequence[Floats], method: Method, orders: Iterator[NDArr
     n = len(matrices[0])
     rows, columns = np.triu_indices(n, 1)
     # Ranks of a relabelled matrix are the relabelled ranks, and mean and length stay: all is prepared once.
-    square = np.zeros((n, n))
-    square[rows, columns] = square[columns, rows] = _scores(matrices[0], method)
+    square = squareform(_scores(matrices[0], method))
     others = np.stack([_scores(matrix, method) for matrix in matrices[1:]], axis=1)
     yz = float(others[:, 0] @ others[:, -1])
     for order in orders:
@@ -303,5 +263,5 @@ def _interval(matrices: Sequence[Floats], method: Method, r: float, level: float
     edge = 1 - 1e-15  # atanh(1) is infinite; this end is 1 again to 15 digits
     z, others = np.arctanh(np.clip(r, -edge, edge)), np.arctanh(np.clip(without, -edge, edge))
     error = math.sqrt((n - 1) / n * float(((others - others.mean()) ** 2).sum()))
-    reach = t_quantile(level, n - 1) * error
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     return math.tanh(z - reach), math.tanh(z + reach)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
+from scipy import stats
 
 from nspec.analysis import languages, mantel
 from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, sort_layers
@@ -125,18 +126,8 @@ def within_across(iou: Floats, groups: Sequence[str]) -> tuple[float, float]:
 
 
 def groups_of(codes: Sequence[str], grouping: languages.Grouping) -> list[str]:
-    """The name of the group of each language; empty where it has none or is not known.
-
-    With distances of the user's own a language may be one that no tree has.
-    """
-
-    def group(code: str) -> str:
-        try:
-            return languages.group_of(code, grouping)
-        except ValueError:
-            return ""
-
-    return [group(code) for code in codes]
+    """The name of the group of each language; empty where it has none or is not known, as with distances of one's own."""
+    return [languages.known_group(code, grouping) for code in codes]
 
 
 def _other_groupings(codes: Sequence[str], grouping: languages.Grouping) -> dict[languages.Grouping, list[str]]:
@@ -229,7 +220,7 @@ def proximity(
 
 def _adjusted(rows: Sequence[LayerProximity]) -> list[LayerProximity]:
     p = [row.test.p for row in rows if row.test]
-    adjusted = iter(zip(mantel.holm(p), mantel.benjamini_hochberg(p)))
+    adjusted = iter(zip(mantel.holm(p), stats.false_discovery_control(p)))
     partial = iter(mantel.holm([row.partial.p for row in rows if row.partial]))
     done = []
     for row in rows:

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist, squareform
 
 from nspec.analysis.lineages import language
 from nspec.analysis.overlap import Floats
@@ -47,11 +48,7 @@ def typological_distances(aspect: Aspect) -> Callable[[Sequence[str]], Floats]:
         if lacking:
             raise ValueError(f"URIEL has no vectors of {', '.join(lacking)}")
         vectors = values[[rows[name] for name in names]][:, chosen]
-        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        far = np.clip(1 - unit @ unit.T, 0.0, 1.0)
-        far = (far + far.T) / 2  # to the last bit
-        np.fill_diagonal(far, 0.0)
-        return far
+        return np.asarray(squareform(np.clip(pdist(vectors, "cosine"), 0.0, 1.0)))
 
     return distances
 

@@ -10,108 +10,66 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from nspec.analysis.mantel import holm
-from nspec.analysis.student import t_quantile, t_tail
-from nspec.files import write_text
+from nspec.analysis.overlap import Floats
 from nspec.mt.scoring.averages import kind_of_group
-from nspec.report.load import METRICS, RunData, load_run
-from nspec.report.seeds_figure import draw
-from nspec.report.seeds_tables import average_lines, cost_lines, tested_together
-from nspec.report.words import arrow, group_name, metric_names, system_name
+from nspec.report.run_data import RunData, load_run
+from nspec.report.words import METRICS, arrow, group_name, metric_names
 from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
 _LEVEL = 0.95
 # Systems are compared by name instead, so that a run with one more system can be a part.
 _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
-_RESULT_COLUMNS = ["system", "metric", "average", "seeds", "mean", "sd", "baseline", "delta", "delta_low", "delta_high"]
-_RESULT_COLUMNS += ["t", "p", "p_holm", "tested", "above", "below"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a system is above the baseline, paired by seed.
+    """How far a system is above the baseline, paired by seed."""
 
-    Attributes:
-        values: points, one a seed.
-        mean: of ``values``.
-        low: lower end of the 95 % t interval of the mean.
-        high: upper end.
-        t: Student's t with seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0.
-        p: two-sided, of the paired t test.
-        p_holm: adjusted over the systems of this metric and average; of levels and families over all of their kind too,
-            see :func:`nspec.report.seeds_tables.tested_together`.
-        tested: seeds whose run tested this system against the baseline.
-        above: seeds in which the run's own test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %.
-        below: seeds in which it says worse.
-    """
-
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # points, one a seed
     mean: float
-    low: float
+    low: float  # lower end of the 95 % t interval of the mean
     high: float
-    t: float
-    p: float
-    p_holm: float
-    tested: int
-    above: int
-    below: int
+    t: float  # Student's, seeds - 1 degrees of freedom; infinite where all seeds differ alike, 0 where they do by 0
+    p: float  # two-sided, of the paired t test
+    p_holm: float  # adjusted over the systems of this metric and average, and what else is :func:`tested_together`
+    tested: int  # seeds whose run tested this system against the baseline
+    above: int  # those in which that test (as :func:`nspec.report.words.p_value` picks it) says better, at 5 %
+    below: int  # and worse
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One system, metric and average.
+    """One system, metric and average."""
 
-    Attributes:
-        system: its name in the runs.
-        metric: ``bleu`` or ``chrf``.
-        group: ``all``, ``from_<pivot>`` or ``to_<pivot>``, or as :func:`nspec.mt.scoring.averages.run_groups` calls it.
-        scores: points (0 to 100), one a seed.
-        mean: of ``scores``.
-        sd: their standard deviation (n - 1).
-        difference: from the baseline; None for the baseline itself.
-    """
-
-    system: str
-    metric: str
-    group: str
-    scores: tuple[float, ...]
+    system: str  # its name in the runs
+    metric: str  # ``bleu`` or ``chrf``
+    group: str  # ``all``, ``from_<pivot>``, ``to_<pivot>``, or as :func:`nspec.mt.scoring.averages.run_groups` calls it
+    scores: tuple[float, ...]  # points (0 to 100), one a seed
     mean: float
-    sd: float
-    difference: Difference | None
+    sd: float  # standard deviation of ``scores`` (n - 1)
+    difference: Difference | None  # from the baseline; None for the baseline itself
 
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """What :func:`compare_seeds` found.
+    """What :func:`compare_seeds` found."""
 
-    Attributes:
-        folders: of the runs, in the order of seeds.
-        seeds: in rising order; every tuple of values is in this order.
-        baseline: the system that the others are compared with.
-        systems: those that every run has scored.
-        tasks: the directions.
-        groups: the averages.
-        results: by group, metric and system.
-        costs: system -> mean over seeds of each of :data:`COSTS`; None where a run does not say.
-        signatures: metric -> the sacreBLEU signatures of the directions, each once.
-        notes: what a reader has to know, a sentence each.
-    """
-
-    folders: tuple[Path, ...]
-    seeds: tuple[int, ...]
-    baseline: str
-    systems: tuple[str, ...]
-    tasks: tuple[str, ...]
-    groups: tuple[str, ...]
-    results: tuple[SeedResult, ...]
-    costs: Mapping[str, Mapping[str, float | None]]
-    signatures: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...]
+    folders: tuple[Path, ...]  # of the runs, in the order of seeds
+    seeds: tuple[int, ...]  # in rising order; every tuple of values is in this order
+    baseline: str  # the system that the others are compared with
+    systems: tuple[str, ...]  # those that every run has scored
+    tasks: tuple[str, ...]  # the directions
+    groups: tuple[str, ...]  # the averages
+    results: tuple[SeedResult, ...]  # by group, metric and system
+    costs: Mapping[str, Mapping[str, float | None]]  # system -> mean of each of COSTS; None where a run does not say
+    signatures: Mapping[str, tuple[str, ...]]  # metric -> the sacreBLEU signatures of the directions, each once
+    notes: tuple[str, ...]  # what a reader has to know, a sentence each
 
     def find(self, system: str, metric: str = "bleu", group: str = "all") -> SeedResult:
         """The result of one system.
@@ -128,67 +86,6 @@ class SeedComparison:
     def metric_names(self) -> dict[str, str]:
         """The metrics' names for readers, see :func:`nspec.report.words.metric_names`."""
         return metric_names(self.signatures["bleu"])
-
-    def markdown(self) -> str:
-        """All of it as Markdown: tables of the averages, then costs, notes and signatures."""
-        base = system_name(self.baseline)
-        lines = [
-            f"# {len(self.seeds)} seeds ({', '.join(map(str, self.seeds))}), {len(self.tasks)} directions",
-            "",
-            f"Mean ± standard deviation over seeds. Δ: difference from {base}, paired by seed, with its 95 % t interval; "
-            "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
-            "run's own test on its test set is significant at 5 %.",
-        ]
-        lines += [*average_lines(self), *cost_lines(self), ""]
-        lines += [f"- {note}" for note in self.notes]
-        lines += [f"- {self.metric_names[m]} signature: `{each}`" for m in METRICS for each in self.signatures[m]]
-        return "\n".join(lines) + "\n"
-
-    def tsv(self) -> str:
-        """A line for each result; after the statistics the score and the difference of each seed."""
-        each = [f"{what}:{seed}" for what in ("score", "delta") for seed in self.seeds]
-        lines = [_RESULT_COLUMNS + each]
-        for result in self.results:
-            d = result.difference
-            row: list[Any] = [result.system, result.metric, result.group, len(self.seeds), result.mean, result.sd]
-            row += [self.baseline, d.mean, d.low, d.high, d.t, d.p, d.p_holm] if d else [None] * 7
-            row += [d.tested, d.above, d.below] if d else [None] * 3
-            row += [*result.scores, *(d.values if d else [None] * len(self.seeds))]
-            lines.append([_text(value) for value in row])
-        return "".join("\t".join(line) + "\n" for line in lines)
-
-    def costs_tsv(self) -> str:
-        """A line for each system: the mean of each of :data:`COSTS`."""
-        lines = [["system", *COSTS], *([name, *map(_text, self.costs[name].values())] for name in self.systems)]
-        return "".join("\t".join(line) + "\n" for line in lines)
-
-    def figure(self, group: str = "all") -> str:
-        """Differences from the baseline as an SVG file: a dot a seed, the mean with its 95 % interval, by system.
-
-        Raises:
-            ValueError: there is no such average, or no system but the baseline.
-        """
-        if group not in self.groups:
-            raise ValueError(f"there is no average {group!r}, expected one of {', '.join(self.groups)}")
-        if len(self.systems) < 2:
-            raise ValueError(f"there is nothing to draw: {self.baseline} is the only system")
-        return draw(self, group)
-
-    def write(self, folder: Path) -> None:
-        """Writes ``seeds.md``, ``seeds.tsv``, ``costs.tsv`` and ``seeds_<average>.svg`` (with two systems or more).
-
-        There is no figure of levels and families.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        folder = Path(folder)
-        write_text(folder / "seeds.md", self.markdown())
-        write_text(folder / "seeds.tsv", self.tsv())
-        write_text(folder / "costs.tsv", self.costs_tsv())
-        main = [group for group in self.groups if not kind_of_group(group)[0]]
-        for group in main if len(self.systems) > 1 else ():
-            write_text(folder / f"seeds_{group.replace('/', '_')}.svg", self.figure(group))
 
 
 def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
@@ -210,15 +107,12 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     for run in runs:
         if not run.scored:
             raise ValueError(f"{run.folder} has no scores yet; `nspec run` makes them")
-    first, *others = runs
-    for other in others:
-        _check_same(first, other)
+        _check_same(runs[0], run)
+    first = runs[0]
     systems, notes = _common_systems(runs)
-    for other in others:
-        _check_scores(first, other, systems)
-    notes += _machines(runs, systems)
+    for run in runs:
+        _check_scores(first, run, systems)
     groups, left_out = _common_groups(runs, systems)
-    notes += left_out
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
     return SeedComparison(
@@ -231,7 +125,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         results=tuple(_adjusted(results)),
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
-        notes=tuple(notes),
+        notes=(*notes, *_machines(runs, systems), *left_out),
     )
 
 
@@ -272,24 +166,22 @@ def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:
     return common, notes
 
 
-def _check_scores(first: RunData, other: RunData, systems: Sequence[str]) -> None:
-    """ValueError where directions or signatures differ."""
+def _check_scores(first: RunData, run: RunData, systems: Sequence[str]) -> None:
+    """ValueError where a system of ``run`` has other directions or signatures than the baseline of ``first``."""
     expected = first.scored[first.baseline]["tasks"]
-    for run in (first, other):
-        for system in systems:
-            tasks = run.scored[system]["tasks"]
-            if tasks.keys() != expected.keys():
-                different = ", ".join(sorted(tasks.keys() ^ expected.keys()))
-                raise ValueError(
-                    f"{run.folder}, {system}: other directions than {first.baseline} in {first.folder} ({different})"
-                )
-            for task, entry in tasks.items():
-                for key in (f"{metric}_signature" for metric in METRICS):
-                    if entry[key] != expected[task][key]:
-                        raise ValueError(
-                            f"{run.folder}, {system}, {task}: {key} is {entry[key]}, in {first.folder} "
-                            f"{expected[task][key]}; score them with the same sacreBLEU"
-                        )
+    for system in systems:
+        tasks = run.scored[system]["tasks"]
+        if different := ", ".join(sorted(tasks.keys() ^ expected.keys())):
+            raise ValueError(
+                f"{run.folder}, {system}: other directions than {first.baseline} in {first.folder} ({different})"
+            )
+        for task, entry in tasks.items():
+            for key in (f"{metric}_signature" for metric in METRICS):
+                if entry[key] != expected[task][key]:
+                    raise ValueError(
+                        f"{run.folder}, {system}, {task}: {key} is {entry[key]}, in {first.folder} "
+                        f"{expected[task][key]}; score them with the same sacreBLEU"
+                    )
 
 
 def _common_groups(runs: Sequence[RunData], systems: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -303,13 +195,12 @@ def _common_groups(runs: Sequence[RunData], systems: Sequence[str]) -> tuple[lis
         if all(group in scores["average"] for scores in scored)
         and len({tuple(found.get(group.partition("/")[0], ())) for found in members}) == 1
     ]
-    missing = [group for group in named if group not in common and "/" not in group]
-    if not missing:
-        return common, []
-    return common, [
-        f"{', '.join(map(group_name, missing))} left out: not every run averages over them, or over the same directions; "
-        "`nspec evaluate CONFIG --redo score` scores a run anew."
-    ]
+    missing = ", ".join(group_name(group) for group in named if group not in common and "/" not in group)
+    note = (
+        f"{missing} left out: not every run averages over them, or over the same directions; `nspec evaluate CONFIG --redo "
+        "score` scores a run anew."
+    )
+    return common, [note] if missing else []
 
 
 def _machines(runs: Sequence[RunData], systems: Sequence[str]) -> list[str]:
@@ -343,20 +234,27 @@ def _adjusted(results: Sequence[SeedResult]) -> list[SeedResult]:
         if r.difference:
             together.setdefault((r.metric, tested_together(r.group)), []).append(r.difference.p)
     adjusted = {key: iter(holm(p).tolist()) for key, p in together.items()}
-    return [
-        replace(r, difference=replace(r.difference, p_holm=next(adjusted[r.metric, tested_together(r.group)])))
-        if r.difference
-        else r
-        for r in results
-    ]
+    done = []
+    for r in results:
+        p_holm = next(adjusted[r.metric, tested_together(r.group)]) if r.difference else 0.0
+        done.append(replace(r, difference=r.difference and replace(r.difference, p_holm=p_holm)))
+    return done
 
 
-def _difference(values: Any, tests: Sequence[Mapping[str, Any]], metric: str) -> Difference:
+def tested_together(average: str) -> str:
+    """What names the averages whose p values are adjusted together: all levels (of a side of the pivot), all families.
+
+    Another average stands for itself: its p values are adjusted over systems alone.
+    """
+    kind, _, side = kind_of_group(average)
+    return f"{kind}/{side}" if kind else average
+
+
+def _difference(values: Floats, tests: Sequence[Mapping[str, object]], metric: str) -> Difference:
     """The statistics of paired differences float64 [seeds]; not yet adjusted for the number of systems."""
-    freedom = len(values) - 1
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    freedom, mean, error = len(values) - 1, float(values.mean()), float(stats.sem(values))
     t = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    p, reach = t_tail(t, freedom), t_quantile(_LEVEL, freedom) * error
+    p, reach = 2 * float(stats.t.sf(abs(t), freedom)), float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * error
     arrows = [arrow(test, metric) for test in tests]
     counts = len(arrows), arrows.count("▲"), arrows.count("▼")
     return Difference(tuple(values.tolist()), mean, mean - reach, mean + reach, t, p, p, *counts)
@@ -366,7 +264,3 @@ def _mean_cost(runs: Sequence[RunData], system: str, key: str) -> float | None:
     values = [(run.systems[system].summary or {}).get(key) for run in runs]
     numbers = [value for value in values if isinstance(value, (int, float))]
     return sum(numbers) / len(numbers) if len(numbers) == len(runs) else None
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,15 +1,15 @@
-"""What the page says in words: names of systems, numbers as text, and what the tests show."""
+"""How things are called and numbers are written, on the page, in tables and in the terminal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from nspec.analysis.languages import Grouping
 from nspec.mt.config import SelectConfig
 from nspec.mt.scoring.averages import LEVEL as LEVEL_GROUP
 from nspec.mt.scoring.averages import kind_of_group
-from nspec.report.load import RunData
 from nspec.run.systems import SELECT_USES, Variant
 
 LEVEL = 0.05
@@ -42,9 +42,16 @@ SYSTEMS = {
     "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
     "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
 }
-_PLURAL = {"random", "adapters", "adapters_family", "finetuned", "bilingual"}
+PLURAL = {"random", "adapters", "adapters_family", "finetuned", "bilingual"}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
+METRICS = tuple(METRIC_NAMES)
+GROUPINGS: dict[Grouping, str] = {
+    "ec30": "EC30's own groups",
+    "branch": "branches of Glottolog's tree",
+    "family": "families of Glottolog's tree",
+}
+"""What readers are told of each grouping of languages."""
 _SPBLEU = re.compile(r"(^|\|)tok:(flores|spBLEU|spm)")
 
 
@@ -128,6 +135,11 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
+def bare_p(p: float) -> str:
+    """The same without its name, to stand beside another: ``0.012``, ``< 0.001``."""
+    return p_text(p).removeprefix("p ").removeprefix("= ")
+
+
 def verdict(delta: float, p: float) -> str:
     """What a test says at the 5 % level."""
     if p >= LEVEL:
@@ -148,39 +160,6 @@ def arrow(test: Mapping[str, Any] | None, metric: str) -> str:
 def sign(delta: float, p: float) -> str:
     """▲ or ▼ for a difference that is significant at the 5 % level, else nothing."""
     return "" if p >= LEVEL or delta == 0 else "▲" if delta > 0 else "▼"
-
-
-def two_sided(data: RunData) -> bool | None:
-    """Whether all tests of the run are approximate randomisation; None where some are and some are not."""
-    kinds = {"bleu_p_ar" in test for test in _tests(data)}
-    return None if len(kinds) == 2 else kinds != {False}
-
-
-def _tests(data: RunData) -> list[Mapping[str, Any]]:
-    return [
-        entry["baseline"]
-        for scores in data.scored.values()
-        for entry in [*scores["tasks"].values(), *scores["average"].values()]
-        if entry.get("baseline")
-    ]
-
-
-def test_sentence(data: RunData) -> str:
-    """Which test the p values of the page are of, with its trials; empty where nothing was tested."""
-    tests = _tests(data)
-    if not tests:
-        return ""
-    trials = sorted({int(test["ar_trials"]) for test in tests if isinstance(test.get("ar_trials"), int)})
-    several = f" ({' or '.join(count(number) for number in trials)} trials)" if trials else ""
-    randomised = f"two-sided approximate randomisation{several}"
-    bootstrap = f"the paired bootstrap ({count(data.config.score.bootstrap)} samples), which is in effect one-sided"
-    if two_sided(data):
-        return f"All p values and arrows are those of {randomised}."
-    if two_sided(data) is None:
-        return (
-            f"The p values and arrows are those of {randomised}; where scores are older than that test, of {bootstrap}."
-        )
-    return f"All p values and arrows are those of {bootstrap}."
 
 
 def group_name(group: str) -> str:
@@ -216,77 +195,7 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
-def setup_sentence(data: RunData) -> str:
-    """What was run, on what."""
-    corpus = data.config.corpus
-    languages = sorted({code for task in data.tasks for code in task.split("-")} - {data.pivot})
-    if not data.tasks:
-        return f"A run on the {corpus.type} corpus. No direction has been scored or profiled yet."
-    directions = f"{len(data.tasks)} direction{'s' if len(data.tasks) > 1 else ''}"
-    if data.pivot and all(data.pivot in task.split("-") for task in data.tasks):
-        where = f"{directions} between {data.pivot} and {', '.join(languages)}"
-    else:
-        codes = sorted({code for task in data.tasks for code in task.split("-")})
-        where = f"{directions} among {', '.join(codes)}"
-    sizes = {entry["sentences"] for scores in data.scored.values() for entry in scores["tasks"].values()}
-    test = f"; the test sets have {_range(sizes)} sentences a direction" if sizes else ""
-    source = f" in {corpus.path}" if corpus.path else f" {corpus.name}" if corpus.name else ""
-    meaning = SYSTEMS.get(data.baseline, ("", ""))[1]
-    control = f" Systems are tested against {in_sentence(data.name(data.baseline))}: {meaning}." if meaning else ""
-    return f"{where}, from the {corpus.type} corpus{source}{test}.{control}"
-
-
-def _range(sizes: set[int]) -> str:
-    return count(min(sizes)) if len(sizes) == 1 else f"{count(min(sizes))} to {count(max(sizes))}"
-
-
-def finding(data: RunData, system: str) -> str | None:
-    """How a system compares with the baseline, in one or two sentences; None where it was not tested."""
-    scores = data.systems[system].scores
-    test = scores["average"]["all"].get("baseline") if scores else None
-    if not scores or not test:
-        return None
-    average = scores["average"]["all"]
-    said, names = [], data.metric_names
-    for metric, name in names.items():
-        delta, p = test[f"{metric}_delta"], p_value(test, metric)
-        said.append(f"{signed(delta)} {name} ({p_text(p)}, {verdict(delta, p)})")
-    tests = [entry["baseline"] for entry in scores["tasks"].values() if entry.get("baseline")]
-    up = sum(t["bleu_delta"] > 0 for t in tests)
-    down = sum(t["bleu_delta"] < 0 for t in tests)
-    sure_up, sure_down = (sum(arrow(t, "bleu") == sign for t in tests) for sign in "▲▼")
-    return (
-        f"{average['bleu']:.2f} {names['bleu']} and {average['chrf']:.2f} chrF++ on average: {' and '.join(said)} against "
-        f"{in_sentence(data.name(test['system']))}. By {names['bleu']} it is above in {up} of {len(tests)} directions "
-        f"({sure_up} significantly) and below in {down} ({sure_down} significantly)."
-    )
-
-
-def headline(data: RunData) -> str:
-    """The answer to the question that the run asks: is specialised better than dense training for as long?
-
-    Random masks are a part of it: where they do as well, it is not the choice of neurons that helps. Where other methods
-    were run too, the headline ends with who scores highest; the tests of all are in :func:`finding`.
-    """
-    said, bleu = [], data.metric_names["bleu"]
-    for system in ("forward", "update", "random"):
-        scores = data.systems[system].scores if system in data.systems else None
-        test = scores["average"]["all"].get("baseline") if scores else None
-        if test:
-            delta, p = test["bleu_delta"], p_value(test, "bleu")
-            one, many, than = {
-                "not significant": ("shows", "show", "no significant difference from"),
-                "significantly better": ("is", "are", "significantly better than"),
-                "significantly worse": ("is", "are", "significantly worse than"),
-            }[verdict(delta, p)]
-            base = in_sentence(data.name(test["system"]))
-            verb = f"{many if system in _PLURAL else one} {than}"
-            said.append(f"{system_name(system)} {verb} {base}: {signed(delta)} {bleu} on average ({p_text(p)}).")
-    averages = {name: scores["average"]["all"]["bleu"] for name, scores in data.scored.items()}
-    if set(averages) - {"dense", "continued", "forward", "update", "random"} and len(averages) > 1:
-        best = max(averages, key=lambda name: averages[name])
-        verb = "have" if best in _PLURAL else "has"
-        said.append(
-            f"{data.name(best)} {verb} the highest mean {bleu} of {len(averages)} systems, {averages[best]:.2f}."
-        )
-    return " ".join(said) or "No specialised system has been compared with a baseline yet."
+def span(values: Collection[float]) -> str:
+    """``5`` where all are alike, else ``5 to 10``."""
+    low, high = min(values), max(values)
+    return count(low) if low == high else f"{count(low)} to {count(high)}"

@@ -316,11 +316,11 @@ class Pipeline:
                 write_json(record_of(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 
     def _score(self, system: str, folder: Path) -> None:
+        from nspec.analysis.blocks import families_of, grouping_of
         from nspec.analysis.languages import why_no_families
         from nspec.mt.scoring.averages import run_groups
         from nspec.mt.scoring.scores import score_system
         from nspec.mt.text.prepared import languages_of_task
-        from nspec.report.blocks import families_of, grouping_of
 
         data, base = self._data(), baseline_of(self.config)
         baseline = None

@@ -74,7 +74,11 @@ def test_numbers_are_those_of_the_parts() -> None:
     assert row.test == mantel.mantel(1 - iou, far, method="pearson", permutations=99, seed=5)
     p = [other.test.p for other in found.layers if other.test]
     np.testing.assert_allclose([other.p_holm for other in found.layers], mantel.holm(p))
-    np.testing.assert_allclose([other.p_bh for other in found.layers], mantel.benjamini_hochberg(p))
+    # Benjamini and Hochberg: min over j >= i of m p_(j) / j
+    order = np.argsort(p)
+    steps = np.array(p)[order] * len(p) / np.arange(1, len(p) + 1)
+    expected = np.minimum.accumulate(steps[::-1])[::-1]
+    np.testing.assert_allclose([found.layers[i].p_bh for i in order], expected)
     pairs = [(i, j) for i in range(12) for j in range(i)]
     same = [languages.group_of(CODES[i]) == languages.group_of(CODES[j]) for i, j in pairs]
     values = np.array([iou[i, j] for i, j in pairs])

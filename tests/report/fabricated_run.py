@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from nspec import NeuronMasks
+from nspec.analysis.blocks import families_of
 from nspec.analysis.heads import HeadImportance
-from nspec.files import write_json, write_text
+from nspec.files import read_json, write_json, write_text
 from nspec.mt.scoring.averages import kind_of_group, run_groups
 from nspec.mt.scoring.config import ScoreConfig
 from nspec.mt.scoring.scores import average_groups, score_system
 from nspec.report import measured_heads
-from nspec.report.blocks import families_of
 from nspec.run.config import Config
 from nspec.run.yaml import render
 
@@ -89,6 +94,21 @@ def make_run(run: Path, systems: list[str] = SYSTEMS, scored: list[str] | None =
     return run
 
 
+@contextlib.contextmanager
+def edited(path: Path) -> Iterator[Any]:
+    """The value of a JSON file, to be changed in place; written back at the end."""
+    value = read_json(path)
+    yield value
+    write_json(path, value)
+
+
+def shown(table: Any, width: int = 200) -> str:
+    """What a terminal of this width shows."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
 class Page(HTMLParser):
     """Visible text, links, ids and unclosed elements of a page."""
 
@@ -117,6 +137,13 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text.append(data)
+
+    def is_sound(self) -> bool:
+        """Whether all elements are closed, ids unique, links within the page sound, and nothing comes from elsewhere."""
+        inside = {r[1:] for r in self.references if r.startswith("#")}
+        inside |= set(re.findall(r"url\(#([^)]*)\)", self.source))
+        alone = not re.search(r"url\((?!#)|@import|<script|https?://", self.source)
+        return alone and not self.open and len(self.ids) == len(set(self.ids)) and inside <= set(self.ids)
 
     @property
     def words(self) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from nspec import NeuronMasks, cli
 from nspec.files import read_json
-from nspec.report.load import load_run
+from nspec.report.run_data import load_run
 from nspec.run.checks import load
 from nspec.run.yaml import parse
 

@@ -6,7 +6,7 @@ A group is called ``level:high`` or ``family:Germanic``; :func:`nspec.mt.scoring
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 FACTOR = 2.0
@@ -36,7 +36,7 @@ def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     cuts = sorted(gaps[:2])
     if not cuts and len(distinct) >= 3:
         thirds = [round(len(distinct) / 3), round(2 * len(distinct) / 3)]
-        means = [math.exp(sum(map(math.log, part)) / len(part)) for part in _parts(distinct, thirds)]
+        means = [statistics.geometric_mean(part) for part in _parts(distinct, thirds)]
         if all(larger / smaller > FACTOR for larger, smaller in zip(means, means[1:])):
             cuts = thirds
     if not cuts:

@@ -17,7 +17,7 @@ from scored_files import SAMPLES, TASKS, WORDS, score, texts, write
 from nspec import cli
 from nspec.mt.scoring.config import ScoreConfig
 from nspec.mt.scoring.scores import score_system
-from nspec.report import comparison
+from nspec.report import tables
 
 
 def test_files_get_the_scores_that_a_run_gives(place: Path) -> None:
@@ -275,7 +275,7 @@ def test_arrows_go_by_approximate_randomisation(place: Path) -> None:
     for task, p, p_ar in (("en-de", 0.9, 0.01), ("de-en", 0.01, 0.9)):
         scored["ours"]["tasks"][task]["baseline"].update(bleu_p=p, bleu_p_ar=p_ar)
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(comparison.tables(scored, "")[0])
+    console.print(tables.comparison_tables(scored, "")[0])
     lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
     assert "▲" in lines["en-de"]
     assert "▲" not in lines["de-en"]
@@ -309,7 +309,7 @@ def test_bleu_by_sentencepiece_is_called_spbleu(place: Path) -> None:
         for scores in scored.values():
             for entry in scores["tasks"].values():
                 entry["bleu_signature"] = entry["bleu_signature"].replace("tok:char", text)
-        for part in comparison.tables(scored, ""):
+        for part in tables.comparison_tables(scored, ""):
             console.print(part)
         shown = console.export_text()
         assert ("spBLEU, with 95 %" in shown) == ("spBLEU signature: " in shown) == ("flores" in text)

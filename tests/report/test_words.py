@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from nspec.report import drawing, words
+from nspec.run.systems import KINDS, Variant
+
+
+def test_every_built_in_system_has_a_name_a_meaning_and_a_colour_of_its_own() -> None:
+    assert set(words.SYSTEMS) == set(KINDS) == set(drawing.COLOURS)
+    assert len({name for name, _ in words.SYSTEMS.values()}) == len(set(drawing.COLOURS.values())) == len(KINDS)
+    assert all(meaning for _, meaning in words.SYSTEMS.values())
+
+
+def test_a_variant_is_called_by_what_it_varies() -> None:
+    variants = {"forward-k70": Variant("forward-k70", "forward", {"select.k": 0.7, "profile.split": "train"})}
+    said = words.system_name("forward-k70", variants)
+    assert said == "forward-k70: Specialised (forward), select.k = 0.7, profile.split = train"
+    assert words.in_sentence("Dense continued") == "dense continued"
+    assert words.in_sentence("LaSS") == "LaSS"
+    assert words.in_sentence("K: LaSS, lass.alpha = 0.5") == "K: LaSS, lass.alpha = 0.5"
+
+
+def test_systems_without_a_colour_of_their_own_get_different_ones() -> None:
+    names = [*KINDS, "forward-k70", "forward-k50", "mine"]
+    assert len({drawing.colour(name, names) for name in names}) == len(names)
