@@ -91,9 +91,7 @@ class _Places:
         rows: int64, the token of each number that is replaced, tasks one after another; ``columns`` its neuron.
     """
 
-    def __init__(
-        self, tokens: list[Any], whole: Tensor | None, rows: Any = None, columns: Any = None
-    ) -> None:
+    def __init__(self, tokens: list[Any], whole: Tensor | None, rows: Any = None, columns: Any = None) -> None:
         self.tokens, self.whole, self.rows, self.columns = tokens, whole, rows, columns
 
 
