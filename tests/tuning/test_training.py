@@ -511,3 +511,16 @@ def test_numbers_are_trained_in_the_dtype_that_is_asked_for() -> None:
     assert {p.dtype for p in own(model).values()} == {torch.bfloat16}
     loss_of(LLAMA, model, {"input_ids": inputs(LLAMA)["input_ids"]}).backward()
     assert {p.grad.dtype for p in own(model).values()} == {torch.bfloat16}
+
+
+def test_an_activation_that_writes_into_its_input_is_left_to_the_block_itself() -> None:
+    base = make(LLAMA)
+    for layer in base.model.layers:
+        layer.mlp.act_fn = nn.SiLU(inplace=True)
+    model = nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True)
+    found = gradients(model)
+    loss_of(LLAMA, base, inputs(LLAMA)).backward()
+    for i in range(3):
+        index = masks_of(base)["cy"][f"model.layers.{i}.mlp.gate_proj"]
+        full = base.model.layers[i].mlp.gate_proj.weight.grad
+        assert near(found[f"model.layers.{i}.mlp.gate_proj.neurons.cy"], full[index])
