@@ -38,7 +38,7 @@ def masks_of(model: nn.Module, tasks: tuple[str, ...] = ("cy",), share: float = 
 
 def loss_of(family: Family, model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     y = output(family, model, given)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     return (y * weights).sum() + y.square().mean()
 
 
