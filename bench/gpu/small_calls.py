@@ -116,11 +116,10 @@ def calls(
         rows = neuron_wgrad(dz, x.detach(), neurons, dtype=torch.promote_types(dtype, torch.float32))
         yield _named("neuron_wgrad", ("rows",), (rows,))
     if "write_neurons" in operators:
-        wide = [
-            _integers(seed, len(neurons), d).to(device, torch.promote_types(dtype, torch.float32)) for seed in (15, 16)
-        ]
+        own_dtype = torch.promote_types(dtype, torch.float32)
+        own = [_integers(seed, len(neurons), d).to(device, own_dtype) for seed in (15, 16)]
         written = [w1.detach().clone(), w2.detach().clone()]
-        write_neurons_(written, wide, [neurons, neurons], [False, True])
+        write_neurons_(written, own, [neurons, neurons], [False, True])
         yield _named("write_neurons", ("rows", "columns"), written)
 
     if "row_sparse_adamw" not in operators:
