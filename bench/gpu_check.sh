@@ -135,7 +135,8 @@ small_calls() {
   local operator process code=0
   local -a processes=()
   # Each into a file of its own, so that what they say of an error stays together.
-  for operator in linear_relu_count row_sparse_wgrad compact_ffn compact_fc1 compact_fc2 gated_activation row_sparse_adamw; do
+  for operator in linear_relu_count row_sparse_wgrad compact_ffn compact_fc1 compact_fc2 gated_activation neuron_wgrad \
+    write_neurons row_sparse_adamw; do
     run_python -m bench.gpu.small_calls --device "$device" --operators "$operator" > "$work/$operator.said" 2>&1 &
     processes+=($!)
   done

@@ -27,10 +27,12 @@ from nspec.kernels.common.backend import OPERATORS
 from nspec.kernels.compact_fc1 import compact_fc1
 from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
-from nspec.kernels.gated_activation import gated_activation
+from nspec.kernels.gated_activation import gated_activation, gated_gradients
 from nspec.kernels.linear_relu_count import linear_relu_count
+from nspec.kernels.neuron_wgrad import neuron_wgrad
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
+from nspec.kernels.write_neurons import write_neurons_
 
 SHAPES = ((75, 40, 72), (160, 64, 192))
 """Tokens, d_model, d_ff: nothing a multiple of a tile, and whole tiles."""
@@ -91,6 +93,7 @@ def calls(
 
     index = active_index(active)
     width = index.shape[1]
+    neurons = torch.arange(1, width, 3, device=device)
     dz, hidden, up = (_integers(seed, tokens, width).to(device, dtype) for seed in (12, 13, 14))
     hidden.requires_grad_()
     if "compact_fc1" in operators:
@@ -105,6 +108,19 @@ def calls(
         leaves = [hidden, up.requires_grad_()]
         h = gated_activation(hidden, up, "silu")
         yield _named("gated_activation", ("h", "dgate", "dup"), (h, *torch.autograd.grad(h, leaves, dz)))
+
+        with torch.no_grad():
+            columns = gated_gradients(dz.clone(), hidden, up, "silu", neurons)
+        yield _named("gated_activation", ("dgate alone", "dup alone", "columns of dgate", "columns of dup"), columns)
+    if "neuron_wgrad" in operators:
+        rows = neuron_wgrad(dz, x.detach(), neurons, dtype=torch.promote_types(dtype, torch.float32))
+        yield _named("neuron_wgrad", ("rows",), (rows,))
+    if "write_neurons" in operators:
+        own_dtype = torch.promote_types(dtype, torch.float32)
+        own = [_integers(seed, len(neurons), d).to(device, own_dtype) for seed in (15, 16)]
+        written = [w1.detach().clone(), w2.detach().clone()]
+        write_neurons_(written, own, [neurons, neurons], [False, True])
+        yield _named("write_neurons", ("rows", "columns"), written)
 
     if "row_sparse_adamw" not in operators:
         return

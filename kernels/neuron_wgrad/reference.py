@@ -14,5 +14,8 @@ from ..common.products import mm_float32
 def forward(dz: Tensor, x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``dz [tokens, n]``, ``x [tokens, d]``, int64 ``index [k]`` or None for all -> ``[k, d]``."""
     columns = dz if index is None else dz.index_select(1, index)
-    dw = columns.t() @ x if dz.dtype in (torch.float32, torch.float64) else mm_float32(columns.t(), x)
-    return dw.to(dtype)
+    if dz.dtype in (torch.float32, torch.float64):
+        return (columns.t() @ x).to(dtype)
+    if torch.version.hip is not None:  # which has no product with an output of another dtype
+        return (columns.t().float() @ x.float()).to(dtype)
+    return mm_float32(columns.t(), x).to(dtype)

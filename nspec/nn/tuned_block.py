@@ -29,56 +29,63 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _Block(torch.autograd.Function):
-    """``down(act(gate(x)) * up(x))``, and the gradients of the neurons' rows and biases, and of ``x``."""
+    """``down(act(gate(x)) * up(x))``, and the gradients of the neurons' rows and biases, and of ``x``.
+
+    Its layers are gate, up and down, or gate and up in one, and down.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: TunedBlock, uses: Any, *parameters: Tensor | None) -> Tensor:
         layers = block.projections()
-        weights = [layer.weight for layer in layers]
-        _bring(layers, uses, parameters[:3], parameters[3:], weights)
-        gate, up, down = layers
-        g, u = gate.plain_forward(x), up.plain_forward(x)
+        weights, count = [layer.weight for layer in layers], len(layers)
+        _bring(layers, uses, parameters[:count], parameters[count:], weights)
+        *first, down = layers
+        projected = [layer.plain_forward(x) for layer in first]
+        g, u = projected if len(first) == 2 else projected[0].chunk(2, -1)
         h = _product(block._nspec_activation(g), g, u)
         y = down.plain_forward(h)
-        index = next(use.index for use in uses if use is not None)
-        ctx.block, ctx.layers, ctx.uses, ctx.kind, ctx.lead = block, layers, uses, block._nspec_kind, x.shape[:-1]
+        index = next(use.index for use in uses[::-1] if use is not None)
+        ctx.layers, ctx.uses, ctx.kind, ctx.lead = layers, uses, block._nspec_kind, x.shape[:-1]
         ctx.weights, ctx.index = weights, index
-        columns = take_columns(flat(h), index) if ctx.needs_input_grad[5] else None
+        _, _, _, *needed = ctx.needs_input_grad
+        columns = take_columns(flat(h), index) if needed[count - 1] else None
         g, u = flat(g), flat(u)
         if not ctx.needs_input_grad[0]:  # all that a gradient is wanted of
             g, u = take_columns(g, index), take_columns(u, index)
-        kept = flat(x) if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(kept, g, u, columns, *parameters)
+        ctx.save_for_backward(flat(x) if any(needed[: count - 1]) else None, g, u, columns, *parameters)
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, columns, *parameters = ctx.saved_tensors
-        rows, biases = parameters[:3], parameters[3:]
-        gate, up, down = ctx.weights
-        dy, index, whole = flat(dy), ctx.index, ctx.needs_input_grad[0]
-        gradients: list[Tensor | None] = [None] * 6
-        if ctx.needs_input_grad[5]:
-            gradients[2] = neuron_wgrad(columns, dy, None, dtype=rows[2].dtype)
+        whole, _, _, *needed = ctx.needs_input_grad
+        count, dy = len(ctx.layers), flat(dy)
+        rows, biases, down = parameters[:count], parameters[count:], ctx.weights[-1]
+        gradients: list[Tensor | None] = [None] * (2 * count)
+        own: Any = ()
         dx = None
-        projected = any(ctx.needs_input_grad[one] for one in (3, 4, 6, 7))
+        if needed[count - 1]:
+            gradients[count - 1] = neuron_wgrad(columns, dy, None, dtype=rows[-1].dtype)
         if whole:
             _bring(ctx.layers, ctx.uses, rows, biases, ctx.weights)
             dh = dy @ cast(down, dy.dtype)
-            dg, du, own_dg, own_du = gated_gradients(dh, g, u, ctx.kind, index)
+            dg, du, *own = gated_gradients(dh, g, u, ctx.kind, ctx.index)
+            gate, up = ctx.weights[:2] if count == 3 else ctx.weights[0].chunk(2)
             dx = torch.mm(dg, cast(gate, dg.dtype))
             dx = dx.addmm_(du, cast(up, du.dtype)).view(*ctx.lead, -1)
-        elif projected:
-            own = rows[2] if rows[2] is not None else down.index_select(1, index).t()
+        elif any(needed[: count - 1]) or any(needed[count:]):
+            mine = rows[-1] if rows[-1] is not None else down.index_select(1, ctx.index).t()
             # The base's dtype, in which the forward pass has multiplied.
-            dh = dy @ cast(cast(own, down.dtype), dy.dtype).t()
-            own_dg, own_du, _, _ = gated_gradients(dh, g, u, ctx.kind, None)
-        for place, own_gradient in ((0, own_dg), (1, own_du)) if projected else ():
-            if ctx.needs_input_grad[3 + place]:
-                gradients[place] = neuron_wgrad(own_gradient, x, None, dtype=rows[place].dtype)
-            if ctx.needs_input_grad[6 + place]:
-                gradients[3 + place] = own_gradient.sum(0, dtype=biases[place].dtype)
+            dh = dy @ cast(cast(mine, down.dtype), dy.dtype).t()
+            own = gated_gradients(dh, g, u, ctx.kind, None)[2:]
+        if len(own) and count == 2:
+            own = [torch.cat(tuple(own), 1)]
+        for place, dz in enumerate(own):
+            if needed[place]:
+                gradients[place] = neuron_wgrad(dz, x, None, dtype=rows[place].dtype)
+            if needed[count + place]:
+                gradients[count + place] = dz.sum(0, dtype=biases[place].dtype)
         return dx, None, None, *gradients
 
 
@@ -96,7 +103,7 @@ def _product(activated: Tensor, g: Tensor, u: Tensor) -> Tensor:
 class TunedBlock:
     """The mixin of the module around a gated block; see :func:`tuned_block`."""
 
-    _nspec_names: tuple[str, str, str, str]
+    _nspec_names: tuple[str, ...]
     _nspec_kind: str
     _nspec_known: tuple[Any]
 
@@ -105,7 +112,7 @@ class TunedBlock:
         if not args and not kwargs and (layers := self._as_found(x)) is not None:
             found = [layer.begin_with(x) for layer in layers]
             uses = [use for use, _ in found]
-            if all(batch is None for _, batch in found) and any(use is not None for use in uses):
+            if all(batch is None for _, batch in found) and _fits(uses):
                 return self._at_once(x, layers, uses)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
@@ -114,13 +121,13 @@ class TunedBlock:
         rows, biases = [rows for _, rows, _ in parameters], [bias for _, _, bias in parameters]
         for layer, use in zip(layers, uses):
             x, *own = layer._nspec.passes.note((use, None), x, *rows, *biases)
-            rows, biases = own[:3], own[3:]
+            rows, biases = own[: len(layers)], own[len(layers) :]
         uses = [None if use is None else use.on(layer.weight.device) for layer, use in zip(layers, uses)]
         y: Tensor = _Block.apply(x, self, uses, *rows, *biases)
         return y
 
     def _as_found(self, x: Any) -> Any:
-        """The three layers where the block can be computed at once; None else."""
+        """The layers where the block can be computed at once; None else."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(x, Tensor):
             return None
         layers = self.projections()
@@ -138,14 +145,22 @@ class TunedBlock:
 
     @property
     def _nspec_activation(self) -> Any:
-        return getattr(self, self._nspec_names[3])
+        return getattr(self, self._nspec_names[-1])
 
     def projections(self) -> Any:
-        """Gate, up and down, whatever is in their places."""
-        return [getattr(self, name) for name in self._nspec_names[:3]]
+        """Gate, up and down, or gate and up in one and down, whatever is in their places."""
+        return [getattr(self, name) for name in self._nspec_names[:-1]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (plain_class(self, TunedBlock),), self.__dict__.copy()
+
+
+def _fits(uses: list[NeuronSet | None]) -> bool:
+    """Whether the parts that are trained are such that one index serves them all."""
+    first, *_, last = uses
+    if len(uses) == 3:
+        return any(use is not None for use in uses)
+    return first is not None and last is not None and len(first.index) == 2 * len(last.index)
 
 
 def _is_watched(module: Any) -> bool:
@@ -163,12 +178,12 @@ def _blank(plain: type) -> Any:
     return made.__new__(made)
 
 
-def tuned_block(module: Any, names: tuple[str, str, str, str], kind: str) -> None:
+def tuned_block(module: Any, names: tuple[str, ...], kind: str) -> None:
     """Has a module compute its gated block at once, in place.
 
     Args:
         module: one that :func:`recognised` knows.
-        names: of the attributes with gate, up, down and the activation.
+        names: of the attributes with the layers and the activation.
         kind: of the activation.
     """
     plain: Any = type(module)
@@ -184,31 +199,36 @@ def untuned_block(module: Any) -> None:
     module.__class__ = plain
 
 
-def recognised(module: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> tuple[Any, str] | None:
-    """The names of gate, up, down and activation, and the kind of the activation, of a module that is nothing else.
+def recognised(module: nn.Module, layers: list[Any]) -> tuple[Any, str] | None:
+    """The names of the layers and of the activation, and the kind of the activation, of a module that is nothing else.
 
-    It has these three layers and an activation that is one of those known, and gives on random numbers, bit for bit, what
-    ``down(act(gate(x)) * up(x))`` does. None else: such a module runs its own code.
+    It has these layers (gate, up and down, or gate and up in one, and down) and an activation that is one of those known,
+    and gives on random numbers, bit for bit, what ``down(act(gate(x)) * up(x))`` does. None else: such a module runs its
+    own code.
     """
     children = module._modules
-    names = [next((name for name, child in children.items() if child is part), None) for part in (gate, up, down)]
-    others = [(name, child) for name, child in children.items() if all(child is not part for part in (gate, up, down))]
+    names = [next((name for name, child in children.items() if child is part), None) for part in layers]
+    others = [(name, child) for name, child in children.items() if all(child is not part for part in layers)]
     if None in names or len(others) != 1 or [*module._parameters, *module._buffers] or _is_watched(module):
         return None
     name, activation = others[0]
-    weights: list[Any] = [part.weight for part in (gate, up, down)]
+    weights: list[Any] = [part.weight for part in layers]
     if any(type(w) is not nn.Parameter or w.is_meta or not w.is_floating_point() for w in weights):
+        return None
+    if not all(isinstance(part, nn.Linear) for part in layers):
         return None
     if activation is None or (kind := _kind_of(activation)) is None:
         return None
     x = torch.randn(2, 3, weights[0].shape[1], generator=torch.Generator().manual_seed(0))
     x = x.to(weights[0].device, weights[0].dtype)
     training = module.training
+    *first, down = layers
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             for mode in (True, False):
                 module.train(mode)
-                if not torch.equal(module(x), down(activation(gate(x)) * up(x))):
+                g, u = (layer(x) for layer in first) if len(first) == 2 else first[0](x).chunk(2, -1)
+                if not torch.equal(module(x), down(activation(g) * u)):
                     return None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
@@ -228,11 +248,12 @@ def _kind_of(activation: nn.Module) -> str | None:
         "gelu_tanh": F.gelu(z, approximate="tanh"),
         "relu": F.relu(z),
     }
+    given = z.clone()
     try:
         with torch.no_grad():
-            got = activation(z.clone())
+            got = activation(given)
     except (RuntimeError, TypeError, ValueError):
         return None
-    if not isinstance(got, Tensor) or got.shape != z.shape:
+    if not isinstance(got, Tensor) or got.shape != z.shape or not torch.equal(given, z):  # written to, and kept
         return None
     return next((kind for kind, values in known.items() if torch.allclose(got, values, rtol=0, atol=1e-10)), None)

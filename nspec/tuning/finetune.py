@@ -55,7 +55,12 @@ def finetune(
     DistributedDataParallel, FSDP2, checkpointing and ``torch.compile`` work as they do for other parameters.
 
     With one task the model computes with its neurons from now on, and ``nspec.task(model, None)`` with the base; with
-    several, ``nspec.task(model, name)`` says with whose, or a list that of each sentence of a batch.
+    several, ``nspec.task(model, name)`` says with whose, or a list that of each sentence of a batch. Several in several
+    processes need ``find_unused_parameters=True`` of DistributedDataParallel where a step has not all of them.
+
+    Where one task computes, its rows are written into the weights of the base before each use, and the forward pass is
+    that of the merged model, bit for bit; ``state_dict`` has them so. Batches of several tasks, packed weights, weights
+    that train on (``also``) and compiled graphs compute the neurons beside the base, which differs by rounding.
 
     Args:
         model: any module with the blocks that ``masks`` names; not yet wrapped for distributed training or compiled.
@@ -107,9 +112,13 @@ def finetune(
         attach(model, used, task, index, values, tuning, trained=True)
     default_task(model, masks.tasks)
     hook_embeddings(model)
-    if not quiet:
+    if not quiet and not (torch.distributed.is_available() and torch.distributed.is_initialized() and _rank() > 0):
         print(summary(model, masks.tasks, tuning))
     return model
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
 
 
 def tunable(

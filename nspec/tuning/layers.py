@@ -122,7 +122,7 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
         change(module, attribute, value)
     first = True
     for block in blocks:
-        around = _around(block) if block.up is not None else None
+        around = _around(block) if block.gated else None
         in_layer: dict[str, int] = {}
         places = tuning.places[block.name] = []
         for part in tuning.parts[block.name]:
@@ -152,10 +152,9 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
 
 def _around(block: FeedForward) -> Any:
     """The module around a gated block that can be computed at once, its names and kind; None where there is none."""
-    assert block.up is not None
     if isinstance(block.parent, TunedBlock):
         return None
-    found = recognised(block.parent, block.fc1, block.up, block.fc2)
+    found = recognised(block.parent, _layers(block))
     return None if found is None else (block.parent, *found)
 
 

@@ -196,9 +196,10 @@ def test_what_small_calls_say_side_by_side_is_printed_one_after_the_other(tmp_pa
     speaking = '#!/bin/bash\nfor n in 1 2 3 4; do printf \'%s\' "${@: -1}"; sleep 0.1; echo " $n"; done\n'
     done = check(tmp_path / "out", interpreter(tmp_path, speaking), "--only", "small_calls")
     said = [line.split() for line in done.stdout.splitlines() if re.fullmatch(r"\w+ [1-4]", line)]
-    assert len(said) == 4 * 7
-    assert [n for _, n in said] == ["1", "2", "3", "4"] * 7
-    assert len({operator for operator, _ in said}) == 7
+    count = len(OPERATORS)
+    assert len(said) == 4 * count
+    assert [n for _, n in said] == ["1", "2", "3", "4"] * count
+    assert len({operator for operator, _ in said}) == count
 
 
 def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: Path) -> None:

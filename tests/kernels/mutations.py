@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     *_of("neuron_wgrad", "reference", "reference.py",
         ("other columns", "columns = dz if index is None else dz.index_select(1, index)", "columns = dz if index is None else dz[:, : len(index)]", "integers"),
-        ("sums in 16 bits", "if dz.dtype in (torch.float32, torch.float64) else", "if True else", "float32"),
+        ("sums in 16 bits", "if dz.dtype in (torch.float32, torch.float64):", "if True:", "float32"),
     ),
     *_of("neuron_wgrad", "native", "native.py",
         ("other columns", "columns = dz if index is None else take_columns(dz, index)", "columns = dz if index is None else dz[:, : len(index)]", "integers"),

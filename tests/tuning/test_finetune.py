@@ -38,7 +38,7 @@ def masks_of(model: nn.Module, tasks: tuple[str, ...] = ("cy",), share: float = 
 
 def loss_of(family: Family, model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     y = output(family, model, given)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     return (y * weights).sum() + y.square().mean()
 
 
@@ -295,3 +295,13 @@ def test_it_says_how_many_numbers_are_trained(capsys: pytest.CaptureFixture[str]
     total = sum(p.numel() for p in base.parameters())
     nspec.finetune(base, masks)
     assert f"training {3 * 16 * count:,} numbers beside a base of {total:,} " in capsys.readouterr().out
+
+
+def test_a_block_without_neurons_of_any_task_stays_as_it_is() -> None:
+    base = make(LLAMA)
+    masks = {task: dict(layers.items()) for task, layers in masks_of(base).items()}
+    masks["cy"]["model.layers.0.mlp.gate_proj"] = torch.zeros(72, dtype=torch.bool)
+    model = nspec.finetune(copy.deepcopy(base), nspec.NeuronMasks(masks), quiet=True)
+    assert [type(m) for m in model.model.layers[0].modules()] == [type(m) for m in base.model.layers[0].modules()]
+    loss_of(LLAMA, model, inputs(LLAMA)).backward()
+    assert {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {"1", "2"}

@@ -485,3 +485,42 @@ def test_hooks_of_accelerate_call_the_layer_as_it_is() -> None:
     assert torch.equal(output(LLAMA, nspec.despecialize(hooked), given), output(LLAMA, base, given))
     remove_hook_from_module(hooked, recurse=True)
     assert torch.equal(output(LLAMA, hooked, given), output(LLAMA, base, given))
+
+
+def test_a_trainer_with_the_task_of_each_row_trains_the_neurons_of_all(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class TaskTrainer(nspec.TaskTrainerMixin, Trainer):
+        pass
+
+    base = make(LLAMA).float()
+    model = nspec.finetune(copy.deepcopy(base), masks_of(base, ("a", "b")), quiet=True)
+    ids = inputs(LLAMA)["input_ids"]
+    data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(ids, ["a", "b", None, "a"])]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True)
+    before = {name: p.detach().clone() for name, p in own(model).items()}
+    TaskTrainer(model=model, args=arguments, train_dataset=data).train()
+    assert all(not torch.equal(before[name], p) for name, p in own(model).items())
+    restored = nspec.despecialize(model).state_dict()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_numbers_are_trained_in_the_dtype_that_is_asked_for() -> None:
+    base = make(LLAMA).float()
+    model = nspec.finetune(base, masks_of(base), dtype=torch.bfloat16, quiet=True)
+    assert {p.dtype for p in own(model).values()} == {torch.bfloat16}
+    loss_of(LLAMA, model, {"input_ids": inputs(LLAMA)["input_ids"]}).backward()
+    assert {p.grad.dtype for p in own(model).values()} == {torch.bfloat16}
+
+
+def test_an_activation_that_writes_into_its_input_is_left_to_the_block_itself() -> None:
+    base = make(LLAMA)
+    for layer in base.model.layers:
+        layer.mlp.act_fn = nn.SiLU(inplace=True)
+    model = nspec.finetune(copy.deepcopy(base), masks_of(base), quiet=True)
+    found = gradients(model)
+    loss_of(LLAMA, base, inputs(LLAMA)).backward()
+    for i in range(3):
+        index = masks_of(base)["cy"][f"model.layers.{i}.mlp.gate_proj"]
+        full = base.model.layers[i].mlp.gate_proj.weight.grad
+        assert near(found[f"model.layers.{i}.mlp.gate_proj.neurons.cy"], full[index])
