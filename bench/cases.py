@@ -26,7 +26,7 @@ class Case:
 
     ``tasks`` is 1 for a batch of one task; for more, tokens are sorted by task, equally many of each. ``compiled`` and
     ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product. ``activation``: of a
-    block, one of ``bench.blocks.ACTIVATIONS``; the operators that have one have ReLU.
+    block, one of ``bench.providers.blocks.ACTIVATIONS``; the operators that have one have ReLU.
     """
 
     operator: str

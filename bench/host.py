@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.blocks import dense_block
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
+from bench.providers.blocks import dense_block
 from bench.rows import Row, Writer
 from bench.timing import paired, spread
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from bench import trouble
-from bench.blocks import ACTIVATIONS
 from bench.cases import BATCHES, DTYPES, OPERATORS, SETS, Case, cases, target
 from bench.ceilings import ceilings
 from bench.machine import device_name, pick_device
 from bench.providers import Problem, problem
+from bench.providers.blocks import ACTIVATIONS
 from bench.rows import Row, Writer, figure, timing_fields
 from bench.timing import (
     Call,

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import nspec
 from bench import machine, rows, timing
-from bench.stepping import model as step_model
-from bench.stepping.model import BASE, BIG, RESERVED, Batch, Shape, scaled_down, tiny
+from bench.steps import model as step_model
+from bench.steps.model import BASE, BIG, RESERVED, Batch, Shape, scaled_down, tiny
 from nspec.specialization.feed_forward import FeedForward
 from nspec.specialization.layers import find_blocks
 from nspec.specialization.padding import RealTokens

@@ -25,8 +25,8 @@ from bench import trouble
 from bench.ceilings import ceilings
 from bench.gpu.lab import Lab, not_made
 from bench.machine import device_name, pick_device
-from bench.reporting import probe_tables, tables
-from bench.reporting.summary import ceilings as limits_of
+from bench.report import probe_tables, tables
+from bench.report.summary import ceilings as limits_of
 from bench.rows import Row, Writer
 
 Experiment = Callable[[Lab], Iterator[Row]]

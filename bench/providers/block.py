@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import nspec
-from bench.blocks import dense_block
 from bench.cases import Case
+from bench.providers.blocks import dense_block
 from bench.providers.problem import (
     CHECK,
     Computes,

@@ -212,7 +212,7 @@ def written(path: Path, *groups: list[dict[str, Any]]) -> Path:
 if __name__ == "__main__":
     import sys
 
-    from bench import report
+    from bench.report import __main__ as report
 
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from bench import operators, timing
 from bench.cases import Case
 from bench.providers import problem
-from bench.reporting import summary, tables
+from bench.report import summary, tables
 
 DEVICE = torch.device("cuda")
 HERTZ = 2e9

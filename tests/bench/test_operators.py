@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, operators, report
+from bench import cases, operators
 from bench.cases import Case
 from bench.providers import Problem, problem
 from bench.providers.problem import CHECK, backend, noise, random_sets, same
-from bench.reporting import summary
+from bench.report import __main__ as report
+from bench.report import summary
 from bench.rows import Row, Writer, read
 
 CPU = torch.device("cpu")

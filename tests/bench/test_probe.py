@@ -13,7 +13,7 @@ from bench.gpu import lab as labs
 from bench.gpu import probe
 from bench.gpu.lab import Lab
 from bench.gpu.predictions import Prediction
-from bench.reporting import probe_tables
+from bench.report import probe_tables
 from bench.rows import Row, Writer
 
 CPU = torch.device("cpu")

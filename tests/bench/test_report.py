@@ -11,8 +11,8 @@ import pytest
 import torch
 from fabricated import CPU, fabricated, written
 
-from bench import report
-from bench.reporting import figures, summary, tables
+from bench.report import __main__ as report
+from bench.report import figures, summary, tables
 from bench.rows import Writer, read
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from bench import report
 from bench.machine import ROOT
-from bench.reporting import figures
+from bench.report import __main__ as report
+from bench.report import figures
 
 PAGES = [ROOT / name for name in ("README.md", "kernels/README.md", "bench/README.md")]
 

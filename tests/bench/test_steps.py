@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import nspec
-from bench import steps
 from bench.rows import Row, read
-from bench.stepping import model as step_model
-from bench.stepping import summary as step_summary
-from bench.stepping.check import TOLERANCE, check
-from bench.stepping.model import (
+from bench.steps import __main__ as steps
+from bench.steps import model as step_model
+from bench.steps import summary as step_summary
+from bench.steps.check import TOLERANCE, check
+from bench.steps.model import (
     BASE,
     Clock,
     System,

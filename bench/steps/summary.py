@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.reporting.summary import amdahl, break_even
+from bench.report.summary import amdahl, break_even
 from bench.rows import Row, figure
-from bench.stepping.model import Shape
+from bench.steps.model import Shape
 from bench.timing import Spread
 
 PRODUCTS_SAVED = {"release": 0.0, "forward": 1.0, "update": 1 / 6}

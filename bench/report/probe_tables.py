@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.gpu.predictions import DEVICE
-from bench.reporting.summary import of_kind
-from bench.reporting.tables import NONE, Lines, table
+from bench.report.summary import of_kind
+from bench.report.tables import NONE, Lines, table
 from bench.rows import Row
 
 EXPECTED = (

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.machine import ROOT
-from bench.reporting import figures, host_table, probe_tables, tables
-from bench.reporting.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
+from bench.report import figures, host_table, probe_tables, tables
+from bench.report.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import trouble
-from bench.stepping.model import Batch, Masks, System, Tasks
+from bench.steps.model import Batch, Masks, System, Tasks
 
 Gradients = dict[str, Tensor]
 

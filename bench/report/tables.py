@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.cases import OPERATORS
-from bench.reporting.summary import (
+from bench.report.summary import (
     OPTIMIZERS,
     PRODUCTS_SAVED,
     REAL_DENSITY,

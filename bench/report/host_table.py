@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.reporting.tables import NONE, Lines, table
+from bench.report.tables import NONE, Lines, table
 from bench.rows import Row
 
 SAID = (

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.reporting.summary import REAL_DENSITY
-from bench.stepping.model import SHAPES, Shape, scaled_down, tiny
+from bench.report.summary import REAL_DENSITY
+from bench.steps.model import SHAPES, Shape, scaled_down, tiny
 from nspec.mt.trainer import resolve_precision
 
 OPTIMIZERS = ("adamw", "row_sparse_adamw")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import nspec
-from bench.reporting.summary import REAL_DENSITY
+from bench.report.summary import REAL_DENSITY
 from bench.rows import Row, Writer, figure, timing_fields
-from bench.stepping.model import (
+from bench.steps.model import (
     Batch,
     Shape,
     System,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bench.cases import OPERATORS
-from bench.reporting.summary import (
+from bench.report.summary import (
     STEP_PARTS,
     amdahl,
     block_share,
@@ -30,7 +30,7 @@ from bench.reporting.summary import (
     shape_of,
     values,
 )
-from bench.reporting.tables import (
+from bench.report.tables import (
     batch_name,
     is_baseline_step,
     milliseconds,

@@ -29,9 +29,9 @@ import torch
 from bench import trouble
 from bench.machine import device_name, pick_device
 from bench.rows import Row, Writer, timing_fields
-from bench.stepping import summary as step_summary
-from bench.stepping.check import check
-from bench.stepping.model import (
+from bench.steps import summary as step_summary
+from bench.steps.check import check
+from bench.steps.model import (
     PARTS,
     SHAPES,
     Batch,
@@ -46,8 +46,8 @@ from bench.stepping.model import (
     random_batches,
     task_name,
 )
-from bench.stepping.plan import BATCHES, OPTIMIZERS, Plan, plan, shape_for
-from bench.stepping.tasks import growth
+from bench.steps.plan import BATCHES, OPTIMIZERS, Plan, plan, shape_for
+from bench.steps.tasks import growth
 from bench.timing import Call, interleaved, paired, peak_bytes, spread, synchronize
 
 BASELINE, AGAIN = "dense, adamw", "dense again"
