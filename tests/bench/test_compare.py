@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import compare
-from bench.comparing import trees
-from bench.comparing.block import STEP, calls, smoke_cases
-from bench.comparing.moved import LEAST, Change, changes, holm, percent, t_quantile, t_within
+from bench.compare import LEAST, STEP, Change, calls, changes, choose, percent
 from bench.machine import ROOT
 
 Sides = tuple[dict[str, list[float]], dict[str, list[float]]]
@@ -32,22 +30,6 @@ def planted(seed: int, cases: int, blocks: int, noise: float, **shifts: float) -
 
 def moved(found: dict[str, Change]) -> dict[str, str]:
     return {name: change.verdict for name, change in found.items() if change.verdict != "within noise"}
-
-
-# Two-sided, from printed tables of Student's t.
-@pytest.mark.parametrize(
-    ("probability", "freedom", "t"),
-    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 5, 2.571), (0.99, 10, 3.169), (0.999, 3, 12.924), (0.9, 30, 1.697)],
-)
-def test_student_s_t_is_that_of_the_tables(probability: float, freedom: int, t: float) -> None:
-    assert t_quantile(probability, freedom) == pytest.approx(t, abs=6e-4)
-    assert t_within(t, freedom) == pytest.approx(probability, abs=1e-4)
-
-
-def test_holm_s_correction() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_a_change_of_ten_percent_is_found_and_has_its_sign() -> None:
@@ -144,29 +126,27 @@ def left(repository: Path) -> list[Path]:
     return list((repository.parent / "temporary").iterdir())
 
 
-def number(tree: trees.Tree) -> str:
+def number(tree: compare.Tree) -> str:
     return (tree.folder / "nspec" / "__init__.py").read_text().split()[-1]
 
 
 def test_trees_hold_their_commit_and_this_harness_and_are_removed(repository: Path) -> None:
-    with trees.trees(["HEAD~1", "HEAD", None], repository) as made:
+    with compare.trees(["HEAD~1", "HEAD", None], repository) as made:
         assert [number(tree) for tree in made] == ["1", "2", "3"]
         working = made[2].folder / "nspec"
         assert (working / "new.py").is_file()
         assert not (working / "ignored.py").exists()
         assert made[2].name.endswith("-dirty")
         for tree in made:
-            assert (tree.folder / "bench" / "comparing" / "block.py").read_bytes() == (
-                ROOT / "bench" / "comparing" / "block.py"
-            ).read_bytes()
-            assert trees.add_library(tree) == "has no native library"
+            assert (tree.folder / "bench" / "compare.py").read_bytes() == (ROOT / "bench" / "compare.py").read_bytes()
+            assert compare.add_library(tree) == "has no native library"
     assert not left(repository)
     listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True)
     assert len(listed.stdout.splitlines()) == 1
 
 
 def test_trees_are_removed_after_an_error(repository: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), trees.trees(["HEAD"], repository):
+    with pytest.raises(KeyboardInterrupt), compare.trees(["HEAD"], repository):
         assert left(repository)
         raise KeyboardInterrupt
     assert not left(repository)
@@ -174,8 +154,8 @@ def test_trees_are_removed_after_an_error(repository: Path) -> None:
 
 def test_an_unknown_revision_is_one_clear_line(repository: Path) -> None:
     with (
-        pytest.raises(trees.NotPossible, match=r"^no commit 'v9' in .*; `git log --oneline` lists those") as caught,
-        trees.trees(["HEAD", "v9"], repository),
+        pytest.raises(compare.NotPossible, match=r"^no commit 'v9' in .*; `git log --oneline` lists them") as caught,
+        compare.trees(["HEAD", "v9"], repository),
     ):
         pass
     assert "\n" not in str(caught.value)
@@ -184,13 +164,13 @@ def test_an_unknown_revision_is_one_clear_line(repository: Path) -> None:
 
 def test_a_folder_without_a_repository_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(trees.NotPossible, match="not a git repository"), trees.trees(["HEAD"], tmp_path):
+    with pytest.raises(compare.NotPossible, match="not a git repository"), compare.trees(["HEAD"], tmp_path):
         pass
 
 
 def test_a_commit_without_the_package_is_an_error(repository: Path) -> None:
     subprocess.run(["git", "rm", "-rfq", "nspec"], cwd=repository, check=True)
-    with pytest.raises(trees.NotPossible, match="the working tree holds no nspec"), trees.trees([None], repository):
+    with pytest.raises(compare.NotPossible, match="the working tree holds no nspec"), compare.trees([None], repository):
         pass
     assert not left(repository)
 
@@ -201,33 +181,33 @@ def sources(folder: Path, content: str) -> Path:
     (folder / "kernels" / "common").mkdir()
     (folder / "CMakeLists.txt").write_text("project(x)\n")
     (folder / "kernels" / "csrc" / "a.cpp").write_text(content)
-    (folder / trees.LIBRARY).write_bytes(b"library of " + content.encode())
+    (folder / compare.LIBRARY).write_bytes(b"library of " + content.encode())
     return folder
 
 
 def test_a_library_is_taken_over_from_equal_sources_only(tmp_path: Path) -> None:
     other = sources(tmp_path / "other", "int a;")
     equal, changed = sources(tmp_path / "equal", "int a;"), sources(tmp_path / "changed", "int b;")
-    assert trees.sources_digest(equal) == trees.sources_digest(other) != trees.sources_digest(changed)
-    (equal / trees.LIBRARY).unlink()
-    assert "taken over" in trees.add_library(trees.Tree("equal", equal), [tmp_path / "none", changed, other])
-    assert (equal / trees.LIBRARY).read_bytes() == b"library of int a;"
+    assert compare.sources_digest(equal) == compare.sources_digest(other) != compare.sources_digest(changed)
+    (equal / compare.LIBRARY).unlink()
+    assert "taken over" in compare.add_library(compare.Tree("equal", equal), [tmp_path / "none", changed, other])
+    assert (equal / compare.LIBRARY).read_bytes() == b"library of int a;"
 
 
 @pytest.mark.parametrize("reason", ["other sources", "older than its sources"])
 def test_a_library_that_does_not_belong_is_built_anew(tmp_path: Path, reason: str) -> None:
     other = sources(tmp_path / "other", "int a;")
     tree = sources(tmp_path / "tree", "int b;" if reason == "other sources" else "int a;")
-    (tree / trees.LIBRARY).unlink()
+    (tree / compare.LIBRARY).unlink()
     if reason == "older than its sources":
-        os.utime(other / trees.LIBRARY, (1, 1))
-    (tree / "setup.py").write_text(f"open({str(trees.LIBRARY)!r}, 'w').write('built')")
-    assert trees.add_library(trees.Tree("tree", tree), [other]) == "native library built"
-    assert (tree / trees.LIBRARY).read_text() == "built"
-    (tree / trees.LIBRARY).unlink()
+        os.utime(other / compare.LIBRARY, (1, 1))
+    (tree / "setup.py").write_text(f"open({str(compare.LIBRARY)!r}, 'w').write('built')")
+    assert compare.add_library(compare.Tree("tree", tree), [other]) == "native library built"
+    assert (tree / compare.LIBRARY).read_text() == "built"
+    (tree / compare.LIBRARY).unlink()
     (tree / "setup.py").write_text("raise SystemExit('error: no compiler')")
-    with pytest.raises(trees.NotPossible, match=r"not built \(NSPEC_NATIVE=0 does without it\): error: no compiler"):
-        trees.add_library(trees.Tree("tree", tree), [other])
+    with pytest.raises(compare.NotPossible, match=r"not built \(NSPEC_NATIVE=0 does without it\): error: no compiler"):
+        compare.add_library(compare.Tree("tree", tree), [other])
 
 
 def block(**logarithms: float | str) -> dict[str, dict[str, object]]:
@@ -252,7 +232,7 @@ def test_a_case_that_one_side_cannot_compute_is_named_and_the_others_are_compare
 def test_what_is_timed_runs(operator: str) -> None:
     import torch
 
-    case = next(case for case in smoke_cases() if case.operator == operator)
+    case = next(case for case in choose("smoke", "cpu", "") if case.operator == operator)
     made = calls(case, torch.device("cpu"), check=True)
     assert list(made) == ["yardstick", "ours"]
     for call in made.values():
@@ -286,7 +266,7 @@ def test_the_command_compares_a_commit_with_itself(tmp_path: Path) -> None:
         "--json",
         str(out),
     ]
-    env = os.environ | ({} if trees._usable(ROOT / trees.LIBRARY, ROOT) else {"NSPEC_NATIVE": "0"})
+    env = os.environ | ({} if compare.usable(ROOT / compare.LIBRARY, ROOT) else {"NSPEC_NATIVE": "0"})
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
