@@ -188,7 +188,7 @@ class Lab:
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
         compared = of == "device" and not self.small  # tiny sizes are all start and end
         share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None
-        return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share.share, 4)}
+        return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share[0], 4)}
 
     def _on_cpu(self, microseconds: Callable[[], float]) -> tuple[float, bool]:
         """What it measures, and whether kernels of Triton were in it, which its interpreter runs on a CPU."""

@@ -25,7 +25,7 @@ from bench import trouble
 from bench.ceilings import ceilings
 from bench.gpu.lab import Lab, not_made
 from bench.machine import device_name, pick_device
-from bench.report import probe_tables, tables
+from bench.report import cells, tables
 from bench.report.summary import ceilings as limits_of
 from bench.rows import Row, Writer
 
@@ -69,7 +69,7 @@ def line(row: Row) -> str:
     if row["small"]:
         return f"{time} {row['of']}, tiny sizes{note}"
     share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
-    expected = "" if not probe_tables.compared(row) else f"  expected {probe_tables.expected_range(row)}"
+    expected = "" if not tables.is_compared(row) else f"  expected {tables.expected_range(row)}"
     return f"{time} {row['of']}{share}{expected}{note}"
 
 
@@ -145,9 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = [write(row) for row in ceilings(device, [str(lab.dtype).removeprefix("torch.")], seconds=1.0, small=small)]
     lab.limits = limits_of(found)
     for row in found:
-        print(f"ceiling: {row['what']} {row['dtype']}: {tables.per_second(row)}")
+        print(f"ceiling: {row['what']} {row['dtype']}: {cells.per_second(row)}")
     rows, failed = run(args.only, lab, write)
-    if said := probe_tables.predictions(rows):
+    if said := tables.predictions(rows):
         print("\nPredicted against measured\n")
         print("\n".join(said))
     if failed:

@@ -11,6 +11,7 @@ Of several measurements of a case on one device the newest is shown. A page has 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -18,14 +19,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.machine import ROOT
-from bench.report import figures, host_table, probe_tables, tables
-from bench.report.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
+from bench.report import figures, tables
+from bench.report.cells import Lines
+from bench.report.summary import KINDS, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
-
-Lines = list[str]
 
 GPU_MISSING = "GPU figures are still to be measured."
 _SPEED = (
@@ -36,6 +37,13 @@ _TWO_TIMES = (
     "Where a cell has two figures of a GPU, the first is as called, with the host's time where the device waits for it, "
     "which is what a user gets, and the second that of the device alone. Targets are about the second; a plot and a figure "
     "that stands alone are as called."
+)
+
+
+_HOST = (
+    "Launches of Triton kernels, products of the library and other kernels of PyTorch that a call puts on a GPU, and the "
+    "processor time of its Python and PyTorch on one thread of a CPU, without the driver's calls; of dense: of the dense "
+    "block's forward and backward pass, the median of paired ratios and the middle 80 % of the rounds. No GPU computed."
 )
 
 
@@ -57,86 +65,65 @@ _MEASURED = {
     "profiling": "Profiling was",
     "probe": "Kernel by kernel nothing was",
 }
+_operators: Callable[..., Any] = lambda **how: functools.partial(tables.operators, **how)
 PARTS: dict[str, Part] = {
     "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
-    "losses": Part("Where something else is faster", "operator", tables.loss_table, "Nothing was faster than ours."),
+    "losses": Part("Where something else is faster", "operator", tables.losses, "Nothing was faster than ours."),
     "operators": Part("Operators", "operator", tables.operators),
     "providers": Part(
-        "Operators, every provider",
-        "operator",
-        lambda rows: tables.operators(rows, spread=True, all_providers=True),
+        "Operators, every provider", "operator", functools.partial(tables.operators, spread=True, all_providers=True)
     ),
-    "block": Part(
-        "A feed-forward block",
-        "operator",
-        lambda rows: tables.operators(rows, only=("block",), all_providers=True),
-        "The block was not measured.",
-    ),
-    "steps": Part("Training steps", "step", tables.steps),
-    "step-spread": Part("Training steps", "step", lambda rows: tables.steps(rows, spread=True)),
+    "step-spread": Part("Training steps", "step", functools.partial(tables.steps, spread=True)),
     "step-parts": Part("Training steps by part", "step", tables.step_parts),
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
     "ceilings": Part("Ceilings", "ceiling", tables.ceilings, "No ceiling has a figure."),
-    "predictions": Part(
-        "Predicted against measured", "probe", probe_tables.predictions, "Nothing measured was predicted."
-    ),
-    "probe": Part("Kernels and products one by one", "probe", probe_tables.probe),
     "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
+    "predictions": Part("Predicted against measured", "probe", tables.predictions, "Nothing measured was predicted."),
+    "probe": Part("Kernels and products one by one", "probe", tables.probe),
+}
+"""The parts of the report in their order, the last two where a GPU was probed; a page may have each."""
+_ON_PAGES = {
+    "block": Part(
+        "A feed-forward block",
+        "operator",
+        _operators(only=("block",), all_providers=True),
+        "The block was not measured.",
+    ),
+    "steps": Part("Training steps", "step", tables.steps),
 }
 FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
-FRAGMENTS = ("machine", *PARTS, *FIGURE_PARTS)
-_IN_REPORT = (
-    "targets",
-    "losses",
-    "operators",
-    "providers",
-    "step-spread",
-    "step-parts",
-    "tasks",
-    "profiling",
-    "ceilings",
-    "absent",
-)
+FRAGMENTS = ("machine", *PARTS, *_ON_PAGES, *FIGURE_PARTS)
 
 
 def machine(rows: Sequence[Row]) -> str:
     """One line: device, versions, commit and date of rows of one device."""
-    first = rows[0]
 
-    def all_of(name: str) -> str:
-        return ", ".join(str(value) for value in values(rows, name) if value)
+    def said(name: str, before: str = "") -> str:
+        found = ", ".join(str(value) for value in values(rows, name) if value)
+        return f"{before}{found}" if found else ""
 
-    known = [str(first.get("device") or "unnamed device"), all_of("driver")]
-    for name in ("torch", "triton"):
-        known.append(f"{name} {all_of(name)}" if all_of(name) else "")
-    known.append(f"Python {all_of('python')}" if all_of("python") else "")
     days = sorted({str(row["date"])[:10] for row in rows if row.get("date")})
-    known.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "")
-    known.append(f"commit {all_of('commit')}" if all_of("commit") else "")
-    return ", ".join(part for part in known if part)
-
-
-def has_gpu(devices: Mapping[str, Sequence[Row]]) -> bool:
-    """Whether any row was measured on a GPU."""
-    return any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
+    known = [str(rows[0].get("device") or "unnamed device"), said("driver"), said("torch", "torch ")]
+    known += [said("triton", "triton "), said("python", "Python "), " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))]
+    return ", ".join(part for part in [*known, said("commit", "commit ")] if part)
 
 
 def machines(devices: Mapping[str, Sequence[Row]]) -> Lines:
     """What was measured on, and what was not."""
     lines = [f"* {machine(rows)}" for rows in devices.values()]
-    return lines if has_gpu(devices) else [*lines, "", GPU_MISSING]
+    gpu = any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
+    return lines if gpu else [*lines, "", GPU_MISSING]
 
 
-def section(name: str, devices: Mapping[str, Sequence[Row]]) -> Lines:
+def section(part: Part, devices: Mapping[str, Sequence[Row]]) -> Lines:
     """The tables of a part, device by device, or what was not measured."""
-    part = PARTS[name]
     lines: Lines = []
     for device, rows in devices.items():
-        found = [row for row in rows if row["kind"] == part.kind]
-        written = part.write(found) if found else []
-        said = written or [part.nothing if found or part.kind == "absent" else f"{_MEASURED[part.kind]} not measured."]
-        lines += [*([f"**{device}**", ""] if len(devices) > 1 else []), *said, ""]
+        found = of_kind(rows, part.kind)
+        missing = part.nothing if found or part.kind == "absent" else f"{_MEASURED[part.kind]} not measured."
+        title = [f"**{device}**", ""] if len(devices) > 1 else []
+        lines += [*title, *((part.write(found) if found else []) or [missing]), ""]
     return lines[:-1]
 
 
@@ -184,8 +171,8 @@ class Report:
             lines = self._picture(FIGURE_PARTS[name], page)
         elif name == "machine":
             lines = machines(self.devices)
-        elif name in PARTS:
-            lines = section(name, self.devices)
+        elif part := (PARTS | _ON_PAGES).get(name):
+            lines = section(part, self.devices)
         else:
             raise ValueError(f"{page}: no fragment {name!r}; there are {', '.join(FRAGMENTS)}")
         on = "" if name == "machine" else "Measured on " + "; and on ".join(map(machine, self.devices.values())) + ". "
@@ -257,29 +244,19 @@ class Report:
             assert folder is not None
             write_text(folder / f"bench-{name}.svg", drawing)
             lines += [f"![{figures.FIGURES[name][1]}](bench-{name}.svg)", ""]
-        of_gpu = ("predictions", "probe") if of_kind(self.rows, "probe") else ()
-        for name in (*_IN_REPORT, *of_gpu):
-            lines += [f"## {PARTS[name].title}", "", *section(name, self.devices), ""]
-        lines += self._hosts()
-        lines += ["## Two runs of the same", "", self._runs(), ""]
+        for part in PARTS.values():
+            if part.kind != "probe" or of_kind(self.rows, "probe"):
+                lines += [f"## {part.title}", "", *section(part, self.devices), ""]
+        lines += [*self._hosts(), "## Two runs of the same", "", tables.agreement(self.rows), ""]
         others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
         lines += [f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else []
         return "\n".join(lines)
 
     def _hosts(self) -> Lines:
-        lines: Lines = ["## The host, without a GPU", "", host_table.SAID, ""] if self.hosts else []
+        lines: Lines = ["## The host, without a GPU", "", _HOST, ""] if self.hosts else []
         for rows in self.hosts.values():
-            lines += [f"* {machine(rows)}", "", *host_table.host(rows), ""]
+            lines += [f"* {machine(rows)}", "", *tables.host(rows), ""]
         return lines
-
-    def _runs(self) -> str:
-        found = agreement(self.rows)
-        if found is None:
-            return "No case was measured twice at one commit."
-        return (
-            f"{found.cases} figures were measured twice at one commit, and the newest run is shown. The spreads overlap in "
-            f"{found.overlapping} of them; the newer speed-up is {found.lowest:.2f} to {found.highest:.2f} times the older."
-        )
 
 
 def _relative(path: Path, to: Path) -> str:
@@ -335,7 +312,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             write_text(args.out / "report.md", report.markdown(args.out))
             if report.devices:
                 print(f"{PARTS['targets'].title}\n")
-                print("\n".join(section("targets", report.devices)))
+                print("\n".join(section(PARTS["targets"], report.devices)))
             print(f"\nwritten: {args.out / 'report.md'}")
         if report.pages:
             print("written:", ", ".join(str(path) for path in report.update()))

@@ -1,142 +1,59 @@
-"""Result rows of one device as Markdown tables, lists of lines; columns are padded, for whom reads them in a terminal."""
+"""Result rows of one device as Markdown tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from bench.cases import OPERATORS
+from bench.gpu.predictions import DEVICE
+from bench.report.cells import (
+    NONE,
+    Columns,
+    Lines,
+    baseline_of,
+    batch_name,
+    both_speedups,
+    density_of,
+    distinct,
+    is_baseline_step,
+    milliseconds,
+    model_name,
+    of,
+    peak,
+    per_second,
+    provider_name,
+    shape_of,
+    size,
+    size_range,
+    speedup,
+    table,
+    table_of,
+    titled,
+    tokens_per_second,
+    took,
+)
 from bench.report.summary import (
-    OPTIMIZERS,
     PRODUCTS_SAVED,
-    REAL_DENSITY,
-    STEP_PARTS,
     SYSTEMS,
     amdahl,
     block_share,
     break_even,
-    fastest_other,
+    case_of,
     fields,
     groups,
     has_device_time,
     is_ours,
-    losses,
+    near_real,
     of_kind,
     operator_case,
+    part_names,
     rank,
-    shape_of,
+    step_key,
     values,
-    verdicts,
 )
 from bench.rows import Row
-
-Lines = list[str]
-NONE = "–"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
-    """A Markdown table; the first column is text, the others are aligned as their header says (``<`` first: left)."""
-    left = [index == 0 or name.startswith("<") for index, name in enumerate(header)]
-    cells = [[name.removeprefix("<") for name in header], *(list(row) for row in rows)]
-    widths = [max(3, *(len(row[index]) for row in cells)) for index in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (width + 2) if is_left else "-" * (width + 1) + ":" for width, is_left in zip(widths, left))
-    return [line(cells[0]), f"|{rule}|", *map(line, cells[1:])]
-
-
-def times(value: float | None) -> str:
-    """``1.63×``."""
-    return NONE if value is None else f"{value:.2f}×"
-
-
-def speedup(row: Row | None, spread: bool = True, prefix: str = "") -> str:
-    """``1.63× [1.60, 1.66]``, or the median alone; with the prefix ``device_`` that of the device."""
-    median, low, high = ((row or {}).get(f"{prefix}speedup{end}") for end in ("", "_low", "_high"))
-    if median is None:
-        return NONE
-    if not spread or low is None or high is None:
-        return times(median)
-    return f"{median:.2f}× [{low:.2f}, {high:.2f}]"
-
-
-def both_speedups(row: Row | None, spread: bool = True) -> str:
-    """``1.63× / 1.80×``: as called and of the device, where both were measured."""
-    called = speedup(row, spread)
-    return f"{called} / {speedup(row, spread, 'device_')}" if row is not None and has_device_time(row) else called
-
-
-def milliseconds(value: float | None) -> str:
-    """With three digits: ``0.0412 ms``, ``12.3 ms``, ``1240 ms``."""
-    if value is None:
-        return NONE
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def size(value: float | None) -> str:
-    """Bytes as ``0.4 MiB``, ``41 MiB``, ``1.2 GiB``."""
-    if value is None:
-        return NONE
-    unit, scale = next((u for u in (("GiB", 2**30), ("MiB", 2**20)) if value >= u[1]), ("KiB", 2**10))
-    return f"{value / scale:.1f} {unit}" if value < 10 * scale else f"{value / scale:.0f} {unit}"
-
-
-def size_range(found: Sequence[float]) -> str:
-    """``41–63 MiB``: least and most over the densities."""
-    if not found:
-        return NONE
-    low, high = size(min(found)), size(max(found))
-    if low == high:
-        return low
-    return f"{low.split()[0]}–{high}" if low.split()[1] == high.split()[1] else f"{low}–{high}"
-
-
-def rate(value: float | None) -> str:
-    """Tokens per second, whole."""
-    return NONE if value is None else f"{value:.0f}"
-
-
-def per_second(row: Row) -> str:
-    """A ceiling in its unit."""
-    value = row["per_second"]
-    if row["what"] == "matmul":
-        return f"{value / 1e12:.3g} TFLOP/s"
-    return f"{value / 1e9:.0f} GB/s"
-
-
-def density_of(row: Row) -> str:
-    """``0.5``, or a dash."""
-    return f"{row['density']:g}" if row.get("density") is not None else NONE
-
-
-def near_real(densities: Sequence[float]) -> float | None:
-    """The density that the published masks have, or the measured one nearest to it."""
-    return min(densities, key=lambda density: abs(density - REAL_DENSITY), default=None)
-
-
-def provider_name(row: Row) -> str:
-    """The provider, with the backend where one was forced from outside."""
-    asked = row.get("backend_asked") or "auto"
-    return f"{row.get('provider')}" if asked == "auto" else f"{row.get('provider')} (NSPEC_BACKEND={asked})"
-
-
-def _cases(rows: Iterable[Row]) -> dict[str, dict[tuple[Any, ...], list[Row]]]:
-    """Operator -> case -> rows, operators in their order."""
-    found = groups(of_kind(rows, "operator"), lambda row: str(row.get("operator")))
-    ordered = sorted(found.items(), key=lambda item: rank(OPERATORS, item[0]))
-    return {operator: groups(members, operator_case) for operator, members in ordered}
-
-
-def _baseline(rows: Iterable[Row]) -> str:
-    return ", ".join(dict.fromkeys(str(row["baseline"]) for row in rows if row.get("baseline")))
-
-
-def _titles(densities: Sequence[float]) -> list[str]:
-    """Density columns; an operator that is not measured at densities has one column."""
-    return ["speed-up"] if len(densities) == 1 and densities[0] == 1 else [f"{density:g}" for density in densities]
 
 
 def operators(
@@ -150,42 +67,36 @@ def operators(
         spread: the middle 80 % in brackets, peak memory, backend and what is computed.
         all_providers: every provider of a case; else ours, and the fastest of the others.
     """
-    lines: Lines = []
-    for operator, cases in _cases(rows).items():
+    found = groups(of_kind(rows, "operator"), lambda row: str(row.get("operator")))
+    made = []
+    for operator in sorted(found, key=lambda name: rank(OPERATORS, name)):
         if only and operator not in only:
             continue
-        members = [row for case in cases.values() for row in case]
+        members = found[operator]
         densities = values(members, "density")
-        header = ["dtype", "<shape", "<provider", *_titles(densities)]
+        header = ["dtype", "<shape", "<provider"]
+        header += ["speed-up"] if densities == [1] else [f"{density:g}" for density in densities]
         header += ["<computes", "<backend", "peak memory"] if spread else []
         body = []
-        for case in cases.values():
-            by_provider = groups(case, provider_name)
-            if not all_providers:
-                by_provider = {name: found for name, found in by_provider.items() if is_ours(found[0])}
-            first = case[0]
-            place = [str(first.get("dtype")), shape_of(first)]
-            for name, found in by_provider.items():
-                at = {row.get("density"): row for row in found}
-                is_baseline = name == found[0].get("baseline")
+        for case in groups(members, operator_case).values():
+            place = [str(case[0].get("dtype")), shape_of(case[0])]
+            for name, own in groups(case, provider_name).items():
+                ours, at = is_ours(own[0]), {row.get("density"): row for row in own}
+                if not (ours or all_providers):
+                    continue
+                is_baseline = name == own[0].get("baseline")
                 cells = [_operator_cell(at.get(density), is_baseline, spread) for density in densities]
-                row = [*place, f"**{name}**" if is_ours(found[0]) else name, *cells]
                 if spread:
-                    row += [_distinct(found, "computes"), _distinct(found, "backend")]
-                    row.append(size_range([r["peak_bytes"] for r in found if r.get("peak_bytes") is not None]))
-                body.append(row)
-            if not all_providers:
-                best = [fastest_other([r for r in case if r.get("density") == density]) for density in densities]
-                if any(best):
-                    body.append([*place, "fastest other", *map(_named, best)])
+                    peaks = [row["peak_bytes"] for row in own if row.get("peak_bytes") is not None]
+                    cells += [distinct(own, "computes"), distinct(own, "backend"), size_range(peaks)]
+                body.append([*place, f"**{name}**" if ours else name, *cells])
+            best = [_fastest_other(row for row in case if row.get("density") == density) for density in densities]
+            if not all_providers and any(best):
+                named = (f"{both_speedups(row, spread=False)} {row.get('provider')}" if row else NONE for row in best)
+                body.append([*place, "fastest other", *named])
         two = "; as called / device alone" if any(map(has_device_time, members)) else ""
-        lines += [
-            f"`{operator}`, over {_baseline(members) or 'an unnamed baseline'}{two}:",
-            "",
-            *table(header, body),
-            "",
-        ]
-    return lines[:-1]
+        made.append((f"`{operator}`, over {baseline_of(members)}{two}:", table(header, body)))
+    return titled(made)
 
 
 def _operator_cell(row: Row | None, is_baseline: bool, spread: bool) -> str:
@@ -196,82 +107,76 @@ def _operator_cell(row: Row | None, is_baseline: bool, spread: bool) -> str:
     return f"{called} / {milliseconds(row.get('device_milliseconds'))}" if has_device_time(row) else called
 
 
-def _named(row: Row | None) -> str:
-    return NONE if row is None else f"{both_speedups(row, spread=False)} {row.get('provider')}"
-
-
-def _distinct(rows: Iterable[Row], field: str) -> str:
-    return ", ".join(dict.fromkeys(str(row[field]) for row in rows if row.get(field))) or NONE
+def _fastest_other(rows: Iterable[Row]) -> Row | None:
+    """The fastest provider that is neither ours nor the baseline."""
+    others = [r for r in rows if not r.get("ours") and r.get("provider") != r.get("baseline") and r.get("speedup")]
+    return max(others, key=lambda row: row["speedup"], default=None)
 
 
 def targets(rows: Sequence[Row]) -> Lines:
-    """Every figure that has a target, and whether it is met."""
-    body, found = [], verdicts(rows)
-    two = any(verdict.prefix for verdict in found)
-    for verdict in found:
-        row = verdict.row
-        said = "met" if verdict.met else f"missed by {100 * verdict.missed:.2g} %"
-        said += ", within the spread" if not verdict.met and verdict.within_spread else ""
-        name = f"`{row.get('operator')}`" + ("" if row.get("provider") == "ours" else f", {provider_name(row)}")
-        where = [str(row.get("dtype")), shape_of(row), density_of(row)]
-        figure = [speedup(row, prefix=verdict.prefix)]
-        figure += ["device" if verdict.prefix else "as called"] if two else []
-        body.append([name, *where, f"{row['target']:.2f}×", *figure, str(row.get("baseline") or NONE), said])
-    header = ["operator", "<dtype", "<shape", "density", "target", "measured", *(["<of"] if two else [])]
-    header += ["<over", "<verdict"]
-    return table(header, body) if body else []
+    """Every figure of ours that has a target, of the device where that was timed, and whether its median reaches it."""
+    wanted = [row for row in of_kind(rows, "operator") if row.get("target") is not None and row.get("ours")]
+    which = lambda row: "device_speedup" if has_device_time(row) else "speedup"
+    measured = [row for row in wanted if row.get(which(row)) is not None]
+
+    def verdict(row: Row) -> str:
+        target, found = row["target"], row[which(row)]
+        if found >= target:
+            return "met"
+        within = ", within the spread" if (row.get(f"{which(row)}_high") or found) >= target else ""
+        return f"missed by {100 * (1 - found / target):.2g} %{within}"
+
+    mode = lambda row: "" if row.get("provider") == "ours" else f", {provider_name(row)}"
+    columns: dict[str, Callable[[Row], str]] = {
+        "operator": lambda row: f"`{row.get('operator')}`{mode(row)}",
+        "<dtype": of("dtype"),
+        "<shape": shape_of,
+        "density": density_of,
+        "target": of("target", ".2f", "×"),
+        "measured": lambda row: speedup(row, name=which(row)),
+        "<of": lambda row: "device" if has_device_time(row) else "as called",
+        "<over": of("baseline"),
+        "<verdict": verdict,
+    }
+    if not any(map(has_device_time, measured)):
+        del columns["<of"]
+    return table_of(sorted(measured, key=lambda row: rank(OPERATORS, row.get("operator"))), columns)
 
 
-def loss_table(rows: Sequence[Row]) -> Lines:
-    """Where a provider was faster than ours."""
-    body = []
-    for loss in losses(rows):
-        row = loss.row
-        where = [f"`{row.get('operator')}`", provider_name(row), str(row.get("dtype")), shape_of(row)]
-        said = f"{100 * (1 - loss.ratio):.0f} %" + (", within the spread" if loss.within_spread else "")
-        body.append([*where, density_of(row), both_speedups(row), loss.winner, said])
+def losses(rows: Sequence[Row]) -> Lines:
+    """Where ours is slower than the fastest of all providers of the case, by medians; by operator, the worst first.
+
+    Within the spread means that the intervals of the two overlap. Steps and growth with tasks are not in here: their tables
+    show all rows.
+    """
+    found = []
+    for members in groups(of_kind(rows, "operator"), lambda row: (*operator_case(row), row.get("density"))).values():
+        measured = [row for row in members if row.get("speedup")]
+        best = max((r for r in measured if not r.get("ours")), key=lambda row: row["speedup"], default={"speedup": 0})
+        for row in filter(is_ours, measured):
+            if (ratio := row["speedup"] / best["speedup"] if best["speedup"] else 1) < 1:
+                overlap = (row.get("speedup_high") or 0) >= (best.get("speedup_low") or math.inf)
+                slower = f"{100 * (1 - ratio):.0f} %" + (", within the spread" if overlap else "")
+                cells = [f"`{row.get('operator')}`", provider_name(row), str(row.get("dtype")), shape_of(row)]
+                cells += [density_of(row), both_speedups(row), str(best.get("provider")), slower]
+                found.append((rank(OPERATORS, row.get("operator")), ratio, cells))
     header = ["operator", "<ours", "<dtype", "<shape", "density", "over the baseline", "<fastest", "<ours is slower by"]
-    return table(header, body) if body else []
+    return table(header, [cells for *_, cells in sorted(found, key=lambda one: one[:2])])
 
 
-def model_name(row: Row) -> str:
-    """``base, scaled down: d 256, d_ff 1024, 2 + 2 layers``."""
-    scaled = ", scaled down" if row.get("scaled") else ""
-    layers = [row.get("encoder_layers"), row.get("decoder_layers")]
-    sizes = [
-        f"{name} {row[key]}" for name, key in (("d", "d_model"), ("d_ff", "d_ff"), ("heads", "heads")) if row.get(key)
-    ]
-    if None not in layers:
-        sizes.append(f"{layers[0]} + {layers[1]} layers")
-    if row.get("vocabulary"):
-        sizes.append(f"vocabulary {row['vocabulary']}")
-    return f"Transformer-{row.get('shape')}{scaled}" + (f" ({', '.join(sizes)})" if sizes else "")
-
-
-_step_group = fields("shape", "scaled", "d_model", "d_ff", "dtype", "tokens")
-
-
-def step_key(row: Row) -> tuple[Any, ...]:
-    """Sorts rows of a step: system, optimiser, batches of one task first, density."""
-    order = (rank(SYSTEMS, row["system"]), rank(OPTIMIZERS, row["optimizer"]), row["batch"] != "pure")
-    return (*order, row.get("tasks_in_batch") or 0, row["density"])
-
-
-def batch_name(row: Row) -> str:
-    """``one task`` or ``8 tasks`` in a batch."""
-    return "one task" if row["batch"] == "pure" else f"{row.get('tasks_in_batch') or 'several'} tasks"
-
-
-def is_baseline_step(row: Row) -> bool:
-    """Whether a step is what the others are compared with."""
-    return row.get("baseline") == f"{row['system']}, {row['optimizer']}"
+def _step_groups(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
+    """The steps of each model, sorted, with its name and batch."""
+    key = fields("shape", "scaled", "d_model", "d_ff", "dtype", "tokens")
+    for members in groups(of_kind(rows, "step"), key).values():
+        members = sorted(members, key=step_key)
+        tokens = f", batches of {members[0]['tokens']} tokens" if members[0].get("tokens") else ""
+        yield f"{model_name(members[0])}, {members[0]['dtype']}{tokens}", members
 
 
 def steps(rows: Sequence[Row], spread: bool = False) -> Lines:
     """Speed-up of a whole training step over dense by system, optimiser, batch and density; break-even; the bound."""
-    lines: Lines = []
-    for members in groups(of_kind(rows, "step"), _step_group).values():
-        members = sorted(members, key=step_key)
+    made = []
+    for title, members in _step_groups(rows):
         densities = values((row for row in members if row["system"] != "dense"), "density")
         real = near_real(densities)
         at_real = "" if real is None else f" at {real:g}"
@@ -280,140 +185,206 @@ def steps(rows: Sequence[Row], spread: bool = False) -> Lines:
         body = []
         for found in groups(members, lambda row: (row["system"], row["optimizer"], batch_name(row))).values():
             first, at = found[0], {row["density"]: row for row in found}
-            pairs = [(density, row["speedup"]) for density, row in at.items() if row.get("speedup") is not None]
             dense = first["system"] == "dense"
-            limit = NONE if dense or len(pairs) < 2 else _break_even(pairs)
             cells = [speedup(at.get(density), spread) for density in densities]
             if is_baseline_step(first):
                 cells = ["1" if density == 1 else NONE for density in densities]
-            tail = [_at(found, real, "tokens_per_second", rate), _at(found, real, "peak_bytes", size)]
-            tail += [NONE if dense else _at(found, real, "mask_bytes", size), limit]
-            body.append([first["system"], first["optimizer"], batch_name(first), *cells, *tail])
+            cells += [_at(found, real, "tokens_per_second", lambda value: f"{value:.0f}")]
+            cells += [_at(found, real, "peak_bytes", size), NONE if dense else _at(found, real, "mask_bytes", size)]
+            body.append([first["system"], first["optimizer"], batch_name(first), *cells, _break_even(found)])
         base = next((milliseconds(row.get("milliseconds")) for row in members if is_baseline_step(row)), NONE)
-        lines += [f"{_step_title(members[0])}; over {_baseline(members)}, {base} a step:", "", *table(header, body), ""]
-        lines += [*_bound(members, densities), ""]
-    return lines[:-1]
+        lines = [*table(header, body), "", _bound(members, densities)]
+        made.append((f"{title}; over {baseline_of(members)}, {base} a step:", lines))
+    return titled(made)
 
 
 def _at(rows: Sequence[Row], density: float | None, field: str, how: Callable[[float], str]) -> str:
     """A figure at a density, or, where it was not measured there, at the nearest one, which is named then."""
-    known = [row for row in rows if row.get(field) is not None]
-    if not known or density is None:
-        return how(known[0][field]) if known else NONE
-    row = min(known, key=lambda row: abs(row["density"] - density))
+    measured = [row for row in rows if row.get(field) is not None]
+    if not measured or density is None:
+        return how(measured[0][field]) if measured else NONE
+    row = min(measured, key=lambda row: abs(row["density"] - density))
     elsewhere = row["density"] != density and row["system"] != "dense"
     return how(row[field]) + (f" (at {density_of(row)})" if elsewhere else "")
 
 
-def _step_title(row: Row) -> str:
-    tokens = f", batches of {row['tokens']} tokens" if row.get("tokens") else ""
-    return f"{model_name(row)}, {row['dtype']}{tokens}"
+def _break_even(rows: Sequence[Row]) -> str:
+    pairs = {row["density"]: row["speedup"] for row in rows if row.get("speedup") is not None}
+    if rows[0]["system"] == "dense" or len(pairs) < 2:
+        return NONE
+    found = break_even(pairs.items())
+    return "slower at each" if found is None else "slower at none" if found == max(pairs) else f"{found:.2f}"
 
 
-def _break_even(pairs: Sequence[tuple[float, float]]) -> str:
-    found = break_even(pairs)
-    if found is None:
-        return "slower at each"
-    if found == max(density for density, _ in pairs):
-        return "slower at none"
-    return f"{found:.2f}"
-
-
-def _bound(rows: Sequence[Row], densities: Sequence[float]) -> Lines:
+def _bound(rows: Sequence[Row], densities: Sequence[float]) -> str:
     """What a step can gain at most, since only products of the feed-forward blocks shrink."""
-    share = block_share(rows)
+    share, said = block_share(rows), []
     if share is None:
-        return ["The share of the feed-forward blocks in the dense step was not measured."]
-    text = f"The feed-forward blocks take {100 * share:.0f} % of the dense step"
-    named = [density for density in densities if density < 1]
-    said = []
-    for system in ("forward", "update"):
-        most = (f"{amdahl(share * PRODUCTS_SAVED[system], density):.2f}× at {density:g}" for density in named)
-        said.append(f"`{system}` {', '.join(most)}")
-    bound = f": with AdamW and nothing lost, a step could gain in mode {' and in mode '.join(said)}" if named else ""
-    return [f"{text}{bound}."]
+        return "The share of the feed-forward blocks in the dense step was not measured."
+    for system in ("forward", "update") if any(density < 1 for density in densities) else ():
+        most = (f"{amdahl(share * PRODUCTS_SAVED[system], d):.2f}× at {d:g}" for d in densities if d < 1)
+        said.append(f" in mode `{system}` {', '.join(most)}")
+    bound = f": with AdamW and nothing lost, a step could gain{' and'.join(said)}" if said else ""
+    return f"The feed-forward blocks take {100 * share:.0f} % of the dense step{bound}."
 
 
 def step_parts(rows: Sequence[Row]) -> Lines:
     """Milliseconds by part of a step, every row."""
-    lines: Lines = []
-    for members in groups(of_kind(rows, "step"), _step_group).values():
-        members = sorted(members, key=step_key)
-        named = dict.fromkeys([*STEP_PARTS, *(name for row in members for name in row.get("parts") or {})])
-        header = ["system", "<optimiser", "<batch", "density", "step", *named, "tokens/s", "peak memory"]
-        body = []
-        for row in members:
-            parts = row.get("parts") or {}
-            cells = [row["system"], row["optimizer"], batch_name(row), density_of(row)]
-            cells += [milliseconds(row.get("milliseconds")), *(milliseconds(parts.get(name)) for name in named)]
-            body.append([*cells, rate(row.get("tokens_per_second")), size(row.get("peak_bytes"))])
-        lines += [f"{_step_title(members[0])}:", "", *table(header, body), ""]
-    return lines[:-1]
+    part = lambda name: lambda row: milliseconds((row.get("parts") or {}).get(name))
+    first: dict[str, Any] = {"system": of("system"), "<optimiser": of("optimizer"), "<batch": batch_name}
+    first |= {"density": density_of, "step": took}
+    last = {"tokens/s": tokens_per_second, "peak memory": peak}
+    return titled(
+        (f"{title}:", table_of(members, {**first, **{name: part(name) for name in part_names(members)}, **last}))
+        for title, members in _step_groups(rows)
+    )
 
 
 def tasks(rows: Sequence[Row]) -> Lines:
     """What a step costs as the model has more tasks."""
-    lines: Lines = []
+    made = []
     for members in groups(
         of_kind(rows, "tasks"), fields("shape", "scaled", "d_model", "d_ff", "density", "dtype")
     ).values():
         members = sorted(members, key=lambda row: (rank(SYSTEMS, row["system"]), row["tasks"]))
-        over = f"over that of {min(row['tasks'] for row in members)} tasks"
-        body = []
-        for row in members:
-            masks = size(row.get("mask_bytes")) + (" (computed)" if row.get("computed") else "")
-            cells = [row["system"], str(row["tasks"]), masks, _unit(row.get("specialize_seconds"), ".2g", "s")]
-            cells.append(_unit(row.get("task_switch_microseconds"), ".0f", "µs"))
-            body.append([*cells, milliseconds(row.get("milliseconds")), speedup(row)])
-        first = members[0]
-        at = f", density {first['density']:g}" if first.get("density") else ""
-        header = ["system", "tasks", "masks", "specialise", "switch of task", "step", over]
-        lines += [f"{model_name(first)}{at}:", "", *table(header, body), ""]
-    return lines[:-1]
-
-
-def _unit(value: float | None, how: str, unit: str) -> str:
-    return NONE if value is None else f"{value:{how}} {unit}"
+        at = f", density {density_of(members[0])}" if members[0].get("density") else ""
+        columns = {
+            "system": of("system"),
+            "tasks": of("tasks"),
+            "masks": lambda row: size(row.get("mask_bytes")) + (" (computed)" if row.get("computed") else ""),
+            "specialise": of("specialize_seconds", ".2g", " s"),
+            "switch of task": of("task_switch_microseconds", ".0f", " µs"),
+            "step": took,
+            f"over that of {min(row['tasks'] for row in members)} tasks": speedup,
+        }
+        made.append((f"{model_name(members[0])}{at}:", table_of(members, columns)))
+    return titled(made)
 
 
 def profiling(rows: Sequence[Row]) -> Lines:
     """Counting activations: ours, the release's way, and no counting."""
-    lines: Lines = []
+    padding = {"include": "counted too", "exclude": "left out"}
+    counted = lambda row: NONE if row["way"] == "no counting" else padding.get(str(row.get("padding")), NONE)
+    columns: Columns = {
+        "way": of("way"),
+        "<padding": counted,
+        "batch": took,
+        "speed-up": speedup,
+        "tokens/s": tokens_per_second,
+        "peak memory": peak,
+    }
+    made = []
     key = fields("shape", "scaled", "d_model", "d_ff", "dtype", "sentences", "tokens")
     for members in groups(of_kind(rows, "profiling"), key).values():
-        header = ["way", "<padding", "batch", "speed-up", "tokens/s", "peak memory"]
-        padding = {"include": "counted too", "exclude": "left out"}
-        body = []
-        for row in members:
-            counted = NONE if row["way"] == "no counting" else padding.get(str(row.get("padding")), NONE)
-            cells = [row["way"], counted, milliseconds(row.get("milliseconds")), speedup(row)]
-            body.append([*cells, rate(row.get("tokens_per_second")), size(row.get("peak_bytes"))])
         first = members[0]
         corpus = "".join(f", {first[name]} {name}" for name in ("sentences", "tokens", "batches") if first.get(name))
-        lines += [
-            f"{model_name(first)}, {first['dtype']}{corpus}; over {_baseline(members)}:",
-            "",
-            *table(header, body),
-            "",
-        ]
-    return lines[:-1]
+        title = f"{model_name(first)}, {first['dtype']}{corpus}; over {baseline_of(members)}:"
+        made.append((title, table_of(members, columns)))
+    return titled(made)
 
 
 def ceilings(rows: Sequence[Row]) -> Lines:
     """The best that the device sustained."""
     found = [row for row in of_kind(rows, "ceiling") if row.get("per_second")]
-    names = {"matmul": "matrix product", "memory": "memory"}
-    body = [[names.get(row["what"], str(row["what"])), str(row.get("dtype") or NONE), per_second(row)] for row in found]
-    return table(["ceiling", "<dtype", "best sustained"], body) if body else []
+    names = {"matmul": "matrix product"}
+    what = lambda row: names.get(row["what"], str(row["what"]))
+    return table_of(found, {"ceiling": what, "<dtype": of("dtype"), "best sustained": per_second})
 
 
 def absent(rows: Sequence[Row]) -> Lines:
     """Providers that could not run, raised or were wrong: in which case, or in how many, and why."""
     found = groups(of_kind(rows, "absent"), fields("operator", "provider", "reason"))
-    body = []
-    for (operator, provider, reason), members in found.items():
-        own = members[0]
-        case = f"{shape_of(own)}, {own.get('dtype') or NONE}, density {density_of(own)}"
-        where = case if len(members) == 1 else f"{len(members)} cases"
-        body.append([f"`{operator}`", str(provider), where, str(reason).replace("|", "/")])
-    return table(["operator", "<provider", "<case", "<why it is not here"], body) if body else []
+    case = lambda row: f"{shape_of(row)}, {row.get('dtype') or NONE}, density {density_of(row)}"
+    columns: Columns = {
+        "operator": lambda row: f"`{row['operator']}`",
+        "<provider": of("provider"),
+        "<case": lambda row: case(row) if row["count"] == 1 else f"{row['count']} cases",
+        "<why it is not here": of("reason"),
+    }
+    return table_of([{**members[0], "count": len(members)} for members in found.values()], columns)
+
+
+def host(rows: Sequence[Row]) -> Lines:
+    """What each call costs the host (``bench.host``)."""
+    columns: dict[str, Any] = {"call": of("name"), "<dtype": of("dtype")}
+    columns |= {name: of(name) for name in ("launches", "products", "kernels")}
+    columns |= {"processor time": of("microseconds", ".0f", " us"), "of dense": lambda r: speedup(r, name="ratio")}
+    return table_of(rows, columns)
+
+
+EXPECTED = (
+    f"What is expected comes from arithmetic for an {DEVICE}, for 16384 tokens in bfloat16; none of it was measured. It is "
+    "compared with what was measured on that device at full size, and with nothing else."
+)
+
+
+def expected_range(row: Row) -> str:
+    """``120 to 135 us``: what arithmetic says that a kernel takes."""
+    low, high = row["expected_low"], row["expected_high"]
+    before = ", before a change" if row.get("expected_before") else ""
+    return (f"{low:g} us" if low == high else f"{low:g} to {high:g} us") + before
+
+
+def is_predicted(row: Row) -> bool:
+    """Whether something was predicted of a measurement of the probe."""
+    return row.get("expected_low") is not None and row.get("expected_high") is not None
+
+
+def is_compared(row: Row) -> bool:
+    """Whether what was expected is of the device that was measured, and of that size. Older rows are of full size."""
+    device = str(row.get("expected_device") or DEVICE)
+    return is_predicted(row) and not row.get("small") and device in str(row.get("device"))
+
+
+_probed: Columns = {"experiment": of("experiment"), "<what": of("name")}
+_took = of("microseconds", ".1f", " us")
+
+
+def probe(rows: Sequence[Row]) -> Lines:
+    """Every measurement of the probe of a GPU (``bench.gpu.probe``)."""
+    share = lambda row: NONE if row.get("roof_share") is None else f"{100 * row['roof_share']:.0f} %"
+    note = lambda row: str(row.get("reason") or row.get("absent") or row.get("note") or NONE)
+    more: Columns = {"measured": _took, "<of": of("of"), "share of the roof": share, "<note": note}
+    return table_of(of_kind(rows, "probe"), {**_probed, **more})
+
+
+def predictions(rows: Sequence[Row]) -> Lines:
+    """What was expected of the probe's measurements, from arithmetic for an H100, against what was found."""
+
+    def verdict(row: Row) -> str:
+        low, high, found = row["expected_low"], row["expected_high"], row.get("microseconds")
+        if found is None:
+            return f"failed: {row['reason']}" if row.get("reason") else "not measured"
+        if not is_compared(row):
+            tiny = "at tiny sizes " if row.get("small") else ""
+            return f"not compared: measured {tiny}on {row.get('device') or 'an unnamed device'}"
+        if 0.95 * low <= found <= 1.05 * high:
+            return "as expected"
+        return f"{low / found:.2f} times as fast" if found < low else f"{found / high:.2f} times as slow"
+
+    found = [row for row in of_kind(rows, "probe") if is_predicted(row)]
+    more: Columns = {"expected": expected_range, "measured": _took, "<verdict": verdict}
+    written = table_of(found, {**_probed, **more})
+    return [EXPECTED, "", *written] if written else []
+
+
+def agreement(rows: Iterable[Row]) -> str:
+    """Of every case's newest run with the one before it, on the same device, at the same commit and torch.
+
+    Baselines are left out (their speed-up is 1 by definition).
+    """
+    key: Callable[[Row], Hashable] = lambda row: (case_of(row), row.get("commit"), row.get("torch"))
+    ratios, overlapping = [], 0
+    compared = [r for r in rows if r.get("speedup") and r.get("speedup_low") != r.get("speedup_high")]
+    for members in groups(compared, key).values():
+        runs = sorted({row.get("date") or "": row for row in members}.items())
+        if len(runs) > 1:
+            both = [row for _, row in runs[-2:]]
+            ratios.append(both[1]["speedup"] / both[0]["speedup"])
+            overlapping += max(r["speedup_low"] for r in both) <= min(r["speedup_high"] for r in both)
+    if not ratios:
+        return "No case was measured twice at one commit."
+    return (
+        f"{len(ratios)} figures were measured twice at one commit, and the newest run is shown. The spreads overlap in "
+        f"{overlapping} of them; the newer speed-up is {min(ratios):.2f} to {max(ratios):.2f} times the older."
+    )

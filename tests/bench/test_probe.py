@@ -13,7 +13,7 @@ from bench.gpu import lab as labs
 from bench.gpu import probe
 from bench.gpu.lab import Lab
 from bench.gpu.predictions import Prediction
-from bench.report import probe_tables
+from bench.report import tables
 from bench.rows import Row, Writer
 
 CPU = torch.device("cpu")
@@ -66,9 +66,9 @@ def test_after_an_error_that_ends_the_use_of_the_gpu_nothing_more_is_tried(
 
 def test_a_prediction_is_compared_on_the_device_and_at_the_size_that_it_is_for() -> None:
     row = {"kind": "probe", "experiment": "E3", "name": "h", "expected_low": 120.0, "expected_high": 135.0}
-    said = lambda **more: probe_tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
+    said = lambda **more: tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
     gpu = {"device": "NVIDIA H100 80GB HBM3", "small": False}
-    assert "arithmetic for an H100" in probe_tables.predictions([row])[0]
+    assert "arithmetic for an H100" in tables.predictions([row])[0]
     assert said(microseconds=121.0, **gpu) == "as expected"
     assert said(microseconds=270.0, **gpu) == "2.00 times as slow"
     assert said(microseconds=60.0, **gpu) == "2.00 times as fast"
@@ -95,7 +95,7 @@ def test_what_was_predicted_of_an_experiment_that_raises_has_failed_and_what_was
     monkeypatch.setattr(labs.trouble, "device_is_lost", lambda _: lost)
     rows, failed = probe.run(["E3"], Lab(CPU, True), Writer(None, CPU))
     assert failed == ["E3"]
-    *_, first, second = probe_tables.predictions(rows)
+    *_, first, second = tables.predictions(rows)
     assert "| h " in first
     assert "not compared: measured at tiny sizes on " in first
     assert "| gate " in second
