@@ -61,17 +61,6 @@ def paired(base: Sequence[float], other: Sequence[float]) -> Spread:
     return spread([b / o for b, o in zip(base, other, strict=True)])
 
 
-def paired_on_device(base: Sequence[float], other: Sequence[float]) -> tuple[Spread, Spread, int] | None:
-    """Seconds of ``other``, its speed-up over ``base`` and the number of rounds, of those in which both were measured.
-
-    None where these are fewer than three.
-    """
-    both = [(b, o) for b, o in zip(base, other, strict=True) if not math.isnan(b) and not math.isnan(o)]
-    if len(both) < 3:
-        return None
-    return spread([o for _, o in both]), spread([b / o for b, o in both]), len(both)
-
-
 def synchronize(device: torch.device) -> None:
     """Waits for what was started on a GPU; nothing to wait for on a CPU."""
     if device.type == "cuda":

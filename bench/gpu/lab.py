@@ -181,10 +181,7 @@ class Lab:
             else:
                 found = microseconds()
         except Exception as error:
-            trouble.report(f"{experiment}, {name}", error)
-            if trouble.device_is_lost(self.device):
-                raise trouble.DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
-            return row | {"reason": trouble.in_a_line(error)}
+            return row | {"reason": trouble.report(f"{experiment}, {name}", error, self.device)}
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
         compared = of == "device" and not self.small  # tiny sizes are all start and end
         share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None

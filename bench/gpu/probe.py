@@ -88,13 +88,8 @@ def made(name: str, lab: Lab) -> Iterator[Row]:
         for row in experiment(lab):
             done.append(row["name"])
             yield row
-    except trouble.DeviceLost:
-        raise
     except Exception as error:
-        trouble.report(name, error)
-        if trouble.device_is_lost(lab.device):
-            raise trouble.DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
-        reason = trouble.in_a_line(error)
+        reason = trouble.report(name, error, lab.device)
         yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": reason}
         yield from not_made(name, done, reason, lab.small)
 

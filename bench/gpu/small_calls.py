@@ -182,8 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"wrong: {what}: {error}", flush=True)
         except Exception as error:
             failed += 1
-            trouble.report(what, error)
-            if trouble.device_is_lost(device):
+            try:
+                trouble.report(what, error, device)
+            except trouble.DeviceLost:
                 print(f"error: {trouble.LOST}", flush=True)
                 return 1
     which = ", ".join(args.operators)

@@ -24,18 +24,10 @@ from bench.providers.problem import (
     random_sets,
     small_integers,
 )
+from bench.release import mask_weights
 from nspec.nn.masked_linear import Mode
 
 Call = Callable[[int], tuple[Tensor | None, ...]]
-
-
-class _MaskedWeight(nn.Linear):
-    """The authors' release: the mask times the weight in each forward pass."""
-
-    mask: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
 def problem(case: Case, device: torch.device) -> Problem:
@@ -92,14 +84,11 @@ def problem(case: Case, device: torch.device) -> Problem:
         nspec.set_task(model, "task")
         return model
 
-    def release() -> nn.Module:
-        model = copy.deepcopy(dense)
+    def released() -> nn.Module:
+        model = mask_weights(copy.deepcopy(dense), {"task": {name: active for name in firsts}})
         for name in firsts:
-            plain = model.get_submodule(name)
-            layer = _MaskedWeight(d, d_ff, bias=plain.bias is not None, device=device)
-            layer.load_state_dict(plain.state_dict())
-            layer.register_buffer("mask", active[:, None].expand(d_ff, d).clone())  # one byte a weight, as theirs
-            setattr(model, name, layer)
+            layer: Any = model.get_submodule(name)
+            layer.mask = layer.masks["task"]
         return model
 
     def expected(computes: Computes) -> Results:
@@ -126,7 +115,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         case,
         [
             Provider("dense", step(dense), results, computes="all"),
-            Provider("weight x mask", step(release()), results),
+            Provider("weight x mask", step(released()), results),
         ],
         expected,
         work,

@@ -6,7 +6,8 @@
 A step is a task switch, forward and backward pass, clipping and AdamW, as nspec trains. Every round runs each system
 once, on the same batch; a speed-up is the median over rounds of (time of dense with PyTorch's fused AdamW / time of the
 system). The systems are checked against plain PyTorch first, and what is wrong is not timed. On a GPU the models have
-their real sizes and compute in bfloat16 autocast; on a CPU they are scaled down.
+their real sizes and compute in bfloat16 autocast; on a CPU they are scaled down. The release's way has no batches of
+several tasks: a weight times a mask is of one.
 
 Peak memory is what a step allocates beyond parameters, optimiser state and masks, gradients included.
 
@@ -20,41 +21,82 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from bench import trouble
-from bench.machine import device_name, pick_device
-from bench.rows import Row, Writer, timing_fields
-from bench.steps import summary as step_summary
+from bench import cli, trouble
+from bench.report import tables
+from bench.report.cells import model_name
+from bench.report.summary import OPTIMIZERS, REAL_DENSITY, STEP_PARTS
+from bench.rows import Row, Writer, line, timing_fields
 from bench.steps.check import check
 from bench.steps.model import (
-    PARTS,
+    DTYPES,
     SHAPES,
-    Batch,
-    Clock,
     Shape,
-    System,
     Tasks,
     build,
     draw_masks,
-    free,
-    mask_bytes,
     random_batches,
+    scaled_down,
     task_name,
+    tiny,
 )
-from bench.steps.plan import BATCHES, OPTIMIZERS, Plan, plan, shape_for
+from bench.steps.systems import Clock, System, free, mask_bytes
 from bench.steps.tasks import growth
 from bench.timing import Call, interleaved, paired, peak_bytes, spread, synchronize
+from nspec.mt.trainer import resolve_precision
 
-BASELINE, AGAIN = "dense, adamw", "dense again"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASELINE, SKIPPED, AGAIN = "dense, adamw", "no feed-forward", "dense again"
+BATCHES = ("pure", "mixed")
+"""Of one task, and of several."""
 TASKS = 16  # of the model, at each density: IWSLT-8's
 MIXED = 8  # tasks in a mixed batch
 PART_STEPS = 5  # on a GPU, with a synchronisation after each part
+DENSITIES = (0.3, 0.5, 0.78, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    groups: tuple[tuple[str, str], ...]  # (shape, dtype), each of which is interleaved as a whole
+    densities: tuple[float, ...] = DENSITIES
+    mixed: tuple[float, ...] = DENSITIES  # of these: with batches of several tasks too
+    release: tuple[float, ...] = DENSITIES  # in the release's way too, whose cost does not depend on it
+    row_sparse: tuple[float, ...] = DENSITIES  # with our optimiser too, beside PyTorch's ...
+    mixed_row_sparse: bool = True  # ... and with batches of several tasks
+    memory: tuple[float, ...] = DENSITIES  # with peak memory
+    systems: tuple[str, ...] = ("release", "forward", "update")  # beside dense; theirs are the next two
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    batches: tuple[str, ...] = BATCHES
+    rounds: int = 15  # at least
+    seconds: float = 600.0  # after so many no round of a group is begun; three are done anyway
+    checked: int = 1_000_000  # sentences of the micro-batch on which the systems are checked
+    counts: tuple[int, ...] = (16, 60, 300, 1000)  # tasks of the second part, growth; empty: left out
+    growth_rounds: int = 7
+    growing: tuple[tuple[str, str], ...] = ()  # (shape, dtype) of the second part
+
+
+def plan(name: str, device_type: str) -> Plan:
+    """What ``--set`` names on that kind of device."""
+    gpu = device_type == "cuda"
+    dtypes = ("bfloat16",) if gpu else ("float32", "bfloat16")
+    groups = tuple((shape, dtype) for shape in SHAPES for dtype in dtypes)
+    if name == "smoke":
+        half = {"mixed": (0.5,), "release": (0.5,), "memory": (0.5,), "rounds": 3, "growth_rounds": 3}
+        small = Plan((("base", "float32"), ("big", "bfloat16")), growing=(("base", "float32"),), counts=(2, 5, 1000))
+        return replace(small, densities=(0.5, 1.0), **half)  # type: ignore[arg-type]
+    if name == "full":
+        return Plan(groups, growing=tuple((shape, dtypes[0]) for shape in SHAPES))
+    if not gpu:  # bfloat16 where nspec itself would train in it: without matrix units it takes many times as long
+        fast = resolve_precision("auto", torch.device(device_type), SHAPES["base"].d_model) == "bf16"
+        groups = tuple((s, d) for s, d in groups if d == "float32" or (s == "base" and fast))
+    real = dict.fromkeys(("mixed", "release", "row_sparse", "memory"), (REAL_DENSITY,))
+    quick = Plan(groups, mixed_row_sparse=False, rounds=5, seconds=18.0, growth_rounds=3, checked=16)
+    return replace(quick, growing=(("base", dtypes[0]),), **real)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -74,7 +116,7 @@ class Provider:
     @property
     def key(self) -> str:
         """Unique among the providers."""
-        return f"{self.name}, {self.density:g}, {'mixed' if self.mixed else 'pure'}"
+        return BASELINE if self.system == "dense" else f"{self.name}, {self.density:g}, {BATCHES[self.mixed]}"
 
     def tasks(self, number: int, sentences: int) -> Tasks:
         """Of batch ``number``: the tasks in turn; of a mixed batch :data:`MIXED` of them, sentences grouped by task."""
@@ -84,21 +126,22 @@ class Provider:
         return [task_name(self.density, (number + place * several // sentences) % TASKS) for place in range(sentences)]
 
 
+DENSE = Provider("dense", "adamw", 1.0, False)
+
+
 def providers(chosen: Plan) -> list[Provider]:
     """What is measured in a group, beside the dense model."""
     found = []
     for density in chosen.densities:
         for system in chosen.systems:
             if system == "release":
-                if density in chosen.release:
-                    found.append(Provider(system, "adamw", density, False))
+                found += [Provider(system, "adamw", density, False)] if density in chosen.release else []
                 continue
             for optimizer in OPTIMIZERS if density in chosen.row_sparse else OPTIMIZERS[:1]:
                 found.append(Provider(system, optimizer, density, False))
                 if density in chosen.mixed and (optimizer == "adamw" or chosen.mixed_row_sparse):
                     found.append(Provider(system, optimizer, density, True))
-    asked = lambda p: p.optimizer in chosen.optimizers and ("mixed" if p.mixed else "pure") in chosen.batches
-    return [provider for provider in found if asked(provider)]
+    return [p for p in found if p.optimizer in chosen.optimizers and BATCHES[p.mixed] in chosen.batches]
 
 
 class Group:
@@ -108,259 +151,228 @@ class Group:
         self.shape, self.dtype, self.device, self.plan = shape, dtype, device, chosen
         self.model, self.batches = build(shape, device), random_batches(shape, device)
         self.masks = {density: draw_masks(shape, density, TASKS) for density in chosen.densities}
-        every = {task: rows for masks in self.masks.values() for task, rows in masks.items()}
         self.providers = providers(chosen)
-        self.dense = System("dense", self.model, {}, dtype=dtype)
-        self.skipped = System("no feed-forward", self.model, {}, dtype=dtype)
-        kinds = dict.fromkeys((provider.system, provider.optimizer) for provider in self.providers)
-        held = {d: self.masks[d] for d in chosen.release if d in self.masks}
-        theirs = {task: rows for masks in held.values() for task, rows in masks.items()}
-        self.systems = {
-            f"{kind}, {optimizer}": System(kind, self.model, theirs if kind == "release" else every, optimizer, dtype)
-            for kind, optimizer in kinds
-        }
+        self.systems = {BASELINE: System("dense", self.model, {}, dtype=dtype)}
+        for p in self.providers:
+            if p.name not in self.systems:
+                held = [d for d in self.masks if p.system != "release" or d in chosen.release]
+                masks = {task: rows for d in held for task, rows in self.masks[d].items()}
+                self.systems[p.name] = System(p.system, self.model, masks, p.optimizer, dtype)
         self._records: dict[str, list[dict[str, float]]] = {}
-        self.raised: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        """What was wrong or raised, and why; it is not measured."""
 
-    def refuse_wrong(self) -> dict[str, str]:
-        """Leaves out the systems whose results are wrong; which those are, and why.
+    def refuse_wrong(self) -> None:
+        """Leaves out the systems whose results are wrong.
 
         Of bfloat16 rounding takes most digits: where float32 is not measured, it is checked nevertheless.
         """
         density = min(self.plan.release or self.plan.densities, key=lambda d: abs(d - 0.5))
         batch = {name: tensor[: self.plan.checked] for name, tensor in self.batches[0].items()}
-        one = Provider("", "", density, False).tasks(0, len(batch["labels"]))
-        several = Provider("", "", density, True).tasks(0, len(batch["labels"]))
+        one, several = (Provider("", "", density, mixed).tasks(0, len(batch["labels"])) for mixed in (False, True))
         assert isinstance(one, str)
-        wrong: dict[str, str] = {}
         coarse = self.dtype == torch.bfloat16 and (self.shape.shape, "float32") not in self.plan.groups
         for dtype in (torch.float32, self.dtype) if coarse else (self.dtype,):
-            right = {name: system for name, system in self.systems.items() if name not in wrong}
-            for system in (self.dense, *right.values()):
+            for system in self.systems.values():
                 system.dtype = dtype
-            wrong |= check(self.dense, right, batch, one, several, self.masks[density])
-        for name in wrong:
-            del self.systems[name]
+            ours = {name: system for name, system in self.systems.items() if name != BASELINE}
+            wrong = check(self.systems[BASELINE], ours, batch, one, several, self.masks[density])
+            for name, why in wrong.items():
+                print(f"  {name} is WRONG and is not timed: {why}", flush=True)
+                del self.systems[name]
+            self.failed |= wrong
         self.providers = [provider for provider in self.providers if provider.name in self.systems]
-        return wrong
 
     def measure(self) -> dict[str, list[float]]:
         """Seconds of a step of every provider in each round; parts of a step are recorded as well."""
-        calls: dict[str, Call] = {BASELINE: self._call(BASELINE, self.dense, None)}
-        calls[self.skipped.kind] = self._call(self.skipped.kind, self.skipped, None)
-        half = len(self.providers) // 2
-        for p in self.providers[:half]:
-            calls[p.key] = self._call(p.key, self.systems[p.name], p)
-        calls[AGAIN] = self._call(AGAIN, self.dense, None)  # half a round later: shows how the machine drifts
-        for p in self.providers[half:]:
-            calls[p.key] = self._call(p.key, self.systems[p.name], p)
-        seen = [0]
-
-        def shown(number: int) -> object:
-            if number >= seen[0]:
-                print(".", end="", flush=True)
-                seen[0] = number + 1
-            return first(number)
-
-        first, calls[BASELINE] = calls[BASELINE], shown
+        # On a CPU reading a clock costs nothing; on a GPU the parts are timed in steps of their own.
         gpu = self.device.type == "cuda"
-        for key in (BASELINE, self.skipped.kind):  # optimiser states, and code that is loaded at first use
-            calls[key](0)
-        for raising in self._raising(calls):
-            del calls[raising.key]
-        seen[0] = 0
-        times = interleaved(
-            calls,
-            self.device,
-            rounds=self.plan.rounds,
-            least_seconds=0,
-            most_seconds=self.plan.seconds,
-            warmup=2 if gpu else 0,
-        )
-        for name, own in times.items():
-            self._records[name] = self._records.get(name, [])[-len(own) :]
-        if gpu:  # on a CPU the steps that were timed have recorded theirs
+        step = lambda p: lambda number: self._step(p, number, None if gpu else Clock(self.device))
+        skipped = System(SKIPPED, self.model, {}, dtype=self.dtype)
+        first: dict[str, Call] = {
+            BASELINE: step(DENSE),
+            SKIPPED: lambda n: skipped.step(self.batches[n % len(self.batches)], ""),
+        }
+        for call in first.values():  # optimiser states, and code that is loaded at first use
+            call(0)
+        self._try({p.key: step(p) for p in self.providers})
+        half = len(self.providers) // 2
+        calls = first | {p.key: step(p) for p in self.providers[:half]}
+        calls[AGAIN] = lambda number: self._step(
+            DENSE, number, None
+        )  # half a round later: shows how the machine drifts
+        calls |= {p.key: step(p) for p in self.providers[half:]}
+        calls[BASELINE] = _shown(calls[BASELINE])
+        plan, warmup = self.plan, 2 if gpu else 0
+        options = {"rounds": plan.rounds, "least_seconds": 0, "most_seconds": plan.seconds, "warmup": warmup}
+        self._records.clear()
+        times = interleaved(calls, self.device, **options)  # type: ignore[arg-type]
+        for provider in (DENSE, *self.providers) if gpu else ():
             for number in range(PART_STEPS):
-                for key, system, provider in self._members():
-                    self._record(key, system, provider, number, Clock(self.device, synchronized=True))
+                self._step(provider, number, Clock(self.device, synchronized=True))
         print(flush=True)
         return times
 
-    def _raising(self, calls: Mapping[str, Call]) -> list[Provider]:
-        """Runs every provider once, and leaves out and gives back those that raise."""
-        raised = []
-        for provider in self.providers:
+    def _step(self, provider: Provider, number: int, clock: Clock | None) -> None:
+        batch = self.batches[number % len(self.batches)]
+        self.systems[provider.name].step(batch, provider.tasks(number, self.shape.sentences), clock)
+        if clock is not None:
+            self._records.setdefault(provider.key, []).append(clock.parts)
+
+    def _try(self, calls: Mapping[str, Call]) -> None:
+        """Runs every provider once, and leaves out those that raise."""
+        for key, call in calls.items():
             try:
-                calls[provider.key](0)
+                call(0)
                 synchronize(self.device)
             except Exception as error:
-                trouble.report(f"not timed: {provider.key}", error)
-                if trouble.device_is_lost(self.device):
-                    raise
-                raised.append(provider)
-                self.raised[provider.key] = trouble.in_a_line(error)
-        self.providers = [provider for provider in self.providers if provider not in raised]
-        return raised
+                self.failed[key] = trouble.report(f"not timed: {key}", error, self.device)
+        self.providers = [provider for provider in self.providers if provider.key not in self.failed]
 
-    def parts(self, key: str) -> dict[str, float]:
-        """Median milliseconds of each part."""
-        records = self._records[key]
-        return {part: round(1e3 * statistics.median(one[part] for one in records), 3) for part in PARTS}
-
-    def peak(self, provider: Provider | None) -> int | None:
-        """Bytes that a step allocates at most; None where the plan does not ask for it."""
-        if (provider is None and not self.plan.memory) or (provider and provider.density not in self.plan.memory):
-            return None
-        system = self.dense if provider is None else self.systems[provider.name]
-        tasks = provider.tasks(0, self.shape.sentences) if provider is not None else ""
-        return peak_bytes(lambda: system.step(self.batches[0], tasks), self.device)
-
-    def _members(self) -> list[tuple[str, System, Provider | None]]:
-        ours = [(p.key, self.systems[p.name], p) for p in self.providers]
-        return [(BASELINE, self.dense, None), (self.skipped.kind, self.skipped, None), *ours]
-
-    def _call(self, key: str, system: System, provider: Provider | None) -> Call:
-        # On a CPU reading a clock costs nothing; on a GPU the parts are timed in steps of their own.
-        def call(number: int) -> None:
-            clock = Clock(self.device) if self.device.type == "cpu" else None
-            self._record(key, system, provider, number, clock)
-
-        return call
-
-    def _record(self, key: str, system: System, provider: Provider | None, number: int, clock: Clock | None) -> None:
-        tasks = provider.tasks(number, self.shape.sentences) if provider is not None else ""
-        batch: Batch = self.batches[number % len(self.batches)]
-        system.step(batch, tasks, clock)
-        if clock is not None:
-            self._records.setdefault(key, []).append(clock.parts)
-
-
-def run_group(group: Group, write: Writer) -> tuple[list[Row], dict[str, str]]:
-    """Checks, measures and prints one shape and dtype; its rows, and what was wrong or raised and is not among them."""
-    shape = group.shape
-    wrong = group.refuse_wrong()
-    for name, why in wrong.items():
-        print(f"  {name} is WRONG and is not timed: {why}", flush=True)
-    times = group.measure()
-    dense = times[BASELINE]
-    share = spread([1 - s / d for s, d in zip(times[group.skipped.kind], dense)])
-    rows = []
-    for provider in [None, *group.providers]:
-        key = BASELINE if provider is None else provider.key
-        kind, density = ("dense", 1.0) if provider is None else (provider.system, provider.density)
-        mixed = provider is not None and provider.mixed
-        several = provider.tasks(0, shape.sentences) if provider is not None and mixed else ""
-        own = times[key]
-        timing = timing_fields(spread([1e3 * t for t in own]), paired(dense, own), len(own))
-        row: Row = {
+    def row(self, provider: Provider, times: Mapping[str, list[float]]) -> Row:
+        """What is known of a provider."""
+        shape, dense = self.shape, times[BASELINE]
+        tasks, records = provider.tasks(0, shape.sentences), self._records[provider.key]
+        system, baseline = self.systems[provider.name], provider is DENSE
+        timing = timing_fields(dense, times[provider.key])
+        parts = {part: round(1e3 * statistics.median(one[part] for one in records), 3) for part in STEP_PARTS}
+        share = statistics.median(1 - s / d for s, d in zip(times[SKIPPED], dense))
+        remembered = bool(self.plan.memory) and (baseline or provider.density in self.plan.memory)
+        masks = {} if baseline else self.masks[provider.density]
+        return {
             "kind": "step",
             **shape.fields(),
-            "batch": "mixed" if mixed else "pure",
-            "tasks_in_batch": len(set(several)) if mixed else 1,
-            "system": kind,
-            "optimizer": "adamw" if provider is None else provider.optimizer,
-            "dtype": str(group.dtype).removeprefix("torch."),
-            "density": density,
+            "batch": BATCHES[provider.mixed],
+            "tasks_in_batch": len(set(tasks)) if provider.mixed else 1,
+            "system": provider.system,
+            "optimizer": provider.optimizer,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "density": provider.density,
             "baseline": BASELINE,
             **timing,
             "tokens_per_second": round(1e3 * shape.tokens / timing["milliseconds"], 1),
-            "parts": group.parts(key),
-            "feed_forward_share": round(share.median, 4),
-            "peak_bytes": group.peak(provider),
-            "mask_bytes": 0 if provider is None else mask_bytes(kind, shape, group.model, group.masks[density]),
+            "parts": parts,
+            "feed_forward_share": round(share, 4),
+            "peak_bytes": peak_bytes(lambda: system.step(self.batches[0], tasks), self.device) if remembered else None,
+            "mask_bytes": mask_bytes(provider.system, shape, self.model, masks),
             "tasks": TASKS,
         }
-        rows.append(write(row))
-        print(step_summary.line(row), flush=True)
-    print(step_summary.conclusion(rows, share, paired(dense, times[AGAIN])), flush=True)
-    return rows, wrong | group.raised
+
+
+def _shown(call: Call) -> Call:
+    """A call that prints a point for each round."""
+
+    def shown(number: int) -> object:
+        print(".", end="", flush=True)
+        return call(number)
+
+    return shown
+
+
+def run_group(group: Group, write: Writer) -> list[Row]:
+    """Checks, measures and prints one shape and dtype; its rows."""
+    group.refuse_wrong()
+    times = group.measure()
+    rows = []
+    for provider in (DENSE, *group.providers):
+        rows.append(write(group.row(provider, times)))
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in rows[-1]["parts"].items())
+        print(line(provider.key, rows[-1], f"({parts})"), flush=True)
+    noise = paired(times[BASELINE], times[AGAIN])
+    share = spread([1 - s / d for s, d in zip(times[SKIPPED], times[BASELINE])])
+    print(f"  noise: dense against itself {noise.median:.2f}x [{noise.low:.2f}, {noise.high:.2f}]")
+    print(
+        f"  feed-forward share of the dense step: {share.median:.1%} [{share.low:.1%}, {share.high:.1%}] (pairs skipped)"
+    )
+    print("\n".join(["", *tables.steps(rows)]), flush=True)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where a system computed something wrong or something raised."""
-    options = _options(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    chosen = _chosen(options, plan(options.set, device.type))
-    write, began = Writer(options.json, device), time.perf_counter()
-    wrong: dict[str, str] = {}
-    print(f"training steps on {device_name(device)}, torch {torch.__version__}")
-    for name, dtype in chosen.groups:
-        shape = shape_for(name, options.set, device)
-        print(f"\n{step_summary.title(shape, dtype)}\n  checking, then rounds ", end="", flush=True)
-        started = time.perf_counter()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device, write = cli.started(parser, options)
+    chosen, began = _chosen(options, plan(options.set, device.type)), time.perf_counter()
+    failed: dict[str, str] = {}
+
+    def groups(shape: Shape, dtype: torch.dtype) -> None:
+        group = Group(shape, dtype, device, chosen)
         try:
-            group = Group(shape, DTYPES[dtype], device, chosen)
-            wrong |= run_group(group, write)[1]
-            del group
-        except Exception as error:
-            wrong[name] = trouble.in_a_line(error)
-            trouble.report(f"not measured: {name}, {dtype}", error)
-            if trouble.device_is_lost(device):
-                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-                return 1
-        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-        free(device)
-    limit = 2**30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
-    limit = 2**20 if options.set == "smoke" else limit
-    for name, dtype in chosen.growing if chosen.counts else ():
-        shape = shape_for(name, options.set, device)
-        print(f"\nNumber of tasks: {step_summary.title(shape, dtype)}", flush=True)
-        try:
-            growth(
-                shape,
-                device,
-                DTYPES[dtype],
-                chosen.counts,
-                chosen.systems,
-                write,
-                rounds=options.rounds or chosen.growth_rounds,
-                release_limit=limit,
-            )
-        except Exception as error:
-            wrong[f"number of tasks, {name}"] = trouble.in_a_line(error)
-            trouble.report(f"not measured: number of tasks, {name}, {dtype}", error)
-            if trouble.device_is_lost(device):
-                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-                return 1
+            run_group(group, write)
+        finally:
+            failed.update(group.failed)
+
+    def growing(shape: Shape, dtype: torch.dtype) -> None:
+        free_bytes = 2**30 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
+        limit = 2**20 if options.set == "smoke" else free_bytes
+        rounds = options.rounds or chosen.growth_rounds
+        rows = []
+        for row in growth(shape, device, dtype, chosen.counts, chosen.systems, rounds=rounds, release_limit=limit):
+            rows.append(write(row))
+            print(line(f"{row['system']}, {row['tasks']} tasks", row), flush=True)
+        print("\n".join(["", *tables.tasks(rows)]), flush=True)
+
+    todo: list[tuple[str, Callable[[Shape, torch.dtype], None], tuple[tuple[str, str], ...]]] = [
+        ("training step", groups, chosen.groups),
+        ("number of tasks", growing, chosen.growing if chosen.counts else ()),
+    ]
+    try:
+        for what, measure, name, dtype in ((what, measure, *one) for what, measure, several in todo for one in several):
+            shape, started = shape_for(name, options.set, device), time.perf_counter()
+            print(f"\n{what}: {model_name(shape.fields())}, {dtype}, {shape.tokens} tokens", flush=True)
+            try:
+                measure(shape, DTYPES[dtype])
+            except Exception as error:
+                failed[f"{what}, {name}"] = trouble.report(f"not measured: {what}, {name}, {dtype}", error, device)
+            print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+            free(device)
+    except trouble.DeviceLost:
+        print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
+        return 1
     print(f"\n{time.perf_counter() - began:.0f} s")
-    return 1 if wrong else 0
+    return 1 if failed else 0
+
+
+def shape_for(name: str, which: str, device: torch.device) -> Shape:
+    """The real shape on a GPU, a smaller one on a CPU and in a smoke test."""
+    shape = SHAPES[name]
+    if which == "smoke":
+        return tiny(shape)
+    return shape if device.type == "cuda" else scaled_down(shape)
 
 
 def _chosen(options: argparse.Namespace, given: Plan) -> Plan:
     """The plan of the set with what the command line asks for in its place."""
+    asked: dict[str, object] = {}
     if options.shapes or options.dtypes:
         shapes = options.shapes or list(dict.fromkeys(shape for shape, _ in given.groups))
         dtypes = options.dtypes or list(dict.fromkeys(dtype for _, dtype in given.groups))
-        groups = tuple((shape, dtype) for shape in shapes for dtype in dtypes)
-        given = replace(given, groups=groups, growing=tuple((shape, dtypes[0]) for shape in shapes))
+        asked["groups"] = tuple((shape, dtype) for shape in shapes for dtype in dtypes)
+        asked["growing"] = tuple((shape, dtypes[0]) for shape in shapes)
     if options.densities:
-        asked = tuple(sorted(set(options.densities)))
-        given = replace(
-            given, densities=asked, mixed_row_sparse=True, mixed=asked, release=asked, row_sparse=asked, memory=asked
-        )
+        densities = tuple(sorted(set(options.densities)))
+        asked |= dict.fromkeys(("densities", "mixed", "release", "row_sparse", "memory"), densities)
+        asked["mixed_row_sparse"] = True
     if options.systems:
-        given = replace(given, systems=tuple(name for name in options.systems if name != "dense"))
-    if options.optimizers:
-        given = replace(given, optimizers=tuple(options.optimizers))
-    if options.batches:
-        given = replace(given, batches=tuple(options.batches))
+        asked["systems"] = tuple(name for name in options.systems if name != "dense")
+    asked |= {name: tuple(found) for name in ("optimizers", "batches") if (found := getattr(options, name))}
     if options.rounds:
-        given = replace(given, rounds=options.rounds, seconds=float("inf"))
+        asked |= {"rounds": options.rounds, "seconds": float("inf")}
     if options.seconds is not None:
-        given = replace(given, seconds=options.seconds)
+        asked["seconds"] = options.seconds
     if options.no_memory:
-        given = replace(given, memory=())
-    return given if options.tasks is None else replace(given, counts=tuple(sorted(set(options.tasks) - {0})))
+        asked["memory"] = ()
+    if options.tasks is not None:
+        asked["counts"] = tuple(sorted(set(options.tasks) - {0}))
+    return replace(given, **asked)  # type: ignore[arg-type]
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=(__doc__ or "").split("\n", 1)[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("bench.steps", __doc__, default="full")
     add = parser.add_argument
-    add("--set", choices=("full", "quick", "smoke"), default="full")
     add("--shapes", nargs="+", choices=list(SHAPES))
-    add("--dtypes", nargs="+", choices=list(DTYPES), help="bfloat16 is autocast")
+    add("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="bfloat16 is autocast")
     add("--densities", nargs="+", type=_density, help="shares of active neurons, in (0, 1]")
     add("--systems", nargs="+", choices=("dense", "release", "forward", "update"), help="beside dense, always there")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, help="of the systems beside dense")
@@ -369,10 +381,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="at least so many, however long they take")
     add("--seconds", type=float, help="no round of a shape is begun after so many; three are done anyway")
     add("--no-memory", action="store_true", help="without peak memory")
-    add("--device", default="auto", help="auto, cpu, cuda")
-    add("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    add("--json", type=Path, help="append the rows to this file")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _density(text: str) -> float:

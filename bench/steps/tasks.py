@@ -5,29 +5,16 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-import nspec
 from bench.report.summary import REAL_DENSITY
-from bench.rows import Row, Writer, figure, timing_fields
-from bench.steps.model import (
-    Batch,
-    Shape,
-    System,
-    build,
-    draw_masks,
-    free,
-    held_bytes,
-    mask_weights,
-    random_batches,
-    release_bytes,
-    task_name,
-)
-from bench.timing import interleaved, paired, spread, synchronize
+from bench.rows import TIMES, Row, timing_fields
+from bench.steps.model import Batch, Shape, build, draw_masks, random_batches, task_name
+from bench.steps.systems import System, free, held_bytes, release_bytes
+from bench.timing import interleaved
 
-DENSITY = REAL_DENSITY
 SWITCHES = 200
 ROTATION = 32  # distinct tasks that the steps cycle through; the copies that a GPU makes at first use are made before
 
@@ -38,12 +25,11 @@ def growth(
     dtype: torch.dtype,
     counts: Sequence[int],
     systems: Sequence[str],
-    write: Writer,
     *,
     rounds: int,
     release_limit: int,
-) -> list[Row]:
-    """Measures and prints a row for each system and number of tasks; the first number is what others are compared with.
+) -> Iterator[Row]:
+    """A row for each system and number of tasks; the first number is what others are compared with.
 
     Args:
         shape: of the model.
@@ -51,82 +37,37 @@ def growth(
         dtype: float32, or bfloat16 under autocast.
         counts: numbers of tasks, ascending.
         systems: of ``release``, ``forward``, ``update``.
-        write: stamps and stores the rows.
         rounds: at least so many.
         release_limit: bytes of the release's masks that are still allocated; for more only their size is computed.
     """
     model, batches = build(shape, device), random_batches(shape, device)
-    rows = []
     for kind in systems:
         fitting = [n for n in counts if kind != "release" or release_bytes(shape, n) <= release_limit]
-        members: dict[int, System] = {}
-        taken: dict[int, float] = {}
-        held: dict[int, int] = {}
-        for tasks in fitting:
-            members[tasks], taken[tasks] = _specialized(kind, model, shape, tasks, dtype)
-            held[tasks] = held_bytes(members[tasks].model)
+        members = {n: System(kind, model, draw_masks(shape, REAL_DENSITY, n), dtype=dtype) for n in fitting}
+        held = {n: held_bytes(system.model) for n, system in members.items()}
         chosen = {n: _rotation(n) for n in fitting}
-        _touch(members, chosen, batches[0])
-        times = interleaved(
-            {str(n): _cycling(members[n], batches, chosen[n]) for n in fitting},
-            device,
-            rounds=rounds,
-            least_seconds=0,
-            warmup=1,
-        )
-        for tasks in counts:
-            row: Row = {"kind": "tasks", "system": kind, "optimizer": "adamw", "tasks": tasks, "density": DENSITY}
-            row |= {"dtype": str(dtype).removeprefix("torch."), **shape.fields(), "computed": tasks not in members}
-            if tasks in members:
-                own = times[str(tasks)]
-                row |= {"mask_bytes": held[tasks], "specialize_seconds": round(taken[tasks], 4)}
-                row["task_switch_microseconds"] = round(1e6 * _switch(members[tasks], chosen[tasks]), 1)
-                row |= timing_fields(spread([1e3 * t for t in own]), paired(times[str(fitting[0])], own), len(own))
+        for n, system in members.items():
+            _touch(system, chosen[n], batches[0])
+        cycling = {str(n): _cycling(members[n], batches, chosen[n]) for n in fitting}
+        times = interleaved(cycling, device, rounds=rounds, least_seconds=0, warmup=1)
+        for n in counts:
+            row: Row = {"kind": "tasks", "system": kind, "optimizer": "adamw", "tasks": n, "density": REAL_DENSITY}
+            row |= {"dtype": str(dtype).removeprefix("torch."), **shape.fields(), "computed": n not in members}
+            if n in members:
+                row |= {"mask_bytes": held[n], "specialize_seconds": round(members[n].seconds, 4)}
+                row["task_switch_microseconds"] = round(1e6 * _switch(members[n], chosen[n]), 1)
+                row |= timing_fields(times[str(fitting[0])], times[str(n)])
             else:
-                row |= {"mask_bytes": release_bytes(shape, tasks), "specialize_seconds": None}
-                row["task_switch_microseconds"] = None
-                nothing = spread([float("nan")])
-                row |= dict.fromkeys(timing_fields(nothing, nothing, 0)) | {"rounds": 0}
-            rows.append(write(row))
-            print(describe(row, counts[0]), flush=True)
+                row |= {"mask_bytes": release_bytes(shape, n), "rounds": 0}
+                row |= dict.fromkeys(("specialize_seconds", "task_switch_microseconds", *TIMES))
+            yield row
         members.clear()
         free(device)
-    return rows
-
-
-def describe(row: Row, first: int) -> str:
-    """One line of the table."""
-    begin = f"  {row['system']:8} {row['tasks']:5} tasks  masks {row['mask_bytes'] / 2**20:9.1f} MiB"
-    if row["computed"]:
-        return f"{begin} (computed, not allocated: too large to be measured here)"
-    return (
-        f"{begin}  step {row['milliseconds']:8.1f} ms, {figure(row)} of {first} tasks;"
-        f"  switch {row['task_switch_microseconds']:7.0f} us;  specialize {row['specialize_seconds']:.3f} s"
-    )
-
-
-def _specialized(
-    kind: str, model: torch.nn.Module, shape: Shape, tasks: int, dtype: torch.dtype
-) -> tuple[System, float]:
-    """A system with so many tasks, and the seconds that putting their masks on its model took."""
-    masks = draw_masks(shape, DENSITY, tasks)
-    ours = nspec.NeuronMasks(masks) if kind != "release" else None
-    system = System("dense", model, {}, dtype=dtype)
-    began = time.perf_counter()
-    if ours is None:
-        mask_weights(system.model, masks)
-    else:
-        nspec.specialize(system.model, ours, mode=kind)  # type: ignore[arg-type]
-    synchronize(system.device)
-    seconds = time.perf_counter() - began
-    system.kind = kind
-    return system, seconds
 
 
 def _rotation(tasks: int) -> list[str]:
-    names = [task_name(DENSITY, number) for number in range(tasks)]
-    generator = random.Random(tasks)
-    return generator.sample(names, min(tasks, ROTATION))
+    names = [task_name(REAL_DENSITY, number) for number in range(tasks)]
+    return random.Random(tasks).sample(names, min(tasks, ROTATION))
 
 
 def _cycling(system: System, batches: list[Batch], tasks: list[str]) -> Callable[[int], None]:
@@ -134,12 +75,10 @@ def _cycling(system: System, batches: list[Batch], tasks: list[str]) -> Callable
 
 
 @torch.no_grad()
-def _touch(members: dict[int, System], chosen: dict[int, list[str]], batch: Batch) -> None:
-    one = {name: tensor[:1] for name, tensor in batch.items()}
-    for tasks, system in members.items():
-        for task in chosen[tasks]:
-            with system.switched(task):
-                system.loss(one)
+def _touch(system: System, tasks: list[str], batch: Batch) -> None:
+    for task in tasks:
+        with system.switched(task):
+            system.loss({name: tensor[:1] for name, tensor in batch.items()})
 
 
 def _switch(system: System, tasks: list[str]) -> float:

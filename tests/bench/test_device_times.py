@@ -13,6 +13,7 @@ from bench import operators, timing
 from bench.cases import Case
 from bench.providers import problem
 from bench.report import cells, summary, tables
+from bench.rows import timing_fields
 
 DEVICE = torch.device("cuda")
 HERTZ = 2e9
@@ -99,11 +100,11 @@ def test_a_call_that_waits_for_the_device_has_no_device_time(gpu: Pretended) -> 
     found = timing.interleaved_on_device({"a": waiting, "b": lambda _: gpu.work(1e-5, 1e-4)}, DEVICE, rounds=4)
     assert list(found) == ["b"]
     assert max(gpu.slept) <= 1.5 * timing.LONGEST_SLEEP
-    assert operators.device_fields([1e-4] * 4, [math.nan] * 4) == {}
+    assert timing_fields([1e-4] * 4, [math.nan] * 4, "device_") == {}
 
 
 def test_a_round_without_a_figure_is_left_out_of_the_pairs() -> None:
-    fields = operators.device_fields([2e-3, 2e-3, 2e-3, 9.0], [1e-3, 1e-3, 1e-3, math.nan])
+    fields = timing_fields([2e-3, 2e-3, 2e-3, 9.0], [1e-3, 1e-3, 1e-3, math.nan], "device_")
     assert (fields["device_milliseconds"], fields["device_speedup"], fields["device_rounds"]) == (1.0, 2.0, 3)
 
 

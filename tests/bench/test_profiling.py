@@ -15,6 +15,7 @@ import nspec
 pytest.importorskip("transformers")
 
 from bench import profiling
+from bench.steps import model as step_model
 from nspec.specialization.layers import find_blocks
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_a_corpus_has_full_batches_padding_and_sentences_of_many_lengths() -> No
             longest = max(batch["input_ids"].shape[1], batch["labels"].shape[1])
             assert 0.5 * work.batch_tokens < len(batch["input_ids"]) * longest <= work.batch_tokens
             for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
-                assert torch.equal(batch[ids] == profiling.PAD, batch[mask] == 0)
+                assert torch.equal(batch[ids] == step_model.PAD, batch[mask] == 0)
             assert torch.equal(batch["labels"] == -100, batch["decoder_attention_mask"] == 0)
             shifted, labels = batch["decoder_input_ids"][:, 1:], batch["labels"]
             real = labels[:, 1:] != -100
