@@ -24,7 +24,7 @@ import torch
 from bench.cases import Case, cases
 from bench.machine import pick_device, stamp
 from bench.providers import Problem, problem
-from bench.providers.problem import BACKENDS
+from bench.providers.shared import BACKENDS
 from bench.timing import synchronize
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra `bench`)")

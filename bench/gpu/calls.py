@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from bench.gpu.experiments import block_calls
 from bench.gpu.lab import Lab, Operands, backend, forget, launches
-from bench.providers.problem import random_sets
+from bench.providers.shared import random_sets
 from bench.rows import Row
 from nspec.kernels.common import products
 from nspec.kernels.compact_ffn import compact_ffn

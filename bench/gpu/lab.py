@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import timing, trouble
 from bench.gpu.predictions import DEVICE, PREDICTIONS, SOURCE
-from bench.providers.problem import equal_offsets, random_sets
+from bench.providers.shared import equal_offsets, random_sets
 from bench.report.summary import roof
 from bench.rows import Row
 from nspec.kernels.common.active import active_index

@@ -12,7 +12,7 @@ import torch
 from bench import cases, operators
 from bench.cases import Case
 from bench.providers import Problem, problem
-from bench.providers.problem import CHECK, backend, noise, random_sets, same
+from bench.providers.shared import CHECK, backend, noise, random_sets, same
 from bench.report import __main__ as report
 from bench.report import summary
 from bench.rows import Row, Writer, read
