@@ -18,6 +18,7 @@ be compared.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import json
@@ -357,6 +358,7 @@ def changes(base: Mapping[str, Sequence[float]], head: Mapping[str, Sequence[flo
     if base.keys() != head.keys():
         raise ValueError(f"the sides have other cases: {sorted(base.keys() ^ head.keys())}")
     found: dict[str, Change] = {}
+    quantile = functools.cache(lambda count: t_quantile(1 - LEVEL, count - 1))
     for name, before in base.items():
         after, count = head[name], len(before)
         if count != len(after) or count < 2:
@@ -365,7 +367,7 @@ def changes(base: Mapping[str, Sequence[float]], head: Mapping[str, Sequence[flo
         mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count)
         noise = math.sqrt(statistics.variance(before) + statistics.variance(after))
         t = abs(mean) / error if error else math.inf * abs(mean) if mean else 0.0
-        half = t_quantile(1 - LEVEL, count - 1) * error
+        half = quantile(count) * error
         found[name] = Change(mean, mean - half, mean + half, noise, t_tail(t, count - 1), "within noise")
     for (name, change), p in zip(found.items(), holm([c.p for c in found.values()]).tolist(), strict=True):
         moved = p <= LEVEL and abs(change.mean) > max(change.noise, LEAST)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[int], object]
 """What is timed: called with the number of the input set to use."""
 
@@ -181,7 +184,7 @@ def interleaved(
     def sample(name: str, number: int) -> None:
         times[name].append(seconds(calls[name], device, first=number, calls=repeat[name]))
 
-    _in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
+    in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
     return times
 
 
@@ -205,33 +208,31 @@ def interleaved_on_device(
         times[name].append(math.nan if found is None else found)
 
     if queues:
-        _in_rounds(list(queues), sample, rounds, 0.0, most_seconds, 4)
+        in_rounds(list(queues), sample, rounds, 0.0, most_seconds, 4)
     return times
 
 
-def _in_rounds(
-    names: Sequence[str],
-    sample: Callable[[str, int], None],
+def in_rounds(
+    names: Sequence[T],
+    sample: Callable[[T, int], None],
     rounds: int,
-    least_seconds: float,
-    most_seconds: float,
-    always: int,
+    least_seconds: float = 0.0,
+    most_seconds: float = math.inf,
+    always: int = 1,
 ) -> None:
-    """Samples each name once a round; see :func:`interleaved`."""
-    names = list(names)
+    """Samples each name once a round, none always first; see :func:`interleaved`."""
     collecting = gc.isenabled()
+    gc.collect()
     gc.disable()  # a collection in the middle of one provider's turn would be charged to it
     try:
         began = time.perf_counter()
-        done = 0
-        while True:
+        for done in itertools.count():
             elapsed = time.perf_counter() - began
             if done >= always and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
                 return
             shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in (*names[shift:], *names[:shift]):
                 sample(name, done)
-            done += 1
     finally:
         if collecting:
             gc.enable()

@@ -17,14 +17,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-import torch
-
-from bench import trouble
+from bench import cli, trouble
 from bench.ceilings import ceilings
 from bench.gpu.lab import Lab, not_made
-from bench.machine import device_name, pick_device
 from bench.report import cells, tables
 from bench.report.summary import ceilings as limits_of
 from bench.rows import Row, Writer
@@ -119,24 +115,18 @@ def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where something failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe", description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("bench.gpu.probe", __doc__, default="full")
     parser.add_argument("--only", type=chosen, default=list(EXPERIMENTS), metavar="E1,E3", help="default: all")
-    parser.add_argument("--set", choices=("full", "smoke"), default="full", help="smoke: tiny sizes")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, help="file that rows are appended to")
     args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device, write = cli.started(parser, args)
     small = args.set == "smoke"
     if device.type == "cpu":
         if not small:
             parser.error("on a CPU the kernels run in Triton's interpreter, for tiny sizes alone: add --set smoke")
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
     os.environ["NSPEC_BACKEND"] = "triton"
-    lab, write = Lab(device, small), Writer(args.json, device)
-    print(f"{device_name(device)}, torch {torch.__version__}: {', '.join(args.only)}")
+    lab = Lab(device, small)
+    print(", ".join(args.only))
     found = [write(row) for row in ceilings(device, [str(lab.dtype).removeprefix("torch.")], seconds=1.0, small=small)]
     lab.limits = limits_of(found)
     for row in found:

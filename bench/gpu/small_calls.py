@@ -20,8 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench import trouble
-from bench.machine import pick_device
+from bench import cli, trouble
 from nspec.kernels.common.active import active_index
 from nspec.kernels.common.backend import OPERATORS
 from nspec.kernels.compact_fc1 import compact_fc1
@@ -167,10 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="default: all")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = cli.device_of(parser, args)
     asked = os.environ.setdefault("NSPEC_BACKEND", "triton" if device.type == "cuda" else "auto")
     checked = failed = 0
     for operator, shape, mixed, dtype in itertools.product(args.operators, SHAPES, (False, True), DTYPES):
