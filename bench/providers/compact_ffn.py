@@ -113,7 +113,9 @@ def problem(case: Case, device: torch.device) -> Problem:
     if offsets is not None and case.grouped:
         _grouped(made, step, results, index, active, offsets)
     made.providers += shared.ours(
-        lambda: compact_ffn(*sets[0][0], chosen, task_offsets=offsets, index=index, explain=True),
+        compact_ffn,
+        (*sets[0][0], chosen),
+        {"task_offsets": offsets, "index": index},
         step(lambda t: compact_ffn(*t, chosen, task_offsets=offsets, index=index)),
         results,
     )

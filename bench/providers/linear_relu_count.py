@@ -60,7 +60,5 @@ def problem(case: Case, device: torch.device) -> Problem:
     made.providers += [plain, Provider("relu(linear), count", lambda n: _counted(*take(n)), both)]
     counting = torch.compile(_counted, dynamic=False)
     shared.compiled(made, Provider("relu(linear), count, compiled", lambda n: counting(*take(n)), both))
-    made.providers += shared.ours(
-        lambda: linear_relu_count(*sets[0], explain=True), lambda n: linear_relu_count(*take(n)), both
-    )
+    made.providers += shared.ours(linear_relu_count, sets[0], {}, lambda n: linear_relu_count(*take(n)), both)
     return made

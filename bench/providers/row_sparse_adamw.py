@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def problem(case: Case, device: torch.device) -> Problem:
 
     One set of inputs: twelve layers with their moments are larger than a cache. Each provider is checked on clones.
     """
-    d, d_ff = case.d_model, case.d_ff
+    d, d_ff, operator = case.d_model, case.d_ff, cast(Callable[..., Any], row_sparse_adamw_)
     draw = lambda: [shared.noise(d_ff, d, device=device) for _ in range(LAYERS)]
     lists: Lists = (draw(), draw(), draw(), [t.abs_() for t in draw()])
     active = list(shared.random_sets(LAYERS, d_ff, case.active, device))
@@ -72,11 +72,11 @@ def problem(case: Case, device: torch.device) -> Problem:
         wide: Lists = tuple([t.double() for t in column] for column in start)  # type: ignore[assignment]
         sets = active[:2] if computes == "active" else [torch.ones_like(one) for one in active[:2]]
         with shared.backend("reference"):
-            row_sparse_adamw_(*wide, sets, **OPTIONS)
+            operator(*wide, sets, **OPTIONS)
         return _named(wide)
 
-    def own(all_lists: Lists, _: list[Tensor], **explain: Any) -> Any:
-        return row_sparse_adamw_(*all_lists, active[: len(all_lists[0])], **OPTIONS, **explain)
+    def own(all_lists: Lists, _: list[Tensor]) -> None:
+        operator(*all_lists, active[: len(all_lists[0])], **OPTIONS)
 
     def work(computes: Computes) -> tuple[int, int]:
         elements = LAYERS * d * (case.active if computes == "active" else d_ff)
@@ -96,7 +96,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     if device.type == "cuda":  # on a CPU the loop it makes takes minutes to compile, and is no faster
         whole = torch.compile(lambda all_lists, s: _torch(all_lists, s, fused=False), dynamic=False)
         shared.compiled(made, provider("foreach AdamW, compiled", whole, "all"))
-    made.providers += shared.ours(lambda: own(lists, [], explain=True), provider("", own).call, checked)
+    made.providers += shared.ours(row_sparse_adamw_, (*lists, active), OPTIONS, provider("", own).call, checked)
     return made
 
 

@@ -98,11 +98,9 @@ def problem(case: Case, device: torch.device) -> Problem:
         shared.compiled(
             made,
             Provider("dense, bias gradient, compiled", lambda n: dense(*take(n)), names, computes="all"),
-            Provider("weight x mask, compiled", lambda n: mask(*take(n), masks[0]), names),
+            Provider("weight x mask, compiled", lambda n: mask(take(n)[0], take(n)[1], masks[0]), names),
         )
-    made.providers += shared.ours(
-        lambda: row_sparse_wgrad(*sets[0], chosen, task_offsets=offsets, explain=True), call, names
-    )
+    made.providers += shared.ours(row_sparse_wgrad, (*sets[0], chosen), {"task_offsets": offsets}, call, names)
     return made
 
 

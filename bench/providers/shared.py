@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from nspec.kernels.common.backend import Choice
 
 Computes = Literal["active", "all"]
 Results = dict[str, Tensor]
@@ -173,26 +172,33 @@ def backend(name: str) -> Iterator[None]:
 
 
 def ours(
-    explain: Callable[[], Choice], call: Callable[[int], Any], results: Callable[[Any], Results]
+    operator: Callable[..., Any],
+    arguments: Sequence[Any],
+    options: Mapping[str, Any],
+    call: Callable[[int], Any],
+    results: Callable[[Any], Results],
 ) -> Iterator[Provider]:
     """Our providers: as nspec chooses, then each other backend that takes the call.
 
     Args:
-        explain: the operator's call with ``explain=True``.
+        operator: which says for ``arguments`` and ``options`` with ``explain=True`` what would take the call.
+        arguments: of the operator.
+        options: likewise.
         call: the operator's call.
         results: as in :class:`Provider`.
     """
-    chosen = explain().backend
+    chosen = operator(*arguments, **options, explain=True).backend
     yield Provider("ours", call, results, ours=True, backend=chosen)
     for name in BACKENDS:
         if name == chosen or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             continue  # an interpreter is for tests, and no contender
+        forced = backend(name)(call)  # the setting is read at each call of an operator
         try:
             with backend(name):
-                explain()
+                operator(*arguments, **options, explain=True)
         except ValueError:
             continue  # refuses these arguments; `nspec env` says why
-        yield Provider(f"ours: {name}", backend(name)(call), results, ours=True, backend=name)
+        yield Provider(f"ours: {name}", forced, results, ours=True, backend=name)
 
 
 def attempt(problem: Problem, *providers: Provider, said: str = "") -> None:
