@@ -287,7 +287,7 @@ def measure(name: str, row: Measured, baseline: Measured, fake: FakeGpu, rounds:
     made |= dict(zip(counted, totals(counted)))
     microseconds = spread([1e6 * value for value in seconds])
     for field, found, digits in (("microseconds", microseconds, 1), ("ratio", paired(seconds, dense), 3)):
-        for end, value in (("", found.median), ("_low", found.low), ("_high", found.high)):
+        for end, value in zip(("", "_low", "_high"), found):
             made[f"{field}{end}"] = round(value, digits)
     return made
 

@@ -39,7 +39,7 @@ def timing_fields(base: Sequence[float], own: Sequence[float], prefix: str = "",
     if len(both) < 3:
         return {}
     spreads = spread([1e3 * o / calls for _, o in both]), spread([b / o for b, o in both])
-    ends = [round(end, 4) for found in spreads for end in (found.median, found.low, found.high)]
+    ends = [round(end, 4) for found in spreads for end in found]
     return {f"{prefix}rounds": len(both)} | {f"{prefix}{name}": end for name, end in zip(TIMES, ends)}
 
 

@@ -18,8 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -42,8 +41,7 @@ FEW = 10
 """Of fewer values than this no tenth can be left out at an end."""
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Median, and the ends of the middle 80 %; of all, where there are fewer than ten."""
 
     median: float
@@ -70,42 +68,49 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _by_events(device: torch.device, work: Callable[[], object], sleep: int = 0) -> tuple[float, bool]:
+    """Seconds on a GPU from the start of the first kernel of ``work`` to the end of the last.
+
+    And whether the host was ahead of the device: after as many cycles of ``sleep``, all was queued before the first began.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    if sleep:
+        torch.cuda._sleep(sleep)
+    start.record()
+    work()
+    end.record()
+    ahead = not start.query()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3, ahead
+
+
 def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) -> float:
     """Mean seconds as called of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
 
-    On a GPU by device events, from the start of the first kernel to the end of the last: where the host is too slow to
-    keep the device busy, the gaps count, as they do for a user.
+    On a GPU by device events: where the host is too slow to keep the device busy, the gaps count, as they do for a user.
     """
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
+
+    def work() -> None:
         for number in range(calls):
             call(first + number)
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / calls
+
+    if device.type == "cuda":
+        return _by_events(device, work)[0] / calls
     began = time.perf_counter()
-    for number in range(calls):
-        call(first + number)
+    work()
     return (time.perf_counter() - began) / calls
 
 
 @functools.cache
 def _cycles_per_second(device: torch.device) -> float:
     """The clock that ``torch.cuda._sleep`` counts, as fast as it runs now."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     cycles = 10**7
-    for _ in range(2):  # the first time its code is loaded
-        start.record()
-        torch.cuda._sleep(cycles)
-        end.record()
-        end.synchronize()
-    return cycles / (float(start.elapsed_time(end)) / 1e3)
+    taken = [_by_events(device, lambda: torch.cuda._sleep(cycles))[0] for _ in range(2)]  # its code is loaded first
+    return cycles / taken[-1]
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(NamedTuple):
     """How a call is queued on a GPU: so many calls behind a kernel that waits so many seconds."""
 
     calls: int
@@ -117,16 +122,13 @@ def queued_seconds(call: Call, device: torch.device, first: int, queue: Queue) -
 
     The device sleeps first. If it still does when all calls are queued, it computes them without a gap.
     """
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(queue.sleep * _cycles_per_second(device)))
-    start.record()
-    for number in range(queue.calls):
-        call(first + number)
-    end.record()
-    ahead = not start.query()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / queue.calls if ahead else None
+
+    def work() -> None:
+        for number in range(queue.calls):
+            call(first + number)
+
+    taken, ahead = _by_events(device, work, sleep=int(queue.sleep * _cycles_per_second(device)))
+    return taken / queue.calls if ahead else None
 
 
 def queue_for(call: Call, device: torch.device) -> Queue | None:

@@ -54,24 +54,15 @@ def chosen(text: str) -> list[str]:
 
 def line(row: Row) -> str:
     """One measurement as it comes."""
-    if row.get("absent"):
-        return f"  {row['name']:<58} not here: {row['absent']}"
-    if row["reason"]:
-        return f"  {row['name']:<58} FAILED: {row['reason']}"
-    note = f"  ({row['note']})" if row["note"] else ""
-    time = f"  {row['name']:<58} {row['microseconds']:10.1f} us"
-    if row["device_type"] == "cpu":
-        return f"{time} on the CPU{interpreted(row)}, tiny sizes{note}"
-    if row["small"]:
-        return f"{time} {row['of']}, tiny sizes{note}"
-    share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
-    expected = "" if not tables.is_compared(row) else f"  expected {tables.expected_range(row)}"
-    return f"{time} {row['of']}{share}{expected}{note}"
-
-
-def interpreted(row: Row) -> str:
-    """Said of a measurement on a CPU in which Triton's interpreter ran kernels."""
-    return ", in Triton's interpreter" if row.get("interpreted") else ""
+    name = f"  {row['name']:<58}"
+    if failed := row.get("absent") or row["reason"]:
+        return f"{name} {'not here' if row.get('absent') else 'FAILED'}: {failed}"
+    said = [f"{name} {row['microseconds']:10.1f} us {row['of'] if row['device_type'] == 'cuda' else 'on the CPU'}"]
+    said += [", in Triton's interpreter"] if row.get("interpreted") else []
+    said += [", tiny sizes"] if row["small"] else []
+    said += [f"  {row['roof_share']:.0%} of the roof"] if row["roof_share"] is not None else []
+    said += [f"  expected {tables.expected_range(row)}"] if tables.is_compared(row) else []
+    return "".join([*said, f"  ({row['note']})" if row["note"] else ""])
 
 
 def made(name: str, lab: Lab) -> Iterator[Row]:

@@ -39,6 +39,7 @@ def test_a_change_of_ten_percent_is_found_and_has_its_sign() -> None:
         found += moved(result).get("case3") == "slower"
         found += moved(result).get("case7") == "faster"
         assert result["case3"].low < result["case3"].mean < result["case3"].high
+    assert percent(0.0953102) == pytest.approx(10.0, abs=1e-4)
     assert found >= 190, "of 200 planted changes"
 
 
@@ -57,26 +58,17 @@ def test_an_interval_covers_the_change() -> None:
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_less_than_two_blocks_of_a_side_differ_is_no_change_however_sure() -> None:
+def test_what_is_no_change_however_sure() -> None:
     # The pairs agree that head is 3 % slower, but either side alone varies by 20 %.
     base = [0.0, 0.2, -0.2, 0.1, -0.1, 0.15]
-    head = [value + 0.03 + 0.0001 * i for i, value in enumerate(base)]
-    change = changes({"a": base}, {"a": head})["a"]
+    change = changes({"a": base}, {"a": [value + 0.03 + 0.0001 * i for i, value in enumerate(base)]})["a"]
     assert change.p < 0.001
     assert change.noise > 0.2
     assert change.verdict == "within noise"
-
-
-def test_a_tiny_change_does_not_count_however_sure() -> None:
     for shift, verdict in ((LEAST * 0.9, "within noise"), (LEAST * 1.2, "slower")):
-        base, head = planted(0, 1, 8, 1e-5, case0=shift)
-        assert changes(base, head)["case0"].verdict == verdict
-
-
-def test_equal_figures_are_no_change_and_constant_ones_are() -> None:
-    same = {"a": [0.5, 0.5, 0.5]}
-    assert changes(same, same)["a"].verdict == "within noise"
-    assert changes(same, {"a": [0.75, 0.75, 0.75]})["a"].verdict == "slower"
+        assert changes(*planted(0, 1, 8, 1e-5, case0=shift))["case0"].verdict == verdict
+    for head, verdict in ((0.5, "within noise"), (0.75, "slower")):  # no noise at all
+        assert changes({"a": [0.5] * 3}, {"a": [head] * 3})["a"].verdict == verdict
 
 
 def test_sides_that_do_not_match_are_refused() -> None:
@@ -84,10 +76,6 @@ def test_sides_that_do_not_match_are_refused() -> None:
         changes({"a": [1.0, 2.0]}, {"b": [1.0, 2.0]})
     with pytest.raises(ValueError, match="a: 1 and 1 blocks; expected the same number, two or more"):
         changes({"a": [1.0]}, {"a": [1.0]})
-
-
-def test_per_cent() -> None:
-    assert percent(0.0953102) == pytest.approx(10.0, abs=1e-4)
 
 
 def test_sides_alternate_so_that_a_linear_drift_cancels() -> None:
@@ -152,26 +140,23 @@ def test_trees_are_removed_after_an_error(repository: Path) -> None:
     assert not left(repository)
 
 
-def test_an_unknown_revision_is_one_clear_line(repository: Path) -> None:
-    with (
-        pytest.raises(compare.NotPossible, match=r"^no commit 'v9' in .*; `git log --oneline` lists them") as caught,
-        compare.trees(["HEAD", "v9"], repository),
-    ):
+@pytest.mark.parametrize(
+    ("spoil", "revision", "said"),
+    [
+        ([], "v9", r"^no commit 'v9' in .*; `git log --oneline` lists them$"),
+        (["git", "rm", "-rfq", "nspec"], None, "^the working tree holds no nspec"),
+        (["rm", "-r", ".git"], "HEAD", "not a git repository"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_clear_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, spoil: list[str], revision: str | None, said: str
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository.parent))
+    if spoil:
+        subprocess.run(spoil, cwd=repository, check=True)
+    with pytest.raises(compare.NotPossible, match=said) as caught, compare.trees([revision], repository):
         pass
     assert "\n" not in str(caught.value)
-    assert not left(repository)
-
-
-def test_a_folder_without_a_repository_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(compare.NotPossible, match="not a git repository"), compare.trees(["HEAD"], tmp_path):
-        pass
-
-
-def test_a_commit_without_the_package_is_an_error(repository: Path) -> None:
-    subprocess.run(["git", "rm", "-rfq", "nspec"], cwd=repository, check=True)
-    with pytest.raises(compare.NotPossible, match="the working tree holds no nspec"), compare.trees([None], repository):
-        pass
     assert not left(repository)
 
 
@@ -254,17 +239,10 @@ def test_errors_of_the_command_are_one_line(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_compares_a_commit_with_itself(tmp_path: Path) -> None:
     out = tmp_path / "changes.jsonl"
     command = [sys.executable, "-m", "bench.compare", "HEAD", "HEAD", "--set", "smoke", "--blocks", "3"]
-    command += [
-        "--seconds",
-        "0.01",
+    command += ["--seconds", "0.01", "--device", "cpu", "--threads", "1", "--json"] + [
+        str(out),
         "--cases",
         "x32x128 float32",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--json",
-        str(out),
     ]
     env = os.environ | ({} if compare.usable(ROOT / compare.LIBRARY, ROOT) else {"NSPEC_NATIVE": "0"})
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)

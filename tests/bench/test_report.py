@@ -217,7 +217,11 @@ def test_figures_are_the_same_for_the_same_rows_and_name_devices_and_units(both:
 
 
 def test_files_without_rows_and_rows_of_another_suite_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for content, said in (("", "no rows in"), ('{"a": 1}', "without `kind`"), ("x", "not JSON")):
+    for content, said in (
+        ("", "no rows in"),
+        ('{"a": 1}', "rows.jsonl, line 1: a row without `kind`"),
+        ('{"kind": "step"}\nx', "rows.jsonl, line 2: not JSON"),
+    ):
         (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
         assert report.main([str(tmp_path / "rows.jsonl")]) == 1
         assert said in capsys.readouterr().err
