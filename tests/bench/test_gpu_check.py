@@ -326,6 +326,8 @@ def test_a_copy_without_git_and_with_a_broken_kernel_delivers_every_other_part(t
 def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("NSPEC_BACKEND", "reference")
     assert small_calls.main(["--device", "cpu"]) == 0
+    said = f"{len(small_calls.SHAPES) * 4 * (2 + 3 + 6 + 4 + 5 + 3 + 4)} right results of {', '.join(OPERATORS)} on cpu"
+    assert said in capsys.readouterr().out
     real = small_calls.row_sparse_wgrad
 
     def wrong(dh: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -335,11 +337,6 @@ def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(small_calls, "row_sparse_wgrad", wrong)
     assert small_calls.main(["--device", "cpu"]) == 1
     assert "torch.float32: row_sparse_wgrad: db: relative error nan" in capsys.readouterr().out
-
-
-def test_small_calls_covers_every_operator() -> None:
-    found = small_calls.calls(small_calls.SHAPES[0], True, torch.float32, torch.device("cpu"))
-    assert {name.split(":")[0] for results in found for name in results} == set(OPERATORS)
 
 
 def test_the_gpu_tests_are_collected_without_hypothesis_and_pytest_timeout(tmp_path: Path) -> None:
