@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from bench.rows import Row
 from bench.timing import Call, interleaved
@@ -29,7 +30,8 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, 
     }
     operands = {name: torch.randn(2, n, n, device=device).to(getattr(torch, name)) for name in dtypes}
     calls: dict[str, Call] = {"memory " + name: call for name, (_, call) in moved.items()}
-    calls |= {f"matmul {name}": lambda _, pair=pair: pair[0] @ pair[1] for name, pair in operands.items()}
+    product: Callable[[Tensor], Call] = lambda pair: lambda _: pair[0] @ pair[1]
+    calls |= {f"matmul {name}": product(pair) for name, pair in operands.items()}
     times = interleaved(calls, device, rounds=5, least_seconds=seconds, most_seconds=3 * seconds)
     rounds = len(next(iter(times.values())))
     best = max(size / min(times["memory " + name]) for name, (size, _) in moved.items())
