@@ -30,7 +30,8 @@ def passes(o: Operands, forward: Callable[..., Tensor]) -> Callable[[], Any]:
 
 def public(o: Operands) -> Callable[[], Any]:
     """compact_ffn as users call it, with its gradients."""
-    return passes(o, lambda *leaves: compact_ffn(*leaves, o.active, task_offsets=o.offsets, index=o.index))
+    options: dict[str, Any] = {"task_offsets": o.offsets, "index": o.index}
+    return passes(o, lambda x, w1, b1, w2, b2: compact_ffn(x, w1, b1, w2, b2, o.active, **options))
 
 
 def dense(o: Operands) -> Callable[[], Any]:

@@ -75,16 +75,17 @@ def results(
         row_sparse_wgrad(dh, x, active, task_offsets=offsets, add_to=total)
         found["added to"] = total
     elif operator == "compact_ffn":
-        call = lambda *t: compact_ffn(*t, active, task_offsets=offsets)
-        found = passes(call, dy, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        block = lambda x, w1, b1, w2, b2: compact_ffn(x, w1, b1, w2, b2, active, task_offsets=offsets)
+        found = passes(block, dy, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     elif operator == "compact_fc1":
-        call = lambda *t: compact_fc1(*t, active, task_offsets=offsets, index=index)
-        found = passes(call, wide[0], x=x, w=w1, b=b1)
+        fc1 = lambda x, w, b: compact_fc1(x, w, b, active, task_offsets=offsets, index=index)
+        found = passes(fc1, wide[0], x=x, w=w1, b=b1)
     elif operator == "compact_fc2":
-        call = lambda *t: compact_fc2(*t, active, task_offsets=offsets, index=index)
-        found = passes(call, dy, h=wide[0], constant=b1, w=w2, b=b2)
+        fc2 = lambda h, constant, w, b: compact_fc2(h, constant, w, b, active, task_offsets=offsets, index=index)
+        found = passes(fc2, dy, h=wide[0], constant=b1, w=w2, b=b2)
     elif operator == "gated_activation":
-        found = passes(lambda *t: gated_activation(*t, "silu"), wide[2], gate=wide[0], up=wide[1])
+        gated = lambda gate, up: gated_activation(gate, up, "silu")
+        found = passes(gated, wide[2], gate=wide[0], up=wide[1])
     else:
         state = [draw(d_ff, d, to=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(4)]
         state[3].abs_()
