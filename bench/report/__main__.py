@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ _TWO_TIMES = (
     "which is what a user gets, and the second that of the device alone. Targets are about the second; a plot and a figure "
     "that stands alone are as called."
 )
-
-
 _HOST = (
     "Launches of Triton kernels, products of the library and other kernels of PyTorch that a call puts on a GPU, and the "
     "processor time of its Python and PyTorch on one thread of a CPU, without the driver's calls; of dense: of the dense "
@@ -127,32 +125,24 @@ def section(part: Part, devices: Mapping[str, Sequence[Row]]) -> Lines:
     return lines[:-1]
 
 
-@dataclass
 class Report:
     """The rows of some files, and how they are written.
 
-    Attributes:
-        files: that were read, in order.
+    Args:
+        files: that are read, in order.
         pages: Markdown files that are updated from them; they are named in the command under each fragment.
         docs: where the figures of pages lie.
     """
 
-    files: Sequence[Path]
-    pages: Sequence[Path] = ()
-    docs: Path = ROOT / "docs"
-    rows: list[Row] = field(init=False)
-    devices: dict[str, list[Row]] = field(init=False)
-    hosts: dict[str, list[Row]] = field(init=False)
-    _drawn: dict[str, str | None] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rows = read(self.files)
+    def __init__(self, files: Sequence[Path], pages: Sequence[Path] = (), docs: Path = ROOT / "docs") -> None:
+        self.files, self.pages, self.docs, self.rows = files, pages, docs, read(files)
         if not self.rows:
-            raise ValueError(f"no rows in {', '.join(map(str, self.files)) or 'no files'}; measure some: make bench")
+            raise ValueError(f"no rows in {', '.join(map(str, files)) or 'no files'}; measure some: make bench")
         check(self.rows)
         # Those of the host's part, on one thread, are of no device that anything else was measured on.
         self.hosts = by_device(of_kind(self.rows, "host"))
         self.devices = by_device(row for row in self.rows if row["kind"] != "host")
+        self.drawing = functools.cache(lambda name: figures.draw(name, self.devices))
 
     def command(self) -> str:
         """What writes the pages from the files, as seen from the checkout's root."""
@@ -168,7 +158,7 @@ class Report:
             ValueError: there is no such fragment.
         """
         if name in FIGURE_PARTS:
-            lines = self._picture(FIGURE_PARTS[name], page)
+            lines = self._picture(FIGURE_PARTS[name], _relative(self.docs, page.parent))
         elif name == "machine":
             lines = machines(self.devices)
         elif part := (PARTS | _ON_PAGES).get(name):
@@ -178,20 +168,20 @@ class Report:
         on = "" if name == "machine" else "Measured on " + "; and on ".join(map(machine, self.devices.values())) + ". "
         return "\n".join([*lines, "", f"{on}Written by `{self.command()}`."])
 
-    def drawing(self, name: str) -> str | None:
-        """A figure as SVG, drawn once; None where none of its rows were measured."""
-        if name not in self._drawn:
-            self._drawn[name] = figures.draw(name, self.devices)
-        return self._drawn[name]
-
-    def picture_path(self, name: str) -> Path:
-        """Where a figure of the pages lies."""
-        return self.docs / f"bench-{name}.svg"
-
-    def _picture(self, name: str, page: Path) -> Lines:
+    def _picture(self, name: str, folder: str) -> Lines:
+        words = figures.FIGURES[name][1]
         if self.drawing(name) is None:
-            return [f"{figures.FIGURES[name][1]}: not measured."]
-        return [f"![{figures.FIGURES[name][1]}]({_relative(self.picture_path(name), page.parent)})"]
+            return [f"{words}: not measured."]
+        return [f"![{words}]({'' if folder == '.' else f'{folder}/'}bench-{name}.svg)"]
+
+    def draw(self, folder: Path, names: Iterable[str]) -> list[Path]:
+        """Writes those of some figures that were measured into a folder; returns their paths."""
+        found = {folder / f"bench-{name}.svg": self.drawing(name) for name in names}
+        drawings = {path: drawing for path, drawing in found.items() if drawing is not None}
+        for path, drawing in drawings.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, drawing)
+        return list(drawings)
 
     def update(self) -> list[Path]:
         """Writes the fragments of all pages and the figures that these show; returns what was written.
@@ -202,17 +192,11 @@ class Report:
         if not self.devices:
             raise ValueError("all rows are of bench.host, which no fragment of a page shows; leave --update out")
         texts = {page: self.updated(page, page.read_text(encoding="utf-8")) for page in self.pages}
-        written = []
-        for fragment, name in FIGURE_PARTS.items():
-            shown = any(fragment in fragments_of(page, text) for page, text in texts.items())
-            drawing = self.drawing(name) if shown else None
-            if drawing is not None:
-                self.docs.mkdir(parents=True, exist_ok=True)
-                write_text(self.picture_path(name), drawing)
-                written.append(self.picture_path(name))
+        shown = {name for page, text in texts.items() for name in fragments_of(page, text)}
+        drawn = self.draw(self.docs, [name for fragment, name in FIGURE_PARTS.items() if fragment in shown])
         for page, text in texts.items():
             write_text(page, text)
-        return [*self.pages, *written]
+        return [*self.pages, *drawn]
 
     def updated(self, page: Path, text: str) -> str:
         """The text of a page with its fragments written anew.
@@ -224,9 +208,9 @@ class Report:
         if not found:
             raise ValueError(f"{page}: no markers; put <!-- bench:NAME:begin --> and <!-- bench:NAME:end --> into it")
         for name in found:
-            begin, end = _markers(name)
-            head, rest = text.split(begin)
-            text = f"{head}{begin}\n{self.fragment(name, page)}\n{end}{rest.split(end)[1]}"
+            between = "\n".join(["", self.fragment(name, page), ""])
+            parts = rf"(<!-- bench:{name}:begin -->).*(<!-- bench:{name}:end -->)"
+            text = re.sub(parts, lambda marks: marks[1] + between + marks[2], text, flags=re.S)  # noqa: B023
         return text
 
     def markdown(self, folder: Path | None) -> str:
@@ -235,15 +219,10 @@ class Report:
             return "\n".join(["# Benchmarks", "", *self._hosts()])
         lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
         lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
-        for name in figures.FIGURES if folder is not None else ():
-            drawing = self.drawing(name)
-            lines += [f"## {figures.FIGURES[name][1]}", ""]
-            if drawing is None:
-                lines += ["Not measured.", ""]
-                continue
-            assert folder is not None
-            write_text(folder / f"bench-{name}.svg", drawing)
-            lines += [f"![{figures.FIGURES[name][1]}](bench-{name}.svg)", ""]
+        if folder is not None:
+            self.draw(folder, figures.FIGURES)
+            for name, (_, words) in figures.FIGURES.items():
+                lines += [f"## {words}", "", *self._picture(name, "."), ""]
         for part in PARTS.values():
             if part.kind != "probe" or of_kind(self.rows, "probe"):
                 lines += [f"## {part.title}", "", *section(part, self.devices), ""]
@@ -261,10 +240,6 @@ class Report:
 
 def _relative(path: Path, to: Path) -> str:
     return Path(os.path.relpath(path.resolve(), to.resolve())).as_posix()
-
-
-def _markers(name: str) -> tuple[str, str]:
-    return f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
 
 
 def fragments_of(page: Path, text: str) -> list[str]:
@@ -290,14 +265,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, JSON lines")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and its figures there")
-    made.add_argument(
-        "--update",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PAGE",
-        help=f"Markdown files to write fragments into: {', '.join(FRAGMENTS)}",
-    )
+    pages = f"Markdown files to write fragments into: {', '.join(FRAGMENTS)}"
+    made.add_argument("--update", nargs="+", type=Path, default=[], metavar="PAGE", help=pages)
     made.add_argument("--docs", type=Path, default=ROOT / "docs", help="where figures of pages go (default: docs/)")
     return made
 

@@ -44,7 +44,7 @@ def stale(page: Path) -> list[str]:
         [report.FIGURE_PARTS[name] for name in names if name in report.FIGURE_PARTS] if pinned_matplotlib() else []
     )
     for name in pictures:
-        drawing, path = figures.draw(name, made.devices), made.picture_path(name)
+        drawing, path = figures.draw(name, made.devices), made.docs / f"bench-{name}.svg"
         if drawing is not None and (not path.is_file() or path.read_text(encoding="utf-8") != drawing):
             wrong.append(path.name)
     return wrong
