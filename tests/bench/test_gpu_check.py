@@ -62,20 +62,20 @@ def interpreter(folder: Path, text: str) -> Path:
     return path
 
 
+def surroundings(folder: Path, python: Path | str, **environment: str) -> dict[str, str]:
+    """The environment of the script, with its temporary files where a test can look."""
+    for name in ("work", "cache"):
+        (folder / name).mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_DIR")}  # PyTorch sets one
+    kept |= {"PYTHON": str(python), "TMPDIR": str(folder / "work"), "XDG_CACHE_HOME": str(folder / "cache")}
+    return {**kept, "CALLS": str(folder / "calls"), **environment}
+
+
 def check(
     folder: Path, python: Path | str, *options: str, script: Path = SCRIPT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the script from another folder than the checkout's, with its temporary files where a test can look."""
-    work = folder.parent / "work"
-    work.mkdir(exist_ok=True)
-    env = {
-        **{name: value for name, value in os.environ.items() if not name.endswith("_CACHE_DIR")},  # PyTorch sets one
-        "PYTHON": str(python),
-        "TMPDIR": str(work),
-        "CALLS": str(folder.parent / "calls"),
-        "XDG_CACHE_HOME": str(folder.parent / "cache"),
-        **environment,
-    }
+    """Runs the script from another folder than the checkout's."""
+    env = surroundings(folder.parent, python, **environment)
     command = ["bash", str(script), folder.name, "--device", "cpu", "--set", "smoke", *options]
     return subprocess.run(command, cwd=folder.parent, env=env, capture_output=True, text=True, timeout=580)
 
@@ -166,13 +166,7 @@ def test_a_part_that_cannot_be_interrupted_is_killed_within_its_limit_and_the_re
 
 def test_ctrl_c_leaves_the_statuses_the_report_and_the_command_for_the_rest(tmp_path: Path) -> None:
     hanging = 'touch "$CALLS.hangs"; trap "echo what it was doing; exit 1" INT; sleep 100 & sleep 100'
-    env = {**os.environ, "PYTHON": str(interpreter(tmp_path, PRETEND.format(operators=hanging)))}
-    env |= {
-        "CALLS": str(tmp_path / "calls"),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "TMPDIR": str(tmp_path / "work"),
-    }
-    (tmp_path / "work").mkdir()
+    env = surroundings(tmp_path, interpreter(tmp_path, PRETEND.format(operators=hanging)))
     # A test run in the background ignores the signal, and what it starts would.
     command = ["env", "--default-signal=INT", "bash", str(SCRIPT), "out", "--device", "cpu", "--set", "smoke"]
     command += ["--only", "steps,compact_ffn,training"]
@@ -240,19 +234,21 @@ def test_what_it_cannot_do_is_an_error_at_once(tmp_path: Path, arguments: list[s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("python", ["/nonexist/py", "nonexist"])
-def test_an_interpreter_that_is_not_there_is_one_line(python: str, tmp_path: Path) -> None:
-    done = check(tmp_path / "out", python)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"gpu_check.sh: error: no interpreter {python}; set PYTHON to one\n"
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("code", "said"), [(77, "sees no GPU"), (1, "cannot import torch")])
-def test_a_machine_without_a_gpu_is_an_error_before_anything_runs(tmp_path: Path, code: int, said: str) -> None:
-    python = interpreter(tmp_path, f"#!/bin/bash\nexit {code}\n")
-    done = check(tmp_path / "out", python, "--device", "cuda")
-    assert done.returncode == 2
+@pytest.mark.parametrize(
+    ("python", "options", "said"),
+    [
+        ("/nonexist/py", [], "gpu_check.sh: error: no interpreter /nonexist/py; set PYTHON to one\n"),
+        ("nonexist", [], "gpu_check.sh: error: no interpreter nonexist; set PYTHON to one\n"),
+        (77, ["--device", "cuda"], "sees no GPU"),
+        (1, ["--device", "cuda"], "cannot import torch"),
+    ],
+)
+def test_a_python_or_gpu_that_is_not_there_is_one_line_before_anything_runs(
+    python: str | int, options: list[str], said: str, tmp_path: Path
+) -> None:
+    found = interpreter(tmp_path, f"#!/bin/bash\nexit {python}\n") if isinstance(python, int) else python
+    done = check(tmp_path / "out", found, *options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
     assert not (tmp_path / "out").exists(), "a call that is refused leaves nothing"
 
