@@ -1,1 +1,1 @@
-"""A training step: models, batches and masks, the check before timing, what is measured, growth with tasks, words."""
+"""A training step: the model with its batches and masks, the systems that train, their check, growth with tasks."""

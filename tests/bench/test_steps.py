@@ -32,7 +32,11 @@ GROWTH = {"computed", "specialize_seconds", "task_switch_microseconds"}
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """The rows of one smoke run."""
     path: Path = tmp_path_factory.mktemp("steps") / "rows.jsonl"
-    assert steps.main(["--set", "smoke", "--device", "cpu", "--threads", "1", "--json", str(path)]) == 0
+    threads = torch.get_num_threads()
+    try:
+        assert steps.main(["--set", "smoke", "--device", "cpu", "--threads", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
     return read([path])
 
 
