@@ -22,8 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-from bench.cases import SETS
-from bench.machine import ROOT, pick_device
+from bench import cli
+from bench.machine import ROOT
 
 PARTS = ("operators", "steps", "profiling")
 QUICK_SECONDS = {"operators": 340, "steps": 190, "profiling": 25, "report": 5}
@@ -32,12 +32,7 @@ QUICK_SECONDS = {"operators": 340, "steps": 190, "profiling": 25, "report": 5}
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--set", choices=SETS, default="quick", help="how much is measured (default: quick)")
-    made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+    made = cli.parser("bench", __doc__, json=False)
     made.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone; the report is always made")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench/<UTC date and time>")
     return made
@@ -74,12 +69,9 @@ def say(text: bytes, log: BinaryIO) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs every part; the exit status is 1 if one failed."""
-    args = parser().parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+    made = parser()
+    args = made.parse_args(arguments)
+    device = cli.device_of(made, args)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
     out = (args.out or ROOT / "runs" / "bench" / now).resolve()
     out.mkdir(parents=True, exist_ok=True)

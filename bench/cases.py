@@ -20,13 +20,17 @@ BATCHES = ("one", "several", "all")
 """Of one task, of several, or both."""
 
 
+Shape = tuple[int, int, int, int]
+"""Tokens, d_model, d_ff, tasks."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison.
 
     ``tasks`` is 1 for a batch of one task; for more, tokens are sorted by task, equally many of each. ``compiled`` and
     ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product. ``activation``: of a
-    block, one of ``bench.blocks.ACTIVATIONS``; the operators that have one have ReLU.
+    block, one of ``bench.providers.blocks.ACTIVATIONS``; the operators that have one have ReLU.
     """
 
     operator: str
@@ -67,7 +71,7 @@ class Grid:
     """The product of what it lists. A shape is tokens, d_model, d_ff, tasks."""
 
     operators: Sequence[str]
-    shapes: Sequence[tuple[int, int, int, int]]
+    shapes: Sequence[Shape]
     dtypes: Sequence[str]
     densities: Sequence[float]
     compiled: bool = True
@@ -99,12 +103,7 @@ _SMOKE = (
 )
 
 
-def _blocks(
-    plain: tuple[int, int, int, int],
-    gated: tuple[int, int, int, int],
-    dtypes: Sequence[str],
-    densities: Sequence[float],
-) -> tuple[Grid, Grid]:
+def _others(plain: Shape, gated: Shape, dtypes: Sequence[str], densities: Sequence[float]) -> tuple[Grid, Grid]:
     """Blocks with other activations than ReLU."""
     make = functools.partial(Grid, ("block",), dtypes=dtypes, densities=densities, compiled=False)
     return make((plain,), activations=("gelu",)), make((gated,), activations=("swiglu",))
@@ -115,14 +114,14 @@ GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
         "full": (
             Grid(_ALL, (_A, _B), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_MIXED,), ("float32", "bfloat16"), _DENSITIES),
-            *_blocks(_A, _GATED, ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            *_others(_A, _GATED, ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
         ),
         "quick": (
             Grid(_ALL, (_A,), ("float32",), _DENSITIES),
             Grid(_ALL, (_B,), ("float32",), (0.5, 0.78), compiled=False),
             Grid(_ALL, (_A,), ("bfloat16",), (0.5, 0.78, 1.0), compiled=False),
             Grid(_GROUPED, (_MIXED,), ("float32",), (0.78,), compiled=False),
-            *_blocks(_A, _GATED, ("float32",), (0.5, 0.78, 1.0)),
+            *_others(_A, _GATED, ("float32",), (0.5, 0.78, 1.0)),
         ),
         "smoke": _SMOKE,
     },
@@ -130,7 +129,7 @@ GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
         "full": (
             Grid(_ALL, (_GPU_BASE, _GPU_BIG), ("bfloat16", "float16", "float32"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_GPU_MIXED,), ("bfloat16",), _DENSITIES),
-            *_blocks(_GPU_BIG, _GPU_GATED, ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            *_others(_GPU_BIG, _GPU_GATED, ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0)),
         ),
         "quick": (
             Grid(_ALL, (_GPU_BIG,), ("bfloat16",), _DENSITIES),
@@ -152,7 +151,7 @@ def cases(
     operators: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     densities: Sequence[float] | None = None,
-    shapes: Sequence[tuple[int, int, int, int]] | None = None,
+    shapes: Sequence[Shape] | None = None,
     compiled: bool = True,
     grouped: bool = True,
     batches: str = "all",

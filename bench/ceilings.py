@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, 
     }
     operands = {name: torch.randn(2, n, n, device=device).to(getattr(torch, name)) for name in dtypes}
     calls: dict[str, Call] = {"memory " + name: call for name, (_, call) in moved.items()}
-    for name, (left, right) in operands.items():
-        calls["matmul " + name] = _product(left, right)
+    product: Callable[[Tensor], Call] = lambda pair: lambda _: pair[0] @ pair[1]
+    calls |= {f"matmul {name}": product(pair) for name, pair in operands.items()}
     times = interleaved(calls, device, rounds=5, least_seconds=seconds, most_seconds=3 * seconds)
     rounds = len(next(iter(times.values())))
     best = max(size / min(times["memory " + name]) for name, (size, _) in moved.items())
@@ -39,7 +39,3 @@ def ceilings(device: torch.device, dtypes: Sequence[str], seconds: float = 2.0, 
     for name in dtypes:
         rate = 2 * n**3 / min(times["matmul " + name])
         yield {"kind": "ceiling", "what": "matmul", "dtype": name, "per_second": rate, "rounds": rounds}
-
-
-def _product(left: Tensor, right: Tensor) -> Call:
-    return lambda _: left @ right

@@ -18,29 +18,232 @@ be compared.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench import cases as declared
 from bench.cases import Case
-from bench.comparing.block import default_cases, request, smoke_cases
-from bench.comparing.moved import Change, changes, percent
-from bench.comparing.trees import NotPossible, Tree, add_library, trees
 from bench.machine import ROOT, device_name, pick_device
 from bench.rows import Writer
+from bench.timing import Call, interleaved
+from bench.trees import NotPossible, Tree, add_library, trees
 
 Block = Mapping[str, Mapping[str, Any]]
-"""What a process found, by label of the case (:func:`bench.comparing.block.measure`)."""
+"""What a process found, by label of the case (:func:`measure_block`)."""
+
+LEVEL = 0.05
+"""Probability that a comparison of equal sides shows a moved case, and one less the coverage of each interval."""
+LEAST = 0.02
+"""The smallest relative change that counts, as a difference of logarithms: less is the layout of code and memory, which no
+number of blocks averages away."""
+STEP = "training step, mode "
+"""Begins the name of an operator that is a whole training step of a feed-forward block: ``STEP + mode``."""
+
+
+# What is measured, in a process of its own that runs in the tree of a commit.
+
+
+def choose(name: str, device_type: str, part: str) -> list[Case]:
+    """The cases to compare.
+
+    Raises:
+        NotPossible: no label contains ``part``.
+    """
+    every = declared.cases("smoke" if name == "short" else name, device_type, compiled=False)
+    if name == "smoke":
+        every.append(Case(STEP + "update", 96, 32, 128, "float32", 0.5))
+    elif name == "short":  # a few of each operator, measured in a second each; on a GPU larger, and in its dtype
+        cpu = device_type == "cpu"
+        shape = (2048, 512, 2048) if cpu else (16384, 1024, 4096)
+        chosen = [
+            ("linear_relu_count", "float32", 1.0, 1),
+            ("linear_relu_count", "bfloat16", 1.0, 1),
+            ("row_sparse_wgrad", "float32", 0.5, 1),
+            ("row_sparse_wgrad", "bfloat16", 0.78, 1),
+            ("compact_ffn", "float32", 0.5, 1),
+            ("compact_ffn", "bfloat16", 0.78, 1),
+            ("compact_ffn", "float32" if cpu else "bfloat16", 0.5, 8),
+            ("row_sparse_adamw", "float32", 0.5, 1),
+        ]
+        every = [Case(o, *shape, dtype, density, n, compiled=False) for o, dtype, density, n in chosen]
+        every += [Case(STEP + mode, 2048, 512, 2048, "float32", 0.5) for mode in ("forward", "update")]
+    if not (found := [case for case in every if part in case.label]):
+        raise NotPossible(f"--cases {part!r} is in no label; the first is {every[0].label!r}")
+    return found
+
+
+def yardstick(case: Case, device: torch.device) -> Call:
+    """What both sides do alike, to divide by: two products of the case's shape and dtype, into memory that is there.
+
+    Not the dense baseline of the case: that allocates its results, which costs more in one process than in the next.
+    Relative to it our compact_ffn differed by 17 to 30 % between processes of one commit, relative to these products by
+    2 to 3 % (float32 and bfloat16, 2048 x 512 x 2048, two cores of a Xeon).
+    """
+    dtype = getattr(torch, case.dtype)
+    a = torch.randn(case.tokens, case.d_model, device=device).to(dtype)
+    b = torch.randn(case.d_model, case.d_ff, device=device).to(dtype)
+    out = torch.empty(case.tokens, case.d_ff, dtype=dtype, device=device)
+
+    def call(_: int) -> None:
+        for _ in range(2):
+            torch.mm(a, b, out=out)
+
+    return call
+
+
+def training_step(case: Case, device: torch.device) -> Call:
+    """Forward, backward and optimiser of a feed-forward block that is specialised, with row-sparse AdamW."""
+    import nspec
+
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(case.d_model, case.d_ff), nn.ReLU(), nn.Linear(case.d_ff, case.d_model)).to(device)
+    active = torch.zeros(case.d_ff, dtype=torch.bool)
+    active[torch.randperm(case.d_ff)[: case.active]] = True
+    mode: Any = case.operator.removeprefix(STEP)
+    ours = nspec.specialize(block, nspec.NeuronMasks({"task": {"0": active}}), mode=mode)
+    nspec.set_task(ours, "task")
+    inputs = [torch.randn(case.tokens, case.d_model, device=device) for _ in range(8)]
+    gradient = torch.randn(case.tokens, case.d_model, device=device)
+    optimizer = nspec.RowSparseAdamW(ours.parameters(), lr=1e-6, weight_decay=0.01)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        ours(inputs[number % len(inputs)]).backward(gradient)
+        optimizer.step()
+
+    return step
+
+
+def calls(case: Case, device: torch.device, check: bool) -> dict[str, Call]:
+    """Ours and the yardstick of a case, ready to be timed.
+
+    Raises:
+        AssertionError: ``check``, and a result is wrong.
+    """
+    if case.operator.startswith(STEP):
+        return {"yardstick": yardstick(case, device), "ours": training_step(case, device)}
+    from bench import providers
+
+    problem = providers.problem(case, device)
+    ours = next(provider for provider in problem.providers if provider.ours)
+    if check:
+        replace(problem, providers=[ours]).check()
+    # Of AdamW, which multiplies nothing, PyTorch's: it moves the same memory, and allocates none.
+    divide = problem.baseline.call if case.operator == "row_sparse_adamw" else yardstick(case, device)
+    return {"yardstick": divide, "ours": ours.call}
+
+
+def measure_block(chosen: Iterable[Case], device: torch.device, seconds: float | None) -> dict[str, dict[str, Any]]:
+    """By label of the case: ``milliseconds`` of ours and ``ratio``, the median over rounds of log(ours / yardstick).
+
+    A case that this commit cannot compute has ``error`` instead. Without ``seconds`` results are checked and nothing is
+    timed: checking leaves the allocator in a state that the times of a process depend on.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for case in chosen:
+        try:
+            timed = calls(case, device, check=seconds is None)
+        except Exception as error:  # an older commit may fail in any way: that costs the case, not the comparison
+            reason = (str(error).strip() or "no message").splitlines()[0][:300]
+            found[case.label] = {"error": f"{type(error).__name__}: {reason}"}
+            continue
+        found[case.label] = {}
+        if seconds is not None:
+            times = interleaved(timed, device, rounds=5, least_seconds=seconds)
+            ratios = [math.log(a / b) for a, b in zip(times["ours"], times["yardstick"], strict=True)]
+            milliseconds = 1e3 * statistics.median(times["ours"])
+            found[case.label] = {"milliseconds": milliseconds, "ratio": statistics.median(ratios)}
+    return found
+
+
+def block_process(request: str) -> None:
+    """Measures what is asked for, as JSON, with the nspec of the tree that it is started in and no other."""
+    asked = json.loads(request)
+    import nspec
+    from nspec.kernels.common import native
+
+    tree = Path(asked["tree"]).resolve()
+    for file in (nspec.__file__, native.__file__):
+        if tree not in Path(file).resolve().parents:
+            sys.exit(f"error: {file} was imported, expected one in {tree}")
+    if asked["threads"]:
+        torch.set_num_threads(asked["threads"])
+    chosen = [Case(**fields) for fields in asked["cases"]]
+    found = measure_block(chosen, pick_device(asked["device"]), asked["seconds"])
+    Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+# What moved.
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one case, in differences of natural logarithms of times: positive is slower.
+
+    ``mean`` of the paired differences, with the 95 % interval ``low`` to ``high`` of this case alone; ``noise``, the usual
+    difference between two blocks of the same side (root mean square); ``p`` of the t-test, corrected for the number of
+    cases; the verdict: ``slower``, ``faster`` or ``within noise``.
+    """
+
+    mean: float
+    low: float
+    high: float
+    noise: float
+    p: float
+    verdict: str
+
+
+def changes(base: Mapping[str, Sequence[float]], head: Mapping[str, Sequence[float]]) -> dict[str, Change]:
+    """The verdict on every case.
+
+    Args:
+        base: by case, the logarithm of its time in each block, in the order of measuring.
+        head: the same for the other side; block ``i`` is the neighbour of block ``i`` of ``base``.
+
+    Raises:
+        ValueError: sides with other cases or numbers of blocks, or fewer than two blocks.
+    """
+    from scipy import stats
+
+    from nspec.analysis.mantel import holm  # here, since an older commit, which blocks run in, may not have it
+
+    if base.keys() != head.keys():
+        raise ValueError(f"the sides have other cases: {sorted(base.keys() ^ head.keys())}")
+    found: dict[str, Change] = {}
+    quantile = functools.cache(lambda count: float(stats.t.ppf(1 - LEVEL / 2, count - 1)))
+    for name, before in base.items():
+        after, count = head[name], len(before)
+        if count != len(after) or count < 2:
+            raise ValueError(f"{name}: {count} and {len(after)} blocks; expected the same number, two or more")
+        differences = [b - a for a, b in zip(before, after, strict=True)]
+        mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count)
+        noise = math.sqrt(statistics.variance(before) + statistics.variance(after))
+        t = abs(mean) / error if error else math.inf * abs(mean) if mean else 0.0
+        half = quantile(count) * error
+        found[name] = Change(mean, mean - half, mean + half, noise, 2 * float(stats.t.sf(t, count - 1)), "within noise")
+    for (name, change), p in zip(found.items(), holm([c.p for c in found.values()]).tolist(), strict=True):
+        moved = p <= LEVEL and abs(change.mean) > max(change.noise, LEAST)
+        verdict = ("slower" if change.mean > 0 else "faster") if moved else "within noise"
+        found[name] = replace(change, p=p, verdict=verdict)
+    return found
+
+
+def percent(logarithm: float) -> float:
+    """A difference of logarithms of times as a change in per cent: 10.0 is a time 1.1 times as long."""
+    return 100 * math.expm1(logarithm)
 
 
 def order(pairs: int) -> list[int]:
@@ -48,17 +251,20 @@ def order(pairs: int) -> list[int]:
     return [side for pair in range(pairs) for side in ((0, 1) if pair % 2 == 0 else (1, 0))]
 
 
-def run_block(tree: Tree, out: Path, argument: str) -> Block:
-    """One process in a tree.
+def run_block(tree: Tree, chosen: Sequence[Case], device: str, threads: int, seconds: float | None = None) -> Block:
+    """One process in a tree; without ``seconds`` it checks the results and times nothing.
 
     Raises:
         NotPossible: it failed; the message is the last line that it wrote.
     """
+    out = tree.folder / "block.json"
+    asked = {"tree": str(tree.folder), "out": str(out), "device": device, "threads": threads, "seconds": seconds}
+    request = json.dumps(asked | {"cases": [asdict(case) for case in chosen]})
     # From the folder and by PYTHONPATH: both come before an installed nspec, of whichever kind.
     paths = [str(tree.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NSPEC_COMMIT": tree.name}
-    command = [sys.executable, "-m", "bench.comparing.block", argument]
-    done = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", "import sys; from bench.compare import block_process; block_process(sys.argv[1])"]
+    done = subprocess.run([*command, request], cwd=tree.folder, env=env, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise NotPossible(f"{tree.name}: measuring failed: {lines[-1]}")
@@ -66,43 +272,18 @@ def run_block(tree: Tree, out: Path, argument: str) -> Block:
     return found
 
 
-def check(sides: Sequence[Tree], chosen: Sequence[Case], device: str, threads: int) -> dict[str, str]:
-    """Runs each case once on both sides, in processes that time nothing: why cases cannot be compared, by label."""
+def errors(base: Sequence[Block], head: Sequence[Block]) -> dict[str, str]:
+    """Why cases could not be compared, by label."""
     failed: dict[str, str] = {}
-    for name, tree in zip(("base", "head"), sides, strict=True):
-        out = tree.folder / "block.json"
-        block = run_block(tree, out, request(tree.folder, out, chosen, device, threads, seconds=0, check=True))
-        for label, found in block.items():
-            if "error" in found:
-                failed.setdefault(label, f"{name}: {found['error']}")
+    for side, blocks in (("base", base), ("head", head)):
+        for label, found in ((label, found) for block in blocks for label, found in block.items() if "error" in found):
+            failed.setdefault(label, f"{side}: {found['error']}")
     return failed
-
-
-def measure(
-    sides: Sequence[Tree], chosen: Sequence[Case], device: str, threads: int, pairs: int, seconds: float
-) -> tuple[list[Block], list[Block]]:
-    """The blocks of both sides, in the order of measuring."""
-    blocks: tuple[list[Block], list[Block]] = ([], [])
-    began = time.perf_counter()
-    turns = order(pairs)
-    for done, side in enumerate(turns):
-        tree, out = sides[side], sides[side].folder / "block.json"
-        argument = request(tree.folder, out, chosen, device, threads, seconds, check=False)
-        blocks[side].append(run_block(tree, out, argument))
-        left = (time.perf_counter() - began) / (done + 1) * (len(turns) - done - 1)
-        print(f"block {done + 1} of {len(turns)}, about {left:.0f} s left", file=sys.stderr, flush=True)
-    return blocks
 
 
 def judge(base: Sequence[Block], head: Sequence[Block]) -> tuple[dict[str, Change], dict[str, str]]:
     """The change of each case that both sides could compute, and why the others could not be compared."""
-    failed = {
-        label: f"{side}: {block[label]['error']}"
-        for side, blocks in (("head", head), ("base", base))
-        for block in blocks
-        for label in block
-        if "error" in block[label]
-    }
+    failed = errors(base, head)
     labels = [label for label in (base[0] if base else {}) if label not in failed]
     ratios = [{label: [block[label]["ratio"] for block in blocks] for label in labels} for blocks in (base, head)]
     return changes(*ratios), failed
@@ -125,47 +306,9 @@ def table(found: Mapping[str, Change], base: Sequence[Block], head: Sequence[Blo
     for label, change in found.items():
         times = f"{milliseconds(base, label):9.3f} {milliseconds(head, label):9.3f}"
         interval = f"[{percent(change.low):+.1f} %, {percent(change.high):+.1f} %]"
-        noise = f"{percent(change.noise):.1f} %"
-        lines.append(
-            f"{label:<{width}} {times} {percent(change.mean):+6.1f} %  {interval:<19} {noise:>7}  {change.verdict}"
-        )
+        moved = f"{percent(change.mean):+6.1f} %  {interval:<19} {percent(change.noise):5.1f} %"
+        lines.append(f"{label:<{width}} {times} {moved}  {change.verdict}")
     return "\n".join(lines)
-
-
-def choose(name: str, device_type: str, part: str) -> list[Case]:
-    """The cases to compare.
-
-    Raises:
-        NotPossible: no label contains ``part``.
-    """
-    if name == "short":
-        every = default_cases(device_type)
-    elif name == "smoke":
-        every = smoke_cases()
-    else:
-        every = declared.cases(name, device_type, compiled=False)
-    chosen = [case for case in every if part in case.label]
-    if not chosen:
-        raise NotPossible(f"--cases {part!r} is in no label; the first is {every[0].label!r}")
-    return chosen
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("base", help="the commit to compare with: a branch, a tag, HEAD~3, ...")
-    made.add_argument("head", nargs="?", help="the other one (default: the working tree as it is)")
-    made.add_argument("--set", choices=("short", *declared.SETS), default="short", help="default: short, ten cases")
-    made.add_argument("--cases", default="", metavar="TEXT", help="only cases with this in their label")
-    made.add_argument("--blocks", type=int, default=6, help="processes of each side (default: 6, at least 3)")
-    made.add_argument("--seconds", type=float, default=0.6, help="at least so long a case and block (default: 0.6)")
-    made.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
-    made.add_argument("--fail-on-slower", action="store_true", help="exit status 1 if a case became slower")
-    made.add_argument("--json", type=Path, metavar="FILE", help="append a row for each case")
-    return made
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -180,22 +323,25 @@ def compare(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)  # here it only names the device
     device = pick_device(args.device)
     chosen = choose(args.set, device.type, args.cases)
+    blocks: tuple[list[Block], list[Block]] = ([], [])
     with trees([args.base, args.head]) as sides:
         print(f"base {sides[0].name}, head {sides[1].name}, on {device_name(device)}", flush=True)
         if device.type == "cpu" and os.environ.get("NSPEC_NATIVE") != "0":
             for number, side in enumerate(sides):
                 done = add_library(side, [ROOT, *(other.folder for other in sides[:number])])
                 print(f"{'head' if number else 'base'}: {done}", file=sys.stderr, flush=True)
-        wrong = check(sides, chosen, str(device), args.threads)
+        # Each case once on both sides, in processes that time nothing.
+        wrong = errors(*([run_block(side, chosen, str(device), args.threads)] for side in sides))
         chosen = [case for case in chosen if case.label not in wrong]
-        base, head = (
-            measure(sides, chosen, str(device), args.threads, args.blocks, args.seconds) if chosen else ([], [])
-        )
-    found, failed = judge(base, head)
-    failed = wrong | failed
+        began, turns = time.perf_counter(), order(args.blocks) if chosen else []
+        for number, turn in enumerate(turns, start=1):
+            blocks[turn].append(run_block(sides[turn], chosen, str(device), args.threads, args.seconds))
+            left = (time.perf_counter() - began) / number * (len(turns) - number)
+            print(f"block {number} of {len(turns)}, about {left:.0f} s left", file=sys.stderr, flush=True)
+    found, failed = judge(*blocks)
     if found:
-        print(table(found, base, head))
-    for label, reason in failed.items():
+        print(table(found, *blocks))
+    for label, reason in (wrong | failed).items():
         print(f"not compared: {label}: {reason}")
     if not found:
         raise NotPossible("no case could be computed by both sides")
@@ -206,20 +352,30 @@ def compare(args: argparse.Namespace) -> int:
     for label, change in found.items():
         row = {"kind": "change", "case": label, **fields[label], "base": sides[0].name, "head": sides[1].name}
         row |= {"blocks": args.blocks, "verdict": change.verdict, "p": change.p}
-        row |= {"base_milliseconds": milliseconds(base, label), "head_milliseconds": milliseconds(head, label)}
-        row |= {
-            f"{name}_percent": round(percent(getattr(change, name)), 2) for name in ("mean", "low", "high", "noise")
-        }
-        write(row)
+        row |= {f"{side}_milliseconds": milliseconds(own, label) for side, own in zip(("base", "head"), blocks)}
+        changed = {name: percent(getattr(change, name)) for name in ("mean", "low", "high", "noise")}
+        write(row | {f"{name}_percent": round(value, 2) for name, value in changed.items()})
     slower = any(change.verdict == "slower" for change in found.values())
     return 1 if slower and args.fail_on_slower else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status."""
-    args = parser().parse_args(arguments)
+    made = argparse.ArgumentParser(
+        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("base", help="the commit to compare with: a branch, a tag, HEAD~3, ...")
+    made.add_argument("head", nargs="?", help="the other one (default: the working tree as it is)")
+    made.add_argument("--set", choices=("short", *declared.SETS), default="short", help="default: short, ten cases")
+    made.add_argument("--cases", default="", metavar="TEXT", help="only cases with this in their label")
+    made.add_argument("--blocks", type=int, default=6, help="processes of each side (default: 6, at least 3)")
+    made.add_argument("--seconds", type=float, default=0.6, help="at least so long a case and block (default: 0.6)")
+    made.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
+    made.add_argument("--fail-on-slower", action="store_true", help="exit status 1 if a case became slower")
+    made.add_argument("--json", type=Path, metavar="FILE", help="append a row for each case")
     try:
-        return compare(args)
+        return compare(made.parse_args(arguments))
     except (NotPossible, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
-import gc
 import io
 import itertools
 import os
@@ -31,11 +30,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.blocks import dense_block
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
-from bench.rows import Row, Writer
-from bench.timing import paired, spread
+from bench.providers.blocks import dense_block
+from bench.rows import Row, Writer, figure
+from bench.timing import in_rounds, paired, spread
 
 try:
     import resource
@@ -76,18 +75,8 @@ class Measured:
     baseline: str = DENSE
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a call puts on the GPU."""
-
-    launches: list[str]
-    products: list[str]
-    kernels: Counter[str]
-
-    @property
-    def numbers(self) -> tuple[int, int, int]:
-        """Triton launches, library products, other kernels of PyTorch."""
-        return len(self.launches), len(self.products), self.kernels.total()
+Counts = dict[str, Counter[str]]
+"""What a call puts on the GPU, by name: ``launches`` of Triton, library ``products``, other ``kernels`` of PyTorch."""
 
 
 def kernels_of(call: Call) -> Counter[str]:
@@ -132,7 +121,12 @@ def counts(call: Call, fake: FakeGpu) -> Counts:
     kernels = kernels_of(call)
     if (watched := fake.take()) != plain:
         raise RuntimeError(f"launches and products are {watched} while kernels are counted and {plain} else")
-    return Counts(*plain, kernels)
+    return {"launches": Counter(plain[0]), "products": Counter(plain[1]), "kernels": kernels}
+
+
+def totals(counted: Counts) -> tuple[int, ...]:
+    """How many launches, products and kernels."""
+    return tuple(found.total() for found in counted.values())
 
 
 def rows(dtype: torch.dtype) -> dict[str, Measured]:
@@ -140,14 +134,9 @@ def rows(dtype: torch.dtype) -> dict[str, Measured]:
     return {**_dense(dtype), **_operators(dtype), **_blocks(dtype)}
 
 
-def _made(dtype: torch.dtype) -> Callable[..., Tensor]:
-    return functools.partial(torch.rand, dtype=dtype, generator=torch.Generator().manual_seed(0))
-
-
 def _active() -> Tensor:
     """The sets of all tasks, bool ``[tasks, d_ff]``."""
-    noise = torch.rand(TASKS, D_FF, generator=torch.Generator().manual_seed(0))
-    return noise.argsort(1) < ACTIVE
+    return torch.rand(TASKS, D_FF, generator=torch.Generator().manual_seed(0)).argsort(1) < ACTIVE
 
 
 def _passes(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> dict[str, Measured]:
@@ -173,7 +162,7 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
     from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
     from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
-    make, tokens = _made(dtype), len(SENTENCES) * LENGTH
+    make, tokens = functools.partial(torch.rand, dtype=dtype), len(SENTENCES) * LENGTH
     x, dy, dh = make(tokens, D_MODEL), make(tokens, D_MODEL), make(tokens, D_FF)
     weights = make(D_FF, D_MODEL), make(D_FF), make(D_MODEL, D_FF), make(D_MODEL)
     total = torch.zeros(D_FF, D_MODEL)
@@ -208,8 +197,9 @@ def _operators(dtype: torch.dtype) -> dict[str, Measured]:
 
 def _step(model: nn.Module, dtype: torch.dtype, autocast: bool) -> Call:
     """Forward and backward pass, gradients fresh, of the input too: it is the layer before that makes it."""
-    make, shape = _made(torch.float32 if autocast else dtype), (len(SENTENCES), LENGTH, D_MODEL)
-    x, dy = make(*shape).requires_grad_(), _made(dtype)(*shape)
+    shape = len(SENTENCES), LENGTH, D_MODEL
+    x = torch.rand(shape, dtype=torch.float32 if autocast else dtype, requires_grad=True)
+    dy = torch.rand(shape, dtype=dtype)
     model.to(x.dtype)
     tensors = [x, *model.parameters()]
 
@@ -264,29 +254,21 @@ def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> l
     for _, call in itertools.product(range(warmup), calls):
         call()
     times: list[list[float]] = [[] for _ in calls]
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            for place in range(len(calls)):
-                which = (number + place) % len(calls)
-                times[which].append(_sample(calls[which]))
-    finally:
-        gc.enable()
+
+    def sample(which: int, _: int) -> None:
+        for _ in range(_TRIES):
+            switched = _switches()
+            for _ in range(CALLS - 1):
+                calls[which]()
+            began = time.thread_time()
+            calls[which]()
+            seconds = time.thread_time() - began
+            if _switches() == switched:
+                break
+        times[which].append(seconds)
+
+    in_rounds(range(len(calls)), sample, rounds=rounds)
     return times
-
-
-def _sample(call: Call) -> float:
-    for _ in range(_TRIES):
-        switched = _switches()
-        for _ in range(CALLS - 1):
-            call()
-        began = time.thread_time()
-        call()
-        seconds = time.thread_time() - began
-        if _switches() == switched:
-            break
-    return seconds
 
 
 def _switches() -> int:
@@ -301,40 +283,23 @@ def measure(name: str, row: Measured, baseline: Measured, fake: FakeGpu, rounds:
     """Counts and times one row, in turn with its baseline."""
     counted = counts(row.call, fake)
     seconds, dense = processor_seconds([row.call, baseline.call], rounds)
-    microseconds, ratio = spread([1e6 * value for value in seconds]), paired(seconds, dense)
-    launches, products, kernels = counted.numbers
-    return {
-        "kind": "host",
-        "name": name,
-        "launches": launches,
-        "products": products,
-        "kernels": kernels,
-        "names": {
-            "launches": dict(Counter(counted.launches)),
-            "products": dict(Counter(counted.products)),
-            "kernels": dict(counted.kernels),
-        },
-        "rounds": rounds,
-        "microseconds": round(microseconds.median, 1),
-        "microseconds_low": round(microseconds.low, 1),
-        "microseconds_high": round(microseconds.high, 1),
-        "baseline": row.baseline,
-        "ratio": round(ratio.median, 3),
-        "ratio_low": round(ratio.low, 3),
-        "ratio_high": round(ratio.high, 3),
-    }
+    made: Row = {"kind": "host", "name": name, "baseline": row.baseline, "rounds": rounds, "names": counted}
+    made |= dict(zip(counted, totals(counted)))
+    microseconds = spread([1e6 * value for value in seconds])
+    for field, found, digits in (("microseconds", microseconds, 1), ("ratio", paired(seconds, dense), 3)):
+        for end, value in zip(("", "_low", "_high"), found):
+            made[f"{field}{end}"] = round(value, digits)
+    return made
 
 
 def show(row: Row, names: bool) -> None:
     """Prints one row."""
-    ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     numbers = f"{row['launches']:8} {row['products']:8} {row['kernels']:8}"
     numbers += f" {row['microseconds']:8.0f} {row['microseconds_low']:8.0f}"
-    print(f"{row['name']:<36} {numbers}  {ratio}", flush=True)
-    if names:
-        for kind, found in row["names"].items():
-            if found:
-                print(f"    {kind}: " + ", ".join(f"{n} {name}" for name, n in sorted(found.items())))
+    print(f"{row['name']:<36} {numbers}  {figure(row, 'ratio')}", flush=True)
+    for kind, found in row["names"].items() if names else ():
+        if found:
+            print(f"    {kind}: " + ", ".join(f"{n} {name}" for name, n in sorted(found.items())))
 
 
 def profile(call: Call, calls: int) -> str:
@@ -392,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only {args.only!r} is in no name; there are {', '.join(map(repr, every))}")
     if args.counts:
         for name, row in chosen.items():
-            print(f'    "{name}": {counts(row.call, fake).numbers},', flush=True)
+            print(f'    "{name}": {totals(counts(row.call, fake))},', flush=True)
         return 0
     write = Writer(args.json, CPU)
     print(f"{device_name(CPU)}, torch {torch.__version__}, Triton {stamp(CPU)['triton']}, {args.dtype}, a fake GPU")

@@ -49,15 +49,6 @@ def commit(folder: Path | None = None) -> str:
     return done.stdout.strip() or os.environ.get("NSPEC_COMMIT", "")
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 32 MiB where nobody says."""
-    if device.type == "cuda":
-        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 2**25
-    path = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [int(p.read_text().strip().rstrip("K")) * 1024 for p in path.glob("index*/size")] if path.is_dir() else []
-    return max(sizes, default=2**25)
-
-
 def device_name(device: torch.device) -> str:
     """What is measured, in words: the GPU's name, or the processor's with its number of threads."""
     if device.type == "cuda":

@@ -11,23 +11,23 @@ compared with those of hooks, which have to be the same integers.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import nspec
-from bench import machine, rows, timing
-from bench.stepping import model as step_model
-from bench.stepping.model import BASE, BIG, RESERVED, Batch, Shape, scaled_down, tiny
+from bench import cli
+from bench.report.cells import model_name
+from bench.rows import Row, line, timing_fields
+from bench.steps import model as step_model
+from bench.steps.model import BASE, BIG, DTYPES, END, RESERVED, Batch, Shape, batch_of, scaled_down, tiny
+from bench.timing import interleaved, peak_bytes
 from nspec.specialization.feed_forward import FeedForward
 from nspec.specialization.layers import find_blocks
 from nspec.specialization.padding import RealTokens
@@ -35,9 +35,7 @@ from nspec.specialization.padding import RealTokens
 Corpus = dict[str, list[Batch]]
 """The batches of each task, on the CPU, as :func:`nspec.mt.text.collate.collate` makes them."""
 
-PAD, END = 1, 2
 BASELINE = "release"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -85,39 +83,23 @@ def corpus(work: Work) -> Corpus:
     and as many sentences as fit into ``batch_tokens`` with their padding.
     """
     generator = torch.Generator().manual_seed(0)
-    high = work.model.vocabulary
 
-    def side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        words = [torch.randint(RESERVED, high, (n,), generator=generator) for n in lengths]
-        ids = pad_sequence([torch.cat([w, torch.tensor([END])]) for w in words], batch_first=True, padding_value=PAD)
-        return ids, (ids != PAD).long()
-
-    def batch(lengths: Sequence[tuple[int, int]]) -> Batch:
-        (ids, mask), (labels, target_mask) = side([s for s, _ in lengths]), side([t for _, t in lengths])
-        shifted = torch.cat([torch.full((len(labels), 1), END), labels[:, :-1]], 1).masked_fill(target_mask == 0, PAD)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "decoder_input_ids": shifted,
-            "decoder_attention_mask": target_mask,
-            "labels": labels.masked_fill(target_mask == 0, -100),
-        }
+    def side(length: int) -> Tensor:
+        words = torch.randint(RESERVED, work.model.vocabulary, (length,), generator=generator)
+        return torch.cat([words, torch.tensor([END])])
 
     found: Corpus = {}
     for number in range(work.tasks):
         sentences = work.batches * work.batch_tokens // 12  # more than are needed
         source = torch.empty(sentences).log_normal_(3.15, 0.55, generator=generator).clamp(3, 120)
         target = (source * torch.empty(sentences).log_normal_(0.0, 0.15, generator=generator)).clamp(3, 120)
-        lengths = sorted(zip(source.int().tolist(), target.int().tolist()), key=max)
-        batches, start = [], 0
-        while start < len(lengths):
-            stop = start + 1
-            while stop < len(lengths) and (stop + 1 - start) * (max(lengths[stop]) + 1) <= work.batch_tokens:
-                stop += 1
-            batches.append(lengths[start:stop])
-            start = stop
+        batches: list[list[tuple[int, int]]] = [[]]
+        for lengths in sorted(zip(source.int().tolist(), target.int().tolist()), key=max):
+            if (len(batches[-1]) + 1) * (max(lengths) + 1) > work.batch_tokens:
+                batches.append([])
+            batches[-1].append(lengths)
         chosen = [batches[round((i + 0.5) * len(batches) / work.batches - 0.5)] for i in range(work.batches)]
-        found[f"task-{number}"] = [batch(one) for one in chosen]
+        found[f"task-{number}"] = [batch_of((side(s), side(t)) for s, t in lengths) for lengths in chosen]
     return found
 
 
@@ -234,11 +216,7 @@ def ways(model: nn.Module, device: torch.device) -> dict[tuple[str, str], Callab
     }
 
 
-def _on(call: Callable[[Corpus], object], text: Corpus, _: int) -> object:
-    return call(text)  # the whole corpus each time: its batches are what rotates
-
-
-def measure(work: Work, dtype: str, device: torch.device, rounds: int, most_seconds: float) -> Iterator[rows.Row]:
+def measure(work: Work, dtype: str, device: torch.device, rounds: int, most_seconds: float) -> Iterator[Row]:
     """One row for each way, after the counts have been compared."""
     text = corpus(work)
     model = build(work.model, DTYPES[dtype], device)
@@ -247,8 +225,9 @@ def measure(work: Work, dtype: str, device: torch.device, rounds: int, most_seco
     tokens = sum(batch[name].numel() for batch in batches for name in ("input_ids", "labels"))
     real = sum(int(batch[name].sum()) for batch in batches for name in ("attention_mask", "decoder_attention_mask"))
     compared = ways(model, device)
-    times = timing.interleaved(
-        {" ".join(name): functools.partial(_on, call, text) for name, call in compared.items()},
+    times = interleaved(
+        # The whole corpus each time: its batches are what rotates.
+        {" ".join(name): lambda _, call=call: call(text) for name, call in compared.items()},  # type: ignore[misc]
         device,
         rounds=rounds,
         least_seconds=0.0,
@@ -257,8 +236,7 @@ def measure(work: Work, dtype: str, device: torch.device, rounds: int, most_seco
     )
     largest = {"task-0": [max(batches, key=lambda batch: batch["input_ids"].numel() + batch["labels"].numel())]}
     for (way, padding), call in compared.items():
-        taken = times[f"{way} {padding}"]
-        milliseconds = timing.spread([1e3 * seconds / len(batches) for seconds in taken])
+        timing = timing_fields(times["release include"], times[f"{way} {padding}"], calls=len(batches))
         yield {
             "kind": "profiling",
             "way": way,
@@ -271,60 +249,26 @@ def measure(work: Work, dtype: str, device: torch.device, rounds: int, most_seco
             "padding_share": round(1 - real / tokens, 4),
             "dtype": dtype,
             "padding": padding,
-            **rows.timing_fields(milliseconds, timing.paired(times["release include"], taken), len(taken)),
-            "tokens_per_second": round(tokens / len(batches) / (milliseconds.median / 1e3), 1),
-            "peak_bytes": timing.peak_bytes(functools.partial(call, largest), device),
+            **timing,
+            "tokens_per_second": round(tokens / len(batches) / (timing["milliseconds"] / 1e3), 1),
+            "peak_bytes": peak_bytes(functools.partial(call, largest), device),
         }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line.
-
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="python -m bench.profiling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--set", choices=("full", "quick", "smoke"), default="quick", help="how much is measured")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as PyTorch chooses")
+    """The command line; the exit status."""
+    parser = cli.parser("bench.profiling", __doc__)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; GPU: bfloat16")
-    parser.add_argument("--json", type=Path, help="rows are appended to this file")
     args = parser.parse_args(arguments)
-    try:
-        device = machine.pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rounds, seconds = ROUNDS[args.set]
-    write = rows.Writer(args.json, device)
-    print(f"{machine.device_name(device)}, torch {torch.__version__}")
-    print("speed-up over the release's way: median of paired ratios [middle 80 % of the rounds]")
+    device, write = cli.started(parser, args)
+    print("of a batch; speed-up over the release's way: median of paired ratios [middle 80 % of the rounds]")
     for work in SETS[device.type][args.set]:
         for dtype in args.dtypes or DTYPES_OF[device.type]:
-            for number, row in enumerate(measure(work, dtype, device, rounds, seconds)):
-                if not number:
-                    print(_title(row))
-                _show(write(row))
+            print(f"{model_name(work.model.fields())}, {dtype}: {work.tasks} tasks of {work.batches} batches")
+            for row in measure(work, dtype, device, *ROUNDS[args.set]):
+                name = f"ours, padding {row['padding']}d" if row["way"] == "ours" else row["way"]
+                print(line(name, write(row)), flush=True)
     return 0
-
-
-def _title(row: rows.Row) -> str:
-    layers = f"{row['encoder_layers']} + {row['decoder_layers']} layers"
-    return (
-        f"{row['shape']}{' (scaled)' if row['scaled'] else ''}, {row['dtype']}: d {row['d_model']}, d_ff {row['d_ff']}, "
-        f"{layers}; {row['tasks']} tasks, {row['batches']} batches, {row['sentences']} sentences, {row['tokens']} tokens, "
-        f"{row['padding_share']:.0%} of them padding"
-    )
-
-
-def _show(row: rows.Row) -> None:
-    name = row["way"] if row["way"] != "ours" else f"ours, padding {row['padding']}d"
-    print(
-        f"  {name:<24}{row['milliseconds']:10.1f} ms a batch  {rows.figure(row):<22}"
-        f"{row['tokens_per_second']:12.0f} tokens/s{row['peak_bytes'] / 2**20:10.0f} MiB",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -9,26 +9,38 @@ ends of the middle 80 % of the rounds. Rows of a GPU may have ``device_...`` bes
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.machine import stamp
-from bench.timing import Spread
+from bench.timing import spread
 
 Row = dict[str, Any]
 
 
-def timing_fields(milliseconds: Spread, speedup: Spread, rounds: int, prefix: str = "") -> Row:
-    """The fields of a time and of its ratio to the baseline's; with the prefix ``device_`` those of the device time."""
-    fields: Row = {f"{prefix}rounds": rounds}
-    for name, value in ((f"{prefix}milliseconds", milliseconds), (f"{prefix}speedup", speedup)):
-        fields[name] = round(value.median, 4)
-        fields[name + "_low"], fields[name + "_high"] = round(value.low, 4), round(value.high, 4)
-    return fields
+TIMES = ("milliseconds", "milliseconds_low", "milliseconds_high", "speedup", "speedup_low", "speedup_high")
+
+
+def timing_fields(base: Sequence[float], own: Sequence[float], prefix: str = "", calls: int = 1) -> Row:
+    """The fields of a time and of its ratio to the baseline's, of the rounds in which both are known; of three at least.
+
+    Args:
+        base: seconds of the baseline in each round, NaN where it has no figure.
+        own: the same of what the row is about.
+        prefix: of the fields: ``device_`` for those of the device time.
+        calls: of which each is the time of so many.
+    """
+    both = [(b, o) for b, o in zip(base, own, strict=True) if not math.isnan(b + o)]
+    if len(both) < 3:
+        return {}
+    spreads = spread([1e3 * o / calls for _, o in both]), spread([b / o for b, o in both])
+    ends = [round(end, 4) for found in spreads for end in found]
+    return {f"{prefix}rounds": len(both)} | {f"{prefix}{name}": end for name, end in zip(TIMES, ends)}
 
 
 class Writer:
@@ -105,7 +117,21 @@ def read(paths: Iterable[Path]) -> list[Row]:
     return rows
 
 
-def figure(row: Mapping[str, Any], prefix: str = "") -> str:
-    """``1.63x [1.60, 1.66]``: a row's speed-up over the baseline with its spread; ``device_`` for that of the device."""
-    median, low, high = (row[f"{prefix}speedup{end}"] for end in ("", "_low", "_high"))
+def figure(row: Mapping[str, Any], name: str = "speedup") -> str:
+    """``1.63x [1.60, 1.66]``: a row's speed-up over the baseline with its spread, or another ratio."""
+    median, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
     return f"{median:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def line(name: str, row: Mapping[str, Any], *more: str) -> str:
+    """A row as it is printed when it has been measured: time, speed-up, those of the device, rate, memory, what is more."""
+    said = [f"  {name:<40}"]
+    if row.get("milliseconds") is not None:
+        said.append(f"{row['milliseconds']:9.3f} ms {figure(row):>20}")
+    if row.get("device_speedup") is not None:
+        said.append(f"device {row['device_milliseconds']:9.3f} ms {figure(row, 'device_speedup'):>20}")
+    if row.get("tokens_per_second") is not None:
+        said.append(f"{row['tokens_per_second']:8.0f} tokens/s")
+    if row.get("peak_bytes") is not None:
+        said.append(f"{row['peak_bytes'] / 2**20:8.1f} MiB")
+    return "  ".join([*said, *filter(None, more)])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
@@ -24,7 +23,7 @@ import torch
 from bench.cases import Case, cases
 from bench.machine import pick_device, stamp
 from bench.providers import Problem, problem
-from bench.providers.problem import BACKENDS
+from bench.providers.shared import BACKENDS
 from bench.timing import synchronize
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra `bench`)")
@@ -69,26 +68,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_operator(benchmark: Any, case: Case, provider: str, device: torch.device) -> None:
     """Checks a provider's results, then times it on inputs that rotate."""
     made = _problem(case, device)
-    if provider in made.absent:
-        pytest.skip(made.absent[provider])
-    found = {one.name: one for one in made.providers}
-    if provider not in found:
-        taken = next((one.backend for one in made.providers if one.name == "ours"), "")
-        pytest.skip("it is `ours` here" if provider == f"ours: {taken}" else "this backend does not take the call")
-    one = found[provider]
+    one = next((one for one in made.providers if one.name == provider), None)
+    if one is None:
+        taken = next((own.backend for own in made.providers if own.name == "ours"), "")
+        other = "it is `ours` here" if provider == f"ours: {taken}" else "this backend does not take the call"
+        pytest.skip(made.absent.get(provider, other))
     replace(made, providers=[one]).check()
     numbers = itertools.count()
+
+    def once() -> None:
+        one.call(next(numbers))
+        synchronize(device)
+
     benchmark.group = case.label
     flops, moved = made.work(one.computes)
     benchmark.extra_info.update(asdict(case), active=case.active, provider=one.name, ours=one.ours, backend=one.backend)
     benchmark.extra_info.update(computes=one.computes, input_sets=made.input_sets, flops=flops, bytes=moved)
     benchmark.extra_info.update(stamp(device))
-    benchmark(_timed(one.call, device, numbers))
-
-
-def _timed(call: Callable[[int], Any], device: torch.device, numbers: itertools.count[int]) -> Callable[[], None]:
-    def once() -> None:
-        call(next(numbers))
-        synchronize(device)
-
-    return once
+    benchmark(once)

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[int], object]
 """What is timed: called with the number of the input set to use."""
 
@@ -39,8 +41,7 @@ FEW = 10
 """Of fewer values than this no tenth can be left out at an end."""
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Median, and the ends of the middle 80 %; of all, where there are fewer than ten."""
 
     median: float
@@ -61,59 +62,55 @@ def paired(base: Sequence[float], other: Sequence[float]) -> Spread:
     return spread([b / o for b, o in zip(base, other, strict=True)])
 
 
-def paired_on_device(base: Sequence[float], other: Sequence[float]) -> tuple[Spread, Spread, int] | None:
-    """Seconds of ``other``, its speed-up over ``base`` and the number of rounds, of those in which both were measured.
-
-    None where these are fewer than three.
-    """
-    both = [(b, o) for b, o in zip(base, other, strict=True) if not math.isnan(b) and not math.isnan(o)]
-    if len(both) < 3:
-        return None
-    return spread([o for _, o in both]), spread([b / o for b, o in both]), len(both)
-
-
 def synchronize(device: torch.device) -> None:
     """Waits for what was started on a GPU; nothing to wait for on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def _by_events(device: torch.device, work: Callable[[], object], sleep: int = 0) -> tuple[float, bool]:
+    """Seconds on a GPU from the start of the first kernel of ``work`` to the end of the last.
+
+    And whether the host was ahead of the device: after as many cycles of ``sleep``, all was queued before the first began.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    if sleep:
+        torch.cuda._sleep(sleep)
+    start.record()
+    work()
+    end.record()
+    ahead = not start.query()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3, ahead
+
+
 def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) -> float:
     """Mean seconds as called of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
 
-    On a GPU by device events, from the start of the first kernel to the end of the last: where the host is too slow to
-    keep the device busy, the gaps count, as they do for a user.
+    On a GPU by device events: where the host is too slow to keep the device busy, the gaps count, as they do for a user.
     """
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
+
+    def work() -> None:
         for number in range(calls):
             call(first + number)
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / calls
+
+    if device.type == "cuda":
+        return _by_events(device, work)[0] / calls
     began = time.perf_counter()
-    for number in range(calls):
-        call(first + number)
+    work()
     return (time.perf_counter() - began) / calls
 
 
 @functools.cache
 def _cycles_per_second(device: torch.device) -> float:
     """The clock that ``torch.cuda._sleep`` counts, as fast as it runs now."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     cycles = 10**7
-    for _ in range(2):  # the first time its code is loaded
-        start.record()
-        torch.cuda._sleep(cycles)
-        end.record()
-        end.synchronize()
-    return cycles / (float(start.elapsed_time(end)) / 1e3)
+    taken = [_by_events(device, lambda: torch.cuda._sleep(cycles))[0] for _ in range(2)]  # its code is loaded first
+    return cycles / taken[-1]
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(NamedTuple):
     """How a call is queued on a GPU: so many calls behind a kernel that waits so many seconds."""
 
     calls: int
@@ -125,16 +122,13 @@ def queued_seconds(call: Call, device: torch.device, first: int, queue: Queue) -
 
     The device sleeps first. If it still does when all calls are queued, it computes them without a gap.
     """
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(queue.sleep * _cycles_per_second(device)))
-    start.record()
-    for number in range(queue.calls):
-        call(first + number)
-    end.record()
-    ahead = not start.query()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / queue.calls if ahead else None
+
+    def work() -> None:
+        for number in range(queue.calls):
+            call(first + number)
+
+    taken, ahead = _by_events(device, work, sleep=int(queue.sleep * _cycles_per_second(device)))
+    return taken / queue.calls if ahead else None
 
 
 def queue_for(call: Call, device: torch.device) -> Queue | None:
@@ -192,7 +186,7 @@ def interleaved(
     def sample(name: str, number: int) -> None:
         times[name].append(seconds(calls[name], device, first=number, calls=repeat[name]))
 
-    _in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
+    in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
     return times
 
 
@@ -216,33 +210,31 @@ def interleaved_on_device(
         times[name].append(math.nan if found is None else found)
 
     if queues:
-        _in_rounds(list(queues), sample, rounds, 0.0, most_seconds, 4)
+        in_rounds(list(queues), sample, rounds, 0.0, most_seconds, 4)
     return times
 
 
-def _in_rounds(
-    names: Sequence[str],
-    sample: Callable[[str, int], None],
+def in_rounds(
+    names: Sequence[T],
+    sample: Callable[[T, int], None],
     rounds: int,
-    least_seconds: float,
-    most_seconds: float,
-    always: int,
+    least_seconds: float = 0.0,
+    most_seconds: float = math.inf,
+    always: int = 1,
 ) -> None:
-    """Samples each name once a round; see :func:`interleaved`."""
-    names = list(names)
+    """Samples each name once a round, none always first; see :func:`interleaved`."""
     collecting = gc.isenabled()
+    gc.collect()
     gc.disable()  # a collection in the middle of one provider's turn would be charged to it
     try:
         began = time.perf_counter()
-        done = 0
-        while True:
+        for done in itertools.count():
             elapsed = time.perf_counter() - began
             if done >= always and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
                 return
             shift = done % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in (*names[shift:], *names[:shift]):
                 sample(name, done)
-            done += 1
     finally:
         if collecting:
             gc.enable()

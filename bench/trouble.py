@@ -7,8 +7,7 @@ import traceback
 
 import torch
 
-LINES = 25
-"""Of a traceback, its last ones: an error of a compiler stands at its end."""
+LOST = "the GPU cannot be used by this process any more after that error; what is left is not measured, run it again"
 
 
 class DeviceLost(RuntimeError):
@@ -21,11 +20,20 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
 
 
-def report(what: str, error: BaseException) -> None:
-    """Writes an ``error:`` line and where it was raised to standard error, at once."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    shown = "\n".join(f"    {line}" for line in lines[-LINES:])
+def report(what: str, error: Exception, device: torch.device) -> str:
+    """Writes an ``error:`` line and where it was raised to standard error, at once; returns the error in a line.
+
+    Raises:
+        DeviceLost: nothing more can be measured by this process after this error, or one was that.
+    """
+    if isinstance(error, DeviceLost):  # which has been reported
+        raise error
+    lines = "".join(traceback.format_exception(error)).splitlines()[-25:]  # an error of a compiler stands at its end
+    shown = "\n".join(f"    {line}" for line in lines)
     print(f"error: {what}: {in_a_line(error)}\n{shown}", file=sys.stderr, flush=True)
+    if device_is_lost(device):
+        raise DeviceLost(f"{what}: {in_a_line(error)}") from error
+    return in_a_line(error)
 
 
 def device_is_lost(device: torch.device) -> bool:
@@ -41,6 +49,3 @@ def device_is_lost(device: torch.device) -> bool:
     except Exception:
         return True
     return False
-
-
-LOST = "the GPU cannot be used by this process any more after that error; what is left is not measured, run it again"

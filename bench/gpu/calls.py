@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from bench.gpu.experiments import block_calls
 from bench.gpu.lab import Lab, Operands, backend, forget, launches
-from bench.providers.problem import random_sets
+from bench.providers.shared import random_sets
 from bench.rows import Row
 from nspec.kernels.common import products
 from nspec.kernels.compact_ffn import compact_ffn
@@ -22,44 +22,33 @@ from nspec.kernels.linear_relu_count import linear_relu_count
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 
+def passes(o: Operands, forward: Callable[..., Tensor]) -> Callable[[], Any]:
+    """A block, forward and backward: its output's gradients of x, w1, b1, w2, b2."""
+    leaves = o.leaves
+    return lambda: torch.autograd.grad(forward(*leaves), leaves, o.dy)
+
+
 def public(o: Operands) -> Callable[[], Any]:
     """compact_ffn as users call it, with its gradients."""
-    leaves = o.leaves
-
-    def call() -> Any:
-        x, w1, b1, w2, b2 = leaves
-        y = compact_ffn(x, w1, b1, w2, b2, o.active, task_offsets=o.offsets, index=o.index)
-        return torch.autograd.grad(y, leaves, o.dy)
-
-    return call
+    options: dict[str, Any] = {"task_offsets": o.offsets, "index": o.index}
+    return passes(o, lambda x, w1, b1, w2, b2: compact_ffn(x, w1, b1, w2, b2, o.active, **options))
 
 
 def dense(o: Operands) -> Callable[[], Any]:
     """The whole block in PyTorch, with its gradients."""
-    leaves = o.leaves
-
-    def call() -> Any:
-        x, w1, b1, w2, b2 = leaves
-        return torch.autograd.grad(F.linear(F.relu(F.linear(x, w1, b1)), w2, b2), leaves, o.dy)
-
-    return call
+    return passes(o, lambda x, w1, b1, w2, b2: F.linear(F.relu(F.linear(x, w1, b1)), w2, b2))
 
 
 def host(lab: Lab) -> Iterator[Row]:
     """E6: the host's time of a call, and whole blocks on the device and as called: whether the host keeps up."""
     for shape, (d, d_ff) in lab.shapes.items():
-        for density in lab.densities:
-            o = lab.operands(shape, density)
-            name, call = f"compact_ffn, {shape}, density {density}", public(o)
-            flops = 12 * lab.tokens * d * round(density * d_ff)
+        for density in (*lab.densities, None):
+            o = lab.operands(shape, density or 0.5)
+            name = f"dense, {shape}" if density is None else f"compact_ffn, {shape}, density {density}"
+            call = dense(o) if density is None else public(o)
+            flops = 12 * lab.tokens * d * round((density or 1.0) * d_ff)
             yield lab.timed("E6", f"{name}, device", call, flops=flops, moved=0)
             yield lab.row("E6", f"{name}, as called", functools.partial(lab.called_microseconds, call), of="as called")
-        o = lab.operands(shape, 0.5)
-        plain = dense(o)
-        yield lab.timed("E6", f"dense, {shape}, device", plain, flops=12 * lab.tokens * d * d_ff, moved=0)
-        yield lab.row(
-            "E6", f"dense, {shape}, as called", functools.partial(lab.called_microseconds, plain), of="as called"
-        )
     dh = lab.normal(lab.tokens, lab.shapes["base"][1])
     forward, both = block_calls(o := lab.operands("base", 0.5))
     mixed = lab.operands("base", 0.5, 8)

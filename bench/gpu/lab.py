@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench import timing, trouble
 from bench.gpu.predictions import DEVICE, PREDICTIONS, SOURCE
-from bench.providers.problem import equal_offsets, random_sets
-from bench.reporting.summary import roof
+from bench.providers.shared import equal_offsets, random_sets
+from bench.report.summary import roof
 from bench.rows import Row
 from nspec.kernels.common.active import active_index
 
@@ -125,9 +125,8 @@ class Lab:
         numbered = lambda _: call()
         if self.small:
             return 1e6 * timing.seconds(numbered, self.device)
-        return 1e6 * statistics.median(
-            timing.interleaved({"": numbered}, self.device, rounds=SAMPLES, least_seconds=0)[""]
-        )
+        times = timing.interleaved({"": numbered}, self.device, rounds=SAMPLES, least_seconds=0)
+        return 1e6 * statistics.median(times[""])
 
     def host_microseconds(self, call: Call) -> float:
         """The median of warm calls until they return, on a GPU while it sleeps, so that nothing waits for it."""
@@ -176,25 +175,16 @@ class Lab:
         try:
             if right is not None and (wrong := right()) is not None:
                 return row | {"reason": f"WRONG: {wrong}"}
-            if self.device.type == "cpu":
-                found, row["interpreted"] = self._on_cpu(microseconds)
-            else:
-                found = microseconds()
+            times: list[float] = []
+            if self.device.type == "cpu":  # whether kernels of Triton were in it, which its interpreter runs
+                row["interpreted"] = bool(launches(self.device, lambda: times.append(microseconds())))
+            found = times[0] if times else microseconds()
         except Exception as error:
-            trouble.report(f"{experiment}, {name}", error)
-            if trouble.device_is_lost(self.device):
-                raise trouble.DeviceLost(f"{experiment}, {name}: {trouble.in_a_line(error)}") from error
-            return row | {"reason": trouble.in_a_line(error)}
+            return row | {"reason": trouble.report(f"{experiment}, {name}", error, self.device)}
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
         compared = of == "device" and not self.small  # tiny sizes are all start and end
         share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None
-        return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share.share, 4)}
-
-    def _on_cpu(self, microseconds: Callable[[], float]) -> tuple[float, bool]:
-        """What it measures, and whether kernels of Triton were in it, which its interpreter runs on a CPU."""
-        found: list[float] = []
-        made = launches(self.device, lambda: found.append(microseconds()))
-        return found[0], bool(made)
+        return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share[0], 4)}
 
     def timed(self, experiment: str, name: str, call: Call, **options: Any) -> Row:
         """As :meth:`row`, of a call's time on the device."""
@@ -207,11 +197,10 @@ class Lab:
 
 def expected(experiment: str, name: str) -> Row:
     """The fields of what was predicted of a measurement; none where nothing was."""
-    said = PREDICTIONS.get((experiment, name))
-    if said is None:
+    if (said := PREDICTIONS.get((experiment, name))) is None:
         return {}
-    range_ = {"expected_low": said.low, "expected_high": said.high, "expected_before": said.before}
-    return {**range_, "expected_source": SOURCE, "expected_device": DEVICE}
+    fields = {f"expected_{field}": value for field, value in said._asdict().items()}
+    return {**fields, "expected_source": SOURCE, "expected_device": DEVICE}
 
 
 def not_made(experiment: str, done: Collection[str], reason: str, small: bool) -> list[Row]:

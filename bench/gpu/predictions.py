@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 DEVICE = "H100"
 """What they are for, as its name has it: nothing else is compared with them, and nothing of another size."""
 SOURCE = f"expected, from arithmetic for an {DEVICE}; not measured"
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """A range in microseconds for what an experiment of the probe calls by that name.
 
     ``before``: of a kernel that has since been changed so that it should take less.

@@ -17,16 +17,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-import torch
-
-from bench import trouble
+from bench import cli, trouble
 from bench.ceilings import ceilings
 from bench.gpu.lab import Lab, not_made
-from bench.machine import device_name, pick_device
-from bench.reporting import probe_tables, tables
-from bench.reporting.summary import ceilings as limits_of
+from bench.report import cells, tables
+from bench.report.summary import ceilings as limits_of
 from bench.rows import Row, Writer
 
 Experiment = Callable[[Lab], Iterator[Row]]
@@ -58,24 +54,15 @@ def chosen(text: str) -> list[str]:
 
 def line(row: Row) -> str:
     """One measurement as it comes."""
-    if row.get("absent"):
-        return f"  {row['name']:<58} not here: {row['absent']}"
-    if row["reason"]:
-        return f"  {row['name']:<58} FAILED: {row['reason']}"
-    note = f"  ({row['note']})" if row["note"] else ""
-    time = f"  {row['name']:<58} {row['microseconds']:10.1f} us"
-    if row["device_type"] == "cpu":
-        return f"{time} on the CPU{interpreted(row)}, tiny sizes{note}"
-    if row["small"]:
-        return f"{time} {row['of']}, tiny sizes{note}"
-    share = "" if row["roof_share"] is None else f"  {row['roof_share']:.0%} of the roof"
-    expected = "" if not probe_tables.compared(row) else f"  expected {probe_tables.expected_range(row)}"
-    return f"{time} {row['of']}{share}{expected}{note}"
-
-
-def interpreted(row: Row) -> str:
-    """Said of a measurement on a CPU in which Triton's interpreter ran kernels."""
-    return ", in Triton's interpreter" if row.get("interpreted") else ""
+    name = f"  {row['name']:<58}"
+    if failed := row.get("absent") or row["reason"]:
+        return f"{name} {'not here' if row.get('absent') else 'FAILED'}: {failed}"
+    said = [f"{name} {row['microseconds']:10.1f} us {row['of'] if row['device_type'] == 'cuda' else 'on the CPU'}"]
+    said += [", in Triton's interpreter"] if row.get("interpreted") else []
+    said += [", tiny sizes"] if row["small"] else []
+    said += [f"  {row['roof_share']:.0%} of the roof"] if row["roof_share"] is not None else []
+    said += [f"  expected {tables.expected_range(row)}"] if tables.is_compared(row) else []
+    return "".join([*said, f"  ({row['note']})" if row["note"] else ""])
 
 
 def made(name: str, lab: Lab) -> Iterator[Row]:
@@ -88,13 +75,8 @@ def made(name: str, lab: Lab) -> Iterator[Row]:
         for row in experiment(lab):
             done.append(row["name"])
             yield row
-    except trouble.DeviceLost:
-        raise
     except Exception as error:
-        trouble.report(name, error)
-        if trouble.device_is_lost(lab.device):
-            raise trouble.DeviceLost(f"{name}: {trouble.in_a_line(error)}") from error
-        reason = trouble.in_a_line(error)
+        reason = trouble.report(name, error, lab.device)
         yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": reason}
         yield from not_made(name, done, reason, lab.small)
 
@@ -124,30 +106,24 @@ def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where something failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe", description=(__doc__ or "").splitlines()[0])
+    parser = cli.parser("bench.gpu.probe", __doc__, default="full")
     parser.add_argument("--only", type=chosen, default=list(EXPERIMENTS), metavar="E1,E3", help="default: all")
-    parser.add_argument("--set", choices=("full", "smoke"), default="full", help="smoke: tiny sizes")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, help="file that rows are appended to")
     args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device, write = cli.started(parser, args)
     small = args.set == "smoke"
     if device.type == "cpu":
         if not small:
             parser.error("on a CPU the kernels run in Triton's interpreter, for tiny sizes alone: add --set smoke")
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
     os.environ["NSPEC_BACKEND"] = "triton"
-    lab, write = Lab(device, small), Writer(args.json, device)
-    print(f"{device_name(device)}, torch {torch.__version__}: {', '.join(args.only)}")
+    lab = Lab(device, small)
+    print(", ".join(args.only))
     found = [write(row) for row in ceilings(device, [str(lab.dtype).removeprefix("torch.")], seconds=1.0, small=small)]
     lab.limits = limits_of(found)
     for row in found:
-        print(f"ceiling: {row['what']} {row['dtype']}: {tables.per_second(row)}")
+        print(f"ceiling: {row['what']} {row['dtype']}: {cells.per_second(row)}")
     rows, failed = run(args.only, lab, write)
-    if said := probe_tables.predictions(rows):
+    if said := tables.predictions(rows):
         print("\nPredicted against measured\n")
         print("\n".join(said))
     if failed:

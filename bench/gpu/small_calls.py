@@ -15,13 +15,13 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bench import trouble
-from bench.machine import pick_device
+from bench import cli, trouble
+from bench.providers import shared
 from nspec.kernels.common.active import active_index
 from nspec.kernels.common.backend import OPERATORS
 from nspec.kernels.compact_fc1 import compact_fc1
@@ -41,104 +41,72 @@ DTYPES = (torch.float32, torch.bfloat16)
 Results = dict[str, Tensor]
 
 
-def _integers(seed: int, *shape: int) -> Tensor:
-    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def calls(
-    shape: tuple[int, int, int],
-    mixed: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    operators: Sequence[str] = OPERATORS,
-) -> Iterator[Results]:
-    """The results of each operator on the CPU in float64.
+def results(
+    operator: str, shape: tuple[int, int, int], mixed: bool, dtype: torch.dtype, device: torch.device
+) -> Results:
+    """The results of an operator, on the CPU in float64.
 
     Args:
+        operator: one of ``OPERATORS``.
         shape: tokens, d_model, d_ff.
         mixed: tokens of three tasks, one of which has none, instead of one task.
         dtype: of the inputs; AdamW's are float32, or float64 where these are.
         device: that computes.
-        operators: only these.
     """
     tokens, d, d_ff = shape
+    seed = torch.Generator().manual_seed(6)
+    draw = lambda *size, to=dtype: torch.randint(-1, 2, size, generator=seed).double().to(device, to)
     offsets = torch.tensor([0, tokens // 3, tokens // 3, tokens], device=device) if mixed else None
-    sets = torch.rand(3, d_ff, generator=torch.Generator().manual_seed(6)) < 0.6
+    sets = torch.rand(3, d_ff, generator=seed) < 0.6
     active = (sets if mixed else sets[0]).to(device)
-
-    x, w1, b1 = (
-        _integers(seed, *size).to(device, dtype) for seed, size in enumerate(((tokens, d), (d_ff, d), (d_ff,)))
-    )
-    b1 += 0.5
-    valid = (torch.arange(tokens) % 4 > 0).to(device)
-    if "linear_relu_count" in operators:
-        h, counts = linear_relu_count(x, w1, b1, valid=valid, task_offsets=offsets)
-        yield _named("linear_relu_count", ("h", "counts"), (h, counts))
-
-    if "row_sparse_wgrad" in operators:
-        dh = _integers(3, tokens, d_ff).to(device, dtype)
-        dw, db = row_sparse_wgrad(dh, x, active, task_offsets=offsets)
-        total = torch.ones(d_ff, d, device=device)
-        row_sparse_wgrad(dh, x, active, task_offsets=offsets, add_to=total)
-        yield _named("row_sparse_wgrad", ("dw", "db", "added to"), (dw, db, total))
-
-    w2, b2, dy = (
-        _integers(seed, *size).to(device, dtype) for seed, size in ((4, (d, d_ff)), (5, (d,)), (7, (tokens, d)))
-    )
-    if "compact_ffn" in operators:
-        leaves = [tensor.requires_grad_() for tensor in (x, w1, b1, w2, b2)]
-        y = compact_ffn(x, w1, b1, w2, b2, active, task_offsets=offsets)
-        gradients = torch.autograd.grad(y, leaves, dy)
-        yield _named("compact_ffn", ("y", "dx", "dw1", "db1", "dw2", "db2"), (y, *gradients))
-
     index = active_index(active)
-    width = index.shape[1]
-    neurons = torch.arange(1, width, 3, device=device)
-    dz, hidden, up = (_integers(seed, tokens, width).to(device, dtype) for seed in (12, 13, 14))
-    hidden.requires_grad_()
-    if "compact_fc1" in operators:
-        leaves = [tensor.requires_grad_() for tensor in (x, w1, b1)]
-        z = compact_fc1(x, w1, b1, active, task_offsets=offsets, index=index)
-        yield _named("compact_fc1", ("z", "dx", "dw", "db"), (z, *torch.autograd.grad(z, leaves, dz)))
-    if "compact_fc2" in operators:
-        leaves = [tensor.requires_grad_() for tensor in (hidden, b1, w2, b2)]
-        y = compact_fc2(hidden, b1, w2, b2, active, task_offsets=offsets, index=index)
-        yield _named("compact_fc2", ("y", "dh", "dconstant", "dw", "db"), (y, *torch.autograd.grad(y, leaves, dy)))
-    if "gated_activation" in operators:
-        leaves = [hidden, up.requires_grad_()]
-        h = gated_activation(hidden, up, "silu")
-        yield _named("gated_activation", ("h", "dgate", "dup"), (h, *torch.autograd.grad(h, leaves, dz)))
+    x, w1, b1, w2, b2 = draw(tokens, d), draw(d_ff, d), draw(d_ff) + 0.5, draw(d, d_ff), draw(d)
+    neurons = torch.arange(1, index.shape[1], 3, device=device)
+    dy, dh, wide = draw(tokens, d), draw(tokens, d_ff), [draw(tokens, index.shape[1]) for _ in range(3)]
 
+    def passes(forward: Callable[..., Tensor], gradient: Tensor, **inputs: Tensor) -> Results:
+        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        y = forward(*leaves)
+        return {"y": y, **{f"d{name}": g for name, g in zip(inputs, torch.autograd.grad(y, leaves, gradient))}}
+
+    if operator == "linear_relu_count":
+        valid = (torch.arange(tokens) % 4 > 0).to(device)
+        found = dict(zip(("h", "counts"), linear_relu_count(x, w1, b1, valid=valid, task_offsets=offsets)))
+    elif operator == "row_sparse_wgrad":
+        total = torch.ones(d_ff, d, device=device)
+        found = dict(zip(("dw", "db"), row_sparse_wgrad(dh, x, active, task_offsets=offsets)))
+        row_sparse_wgrad(dh, x, active, task_offsets=offsets, add_to=total)
+        found["added to"] = total
+    elif operator == "compact_ffn":
+        block = lambda x, w1, b1, w2, b2: compact_ffn(x, w1, b1, w2, b2, active, task_offsets=offsets)
+        found = passes(block, dy, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    elif operator == "compact_fc1":
+        fc1 = lambda x, w, b: compact_fc1(x, w, b, active, task_offsets=offsets, index=index)
+        found = passes(fc1, wide[0], x=x, w=w1, b=b1)
+    elif operator == "compact_fc2":
+        fc2 = lambda h, constant, w, b: compact_fc2(h, constant, w, b, active, task_offsets=offsets, index=index)
+        found = passes(fc2, dy, h=wide[0], constant=b1, w=w2, b=b2)
+    elif operator == "gated_activation":
+        gated = lambda gate, up: gated_activation(gate, up, "silu")
+        found = passes(gated, wide[2], gate=wide[0], up=wide[1])
         with torch.no_grad():
-            columns = gated_gradients(dz.clone(), hidden, up, "silu", neurons)
-        yield _named("gated_activation", ("dgate alone", "dup alone", "columns of dgate", "columns of dup"), columns)
-    if "neuron_wgrad" in operators:
-        rows = neuron_wgrad(dz, x.detach(), neurons, dtype=torch.promote_types(dtype, torch.float32))
-        yield _named("neuron_wgrad", ("rows",), (rows,))
-    if "write_neurons" in operators:
-        own_dtype = torch.promote_types(dtype, torch.float32)
-        own = [_integers(seed, len(neurons), d).to(device, own_dtype) for seed in (15, 16)]
-        written = [w1.detach().clone(), w2.detach().clone()]
+            columns = gated_gradients(wide[2].clone(), wide[0], wide[1], "silu", neurons)
+        found |= dict(zip(("dgate alone", "dup alone", "columns of dgate", "columns of dup"), columns))
+    elif operator == "neuron_wgrad":
+        found = {"rows": neuron_wgrad(wide[0], x, neurons, dtype=torch.promote_types(dtype, torch.float32))}
+    elif operator == "write_neurons":
+        own = [draw(len(neurons), d, to=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+        written = [w1.clone(), w2.clone()]
         write_neurons_(written, own, [neurons, neurons], [False, True])
-        yield _named("write_neurons", ("rows", "columns"), written)
-
-    if "row_sparse_adamw" not in operators:
-        return
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    state = [_integers(seed, d_ff, d).to(device, wide) for seed in (8, 9, 10, 11)]
-    state[3].abs_()
-    rows = active[0] if mixed else active
-    parameter, gradient, first, second = ([tensor] for tensor in state)
-    row_sparse_adamw_(parameter, gradient, first, second, [rows], step=2, lr=0.125, weight_decay=0.5)
-    yield _named("row_sparse_adamw", ("parameter", "gradient", "first moment", "second moment"), state)
-
-
-def _named(operator: str, names: Sequence[str], tensors: Sequence[Tensor]) -> Results:
-    return {f"{operator}: {name}": tensor.detach().double().cpu() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def _all(found: Iterable[Results]) -> Results:
-    return {name: tensor for results in found for name, tensor in results.items()}
+        found = dict(zip(("rows", "columns"), written))
+    else:
+        state = [draw(d_ff, d, to=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(4)]
+        state[3].abs_()
+        rows = [active[0] if mixed else active]
+        parameter, gradient, first, second = ([tensor] for tensor in state)
+        row_sparse_adamw_(parameter, gradient, first, second, rows, step=2, lr=0.125, weight_decay=0.5)
+        found = dict(zip(("parameter", "gradient", "first moment", "second moment"), state))
+    return {f"{operator}: {name}": tensor.detach().double().cpu() for name, tensor in found.items()}
 
 
 def difference(ours: Tensor, exact: Tensor) -> float:
@@ -149,12 +117,8 @@ def difference(ours: Tensor, exact: Tensor) -> float:
 @functools.lru_cache(maxsize=1)
 def _exact(operator: str, shape: tuple[int, int, int], mixed: bool) -> Results:
     """The reference's results in float64 on the CPU."""
-    before = os.environ["NSPEC_BACKEND"]
-    os.environ["NSPEC_BACKEND"] = "reference"
-    try:
-        return _all(calls(shape, mixed, torch.float64, torch.device("cpu"), [operator]))
-    finally:
-        os.environ["NSPEC_BACKEND"] = before
+    with shared.backend("reference"):
+        return results(operator, shape, mixed, torch.float64, torch.device("cpu"))
 
 
 def compared(operator: str, dtype: torch.dtype, shape: tuple[int, int, int], mixed: bool, device: torch.device) -> int:
@@ -164,7 +128,7 @@ def compared(operator: str, dtype: torch.dtype, shape: tuple[int, int, int], mix
         AssertionError: some are wrong; by how much.
     """
     exact = _exact(operator, shape, mixed)
-    found, wrong = _all(calls(shape, mixed, dtype, device, [operator])), []
+    found, wrong = results(operator, shape, mixed, dtype, device), []
     for name, tensor in found.items():
         bound = 0 if name.endswith("counts") else 1e-5 if dtype == torch.float32 else 2e-2
         off = difference(tensor, exact[name])
@@ -183,10 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="default: all")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
     args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = cli.device_of(parser, args)
     asked = os.environ.setdefault("NSPEC_BACKEND", "triton" if device.type == "cuda" else "auto")
     checked = failed = 0
     for operator, shape, mixed, dtype in itertools.product(args.operators, SHAPES, (False, True), DTYPES):
@@ -198,8 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"wrong: {what}: {error}", flush=True)
         except Exception as error:
             failed += 1
-            trouble.report(what, error)
-            if trouble.device_is_lost(device):
+            try:
+                trouble.report(what, error, device)
+            except trouble.DeviceLost:
                 print(f"error: {trouble.LOST}", flush=True)
                 return 1
     which = ", ".join(args.operators)

@@ -10,7 +10,7 @@ import importlib
 import torch
 
 from bench.cases import Case
-from bench.providers.problem import Problem, Provider
+from bench.providers.shared import Problem, Provider
 
 __all__ = ["Problem", "Provider", "problem"]
 

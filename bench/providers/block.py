@@ -11,31 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import nspec
-from bench.blocks import dense_block
 from bench.cases import Case
-from bench.providers.problem import (
-    CHECK,
-    Computes,
-    Problem,
-    Provider,
-    Results,
-    input_sets,
-    noise,
-    random_sets,
-    small_integers,
-)
+from bench.providers import shared
+from bench.providers.blocks import dense_block
+from bench.providers.shared import Computes, Problem, Provider, Results
+from bench.release import mask_weights
 from nspec.nn.masked_linear import Mode
 
 Call = Callable[[int], tuple[Tensor | None, ...]]
-
-
-class _MaskedWeight(nn.Linear):
-    """The authors' release: the mask times the weight in each forward pass."""
-
-    mask: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
 def problem(case: Case, device: torch.device) -> Problem:
@@ -48,18 +31,18 @@ def problem(case: Case, device: torch.device) -> Problem:
     dense = dense.to(device)
     names = [name for name, _ in dense.named_parameters()]
     masked = [f"{name}.weight" for name in firsts]
-    active = random_sets(1, d_ff, case.active, device)[0]
+    active = shared.random_sets(1, d_ff, case.active, device)[0]
     masks = nspec.NeuronMasks({"task": {firsts[0]: active.cpu()}})
-    count = input_sets(8 * tokens * (d + d_ff))
+    count = shared.input_sets(8 * tokens * (d + d_ff))
 
     def drawn(draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         return draw(tokens, d, device=device).float().requires_grad_(), draw(tokens, d, device=device).to(dtype)
 
-    inputs = [drawn(noise) for _ in range(count)]
+    inputs = [drawn(shared.noise) for _ in range(count)]
     exact = kept = {name: p.detach().clone() for name, p in dense.named_parameters()}
-    check = drawn(noise)
+    check = drawn(shared.noise)
     if case.activation == "relu":  # the others are smooth: rounding decides nothing
-        integers = functools.partial(small_integers, dtype=torch.float32)
+        integers = functools.partial(shared.small_integers, dtype=torch.float32)
         check = drawn(integers)
         exact = {name: integers(*p.shape, device=device) for name, p in kept.items()}
         exact["0.bias"] += 0.5
@@ -69,7 +52,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         parameters = list(model.parameters())
 
         def call(number: int) -> tuple[Tensor | None, ...]:
-            if number != CHECK:
+            if number != shared.CHECK:
                 return compute(*inputs[number % count])
             model.load_state_dict(exact, strict=False)
             try:
@@ -92,14 +75,11 @@ def problem(case: Case, device: torch.device) -> Problem:
         nspec.set_task(model, "task")
         return model
 
-    def release() -> nn.Module:
-        model = copy.deepcopy(dense)
+    def released() -> nn.Module:
+        model = mask_weights(copy.deepcopy(dense), {"task": {name: active for name in firsts}})
         for name in firsts:
-            plain = model.get_submodule(name)
-            layer = _MaskedWeight(d, d_ff, bias=plain.bias is not None, device=device)
-            layer.load_state_dict(plain.state_dict())
-            layer.register_buffer("mask", active[:, None].expand(d_ff, d).clone())  # one byte a weight, as theirs
-            setattr(model, name, layer)
+            layer: Any = model.get_submodule(name)
+            layer.mask = layer.masks["task"]
         return model
 
     def expected(computes: Computes) -> Results:
@@ -126,7 +106,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         case,
         [
             Provider("dense", step(dense), results, computes="all"),
-            Provider("weight x mask", step(release()), results),
+            Provider("weight x mask", step(released()), results),
         ],
         expected,
         work,

@@ -10,22 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Case
-from bench.providers.problem import (
-    CHECK,
-    Computes,
-    Problem,
-    Provider,
-    Results,
-    backend,
-    compiled,
-    equal_offsets,
-    explained,
-    input_sets,
-    noise,
-    ours,
-    random_sets,
-    small_integers,
-)
+from bench.providers import shared
+from bench.providers.shared import Computes, Problem, Provider, Results
 from nspec.kernels.common.active import active_index
 from nspec.kernels.compact_ffn import compact_ffn
 
@@ -58,25 +44,25 @@ def problem(case: Case, device: torch.device) -> Problem:
     """
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
     size = dtype.itemsize * (2 * tokens * d + 2 * d * d_ff)
-    make = lambda *shape: noise(*shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
+    make = lambda *shape: shared.noise(*shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
     shapes = ((tokens, d), (d_ff, d), (d_ff,), (d, d_ff), (d,))
     sets: list[Inputs] = [
-        (tuple(make(*shape) for shape in shapes), noise(tokens, d, device=device).to(dtype))  # type: ignore[misc]
-        for _ in range(input_sets(size + dtype.itemsize * tokens * d_ff))
+        (tuple(make(*shape) for shape in shapes), shared.noise(tokens, d, device=device).to(dtype))  # type: ignore[misc]
+        for _ in range(shared.input_sets(size + dtype.itemsize * tokens * d_ff))
     ]
-    whole = [small_integers(*shape, device=device, dtype=dtype) for shape in shapes]
+    whole = [shared.small_integers(*shape, device=device, dtype=dtype) for shape in shapes]
     whole[2] += 0.5
     check: Inputs = (
         tuple(t.requires_grad_() for t in whole),  # type: ignore[assignment]
-        small_integers(tokens, d, device=device, dtype=dtype),
+        shared.small_integers(tokens, d, device=device, dtype=dtype),
     )
-    active = random_sets(case.tasks, d_ff, case.active, device)
-    offsets = equal_offsets(tokens, case.tasks, device) if case.tasks > 1 else None
+    active = shared.random_sets(case.tasks, d_ff, case.active, device)
+    offsets = shared.equal_offsets(tokens, case.tasks, device) if case.tasks > 1 else None
     chosen = active if offsets is not None else active[0]
     index, masks = active_index(active), active[:, :, None].to(dtype)
     rows = [(one.nonzero().squeeze(1), (~one).nonzero().squeeze(1)) for one in active]
     lengths = [b - a for a, b in pairwise(offsets.tolist())] if offsets is not None else [tokens]
-    take = lambda number: check if number == CHECK else sets[number % len(sets)]
+    take = lambda number: check if number == shared.CHECK else sets[number % len(sets)]
     results = lambda answer: dict(zip(("y", *("gradient of " + name for name in NAMES)), answer))
 
     def step(block: Callable[[Tensors], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
@@ -97,7 +83,7 @@ def problem(case: Case, device: torch.device) -> Problem:
 
     def expected(computes: Computes) -> Results:
         wide, dy = [t.detach().double().requires_grad_() for t in check[0]], check[1]
-        with backend("reference"):
+        with shared.backend("reference"):
             x, w1, b1, w2, b2 = wide
             sets_of = chosen if computes == "active" else torch.ones_like(chosen)
             y = compact_ffn(x, w1, b1, w2, b2, sets_of, task_offsets=offsets)
@@ -123,11 +109,13 @@ def problem(case: Case, device: torch.device) -> Problem:
     theirs = [Provider("dense, compiled", step(lambda t: dense(*t)), results, computes="all")]
     if offsets is None:
         theirs.append(Provider("weight x mask, compiled", step(lambda t: mask(*t, masks[0])), results))
-    compiled(made, theirs)
+    shared.compiled(made, *theirs)
     if offsets is not None and case.grouped:
         _grouped(made, step, results, index, active, offsets)
-    made.providers += ours(
-        lambda: explained(compact_ffn, *sets[0][0], chosen, task_offsets=offsets, index=index),
+    made.providers += shared.ours(
+        compact_ffn,
+        (*sets[0][0], chosen),
+        {"task_offsets": offsets, "index": index},
         step(lambda t: compact_ffn(*t, chosen, task_offsets=offsets, index=index)),
         results,
     )
@@ -157,10 +145,4 @@ def _grouped(
         constant = (F.relu(b1) * off) @ w2.t() + b2
         return F.grouped_mm(h, w2_tasks, offs=ends) + constant[of_token]
 
-    call = step(block)
-    try:
-        call(0)
-    except (RuntimeError, ValueError, AttributeError) as error:  # an older PyTorch has no such function
-        made.absent["grouped_mm"] = str(error).splitlines()[0]
-    else:
-        made.providers.append(Provider("grouped_mm", call, results))
+    shared.attempt(made, Provider("grouped_mm", step(block), results))  # an older PyTorch has no such function

@@ -7,19 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Case
-from bench.providers.problem import (
-    CHECK,
-    Computes,
-    Problem,
-    Provider,
-    Results,
-    backend,
-    compiled,
-    explained,
-    input_sets,
-    noise,
-    ours,
-)
+from bench.providers import shared
+from bench.providers.shared import Computes, Problem, Provider, Results
 from nspec.kernels.linear_relu_count import linear_relu_count
 
 
@@ -42,11 +31,11 @@ def problem(case: Case, device: torch.device) -> Problem:
     size = dtype.itemsize * (tokens * d + d_ff * d)
     sets = [
         (
-            noise(tokens, d, device=device).to(dtype),
-            noise(d_ff, d, device=device).div_(d**0.5).to(dtype),
-            noise(d_ff, device=device).to(dtype),
+            shared.noise(tokens, d, device=device).to(dtype),
+            shared.noise(d_ff, d, device=device).div_(d**0.5).to(dtype),
+            shared.noise(d_ff, device=device).to(dtype),
         )
-        for _ in range(input_sets(size + dtype.itemsize * tokens * d_ff))
+        for _ in range(shared.input_sets(size + dtype.itemsize * tokens * d_ff))
     ]
     take = lambda number: sets[number % len(sets)]  # CHECK takes the last
     only = lambda h: {"h": h}
@@ -54,8 +43,8 @@ def problem(case: Case, device: torch.device) -> Problem:
     both = lambda answer: {"h": answer[0], "surplus of counts": answer[1] - (answer[0] > 0).sum(0)}
 
     def expected(_: Computes) -> Results:
-        with backend("reference"):
-            h, counts = linear_relu_count(*(t.double() for t in take(CHECK)))
+        with shared.backend("reference"):
+            h, counts = linear_relu_count(*(t.double() for t in take(shared.CHECK)))
         return {"h": h, "surplus of counts": torch.zeros_like(counts)}
 
     made = Problem(
@@ -70,6 +59,6 @@ def problem(case: Case, device: torch.device) -> Problem:
         made.providers.append(Provider("addmm_activation", lambda n: _fused(*take(n)), only))
     made.providers += [plain, Provider("relu(linear), count", lambda n: _counted(*take(n)), both)]
     counting = torch.compile(_counted, dynamic=False)
-    compiled(made, [Provider("relu(linear), count, compiled", lambda n: counting(*take(n)), both)])
-    made.providers += ours(lambda: explained(linear_relu_count, *sets[0]), lambda n: linear_relu_count(*take(n)), both)
+    shared.compiled(made, Provider("relu(linear), count, compiled", lambda n: counting(*take(n)), both))
+    made.providers += shared.ours(linear_relu_count, sets[0], {}, lambda n: linear_relu_count(*take(n)), both)
     return made

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from bench.cases import Case
-from bench.providers.problem import (
-    Computes,
-    Problem,
-    Provider,
-    Results,
-    backend,
-    compiled,
-    explained,
-    noise,
-    ours,
-    random_sets,
-)
-from nspec.kernels.common.backend import Choice
+from bench.providers import shared
+from bench.providers.shared import Computes, Problem, Provider, Results
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
 LAYERS = 12
 BYTES_PER_ELEMENT = 28  # parameter, gradient and two moments read, all but the gradient written
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
 STEP = 3
+OPTIONS: dict[str, Any] = {"step": STEP, "lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 Step = Callable[[Lists, list[Tensor]], None]
@@ -55,10 +46,10 @@ def problem(case: Case, device: torch.device) -> Problem:
 
     One set of inputs: twelve layers with their moments are larger than a cache. Each provider is checked on clones.
     """
-    d, d_ff = case.d_model, case.d_ff
-    draw = lambda: [noise(d_ff, d, device=device) for _ in range(LAYERS)]
+    d, d_ff, operator = case.d_model, case.d_ff, cast(Callable[..., Any], row_sparse_adamw_)
+    draw = lambda: [shared.noise(d_ff, d, device=device) for _ in range(LAYERS)]
     lists: Lists = (draw(), draw(), draw(), [t.abs_() for t in draw()])
-    active = list(random_sets(LAYERS, d_ff, case.active, device))
+    active = list(shared.random_sets(LAYERS, d_ff, case.active, device))
     rows = [one.nonzero().squeeze(1) for one in active]
     # A fused step counts on the parameters' device. It is at step STEP when it is called, and adds one itself.
     steps = [torch.tensor(float(STEP - 1), device=device) for _ in range(LAYERS)]
@@ -80,16 +71,12 @@ def problem(case: Case, device: torch.device) -> Problem:
     def expected(computes: Computes) -> Results:
         wide: Lists = tuple([t.double() for t in column] for column in start)  # type: ignore[assignment]
         sets = active[:2] if computes == "active" else [torch.ones_like(one) for one in active[:2]]
-        with backend("reference"):
-            row_sparse_adamw_(*wide, sets, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+        with shared.backend("reference"):
+            operator(*wide, sets, **OPTIONS)
         return _named(wide)
 
     def own(all_lists: Lists, _: list[Tensor]) -> None:
-        sets = active[: len(all_lists[0])]
-        row_sparse_adamw_(*all_lists, sets, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
-
-    def explain() -> Choice:
-        return explained(row_sparse_adamw_, *lists, active, step=STEP, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+        operator(*all_lists, active[: len(all_lists[0])], **OPTIONS)
 
     def work(computes: Computes) -> tuple[int, int]:
         elements = LAYERS * d * (case.active if computes == "active" else d_ff)
@@ -108,8 +95,8 @@ def problem(case: Case, device: torch.device) -> Problem:
     )
     if device.type == "cuda":  # on a CPU the loop it makes takes minutes to compile, and is no faster
         whole = torch.compile(lambda all_lists, s: _torch(all_lists, s, fused=False), dynamic=False)
-        compiled(made, [provider("foreach AdamW, compiled", whole, "all")])
-    made.providers += ours(explain, provider("", own).call, checked)
+        shared.compiled(made, provider("foreach AdamW, compiled", whole, "all"))
+    made.providers += shared.ours(row_sparse_adamw_, (*lists, active), OPTIONS, provider("", own).call, checked)
     return made
 
 

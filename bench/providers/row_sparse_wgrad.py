@@ -13,21 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Case
-from bench.providers.problem import (
-    CHECK,
-    Computes,
-    Problem,
-    Provider,
-    Results,
-    backend,
-    compiled,
-    equal_offsets,
-    explained,
-    input_sets,
-    noise,
-    ours,
-    random_sets,
-)
+from bench.providers import shared
+from bench.providers.shared import Computes, Problem, Provider, Results
 from nspec.kernels.common.active import active_index
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
@@ -45,11 +32,11 @@ def problem(case: Case, device: torch.device) -> Problem:
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
     size = dtype.itemsize * tokens * (d + d_ff)
     sets = [
-        (noise(tokens, d_ff, device=device).to(dtype), noise(tokens, d, device=device).to(dtype))
-        for _ in range(input_sets(size))
+        (shared.noise(tokens, d_ff, device=device).to(dtype), shared.noise(tokens, d, device=device).to(dtype))
+        for _ in range(shared.input_sets(size))
     ]
-    active = random_sets(case.tasks, d_ff, case.active, device)
-    offsets = equal_offsets(tokens, case.tasks, device) if case.tasks > 1 else None
+    active = shared.random_sets(case.tasks, d_ff, case.active, device)
+    offsets = shared.equal_offsets(tokens, case.tasks, device) if case.tasks > 1 else None
     # What a user has ready before a step: the index of the set, the rows, a mask in the weights' dtype.
     index = active_index(active)
     chosen = active if offsets is not None else active[0]
@@ -60,9 +47,9 @@ def problem(case: Case, device: torch.device) -> Problem:
     names = lambda answer: dict(zip(("dw", "db"), answer))
 
     def expected(computes: Computes) -> Results:
-        dh, x = (t.double() for t in take(CHECK))
+        dh, x = (t.double() for t in take(shared.CHECK))
         sets_of = chosen if computes == "active" else torch.ones_like(chosen)
-        with backend("reference"):
+        with shared.backend("reference"):
             return names(row_sparse_wgrad(dh, x, sets_of, task_offsets=offsets))
 
     def work(computes: Computes) -> tuple[int, int]:
@@ -108,14 +95,12 @@ def problem(case: Case, device: torch.device) -> Problem:
             _grouped(made, take, masks, offsets)
     else:
         dense, mask = torch.compile(_dense, dynamic=False), torch.compile(_masked, dynamic=False)
-        compiled(
+        shared.compiled(
             made,
-            [
-                Provider("dense, bias gradient, compiled", lambda n: dense(*take(n)), names, computes="all"),
-                Provider("weight x mask, compiled", lambda n: mask(take(n)[0], take(n)[1], masks[0]), names),
-            ],
+            Provider("dense, bias gradient, compiled", lambda n: dense(*take(n)), names, computes="all"),
+            Provider("weight x mask, compiled", lambda n: mask(take(n)[0], take(n)[1], masks[0]), names),
         )
-    made.providers += ours(lambda: explained(row_sparse_wgrad, *sets[0], chosen, task_offsets=offsets), call, names)
+    made.providers += shared.ours(row_sparse_wgrad, (*sets[0], chosen), {"task_offsets": offsets}, call, names)
     return made
 
 
@@ -131,9 +116,6 @@ def _grouped(made: Problem, take: Any, masks: Tensor, offsets: Tensor) -> None:
         dh, x = take(number)
         return (F.grouped_mm(dh.t(), x, offs=ends) * masks).sum(0), dh.sum(0)
 
-    try:
-        call(0)
-    except (RuntimeError, ValueError, AttributeError) as error:  # an older PyTorch has no such function
-        made.absent["grouped_mm"] = str(error).splitlines()[0]
-    else:
-        made.providers.append(Provider("grouped_mm, mask", call, lambda answer: dict(zip(("dw", "db"), answer))))
+    shared.attempt(
+        made, Provider("grouped_mm, mask", call, lambda answer: dict(zip(("dw", "db"), answer)))
+    )  # an older PyTorch has no such function

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare
-from bench.comparing import trees
-from bench.comparing.block import STEP, calls, smoke_cases
-from bench.comparing.moved import LEAST, Change, changes, holm, percent, t_quantile, t_within
+from bench import compare, trees
+from bench.compare import LEAST, STEP, Change, calls, changes, choose, percent
 from bench.machine import ROOT
 
 Sides = tuple[dict[str, list[float]], dict[str, list[float]]]
@@ -34,22 +32,6 @@ def moved(found: dict[str, Change]) -> dict[str, str]:
     return {name: change.verdict for name, change in found.items() if change.verdict != "within noise"}
 
 
-# Two-sided, from printed tables of Student's t.
-@pytest.mark.parametrize(
-    ("probability", "freedom", "t"),
-    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 5, 2.571), (0.99, 10, 3.169), (0.999, 3, 12.924), (0.9, 30, 1.697)],
-)
-def test_student_s_t_is_that_of_the_tables(probability: float, freedom: int, t: float) -> None:
-    assert t_quantile(probability, freedom) == pytest.approx(t, abs=6e-4)
-    assert t_within(t, freedom) == pytest.approx(probability, abs=1e-4)
-
-
-def test_holm_s_correction() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
 def test_a_change_of_ten_percent_is_found_and_has_its_sign() -> None:
     found = 0
     for seed in range(100):
@@ -57,6 +39,7 @@ def test_a_change_of_ten_percent_is_found_and_has_its_sign() -> None:
         found += moved(result).get("case3") == "slower"
         found += moved(result).get("case7") == "faster"
         assert result["case3"].low < result["case3"].mean < result["case3"].high
+    assert percent(0.0953102) == pytest.approx(10.0, abs=1e-4)
     assert found >= 190, "of 200 planted changes"
 
 
@@ -75,26 +58,17 @@ def test_an_interval_covers_the_change() -> None:
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_less_than_two_blocks_of_a_side_differ_is_no_change_however_sure() -> None:
+def test_what_is_no_change_however_sure() -> None:
     # The pairs agree that head is 3 % slower, but either side alone varies by 20 %.
     base = [0.0, 0.2, -0.2, 0.1, -0.1, 0.15]
-    head = [value + 0.03 + 0.0001 * i for i, value in enumerate(base)]
-    change = changes({"a": base}, {"a": head})["a"]
+    change = changes({"a": base}, {"a": [value + 0.03 + 0.0001 * i for i, value in enumerate(base)]})["a"]
     assert change.p < 0.001
     assert change.noise > 0.2
     assert change.verdict == "within noise"
-
-
-def test_a_tiny_change_does_not_count_however_sure() -> None:
     for shift, verdict in ((LEAST * 0.9, "within noise"), (LEAST * 1.2, "slower")):
-        base, head = planted(0, 1, 8, 1e-5, case0=shift)
-        assert changes(base, head)["case0"].verdict == verdict
-
-
-def test_equal_figures_are_no_change_and_constant_ones_are() -> None:
-    same = {"a": [0.5, 0.5, 0.5]}
-    assert changes(same, same)["a"].verdict == "within noise"
-    assert changes(same, {"a": [0.75, 0.75, 0.75]})["a"].verdict == "slower"
+        assert changes(*planted(0, 1, 8, 1e-5, case0=shift))["case0"].verdict == verdict
+    for head, verdict in ((0.5, "within noise"), (0.75, "slower")):  # no noise at all
+        assert changes({"a": [0.5] * 3}, {"a": [head] * 3})["a"].verdict == verdict
 
 
 def test_sides_that_do_not_match_are_refused() -> None:
@@ -102,10 +76,6 @@ def test_sides_that_do_not_match_are_refused() -> None:
         changes({"a": [1.0, 2.0]}, {"b": [1.0, 2.0]})
     with pytest.raises(ValueError, match="a: 1 and 1 blocks; expected the same number, two or more"):
         changes({"a": [1.0]}, {"a": [1.0]})
-
-
-def test_per_cent() -> None:
-    assert percent(0.0953102) == pytest.approx(10.0, abs=1e-4)
 
 
 def test_sides_alternate_so_that_a_linear_drift_cancels() -> None:
@@ -156,9 +126,7 @@ def test_trees_hold_their_commit_and_this_harness_and_are_removed(repository: Pa
         assert not (working / "ignored.py").exists()
         assert made[2].name.endswith("-dirty")
         for tree in made:
-            assert (tree.folder / "bench" / "comparing" / "block.py").read_bytes() == (
-                ROOT / "bench" / "comparing" / "block.py"
-            ).read_bytes()
+            assert (tree.folder / "bench" / "compare.py").read_bytes() == (ROOT / "bench" / "compare.py").read_bytes()
             assert trees.add_library(tree) == "has no native library"
     assert not left(repository)
     listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True)
@@ -172,26 +140,23 @@ def test_trees_are_removed_after_an_error(repository: Path) -> None:
     assert not left(repository)
 
 
-def test_an_unknown_revision_is_one_clear_line(repository: Path) -> None:
-    with (
-        pytest.raises(trees.NotPossible, match=r"^no commit 'v9' in .*; `git log --oneline` lists those") as caught,
-        trees.trees(["HEAD", "v9"], repository),
-    ):
+@pytest.mark.parametrize(
+    ("spoil", "revision", "said"),
+    [
+        ([], "v9", r"^no commit 'v9' in .*; `git log --oneline` lists them$"),
+        (["git", "rm", "-rfq", "nspec"], None, "^the working tree holds no nspec"),
+        (["rm", "-r", ".git"], "HEAD", "not a git repository"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_clear_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, spoil: list[str], revision: str | None, said: str
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository.parent))
+    if spoil:
+        subprocess.run(spoil, cwd=repository, check=True)
+    with pytest.raises(trees.NotPossible, match=said) as caught, trees.trees([revision], repository):
         pass
     assert "\n" not in str(caught.value)
-    assert not left(repository)
-
-
-def test_a_folder_without_a_repository_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(trees.NotPossible, match="not a git repository"), trees.trees(["HEAD"], tmp_path):
-        pass
-
-
-def test_a_commit_without_the_package_is_an_error(repository: Path) -> None:
-    subprocess.run(["git", "rm", "-rfq", "nspec"], cwd=repository, check=True)
-    with pytest.raises(trees.NotPossible, match="the working tree holds no nspec"), trees.trees([None], repository):
-        pass
     assert not left(repository)
 
 
@@ -252,7 +217,7 @@ def test_a_case_that_one_side_cannot_compute_is_named_and_the_others_are_compare
 def test_what_is_timed_runs(operator: str) -> None:
     import torch
 
-    case = next(case for case in smoke_cases() if case.operator == operator)
+    case = next(case for case in choose("smoke", "cpu", "") if case.operator == operator)
     made = calls(case, torch.device("cpu"), check=True)
     assert list(made) == ["yardstick", "ours"]
     for call in made.values():
@@ -274,19 +239,12 @@ def test_errors_of_the_command_are_one_line(capsys: pytest.CaptureFixture[str]) 
 def test_the_command_compares_a_commit_with_itself(tmp_path: Path) -> None:
     out = tmp_path / "changes.jsonl"
     command = [sys.executable, "-m", "bench.compare", "HEAD", "HEAD", "--set", "smoke", "--blocks", "3"]
-    command += [
-        "--seconds",
-        "0.01",
+    command += ["--seconds", "0.01", "--device", "cpu", "--threads", "1", "--json"] + [
+        str(out),
         "--cases",
         "x32x128 float32",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--json",
-        str(out),
     ]
-    env = os.environ | ({} if trees._usable(ROOT / trees.LIBRARY, ROOT) else {"NSPEC_NATIVE": "0"})
+    env = os.environ | ({} if trees.usable(ROOT / trees.LIBRARY, ROOT) else {"NSPEC_NATIVE": "0"})
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]

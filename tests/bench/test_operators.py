@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, operators, report
+from bench import cases, operators
 from bench.cases import Case
 from bench.providers import Problem, problem
-from bench.providers.problem import CHECK, backend, noise, random_sets, same
-from bench.reporting import summary
+from bench.providers.shared import CHECK, backend, noise, random_sets, same
+from bench.report import __main__ as report
+from bench.report import summary
 from bench.rows import Row, Writer, read
 
 CPU = torch.device("cpu")
@@ -36,13 +37,8 @@ def test_every_set_covers_every_operator_once(name: str, device_type: str) -> No
 
 
 def test_what_is_measured_can_be_narrowed() -> None:
-    found = cases.cases(
-        "full", "cpu", operators=["compact_ffn"], dtypes=["bfloat16"], densities=[0.4], shapes=[(64, 8, 32, 1)]
-    )
-    assert [case.label for case in found] == ["compact_ffn 64x8x32 bfloat16 0.40"]
-
-
-def test_blocks_with_other_activations_can_be_chosen() -> None:
+    only = {"operators": ["compact_ffn"], "dtypes": ["bfloat16"], "densities": [0.4], "shapes": [(64, 8, 32, 1)]}
+    assert [case.label for case in cases.cases("full", "cpu", **only)] == ["compact_ffn 64x8x32 bfloat16 0.40"]
     found = cases.cases("quick", "cpu", activations=["gelu", "swiglu"])
     assert {(case.operator, case.activation, case.d_ff) for case in found} == {
         ("block", "gelu", 2048),
@@ -208,18 +204,15 @@ def test_a_forced_backend_is_the_one_that_runs_and_the_setting_comes_back(monkey
     assert "NSPEC_BACKEND" not in os.environ
 
 
-def test_random_sets_have_the_size_that_was_asked_for() -> None:
-    found = random_sets(5, 64, 13, CPU)
-    assert found.sum(1).tolist() == [13] * 5
-    assert not torch.equal(found[0], found[1])
-
-
-def test_drawn_inputs_are_normal_and_no_two_are_alike() -> None:
+def test_drawn_inputs_are_normal_and_no_two_are_alike_and_sets_have_the_size_that_was_asked_for() -> None:
     first, second = noise(3, 2**21, device=CPU), noise(3, 2**21, device=CPU)
     assert first.shape == (3, 2**21)
     assert not torch.equal(first, second)
     assert abs(float(first.mean())) < 0.01
     assert abs(float(first.std()) - 1) < 0.01
+    found = random_sets(5, 64, 13, CPU)
+    assert found.sum(1).tolist() == [13] * 5
+    assert not torch.equal(found[0], found[1])
 
 
 def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:

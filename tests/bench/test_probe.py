@@ -13,18 +13,26 @@ from bench.gpu import lab as labs
 from bench.gpu import probe
 from bench.gpu.lab import Lab
 from bench.gpu.predictions import Prediction
-from bench.reporting import probe_tables
+from bench.report import tables
 from bench.rows import Row, Writer
 
 CPU = torch.device("cpu")
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, predicted: tuple[str, ...] = (), **experiments: object) -> None:
+    """Experiments in place of the probe's, and predictions of E3."""
+    module = ModuleType("bench.gpu.pretended")
+    vars(module).update(experiments)
+    monkeypatch.setitem(sys.modules, "bench.gpu.pretended", module)
+    monkeypatch.setattr(probe, "EXPERIMENTS", {name: ("pretended", name) for name in experiments})
+    monkeypatch.setattr(labs, "PREDICTIONS", {("E3", name): Prediction(1, 2) for name in predicted})
+
+
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three in place of the probe's: the first raises in one measurement, the second as a whole, the third is fine."""
+    """Three: the first raises in one measurement, the second as a whole, of the third one is wrong."""
 
     def half(lab: Lab) -> Iterator[Row]:
-        """E1: half."""
         yield lab.timed("E1", "broken", lambda: 1 / 0)
         yield lab.timed("E1", "whole", lambda: None)
 
@@ -36,12 +44,7 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
         yield lab.timed("E3", "wrong", lambda: None, right=lambda: "by 1")
         yield lab.timed("E3", "whole", lambda: None)
 
-    module = ModuleType("bench.gpu.pretended")
-    module.half, module.nothing, module.fine = half, nothing, fine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bench.gpu.pretended", module)
-    names = {"E1": "half", "E2": "nothing", "E3": "fine"}
-    monkeypatch.setattr(probe, "EXPERIMENTS", {name: ("pretended", function) for name, function in names.items()})
-    monkeypatch.setattr(labs, "PREDICTIONS", {})
+    pretend(monkeypatch, E1=half, E2=nothing, E3=fine)
 
 
 def test_what_raises_costs_its_own_line(experiments: None) -> None:
@@ -66,9 +69,9 @@ def test_after_an_error_that_ends_the_use_of_the_gpu_nothing_more_is_tried(
 
 def test_a_prediction_is_compared_on_the_device_and_at_the_size_that_it_is_for() -> None:
     row = {"kind": "probe", "experiment": "E3", "name": "h", "expected_low": 120.0, "expected_high": 135.0}
-    said = lambda **more: probe_tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
+    said = lambda **more: tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
     gpu = {"device": "NVIDIA H100 80GB HBM3", "small": False}
-    assert "arithmetic for an H100" in probe_tables.predictions([row])[0]
+    assert "arithmetic for an H100" in tables.predictions([row])[0]
     assert said(microseconds=121.0, **gpu) == "as expected"
     assert said(microseconds=270.0, **gpu) == "2.00 times as slow"
     assert said(microseconds=60.0, **gpu) == "2.00 times as fast"
@@ -86,16 +89,11 @@ def test_what_was_predicted_of_an_experiment_that_raises_has_failed_and_what_was
         yield lab.timed("E3", "h", lambda: None)
         raise AttributeError("the kernels have changed")
 
-    module = ModuleType("bench.gpu.pretended")
-    module.half = half  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bench.gpu.pretended", module)
-    monkeypatch.setattr(probe, "EXPERIMENTS", {"E3": ("pretended", "half")})
-    two = {("E3", name): Prediction(1, 2) for name in ("h", "gate")}
-    monkeypatch.setattr(labs, "PREDICTIONS", two)
+    pretend(monkeypatch, ("h", "gate"), E3=half)
     monkeypatch.setattr(labs.trouble, "device_is_lost", lambda _: lost)
     rows, failed = probe.run(["E3"], Lab(CPU, True), Writer(None, CPU))
     assert failed == ["E3"]
-    *_, first, second = probe_tables.predictions(rows)
+    *_, first, second = tables.predictions(rows)
     assert "| h " in first
     assert "not compared: measured at tiny sizes on " in first
     assert "| gate " in second

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,16 +77,6 @@ def test_rows_are_stamped_and_read_back(tmp_path: Path) -> None:
         assert field in first
     assert first["torch"] == torch.__version__
     assert "threads" in first["device"]
-
-
-def test_a_file_that_holds_no_rows_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"kind": "step"}) + "\n{oops\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not JSON"):
-        rows.read([path])
-    path.write_text('{"operator": "old"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: a row without `kind`"):
-        rows.read([path])
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

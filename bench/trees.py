@@ -1,7 +1,7 @@
 """Source trees of two commits to measure side by side, each with its native library and this checkout's harness.
 
-A tree is a plain copy of a commit's files in a temporary folder (``git archive``: nothing is left in ``.git``, however a
-comparison ends). Its ``bench/`` is replaced by that of this checkout, so that both sides are measured the same way.
+A tree is a plain copy of a commit's files in a temporary folder. Its ``bench/`` is replaced by that of this checkout, so
+that both sides are measured the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.machine import ROOT, commit
 
@@ -31,11 +30,8 @@ class NotPossible(Exception):
 
 @dataclass(frozen=True)
 class Tree:
-    """Where the files of one side are, and what they are of.
-
-    Attributes:
-        name: a commit's short name, with ``-dirty`` for a changed working tree.
-        folder: holds ``nspec/``, ``kernels/`` and ``bench/``.
+    """One side: ``folder`` holds ``nspec/``, ``kernels/`` and ``bench/``; ``name`` is a commit's short name, perhaps
+    ``-dirty``.
     """
 
     name: str
@@ -68,31 +64,25 @@ def resolve(checkout: Path, revision: str) -> str:
     try:
         found = git(checkout, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     except NotPossible:
-        raise NotPossible(
-            f"no commit {revision!r} in {checkout}; `git log --oneline` lists those that there are"
-        ) from None
+        raise NotPossible(f"no commit {revision!r} in {checkout}; `git log --oneline` lists them") from None
     return found.decode().split()[-1]
 
 
-def _copy_working_tree(checkout: Path, folder: Path) -> None:
-    """The files as they lie there, committed or not, without what git ignores."""
+def _fill(checkout: Path, name: str | None, folder: Path) -> None:
+    """Puts the files of a commit there; without a name those of the working tree, but what git ignores."""
+    if name is not None:  # nothing is left in .git, however a comparison ends
+        with tempfile.TemporaryFile() as file:
+            file.write(git(checkout, "archive", "--format=tar", name))
+            file.seek(0)
+            with tarfile.open(fileobj=file) as archive:
+                archive.extractall(folder, filter="data")
+        return
     names = git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard").decode().split("\0")
-    for name in filter(None, names):
-        source, target = checkout / name, folder / name
+    for path in filter(None, names):
+        source, target = checkout / path, folder / path
         if source.is_file():  # else it is deleted, but not yet for git
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-
-
-def _extract(checkout: Path, name: str, folder: Path) -> None:
-    """The files of a commit."""
-    with tempfile.TemporaryFile() as file:
-        file.write(git(checkout, "archive", "--format=tar", name))
-        file.seek(0)
-        with tarfile.open(fileobj=file) as archive:
-            # The filter is the default of Python 3.14; 3.10 has it from 3.10.12 on.
-            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(folder, **safe)
 
 
 @contextmanager
@@ -106,17 +96,12 @@ def trees(revisions: Sequence[str | None], checkout: Path = ROOT) -> Iterator[li
     with tempfile.TemporaryDirectory(prefix="nspec-compare-") as top:
         made = []
         for number, name in enumerate(names):
-            # Paths of one length: the length of the environment shifts a process's stack.
-            folder = Path(top) / f"side{number}"
+            folder = Path(top) / f"side{number}"  # paths of one length: that of the environment shifts the stack
             folder.mkdir()
-            if name is None:
-                _copy_working_tree(checkout, folder)
-            else:
-                _extract(checkout, name, folder)
+            _fill(checkout, name, folder)
             if not (folder / "nspec" / "__init__.py").is_file():
-                raise NotPossible(
-                    f"{revisions[number] or 'the working tree'} holds no nspec/__init__.py: nothing to measure"
-                )
+                what = revisions[number] or "the working tree"
+                raise NotPossible(f"{what} holds no nspec/__init__.py: nothing to measure")
             shutil.rmtree(folder / "bench", ignore_errors=True)
             shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
             made.append(Tree(commit(checkout) if name is None else name[:12], folder))
@@ -132,27 +117,17 @@ def sources_digest(folder: Path) -> str:
     files = _sources(folder)
     if not all(path.is_file() for path in files) or len(files) < 2:
         return ""
-    digest = hashlib.sha256()
-    for path in files:
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    named = (f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode() for path in files)
+    return hashlib.sha256(b"".join(name + path.read_bytes() for name, path in zip(named, files))).hexdigest()
 
 
-def _usable(library: Path, folder: Path) -> bool:
+def usable(library: Path, folder: Path) -> bool:
     """Whether a library was built after the last change of the sources in that folder. It serves every PyTorch."""
     return library.is_file() and library.stat().st_mtime >= max(path.stat().st_mtime for path in _sources(folder))
 
 
 def add_library(tree: Tree, others: Sequence[Path] = (ROOT,)) -> str:
-    """Puts the native library into a tree: that of another folder with the same sources, or a new build.
-
-    Args:
-        tree: that gets it.
-        others: folders whose library may be taken: the checkout, other trees.
-
-    Returns:
-        What was done, in words.
+    """Puts the native library into a tree, that of one of ``others`` with the same sources or a new build; in words.
 
     Raises:
         NotPossible: it has to be built and cannot be.
@@ -161,19 +136,16 @@ def add_library(tree: Tree, others: Sequence[Path] = (ROOT,)) -> str:
     if not digest:
         return "has no native library"
     for other in others:
-        if sources_digest(other) == digest and _usable(other / LIBRARY, other):
+        if sources_digest(other) == digest and usable(other / LIBRARY, other):
             shutil.copy2(other / LIBRARY, tree.folder / LIBRARY)
             return "native library taken over: the same sources"
+    without = "NSPEC_NATIVE=0 does without it"
     if importlib.util.find_spec("setuptools") is None:
-        raise NotPossible(
-            "the native library has to be built, and setuptools is not installed; NSPEC_NATIVE=0 does without it"
-        )
+        raise NotPossible(f"the native library has to be built, and setuptools is not installed; {without}")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     env = os.environ | {"NSPEC_BUILD_NATIVE": "1"}
     done = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True)
     if done.returncode or not (tree.folder / LIBRARY).is_file():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
-        raise NotPossible(
-            f"{tree.name}: the native library was not built (NSPEC_NATIVE=0 does without it): {lines[-1]}"
-        )
+        raise NotPossible(f"{tree.name}: the native library was not built ({without}): {lines[-1]}")
     return "native library built"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.cases import Case
-from nspec.kernels.common.backend import Choice
 
 Computes = Literal["active", "all"]
 Results = dict[str, Tensor]
@@ -79,29 +79,24 @@ class Problem:
         Raises:
             AssertionError: one is wrong: by how much, and what was expected. What a provider raises is passed on.
         """
-        for _, error in self.checked():
-            if error is not None:
-                raise error
+        for error in self.wrong().values():
+            raise error
 
-    def checked(self) -> Iterator[tuple[Provider, Exception | None]]:
-        """Each provider with what is wrong with its results, an AssertionError, or what it raised; None where right."""
-        expected: dict[str, Results] = {}
+    def wrong(self) -> dict[str, Exception]:
+        """By provider what is wrong with its results, an AssertionError, or what it raised."""
+        found: dict[str, Exception] = {}
+        expected = functools.cache(self.expected)
         for provider in self.providers:
-            if provider.computes not in expected:
-                expected[provider.computes] = self.expected(provider.computes)
+            right = expected(provider.computes)  # what this raises is no provider's fault
             try:
-                self._compare(provider, expected[provider.computes])
+                results = provider.results(provider.call(CHECK))
+                if not results:
+                    raise AssertionError(f"{self.case.label}: {provider.name} gives no result to check")
+                for name, value in results.items():
+                    same(f"{self.case.label}: {name} of {provider.name}", value, right[name], self.case)
             except Exception as error:
-                yield provider, error
-            else:
-                yield provider, None
-
-    def _compare(self, provider: Provider, expected: Results) -> None:
-        found = provider.results(provider.call(CHECK))
-        if not found:
-            raise AssertionError(f"{self.case.label}: {provider.name} gives no result to check")
-        for name, value in found.items():
-            same(f"{self.case.label}: {name} of {provider.name}", value, expected[name], self.case)
+                found[provider.name] = error
+        return found
 
 
 def same(name: str, found: Tensor, expected: Tensor, case: Case) -> None:
@@ -171,69 +166,53 @@ def equal_offsets(tokens: int, tasks: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """``NSPEC_BACKEND`` as long as the block lasts; an empty name leaves it as it is."""
-    if not name:
+    """``NSPEC_BACKEND`` as long as the block lasts."""
+    with mock.patch.dict(os.environ, NSPEC_BACKEND=name):
         yield
-        return
-    before = os.environ.get("NSPEC_BACKEND")
-    os.environ["NSPEC_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["NSPEC_BACKEND"]
-        else:
-            os.environ["NSPEC_BACKEND"] = before
 
 
 def ours(
-    explain: Callable[[], Choice], call: Callable[[int], Any], results: Callable[[Any], Results]
+    operator: Callable[..., Any],
+    arguments: Sequence[Any],
+    options: Mapping[str, Any],
+    call: Callable[[int], Any],
+    results: Callable[[Any], Results],
 ) -> Iterator[Provider]:
     """Our providers: as nspec chooses, then each other backend that takes the call.
 
     Args:
-        explain: :func:`explained` of the operator's call.
+        operator: which says for ``arguments`` and ``options`` with ``explain=True`` what would take the call.
+        arguments: of the operator.
+        options: likewise.
         call: the operator's call.
         results: as in :class:`Provider`.
     """
-    chosen = explain().backend
+    chosen = operator(*arguments, **options, explain=True).backend
     yield Provider("ours", call, results, ours=True, backend=chosen)
     for name in BACKENDS:
         if name == chosen or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             continue  # an interpreter is for tests, and no contender
+        forced = backend(name)(call)  # the setting is read at each call of an operator
         try:
             with backend(name):
-                explain()
+                operator(*arguments, **options, explain=True)
         except ValueError:
             continue  # refuses these arguments; `nspec env` says why
-        yield Provider(f"ours: {name}", forced(name, call), results, ours=True, backend=name)
+        yield Provider(f"ours: {name}", forced, results, ours=True, backend=name)
 
 
-def explained(operator: Callable[..., Any], *args: Any, **options: Any) -> Choice:
-    """Which backend takes a call, and why: the operator's answer to ``explain=True``."""
-    answer: Choice = operator(*args, explain=True, **options)
-    return answer
-
-
-def forced(name: str, call: Callable[[int], Any]) -> Callable[[int], Any]:
-    """A call with a backend forced; the setting is read at each call of an operator."""
-
-    @functools.wraps(call)
-    def with_backend(number: int) -> Any:
-        with backend(name):
-            return call(number)
-
-    return with_backend
-
-
-def compiled(problem: Problem, providers: Sequence[Provider]) -> None:
-    """Adds providers that were made with torch.compile, or the reason why they do not compile here."""
-    if not problem.case.compiled:
-        return
+def attempt(problem: Problem, *providers: Provider, said: str = "") -> None:
+    """Adds providers that may not exist here (no compiler, an older PyTorch), or the reason why they do not run."""
     for provider in providers:
         try:
             provider.call(0)
-        except Exception as error:  # no compiler, or a kind of failure of its own in each version
-            problem.absent[provider.name] = f"torch.compile: {str(error).strip().splitlines()[0][:200]}"
+        except Exception as error:  # a kind of failure of its own in each version
+            problem.absent[provider.name] = f"{said}{str(error).strip().splitlines()[0][:200]}"
         else:
             problem.providers.append(provider)
+
+
+def compiled(problem: Problem, *providers: Provider) -> None:
+    """Adds providers that were made with torch.compile, where the case asks for them."""
+    if problem.case.compiled:
+        attempt(problem, *providers, said="torch.compile: ")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from bench import trouble
-from bench.stepping.model import Batch, Masks, System, Tasks
+from bench.steps.model import Batch, Masks, Tasks
+from bench.steps.systems import System
 
 Gradients = dict[str, Tensor]
 
@@ -30,13 +32,12 @@ def expected(dense: System, mode: str, batch: Batch, tasks: Tasks, masks: Masks)
     A batch of several tasks is the sum of its parts.
     """
     of_sentence = [tasks] * len(batch["labels"]) if isinstance(tasks, str) else list(tasks)
-    total = torch.zeros((), device=dense.device)
-    sums: Gradients = {}
+    total, sums = torch.zeros((), device=dense.device), Gradients()
+    parameters = dict(dense.model.named_parameters())
     for task in dict.fromkeys(of_sentence):
         chosen = torch.tensor([name == task for name in of_sentence], device=dense.device)
         share = float(chosen.double().mean())
         rows = {f"{name}.weight": mask[:, None].to(dense.device) for name, mask in masks[task].items()}
-        parameters = dict(dense.model.named_parameters())
         kept = {name: parameters[name].detach().clone() for name in rows}
         with torch.no_grad():
             for name, mask in rows.items() if mode == "forward" else ():
@@ -47,8 +48,7 @@ def expected(dense: System, mode: str, batch: Batch, tasks: Tasks, masks: Masks)
                 parameters[name].copy_(weight)
         total = total + share * loss  # each part's loss is the mean over its own tokens
         for name, gradient in found.items():
-            part = gradient * share * rows.get(name, 1)
-            sums[name] = sums[name] + part if name in sums else part
+            sums[name] = sums.get(name, 0) + gradient * share * rows.get(name, 1)
     return total, sums
 
 
@@ -67,12 +67,7 @@ def errors(loss: Tensor, found: Gradients, right_loss: Tensor, right: Gradients)
 
 
 def check(
-    dense: System,
-    systems: Mapping[str, System],
-    batch: Batch,
-    task: str,
-    mixed: Tasks | None,
-    masks: Masks,
+    dense: System, systems: Mapping[str, System], batch: Batch, task: str, mixed: Tasks | None, masks: Masks
 ) -> dict[str, str]:
     """What is wrong with each system, in words; nothing for those that are right. One that raises is wrong.
 
@@ -84,48 +79,23 @@ def check(
         mixed: the task of each sentence, for systems that take such batches; None: not checked.
         masks: of all these tasks.
     """
+    batches: dict[str, Tasks] = {"one task": task} | ({} if mixed is None else {"several tasks": mixed})
+    right = functools.cache(lambda mode, several: expected(dense, mode, batch, batches[several], masks))
     wrong: dict[str, str] = {}
-    for mode, tasks in [
-        (mode, tasks) for mode in ("forward", "update") for tasks in (task, mixed) if tasks is not None
-    ]:
-        members = {
-            name: system
-            for name, system in systems.items()
-            if name not in wrong
-            and (system.kind == mode or (system.kind == "release" and mode == "forward" and isinstance(tasks, str)))
-        }
-        if not members:
-            continue
-        right_loss, right = expected(dense, mode, batch, tasks, masks)
-        for name, system in members.items():
-            try:
-                error, whose = errors(*system.gradients(batch, tasks), right_loss, right)
-            except Exception as raised:
-                wrong[name] = _raised(name, raised, dense.device)
-                continue
-            bound = TOLERANCE[system.dtype]
-            if not error <= bound:
-                kind = "one task" if isinstance(tasks, str) else "several tasks"
-                wrong[name] = f"{whose} is off by {error:.2g} with {kind} in a batch, expected at most {bound:g}"
     for name, system in systems.items():
-        if system.optimizer_name != "row_sparse_adamw" or name in wrong:
-            continue
+        mode, bound = "forward" if system.kind == "release" else system.kind, TOLERANCE[system.dtype]
         try:
-            moved = _moved(system, batch, task, masks)
-        except Exception as raised:
-            wrong[name] = _raised(name, raised, dense.device)
-            continue
-        if moved:
-            wrong[name] = f"an update changed rows of {moved} that {task} does not use"
+            for several, tasks in batches.items() if system.kind != "release" else [("one task", task)]:
+                error, whose = errors(*system.gradients(batch, tasks), *right(mode, several))
+                if not error <= bound:
+                    said = f"{whose} is off by {error:.2g} with {several} in a batch, expected at most {bound:g}"
+                    wrong.setdefault(name, said)
+            checked = name not in wrong and system.optimizer_name == "row_sparse_adamw"
+            if checked and (moved := _moved(system, batch, task, masks)):
+                wrong[name] = f"an update changed rows of {moved} that {task} does not use"
+        except Exception as error:
+            wrong[name] = f"it raised {trouble.report(name, error, dense.device)}"
     return wrong
-
-
-def _raised(name: str, error: Exception, device: torch.device) -> str:
-    """Reports an exception of a system, and raises it again where it has ended the use of the device."""
-    trouble.report(name, error)
-    if trouble.device_is_lost(device):
-        raise error
-    return f"it raised {trouble.in_a_line(error)}"
 
 
 def _moved(system: System, batch: Batch, task: str, masks: Masks) -> str:

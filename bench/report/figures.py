@@ -9,36 +9,27 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bench.cases import OPERATORS
-from bench.reporting.summary import (
-    STEP_PARTS,
+from bench.report import cells
+from bench.report.summary import (
     amdahl,
     block_share,
     ceilings,
     fields,
     groups,
     is_ours,
+    near_real,
     of_kind,
     operator_case,
+    part_names,
     rank,
     roof,
-    shape_of,
-    values,
-)
-from bench.reporting.tables import (
-    batch_name,
-    is_baseline_step,
-    milliseconds,
-    model_name,
-    near_real,
-    per_second,
-    speedup,
     step_key,
+    values,
 )
 from bench.rows import Row
 
@@ -115,7 +106,7 @@ def _key(label: str, **how: Any) -> Any:
 
 def _shape(row: Row) -> str:
     """The shape with its tokens for AdamW too, whose matrices are those of the same block."""
-    return shape_of({**row, "operator": None})
+    return cells.shape_of({**row, "operator": None})
 
 
 def _shape_keys(shapes: Sequence[Any]) -> list[Any]:
@@ -208,19 +199,8 @@ def speed(devices: Devices) -> Figure | None:
     return figure
 
 
-@dataclass(frozen=True)
-class _Reached:
-    """A provider of ours and its baseline in a case, as shares of the roof; ``bound`` is what the roof of ours is."""
-
-    operator: str
-    label: str
-    ours: float
-    baseline: float | None
-    bound: str
-
-
-def _reached(rows: Sequence[Row]) -> list[_Reached]:
-    """Every case of the operators, at the density nearest to that of the published masks."""
+def _reached(rows: Sequence[Row]) -> dict[str, list[tuple[str, float, float | None, str]]]:
+    """By operator ours in each case at about the published masks' density: words, share of the roof, baseline's, bound."""
     limits, found = ceilings(rows), []
     cases = groups(of_kind(rows, "operator"), operator_case)
     for members in sorted(cases.values(), key=lambda case: rank(OPERATORS, case[0].get("operator"))):
@@ -228,14 +208,13 @@ def _reached(rows: Sequence[Row]) -> list[_Reached]:
         members = [row for row in members if row.get("density") == density]
         baseline = next((roof(row, limits) for row in members if row.get("provider") == row.get("baseline")), None)
         for row in filter(is_ours, members):
-            ours = roof(row, limits)
-            if ours is not None:
+            if (ours := roof(row, limits)) is not None:
                 mode = "" if row["provider"] == "ours" else f"{row['provider']}, "
-                label = f"{mode}{row.get('dtype')}, {shape_of(row)}"
-                operator = f"{row['operator']}, over {row.get('baseline')}"
-                operator += "" if density in (None, 1) else f", density {density:g}"
-                found.append(_Reached(operator, label, ours.share, baseline.share if baseline else None, ours.bound))
-    return found
+                at = "" if density in (None, 1) else f", density {density:g}"
+                words = f"{mode}{row.get('dtype')}, {cells.shape_of(row)}"
+                operator = f"{row['operator']}, over {row.get('baseline')}{at}"
+                found.append((operator, (words, ours[0], baseline[0] if baseline else None, ours[1])))
+    return {name: [case for _, case in own] for name, own in groups(found, lambda one: one[0]).items()}
 
 
 def roofline(devices: Devices) -> Figure | None:
@@ -243,34 +222,34 @@ def roofline(devices: Devices) -> Figure | None:
     panels = {name: found for name, rows in devices.items() if (found := _reached(rows))}
     if not panels:
         return None
-    lines = {name: len(found) + len({case.operator for case in found}) for name, found in panels.items()}
-    figure, strips = _new(9.6, [0.2 * count + 1.4 for count in lines.values()], list(panels))
+    lines = [len(found) + sum(map(len, found.values())) for found in panels.values()]
+    figure, strips = _new(9.6, [0.2 * count + 1.4 for count in lines], list(panels))
     for strip, (device, found) in zip(strips, panels.items()):
         axes = strip.subplots()
         named = [row for row in of_kind(devices[device], "ceiling") if row.get("per_second")]
-        names = [" ".join(filter(None, (row["what"], row.get("dtype"), per_second(row)))) for row in named]
+        names = [" ".join(filter(None, (row["what"], row.get("dtype"), cells.per_second(row)))) for row in named]
         note = "\n".join(textwrap.wrap("measured ceilings: " + "; ".join(names), 100))
         _style(axes, "", f"time that flops and bytes take at the ceilings / time taken\n{note}", grid="x")
-        place, ticks = 0, []
-        for operator, cases in groups(found, lambda case: case.operator).items():
+        place, ticks, longest = 0, [], 1.0
+        for operator, cases in found.items():
             ticks.append((place, operator, True))
-            for case in cases:
+            for label, ours, baseline, bound in cases:
                 place += 1
-                ticks.append((place, case.label, False))
-                if case.baseline is not None:
-                    axes.barh(place, 100 * case.baseline, color="#c4c4c4", height=0.8, label="what it is compared with")
-                axes.barh(place, 100 * case.ours, color=_BLUE, height=0.36, label="ours")
-                against = "" if case.baseline is None else f" ({100 * case.baseline:.0f} %)"
-                text = f"{100 * case.ours:.0f} %{against}, {case.bound}"
+                ticks.append((place, label, False))
+                if baseline is not None:
+                    axes.barh(place, 100 * baseline, color="#c4c4c4", height=0.8, label="what it is compared with")
+                axes.barh(place, 100 * ours, color=_BLUE, height=0.36, label="ours")
+                against = "" if baseline is None else f" ({100 * baseline:.0f} %)"
                 where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-                axes.annotate(text, (1.01, place), annotation_clip=False, **where)
+                axes.annotate(f"{100 * ours:.0f} %{against}, {bound}", (1.01, place), annotation_clip=False, **where)
+                longest = max(longest, ours, baseline or 0)
             place += 1
         axes.set_yticks([at for at, _, _ in ticks], [label for _, label, _ in ticks], fontsize=8)
         for label, (_, _, head) in zip(axes.get_yticklabels(), ticks):
             label.set_fontweight("bold" if head else "normal")
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(place - 0.3, -0.6)
-        axes.set_xlim(0, max(105, *(102 * max(case.ours, case.baseline or 0) for case in found)))
+        axes.set_xlim(0, max(105, 102 * longest))
         axes.axvline(100, color=_INK, lw=1.0)
         axes.xaxis.set_major_formatter("{x:.0f} %")
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
@@ -304,9 +283,9 @@ def parts(devices: Devices) -> Figure | None:
         for axes in places[len(found) :]:
             axes.set_axis_off()
         for axes, members in zip(places, found.values()):
-            model = f"{model_name(members[0]).split(' (')[0]}, {members[0].get('dtype')}"
+            model = f"{cells.model_name(members[0]).split(' (')[0]}, {members[0].get('dtype')}"
             tokens = f", {members[0]['tokens']} tokens" if members[0].get("tokens") else ""
-            _style(axes, f"{model}\n{batch_name(members[0])} a batch{tokens}", "ms", grid="x")
+            _style(axes, f"{model}\n{cells.batch_name(members[0])} a batch{tokens}", "ms", grid="x")
             used |= _stack(axes, members)
     figure.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used), fontsize=9)
     return figure
@@ -315,7 +294,7 @@ def parts(devices: Devices) -> Figure | None:
 def _stack(axes: Axes, rows: Sequence[Row]) -> dict[str, Any]:
     """The bars of one panel; what the parts leave of the step's time is "rest". Returns a handle for each part."""
     handles: dict[str, Any] = {}
-    names = dict.fromkeys([*STEP_PARTS, *(name for row in rows for name in row["parts"])])
+    names = part_names(rows)
     place, labels, before = 0.0, [], None
     for row in rows:
         group = (row.get("system"), row.get("optimizer"))
@@ -329,7 +308,11 @@ def _stack(axes: Axes, rows: Sequence[Row]) -> dict[str, Any]:
                 tint = _PARTS.get(name, "#cccccc")
                 handles[name] = axes.barh(place, width, left=left, color=tint, height=0.85)
                 left += width
-        text = milliseconds(row.get("milliseconds")) if is_baseline_step(row) else speedup(row, spread=False)
+        text = (
+            cells.milliseconds(row.get("milliseconds"))
+            if cells.is_baseline_step(row)
+            else cells.speedup(row, spread=False)
+        )
         axes.annotate(text, (max(left, whole), place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
         labels.append((place, _part_label(row)))
         place += 1

@@ -11,22 +11,23 @@ Of several measurements of a case on one device the newest is shown. A page has 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.machine import ROOT
-from bench.reporting import figures, host_table, probe_tables, tables
-from bench.reporting.headline import headline
-from bench.reporting.summary import KINDS, agreement, by_device, check, has_device_time, of_kind, values
+from bench.report import figures, tables
+from bench.report.cells import Lines
+from bench.report.headline import headline
+from bench.report.summary import KINDS, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
-
-Lines = list[str]
 
 GPU_MISSING = "GPU figures are still to be measured."
 _SPEED = (
@@ -37,6 +38,11 @@ _TWO_TIMES = (
     "Where a cell has two figures of a GPU, the first is as called, with the host's time where the device waits for it, "
     "which is what a user gets, and the second that of the device alone. Targets are about the second; a plot and a figure "
     "that stands alone are as called."
+)
+_HOST = (
+    "Launches of Triton kernels, products of the library and other kernels of PyTorch that a call puts on a GPU, and the "
+    "processor time of its Python and PyTorch on one thread of a CPU, without the driver's calls; of dense: of the dense "
+    "block's forward and backward pass, the median of paired ratios and the middle 80 % of the rounds. No GPU computed."
 )
 
 
@@ -58,115 +64,86 @@ _MEASURED = {
     "profiling": "Profiling was",
     "probe": "Kernel by kernel nothing was",
 }
+_operators: Callable[..., Any] = lambda **how: functools.partial(tables.operators, **how)
 PARTS: dict[str, Part] = {
     "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
-    "losses": Part("Where something else is faster", "operator", tables.loss_table, "Nothing was faster than ours."),
+    "losses": Part("Where something else is faster", "operator", tables.losses, "Nothing was faster than ours."),
     "operators": Part("Operators", "operator", tables.operators),
     "providers": Part(
-        "Operators, every provider",
-        "operator",
-        lambda rows: tables.operators(rows, spread=True, all_providers=True),
+        "Operators, every provider", "operator", functools.partial(tables.operators, spread=True, all_providers=True)
     ),
-    "block": Part(
-        "A feed-forward block",
-        "operator",
-        lambda rows: tables.operators(rows, only=("block",), all_providers=True),
-        "The block was not measured.",
-    ),
-    "steps": Part("Training steps", "step", tables.steps),
-    "step-spread": Part("Training steps", "step", lambda rows: tables.steps(rows, spread=True)),
+    "step-spread": Part("Training steps", "step", functools.partial(tables.steps, spread=True)),
     "step-parts": Part("Training steps by part", "step", tables.step_parts),
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
     "ceilings": Part("Ceilings", "ceiling", tables.ceilings, "No ceiling has a figure."),
-    "predictions": Part(
-        "Predicted against measured", "probe", probe_tables.predictions, "Nothing measured was predicted."
-    ),
-    "probe": Part("Kernels and products one by one", "probe", probe_tables.probe),
     "absent": Part("What could not run", "absent", tables.absent, "No provider was left out."),
+    "predictions": Part("Predicted against measured", "probe", tables.predictions, "Nothing measured was predicted."),
+    "probe": Part("Kernels and products one by one", "probe", tables.probe),
+}
+"""The parts of the report in their order, the last two where a GPU was probed; a page may have each."""
+_ON_PAGES = {
+    "block": Part(
+        "A feed-forward block",
+        "operator",
+        _operators(only=("block",), all_providers=True),
+        "The block was not measured.",
+    ),
+    "steps": Part("Training steps", "step", tables.steps),
 }
 FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
-FRAGMENTS = ("machine", "headline", *PARTS, *FIGURE_PARTS)
-_IN_REPORT = (
-    "targets",
-    "losses",
-    "operators",
-    "providers",
-    "step-spread",
-    "step-parts",
-    "tasks",
-    "profiling",
-    "ceilings",
-    "absent",
-)
+FRAGMENTS = ("machine", "headline", *PARTS, *_ON_PAGES, *FIGURE_PARTS)
 
 
 def machine(rows: Sequence[Row]) -> str:
     """One line: device, versions, commit and date of rows of one device."""
-    first = rows[0]
 
-    def all_of(name: str) -> str:
-        return ", ".join(str(value) for value in values(rows, name) if value)
+    def said(name: str, before: str = "") -> str:
+        found = ", ".join(str(value) for value in values(rows, name) if value)
+        return f"{before}{found}" if found else ""
 
-    known = [str(first.get("device") or "unnamed device"), all_of("driver")]
-    for name in ("torch", "triton"):
-        known.append(f"{name} {all_of(name)}" if all_of(name) else "")
-    known.append(f"Python {all_of('python')}" if all_of("python") else "")
     days = sorted({str(row["date"])[:10] for row in rows if row.get("date")})
-    known.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "")
-    known.append(f"commit {all_of('commit')}" if all_of("commit") else "")
-    return ", ".join(part for part in known if part)
-
-
-def has_gpu(devices: Mapping[str, Sequence[Row]]) -> bool:
-    """Whether any row was measured on a GPU."""
-    return any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
+    known = [str(rows[0].get("device") or "unnamed device"), said("driver"), said("torch", "torch ")]
+    known += [said("triton", "triton "), said("python", "Python "), " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))]
+    return ", ".join(part for part in [*known, said("commit", "commit ")] if part)
 
 
 def machines(devices: Mapping[str, Sequence[Row]]) -> Lines:
     """What was measured on, and what was not."""
     lines = [f"* {machine(rows)}" for rows in devices.values()]
-    return lines if has_gpu(devices) else [*lines, "", GPU_MISSING]
+    gpu = any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
+    return lines if gpu else [*lines, "", GPU_MISSING]
 
 
-def section(name: str, devices: Mapping[str, Sequence[Row]]) -> Lines:
+def section(part: Part, devices: Mapping[str, Sequence[Row]]) -> Lines:
     """The tables of a part, device by device, or what was not measured."""
-    part = PARTS[name]
     lines: Lines = []
     for device, rows in devices.items():
-        found = [row for row in rows if row["kind"] == part.kind]
-        written = part.write(found) if found else []
-        said = written or [part.nothing if found or part.kind == "absent" else f"{_MEASURED[part.kind]} not measured."]
-        lines += [*([f"**{device}**", ""] if len(devices) > 1 else []), *said, ""]
+        found = of_kind(rows, part.kind)
+        missing = part.nothing if found or part.kind == "absent" else f"{_MEASURED[part.kind]} not measured."
+        title = [f"**{device}**", ""] if len(devices) > 1 else []
+        lines += [*title, *((part.write(found) if found else []) or [missing]), ""]
     return lines[:-1]
 
 
-@dataclass
 class Report:
     """The rows of some files, and how they are written.
 
-    Attributes:
-        files: that were read, in order.
+    Args:
+        files: that are read, in order.
         pages: Markdown files that are updated from them; they are named in the command under each fragment.
         docs: where the figures of pages lie.
     """
 
-    files: Sequence[Path]
-    pages: Sequence[Path] = ()
-    docs: Path = ROOT / "docs"
-    rows: list[Row] = field(init=False)
-    devices: dict[str, list[Row]] = field(init=False)
-    hosts: dict[str, list[Row]] = field(init=False)
-    _drawn: dict[str, str | None] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rows = read(self.files)
+    def __init__(self, files: Sequence[Path], pages: Sequence[Path] = (), docs: Path = ROOT / "docs") -> None:
+        self.files, self.pages, self.docs, self.rows = files, pages, docs, read(files)
         if not self.rows:
-            raise ValueError(f"no rows in {', '.join(map(str, self.files)) or 'no files'}; measure some: make bench")
+            raise ValueError(f"no rows in {', '.join(map(str, files)) or 'no files'}; measure some: make bench")
         check(self.rows)
         # Those of the host's part, on one thread, are of no device that anything else was measured on.
         self.hosts = by_device(of_kind(self.rows, "host"))
         self.devices = by_device(row for row in self.rows if row["kind"] != "host")
+        self.drawing = functools.cache(lambda name: figures.draw(name, self.devices))
 
     def command(self) -> str:
         """What writes the pages from the files, as seen from the checkout's root."""
@@ -182,32 +159,32 @@ class Report:
             ValueError: there is no such fragment.
         """
         if name in FIGURE_PARTS:
-            lines = self._picture(FIGURE_PARTS[name], page)
+            lines = self._picture(FIGURE_PARTS[name], _relative(self.docs, page.parent))
         elif name == "machine":
             lines = machines(self.devices)
         elif name == "headline":
             lines = [line for rows in self.devices.values() for line in headline(rows)] or ["Not measured."]
-        elif name in PARTS:
-            lines = section(name, self.devices)
+        elif part := (PARTS | _ON_PAGES).get(name):
+            lines = section(part, self.devices)
         else:
             raise ValueError(f"{page}: no fragment {name!r}; there are {', '.join(FRAGMENTS)}")
         on = "" if name == "machine" else "Measured on " + "; and on ".join(map(machine, self.devices.values())) + ". "
         return "\n".join([*lines, "", f"{on}Written by `{self.command()}`."])
 
-    def drawing(self, name: str) -> str | None:
-        """A figure as SVG, drawn once; None where none of its rows were measured."""
-        if name not in self._drawn:
-            self._drawn[name] = figures.draw(name, self.devices)
-        return self._drawn[name]
-
-    def picture_path(self, name: str) -> Path:
-        """Where a figure of the pages lies."""
-        return self.docs / f"bench-{name}.svg"
-
-    def _picture(self, name: str, page: Path) -> Lines:
+    def _picture(self, name: str, folder: str) -> Lines:
+        words = figures.FIGURES[name][1]
         if self.drawing(name) is None:
-            return [f"{figures.FIGURES[name][1]}: not measured."]
-        return [f"![{figures.FIGURES[name][1]}]({_relative(self.picture_path(name), page.parent)})"]
+            return [f"{words}: not measured."]
+        return [f"![{words}]({'' if folder == '.' else f'{folder}/'}bench-{name}.svg)"]
+
+    def draw(self, folder: Path, names: Iterable[str]) -> list[Path]:
+        """Writes those of some figures that were measured into a folder; returns their paths."""
+        found = {folder / f"bench-{name}.svg": self.drawing(name) for name in names}
+        drawings = {path: drawing for path, drawing in found.items() if drawing is not None}
+        for path, drawing in drawings.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, drawing)
+        return list(drawings)
 
     def update(self) -> list[Path]:
         """Writes the fragments of all pages and the figures that these show; returns what was written.
@@ -218,17 +195,11 @@ class Report:
         if not self.devices:
             raise ValueError("all rows are of bench.host, which no fragment of a page shows; leave --update out")
         texts = {page: self.updated(page, page.read_text(encoding="utf-8")) for page in self.pages}
-        written = []
-        for fragment, name in FIGURE_PARTS.items():
-            shown = any(fragment in fragments_of(page, text) for page, text in texts.items())
-            drawing = self.drawing(name) if shown else None
-            if drawing is not None:
-                self.docs.mkdir(parents=True, exist_ok=True)
-                write_text(self.picture_path(name), drawing)
-                written.append(self.picture_path(name))
+        shown = {name for page, text in texts.items() for name in fragments_of(page, text)}
+        drawn = self.draw(self.docs, [name for fragment, name in FIGURE_PARTS.items() if fragment in shown])
         for page, text in texts.items():
             write_text(page, text)
-        return [*self.pages, *written]
+        return [*self.pages, *drawn]
 
     def updated(self, page: Path, text: str) -> str:
         """The text of a page with its fragments written anew.
@@ -240,9 +211,9 @@ class Report:
         if not found:
             raise ValueError(f"{page}: no markers; put <!-- bench:NAME:begin --> and <!-- bench:NAME:end --> into it")
         for name in found:
-            begin, end = _markers(name)
-            head, rest = text.split(begin)
-            text = f"{head}{begin}\n{self.fragment(name, page)}\n{end}{rest.split(end)[1]}"
+            between = "\n".join(["", self.fragment(name, page), ""])
+            parts = rf"(<!-- bench:{name}:begin -->).*(<!-- bench:{name}:end -->)"
+            text = re.sub(parts, lambda marks: marks[1] + between + marks[2], text, flags=re.S)  # noqa: B023
         return text
 
     def markdown(self, folder: Path | None) -> str:
@@ -251,46 +222,27 @@ class Report:
             return "\n".join(["# Benchmarks", "", *self._hosts()])
         lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
         lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
-        for name in figures.FIGURES if folder is not None else ():
-            drawing = self.drawing(name)
-            lines += [f"## {figures.FIGURES[name][1]}", ""]
-            if drawing is None:
-                lines += ["Not measured.", ""]
-                continue
-            assert folder is not None
-            write_text(folder / f"bench-{name}.svg", drawing)
-            lines += [f"![{figures.FIGURES[name][1]}](bench-{name}.svg)", ""]
-        of_gpu = ("predictions", "probe") if of_kind(self.rows, "probe") else ()
-        for name in (*_IN_REPORT, *of_gpu):
-            lines += [f"## {PARTS[name].title}", "", *section(name, self.devices), ""]
-        lines += self._hosts()
-        lines += ["## Two runs of the same", "", self._runs(), ""]
+        if folder is not None:
+            self.draw(folder, figures.FIGURES)
+            for name, (_, words) in figures.FIGURES.items():
+                lines += [f"## {words}", "", *self._picture(name, "."), ""]
+        for part in PARTS.values():
+            if part.kind != "probe" or of_kind(self.rows, "probe"):
+                lines += [f"## {part.title}", "", *section(part, self.devices), ""]
+        lines += [*self._hosts(), "## Two runs of the same", "", tables.agreement(self.rows), ""]
         others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
         lines += [f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else []
         return "\n".join(lines)
 
     def _hosts(self) -> Lines:
-        lines: Lines = ["## The host, without a GPU", "", host_table.SAID, ""] if self.hosts else []
+        lines: Lines = ["## The host, without a GPU", "", _HOST, ""] if self.hosts else []
         for rows in self.hosts.values():
-            lines += [f"* {machine(rows)}", "", *host_table.host(rows), ""]
+            lines += [f"* {machine(rows)}", "", *tables.host(rows), ""]
         return lines
-
-    def _runs(self) -> str:
-        found = agreement(self.rows)
-        if found is None:
-            return "No case was measured twice at one commit."
-        return (
-            f"{found.cases} figures were measured twice at one commit, and the newest run is shown. The spreads overlap in "
-            f"{found.overlapping} of them; the newer speed-up is {found.lowest:.2f} to {found.highest:.2f} times the older."
-        )
 
 
 def _relative(path: Path, to: Path) -> str:
     return Path(os.path.relpath(path.resolve(), to.resolve())).as_posix()
-
-
-def _markers(name: str) -> tuple[str, str]:
-    return f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
 
 
 def fragments_of(page: Path, text: str) -> list[str]:
@@ -316,14 +268,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files, JSON lines")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and its figures there")
-    made.add_argument(
-        "--update",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PAGE",
-        help=f"Markdown files to write fragments into: {', '.join(FRAGMENTS)}",
-    )
+    pages = f"Markdown files to write fragments into: {', '.join(FRAGMENTS)}"
+    made.add_argument("--update", nargs="+", type=Path, default=[], metavar="PAGE", help=pages)
     made.add_argument("--docs", type=Path, default=ROOT / "docs", help="where figures of pages go (default: docs/)")
     return made
 
@@ -338,7 +284,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             write_text(args.out / "report.md", report.markdown(args.out))
             if report.devices:
                 print(f"{PARTS['targets'].title}\n")
-                print("\n".join(section("targets", report.devices)))
+                print("\n".join(section(PARTS["targets"], report.devices)))
             print(f"\nwritten: {args.out / 'report.md'}")
         if report.pages:
             print("written:", ", ".join(str(path) for path in report.update()))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.reporting.summary import REAL_DENSITY, fields, groups, of_kind, shape_of, values
-from bench.reporting.tables import Lines, model_name, speedup, table
+from bench.report.cells import Lines, model_name, shape_of, speedup, table
+from bench.report.summary import REAL_DENSITY, fields, groups, of_kind, values
 from bench.rows import Row
 
 MODES = ("forward", "update")
