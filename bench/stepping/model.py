@@ -23,7 +23,7 @@ from bench.rows import Row
 from bench.timing import synchronize
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import label_smoothed_loss
-from nspec.mt.training.trainer import build_optimizer
+from nspec.mt.training.optimizer import build_optimizer
 
 Batch = dict[str, Tensor]
 Tasks = str | Sequence[str]

@@ -8,7 +8,7 @@ import torch
 
 from bench.reporting.summary import REAL_DENSITY
 from bench.stepping.model import SHAPES, Shape, scaled_down, tiny
-from nspec.mt.training.trainer import resolve_precision
+from nspec.mt.training.precision import resolve_precision
 
 OPTIMIZERS = ("adamw", "row_sparse_adamw")
 BATCHES = ("pure", "mixed")

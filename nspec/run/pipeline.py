@@ -146,7 +146,7 @@ class Pipeline:
         """Half precision on a CPU would be an error of a system after the training of the dense one."""
         trained = [config_of(self.config, name).specialize for name in trained_systems(self.config)]
         if any(settings.precision == "fp16" for settings in [self.config.train, *trained]):
-            from nspec.mt.training.trainer import resolve_precision
+            from nspec.mt.training.precision import resolve_precision
             from nspec.processes import resolve_device
 
             resolve_precision("fp16", resolve_device(self.config.run.device), 0)
