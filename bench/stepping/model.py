@@ -22,8 +22,8 @@ import nspec
 from bench.rows import Row
 from bench.timing import synchronize
 from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.loop import build_optimizer
 from nspec.mt.training.loss import label_smoothed_loss
-from nspec.mt.training.optimizer import build_optimizer
 
 Batch = dict[str, Tensor]
 Tasks = str | Sequence[str]

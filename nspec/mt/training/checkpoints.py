@@ -130,12 +130,7 @@ def weights_digest(model: Path) -> str:
 
 
 def damage(checkpoint: Path, *, weights: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words that begin with the file; None for one that is as it was written.
-
-    Args:
-        checkpoint: its folder.
-        weights: look at these alone.
-    """
+    """What is wrong with a checkpoint (``weights``: with these), in words that begin with the file; None: nothing."""
     try:
         _, files = _stored(checkpoint)
     except FileNotFoundError:
@@ -193,10 +188,7 @@ def with_best(checkpoints: Iterable[Path]) -> list[Path]:
 
 
 def keep_end(folder: Path) -> None:
-    """Keeps what a finished training can be gone on with: the last checkpoint, and the best weights that it knows.
-
-    The last is about three times the model, the weights are one each.
-    """
+    """Keeps what a finished training can go on with: the last checkpoint (three times the model), its best weights."""
     last = whole(folder)[-1:]
     kept = with_best(last)
     keep_only(folder, kept)
@@ -251,12 +243,7 @@ class TrainingLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + kept)
 
     def write(self, row: dict[str, Any], *, extra: bool = False) -> None:
-        """Adds a line; ``row`` has "step" and numbers, or for each task in "tasks" a dict of numbers.
-
-        Args:
-            row: the line.
-            extra: only the end of the training has brought it.
-        """
+        """Adds "step" and numbers, or for each task in "tasks" a dict of them; ``extra``: only the end has brought it."""
         lines = _lines([row])
         try:
             self._file.writelines(lines)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,15 +25,14 @@ import nspec
 from nspec import processes
 from nspec.files import disk_error
 from nspec.mt.methods import Method
-from nspec.mt.model_files import load_weights
+from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.text.batches import TaskBatchSampler
-from nspec.mt.text.collate import IGNORED, collate
+from nspec.mt.text.collate import collate
 from nspec.mt.text.prepared import PairDataset, PreparedData
 from nspec.mt.training import checkpoints
-from nspec.mt.training.checkpoints import Progress, TrainingLog
+from nspec.mt.training.checkpoints import TrainingLog
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import label_smoothed_loss
-from nspec.mt.training.optimizer import build_optimizer, inverse_square_root
 from nspec.mt.training.precision import autocast
 from nspec.mt.training.resuming import ResumePoint
 from nspec.mt.training.validation import Validator
@@ -56,45 +55,24 @@ class TrainingDiverged(ValueError):
 
 @dataclass
 class Loop:
-    """Trains a model until nothing is left to do; every process runs one, and all decide alike.
-
-    Args:
-        settings: how it is trained.
-        data: the prepared text.
-        model: on its device, with the method attached.
-        method: what makes the system other than dense.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        seed: of sampling and dropout.
-        validator: measures the model every ``valid_every`` updates.
-        folder: of the system.
-        point: where training stands; its progress is counted on, and tells the caller what came of it.
-        shown: name of the system in the display; None: no display.
-    """
+    """Trains a model until nothing is left to do; every process runs one, and all decide alike."""
 
     settings: TrainConfig
     data: PreparedData
-    model: PreTrainedModel
-    method: Method | None
-    precision: str
-    seed: int
+    model: PreTrainedModel  # on its device, with the method attached
+    method: Method | None  # what makes the system other than dense
+    precision: str  # fp32, bf16 or fp16
+    seed: int  # of sampling and dropout
     validator: Validator
-    folder: Path
-    point: ResumePoint
-    shown: str | None
+    folder: Path  # of the system
+    point: ResumePoint  # where training stands; its progress is counted on, and tells the caller what came of it
+    shown: str | None  # name of the system in the display; None: no display
 
     def __post_init__(self) -> None:
         s, model, self.progress = self.settings, self.model, self.point.progress
         self.rank, self.world, self.device = processes.rank(), processes.world(), model.device
-        micro_batches = s.updates * s.accumulate
-        self.sampler = TaskBatchSampler(
-            self.data,
-            "train",
-            s.batch_tokens,
-            s.temperature,
-            micro_batches,
-            self.seed,
-            tasks_per_batch=s.tasks_per_batch,
-        )
+        plan = (s.batch_tokens, s.temperature, s.updates * s.accumulate, self.seed)
+        self.sampler = TaskBatchSampler(self.data, "train", *plan, tasks_per_batch=s.tasks_per_batch)
         self.pairs, self.place = PairDataset(self.data, "train"), self.folder / "checkpoints"
         self.optimizer = build_optimizer(model, s)
         self.scheduler = LambdaLR(self.optimizer, lambda done: inverse_square_root(done + 1, s.warmup))
@@ -102,6 +80,7 @@ class Loop:
         self.stored: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.scheduler}
         self.stored |= {"scaler.pt": self.scaler} if self.scaler.is_enabled() else {}
         self.random_file = "rng_state.pth" if self.world == 1 else f"rng_state_{self.rank}.pth"
+        self.display = Display(quiet=self.shown is None or self.rank > 0)  # its import draws random numbers
         set_seed(self.seed + self.rank)  # dropout must differ between processes
         if self.point.checkpoint is not None:
             self._load(self.point.checkpoint)
@@ -112,7 +91,6 @@ class Loop:
             unused = self.method is not None and self.method.leaves_parameters
             self.parallel = DistributedDataParallel(model, find_unused_parameters=unused)
         self.log = TrainingLog(self.folder, self.progress.step, self.point.undone) if self.rank == 0 else None
-        self.display = Display(quiet=self.shown is None or self.rank > 0)
         self.row: dict[str, Any] = {}  # the last one of the log about training
         self.terminated = False
 
@@ -132,11 +110,14 @@ class Loop:
         self.begun = self.since = time.perf_counter()
         self.first = progress.step
         with ExitStack() as at_end:
-            at_end.callback(self._close)
+            at_end.callback(setattr, self.model, "_compiled_call_impl", None)
+            at_end.callback(self.optimizer.zero_grad)
+            at_end.callback(self.log.close if self.log is not None else lambda: None)
             alone = self.world == 1 and threading.current_thread() is threading.main_thread()
             if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
                 at_end.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+            at_end.enter_context(quiet_transformers())
             move = at_end.enter_context(self.display.bar(self.shown or "", "updates"))
             while progress.step < settings.updates and not progress.stopped and not self.terminated:
                 self._update()
@@ -153,12 +134,6 @@ class Loop:
         if self.terminated:  # also in the last update: its checkpoint is there, and becomes the model next time
             raise SystemExit(143)
 
-    def _close(self) -> None:
-        self.model._compiled_call_impl = None
-        self.optimizer.zero_grad()
-        if self.log is not None:
-            self.log.close()
-
     def _update(self) -> None:
         """A step of the optimiser along the gradient of the micro-batches of all processes.
 
@@ -169,27 +144,26 @@ class Loop:
         numbers = range(start + self.rank, start + self.settings.accumulate, self.world)
         batches = [collate([self.pairs[key] for key in self.sampler.batch(number)]) for number in numbers]
         tasks = [[b["task"]] if isinstance(b["task"], str) else list(dict.fromkeys(b["task"])) for b in batches]
-        own = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
-        tokens = own + sum(int(b["attention_mask"].sum()) for b in batches)
-        targets = torch.tensor(own, device=self.device)  # of the whole update
+        # Target tokens, and those of both sides, over all processes; not read from the device before all is computed.
+        own, read = (sum(int(b[name].sum()) for b in batches) for name in ("decoder_attention_mask", "attention_mask"))
+        counts = torch.tensor([own, own + read], device=self.device)
         if self.world > 1:
-            torch.distributed.all_reduce(targets)
-        losses = [self._add_gradient(batch, targets, last=batch is batches[-1]) for batch in batches]
+            torch.distributed.all_reduce(counts)
+        losses = [self._add_gradient(batch, counts[0], last=batch is batches[-1]) for batch in batches]
         self.rate = self.optimizer.param_groups[0]["lr"]
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or math.inf)
-        # One copy from the device an update, not one a micro-batch.
-        self.norm, all_targets, *parts = torch.stack([norm, targets, *losses]).tolist()
+        targets, tokens, self.norm, *parts = torch.cat([counts.double(), torch.stack([norm, *losses])]).tolist()
         names = [" + ".join(each) for each in tasks]
         for name, loss in zip(names, parts):
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss of a batch of {name} is {loss}")
         if not math.isfinite(self.norm) and not self.scaler.is_enabled():
             raise self._diverged(f"the norm of the gradient is {self.norm} (batches of {', '.join(names)})")
-        progress.window_loss += math.fsum(parts) * all_targets
-        progress.window_targets += all_targets
-        progress.window_tokens += tokens
-        progress.tokens += tokens
+        progress.window_loss += math.fsum(parts) * targets
+        progress.window_targets += targets
+        progress.window_tokens += int(tokens)
+        progress.tokens += int(tokens)
         scale, used = self.scaler.get_scale(), {name for each in tasks for name in each}
         with nullcontext() if method is None else method.stepping(self.model, self.optimizer, used):
             self.scaler.step(self.optimizer)
@@ -233,20 +207,15 @@ class Loop:
         self.progress.seconds += self.since - since
         return self.progress.seconds
 
-    def _over_all_processes(self) -> Progress:
-        """The progress with the sums of all processes."""
-        p = self.progress
-        loss, window, tokens = processes.all_sum([p.window_loss, p.window_tokens, p.tokens])
-        return replace(p, window_loss=loss, window_tokens=int(window), tokens=int(tokens))
-
     def _log_training(self, extra: bool) -> None:
-        p, now = self._over_all_processes(), self._seconds()
+        p, now = self.progress, self._seconds()
+        (loss,) = processes.all_sum([p.window_loss])
         if extra:
-            self.progress.without_end |= {name: getattr(p, name) for name in _WINDOW}
+            p.without_end |= {name: getattr(p, name) for name in _WINDOW} | {"window_loss": loss}
         self.row = {
             "step": p.step,
             "updates": p.step,
-            "loss": p.window_loss / p.window_targets,
+            "loss": loss / p.window_targets,
             "lr": self.rate,
             "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "tokens_per_second": p.window_tokens / max(now - p.window_start, 1e-9),
@@ -256,8 +225,7 @@ class Loop:
             self.row |= {"skipped": p.skipped, "loss_scale": self.scaler.get_scale()}
         if self.log is not None:
             self.log.write(self.row, extra=extra)
-        self.progress.window_loss = self.progress.window_targets = 0.0
-        self.progress.window_tokens, self.progress.window_start = 0, now
+        p.window_loss, p.window_targets, p.window_tokens, p.window_start = 0.0, 0.0, 0, now
 
     def _validate(self, extra: bool) -> None:
         self._seconds()
@@ -276,28 +244,25 @@ class Loop:
             progress.best_value, progress.best_step, progress.worse = value, progress.step, 0
         if self.log is not None:
             self.log.write({"step": progress.step, **measured}, extra=extra)
-        self._show(measured)
-        self.since = time.perf_counter()
-
-    def _show(self, measured: dict[str, Any]) -> None:
-        progress, row, bleu = self.progress, self.row, measured["valid_bleu"]
-        to_do, done = self.settings.updates - progress.step, progress.step - self.first
+        row, to_do, done = self.row, self.settings.updates - progress.step, progress.step - self.first
         parts = [
             f"{self.shown}: update {progress.step}/{self.settings.updates}",
             f"loss {row['loss']:.3f}" if row else "",
             f"valid loss {measured['valid_loss']:.3f}",
-            "" if bleu is None else f"valid BLEU {bleu:.1f}",
+            "" if measured["valid_bleu"] is None else f"valid BLEU {measured['valid_bleu']:.1f}",
             f"best was update {progress.best_step}" if progress.worse else "best so far",
             f"{row['tokens_per_second']:.0f} tokens/s" if row else "",
             f"{progress.skipped} updates skipped by loss scaling" if progress.skipped else "",
             f"{duration(to_do * (time.perf_counter() - self.begun) / done)} left",
         ]
         self.display.line("  ".join(filter(None, parts)))
+        self.since = time.perf_counter()
 
     def _save(self) -> None:
         """Writes a checkpoint, then deletes those no longer needed."""
         self._seconds()
-        folder, together = self.place / f"checkpoint-{self.progress.step}", self._over_all_processes()
+        folder = self.place / f"checkpoint-{self.progress.step}"
+        together = replace(self.progress, window_loss=processes.all_sum([self.progress.window_loss])[0])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.log is not None:
@@ -327,11 +292,44 @@ class Loop:
 
     def _generators(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
         """How the state of each generator of random numbers is taken and put back."""
-        gpu = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
-        gpus = (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-        return {
-            "python": (random.getstate, random.setstate),
+        found: dict[str, Any] = {"python": (random.getstate, random.setstate)}
+        found |= {
             "numpy": (np.random.get_state, np.random.set_state),
             "cpu": (torch.get_rng_state, torch.set_rng_state),
-            **({"cuda": gpu if self.world == 1 else gpus} if self.device.type == "cuda" else {}),
         }
+        if (
+            gpu := self.device
+        ).type == "cuda":  # older versions stored the states of all GPUs, where there were several
+            put_back = lambda state: torch.cuda.set_rng_state(
+                state[gpu.index] if isinstance(state, list) else state, gpu
+            )
+            found["cuda"] = (lambda: torch.cuda.get_rng_state(gpu), put_back)
+        return found
+
+
+def inverse_square_root(update: int, warmup: int) -> float:
+    """The factor on the learning rate at an update (from 1) after ``w`` of warm-up, ``min(u / w, sqrt(w / u))``.
+
+    It is fairseq's. transformers' ``get_inverse_sqrt_schedule`` is one update behind, so that the first one does
+    nothing. A warm-up of 0 counts as 1.
+    """
+    warmup = max(warmup, 1)
+    return min(update / warmup, math.sqrt(warmup / update))
+
+
+def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that ``settings`` names. Weight decay is for matrices, not for biases and norms.
+
+    Raises:
+        ValueError: ``row_sparse_adamw`` for a model that is not specialised.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
+    if settings.optimizer == "row_sparse_adamw":
+        return nspec.RowSparseAdamW(groups, **options)
+    # With loss scaling the fused one would skip a step by itself, where nobody sees it and the schedule goes on.
+    return torch.optim.AdamW(groups, fused=settings.precision != "fp16", **options)

@@ -32,9 +32,8 @@ def resolve_precision(precision: str, device: torch.device, d_model: int) -> str
         return precision
     if device.type == "cuda":
         return "bf16" if _has_bfloat16() else "fp32"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch we support
-    wide = device.type == "cpu" and d_model >= 512
-    return "bf16" if wide and capabilities.get("amx_bf16", False) else "fp32"
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+    return "bf16" if device.type == "cpu" and d_model >= 512 and known.get("amx_bf16", False) else "fp32"
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ from nspec import processes
 from nspec.files import write_json
 from nspec.mt.methods import Method
 from nspec.mt.model import put_back, save_system
-from nspec.mt.model_files import load_weights, quiet_transformers
+from nspec.mt.model_files import load_weights
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.text.prepared import PreparedData
 from nspec.mt.training import checkpoints
@@ -107,9 +107,8 @@ def train_system(
         if settings.updates == 0:
             _measure(validator, settings, precision, state, folder)
         else:
-            with quiet_transformers():
-                shown = system if progress else None
-                Loop(settings, data, model, method, precision, seed, validator, folder, point, shown).run()
+            shown = system if progress else None
+            Loop(settings, data, model, method, precision, seed, validator, folder, point, shown).run()
     if settings.updates:
         load_weights(model, place / f"checkpoint-{state.best_step}")
     model.eval()
@@ -158,7 +157,6 @@ def _measure(validator: Validator, settings: TrainConfig, precision: str, state:
 def _summary(
     system: str, settings: TrainConfig, model: PreTrainedModel, state: Progress, method: Method | None, precision: str
 ) -> dict[str, Any]:
-    tokens = int(processes.all_sum([state.tokens])[0])
     return {
         "system": system,
         "method": method.name if method else None,
@@ -166,8 +164,8 @@ def _summary(
         "updates": state.step,
         "micro_batches": state.step * settings.accumulate,
         "train_seconds": state.seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(state.seconds, 1e-9) if state.step else None,
+        "tokens": state.tokens,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9) if state.step else None,
         "best_step": state.best_step,
         "best_value": state.best_value,
         "best_metric": settings.best,

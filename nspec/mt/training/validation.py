@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -74,15 +74,12 @@ class Validator:
             "tasks": tasks,
         }
 
-    def _task(self, task: str) -> AbstractContextManager[Any]:
-        return nspec.task(self.model, task) if self.by_task else nullcontext()
-
     def _losses(self) -> list[tuple[float, float]]:
         """(sum of token losses, target tokens) of each task."""
         flat: list[float] = []
         for number, task in enumerate(self.data.tasks):
             sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-            with self._task(task):
+            with nspec.task(self.model, task) if self.by_task else nullcontext():
                 for batch in self.batches[task][processes.rank() :: processes.world()]:
                     inputs = collate([self.pairs[number, example] for example in batch])
                     inputs.pop("task")

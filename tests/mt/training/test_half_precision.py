@@ -19,8 +19,7 @@ from nspec.mt.text.batches import TaskBatchSampler
 from nspec.mt.training import checkpoints, loop
 from nspec.mt.training import train as training
 from nspec.mt.training.config import TrainConfig
-from nspec.mt.training.loop import TrainingDiverged
-from nspec.mt.training.optimizer import build_optimizer
+from nspec.mt.training.loop import TrainingDiverged, build_optimizer
 from nspec.mt.training.precision import precision_note, resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")

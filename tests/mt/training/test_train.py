@@ -17,8 +17,7 @@ from nspec.mt.model import load_system
 from nspec.mt.training import checkpoints
 from nspec.mt.training import train as training
 from nspec.mt.training.config import TrainConfig
-from nspec.mt.training.loop import TrainingDiverged
-from nspec.mt.training.optimizer import build_optimizer, inverse_square_root
+from nspec.mt.training.loop import TrainingDiverged, build_optimizer, inverse_square_root
 from nspec.mt.training.precision import resolve_precision
 from nspec.mt.training.train import train_system
 
