@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ _BEST = ("best_value", "best_step", "worse")
 _WINDOW = ("window_loss", "window_targets", "window_tokens", "window_start")
 
 # What the state of NumPy's generator is pickled with.
-_NUMPY: list[Callable[..., Any]] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+_NUMPY: list[Any] = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 class TrainingDiverged(ValueError):
@@ -293,17 +294,15 @@ class Loop:
     def _generators(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
         """How the state of each generator of random numbers is taken and put back."""
         found: dict[str, Any] = {"python": (random.getstate, random.setstate)}
-        found |= {
-            "numpy": (np.random.get_state, np.random.set_state),
-            "cpu": (torch.get_rng_state, torch.set_rng_state),
-        }
-        if (
-            gpu := self.device
-        ).type == "cuda":  # older versions stored the states of all GPUs, where there were several
-            put_back = lambda state: torch.cuda.set_rng_state(
-                state[gpu.index] if isinstance(state, list) else state, gpu
-            )
-            found["cuda"] = (lambda: torch.cuda.get_rng_state(gpu), put_back)
+        found["numpy"] = np.random.get_state, np.random.set_state
+        found["cpu"] = torch.get_rng_state, torch.set_rng_state
+        if self.device.type == "cuda":
+            gpu = self.device
+
+            def put_back(state: Any) -> None:  # of each GPU, where an older version had several processes
+                torch.cuda.set_rng_state(state[gpu.index] if isinstance(state, list) else state, gpu)
+
+            found["cuda"] = partial(torch.cuda.get_rng_state, gpu), put_back
         return found
 
 

@@ -21,12 +21,11 @@ def resolve_precision(precision: str, device: torch.device, d_model: int) -> str
     model with d_model 192 was no faster: small products do not pay for the casts.
 
     Raises:
-        ValueError: fp16 on a CPU, where products in it are slow.
+        ValueError: fp16 on a CPU, for which it is not made.
     """
     if precision == "fp16" and device.type == "cpu":
         raise ValueError(
-            "precision is fp16 and the device is the CPU; expected a GPU, as there is no loss scaling on the CPU: take "
-            "bf16, fp32 or auto"
+            "precision is fp16 and the device is the CPU; expected a GPU; take bf16, fp32 or auto on the CPU"
         )
     if precision != "auto":
         return precision
