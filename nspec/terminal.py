@@ -50,7 +50,7 @@ class Display:
             progress.TimeRemainingColumn(),
         ]
         with progress.Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+            *columns, console=self.console, transient=True, disable=self.console.quiet or not self.console.is_terminal
         ) as bars:
             task = bars.add_task(label, total=None)
             last = 0

@@ -47,7 +47,7 @@ from bench.steps.model import (
 from bench.steps.systems import Clock, System, free, mask_bytes
 from bench.steps.tasks import growth
 from bench.timing import Call, interleaved, paired, peak_bytes, spread, synchronize
-from nspec.mt.training.trainer import resolve_precision
+from nspec.mt.training.precision import resolve_precision
 
 BASELINE, SKIPPED, AGAIN = "dense, adamw", "no feed-forward", "dense again"
 BATCHES = ("pure", "mixed")

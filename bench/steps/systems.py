@@ -22,8 +22,8 @@ from bench.report.summary import STEP_PARTS
 from bench.steps.model import Batch, Masks, Shape, Tasks
 from bench.timing import synchronize
 from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.loop import build_optimizer
 from nspec.mt.training.loss import label_smoothed_loss
-from nspec.mt.training.trainer import build_optimizer
 
 OPTIONS = TrainConfig(lr=1e-5)  # nspec's defaults, at a rate at which random text does not diverge
 

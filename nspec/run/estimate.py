@@ -150,7 +150,7 @@ def measure(config: Config, data: PreparedData) -> Speed:
     from nspec.mt.text.batches import TaskBatchSampler
     from nspec.mt.text.collate import collate
     from nspec.mt.text.prepared import PairDataset
-    from nspec.mt.training.trainer import resolve_precision
+    from nspec.mt.training.precision import resolve_precision
     from nspec.processes import resolve_device
 
     train, device = config.train, resolve_device(config.run.device)

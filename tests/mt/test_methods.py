@@ -16,7 +16,7 @@ import nspec
 from nspec.baselines import lass
 from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization, load_method
 from nspec.mt.model import load_system
-from nspec.mt.training.supervision import Supervisor
+from nspec.mt.training.loop import Loop
 from nspec.mt.training.train import train_system
 from nspec.mt.training.validation import Validator
 
@@ -119,19 +119,19 @@ def test_training_with_weight_masks_leaves_what_no_task_of_an_update_keeps(
     layers = {f"{layer}.weight": layer for layer in method.masks.layers}
     states = [{name: value.clone() for name, value in toy.model(config).state_dict().items() if name in layers}]
     used: list[set[str]] = []
-    stepping, step_end = Lass.stepping, Supervisor.on_step_end
+    stepping, update = Lass.stepping, Loop._update
 
     def noting(self: Lass, model: Any, optimizer: Any, tasks: Any) -> Any:
         used.append(set(tasks))
         return stepping(self, model, optimizer, tasks)
 
-    def ending(self: Supervisor, *rest: Any, **named: Any) -> None:
-        state = self.trainer.model.state_dict()
+    def updating(self: Loop) -> None:
+        update(self)
+        state = self.model.state_dict()
         states.append({name: state[name].clone() for name in layers})
-        step_end(self, *rest, **named)
 
     monkeypatch.setattr(Lass, "stepping", noting)
-    monkeypatch.setattr(Supervisor, "on_step_end", ending)
+    monkeypatch.setattr(Loop, "_update", updating)
     train_system(
         "lass",
         config.train,

@@ -26,7 +26,8 @@ Tiny = Any  # tests/system/conftest.py
 
 SERVER = """
 import json, os, resource, signal, sys
-import torch, transformers, nspec.mt.training, nspec.mt.prepare, nspec.mt.corpus.cldr, nspec.report, sacrebleu
+import torch, transformers, nspec.mt.training.train, nspec.mt.text.prepare, nspec.mt.text.corpus.cldr
+import nspec.report, sacrebleu
 from nspec import cli
 
 def die_at(pattern):

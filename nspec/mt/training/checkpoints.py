@@ -130,12 +130,7 @@ def weights_digest(model: Path) -> str:
 
 
 def damage(checkpoint: Path, *, weights: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words that begin with the file; None for one that is as it was written.
-
-    Args:
-        checkpoint: its folder.
-        weights: look at these alone.
-    """
+    """What is wrong with a checkpoint (``weights``: with these), in words that begin with the file; None: nothing."""
     try:
         _, files = _stored(checkpoint)
     except FileNotFoundError:
@@ -192,16 +187,8 @@ def with_best(checkpoints: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def needed(folder: Path) -> list[Path]:
-    """What a training that is under way keeps: the last two checkpoints, and the best one that each of them knows."""
-    return with_best(whole(folder)[-2:])
-
-
 def keep_end(folder: Path) -> None:
-    """Keeps what a finished training can be gone on with: the last checkpoint, and the best weights that it knows.
-
-    The last is about three times the model, the weights are one each.
-    """
+    """Keeps what a finished training can go on with: the last checkpoint (three times the model), its best weights."""
     last = whole(folder)[-1:]
     kept = with_best(last)
     keep_only(folder, kept)
@@ -242,11 +229,8 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int, but: Collection[str] = ()) -> None:
         self.path = folder / "log.jsonl"
         rows = _rows_until(self.path, step, but)
-        self._all, self._kept = _Lines(), _Lines()
-        for row in rows:
-            self._all.add(row)
-            self._kept.add(row)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._all, self._kept = _lines(rows), _lines(rows)
+        write_text(self.path, "".join(self._all))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if step == 0:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -259,31 +243,24 @@ class TrainingLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + kept)
 
     def write(self, row: dict[str, Any], *, extra: bool = False) -> None:
-        """Adds a line; ``row`` has "step" and numbers, or for each task in "tasks" a dict of numbers.
-
-        Args:
-            row: the line.
-            extra: only the end of the training has brought it.
-        """
+        """Adds "step" and numbers, or for each task in "tasks" a dict of them; ``extra``: only the end has brought it."""
+        lines = _lines([row])
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.writelines(lines)
             self._file.flush()
         except OSError as error:
             raise disk_error(error, self.path) from error
-        self._all.add(row)
-        if not extra:
-            self._kept.add(row)
+        self._all += lines
+        self._kept += [] if extra else lines
         if self._board is None:
             return
-        for name, value in row.items():
-            if name == "tasks":
-                for task, measured in value.items():
-                    for metric, number in measured.items():
-                        if number is not None:
-                            self._board.add_scalar(f"valid_{metric}/{task}", number, row["step"])
-            elif name not in ("step", "updates") and value is not None:
-                group = "valid" if name.startswith("valid_") else "train"
-                self._board.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, row["step"])
+        numbers = {f"valid_{m}/{task}": value for task, by in row.get("tasks", {}).items() for m, value in by.items()}
+        for name in row.keys() - {"step", "updates", "tasks"}:
+            group = "valid" if name.startswith("valid_") else "train"
+            numbers[f"{group}/{name.removeprefix('valid_')}"] = row[name]
+        for name, number in numbers.items():
+            if number is not None:
+                self._board.add_scalar(name, number, row["step"])
         if "tasks" in row:
             self._board.flush()
 
@@ -291,9 +268,9 @@ class TrainingLog:
         """Writes the lines out to the disk, and notes in the progress which there are, so that none is lost unseen."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        progress.log = self._all.known()
-        if self._kept.rows < self._all.rows:
-            progress.without_end = progress.without_end | {"log": self._kept.known()}
+        progress.log = _known(self._all)
+        if len(self._kept) < len(self._all):
+            progress.without_end = progress.without_end | {"log": _known(self._kept)}
 
     def close(self) -> None:
         """Writes everything out."""
@@ -309,18 +286,13 @@ class TrainingLog:
             self._board.close()
 
 
-class _Lines:
+def _lines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return [json.dumps(row) + "\n" for row in rows]
+
+
+def _known(lines: list[str]) -> dict[str, Any]:
     """How many lines there are, and their SHA-256."""
-
-    def __init__(self) -> None:
-        self.rows, self._hash = 0, hashlib.sha256()
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows += 1
-        self._hash.update(json.dumps(row).encode() + b"\n")
-
-    def known(self) -> dict[str, Any]:
-        return {"rows": self.rows, "sha256": self._hash.hexdigest()}
+    return {"rows": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 
 def log_damage(folder: Path, progress: Progress, but: Collection[str] = ()) -> str | None:
@@ -335,12 +307,10 @@ def log_damage(folder: Path, progress: Progress, but: Collection[str] = ()) -> s
         ValueError: see :func:`read_log`.
     """
     path = folder / "log.jsonl"
-    lines, known = _Lines(), progress.log
-    for row in _rows_until(path, progress.step, but):
-        lines.add(row)
-    if not known or known == lines.known():  # older versions noted nothing
+    lines, known = _lines(_rows_until(path, progress.step, but)), progress.log
+    if not known or known == _known(lines):  # older versions noted nothing
         return None
-    there, then = lines.rows, known.get("rows", 0)
+    there, then = len(lines), known.get("rows", 0)
     if there < then:
         return f"{path} lacks {then - there} of the {then} rows that it had at update {progress.step}"
     return f"{path} has other rows up to update {progress.step} than were written"
@@ -365,10 +335,9 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # the last piece has no newline: empty or cut off
         try:
             row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} line {number} is not UTF-8 text: {error}; put the file back as it was") from error
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}; put the file back as it was") from error
+            kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
+            raise ValueError(f"{path} line {number} is not {kind}: {error}; put the file back as it was") from error
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise ValueError(
                 f"{path} line {number} is {line.decode()[:60]!r}, expected an object with a step; put the file back as it "

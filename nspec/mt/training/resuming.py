@@ -21,23 +21,14 @@ _FREE = {"updates", "valid_every", "valid_bleu_sentences", "patience", "log_ever
 
 
 class ResumePoint(NamedTuple):
-    """Where a training stands.
+    """Where a training stands."""
 
-    Attributes:
-        progress: so far; of no update where nothing was trained yet.
-        checkpoint: to go on from; None: from the start.
-        undone: keys of the lines in the log that only the former end of the training made.
-        trained: nothing is left to do, and the model and its summary are there.
-        kept: the checkpoints that this needs; the others can be deleted.
-        best: folder of the best weights so far where these are not among the checkpoints, to be taken from there.
-    """
-
-    progress: Progress
-    checkpoint: Path | None
-    undone: tuple[str, ...] = ()
-    trained: bool = False
-    kept: tuple[Path, ...] = ()
-    best: Path | None = None
+    progress: Progress  # so far; of no update where nothing was trained yet
+    checkpoint: Path | None  # to go on from; None: from the start
+    undone: tuple[str, ...] = ()  # keys of the lines in the log that only the former end of the training made
+    trained: bool = False  # nothing is left to do, and the model and its summary are there
+    kept: tuple[Path, ...] = ()  # the checkpoints that this needs; the others can be deleted
+    best: Path | None = None  # folder to take the best weights so far from, where these are not among the checkpoints
 
     def tidy(self, folder: Path) -> None:
         """Deletes the checkpoints in ``folder`` that training does not go on from, and takes the best weights in."""
@@ -67,9 +58,7 @@ def resume_point(
     """
     checkpoints.check_places(folder)
     options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
-    options |= {"seed": seed, "mode": None, "masks": None}
-    if method is not None:
-        options |= {"mode": method.mode or method.name, "masks": method.digest()}
+    options |= {"seed": seed, "mode": method and (method.mode or method.name), "masks": method and method.digest()}
     place, summary = folder / "checkpoints", _summary(folder)
     found = checkpoints.whole(place)
     if not found:
@@ -89,12 +78,11 @@ def resume_point(
     looked = _newest_sound(folder, found, settings) if processes.rank() == 0 else None
     chosen, damages = processes.gather(looked)[0]
     if chosen is None:
-        anew = f"delete {place}, and it is trained anew"
-        if summary is not None:
-            anew = (
-                f"delete {folder}, and it is trained anew; the model in it is that of {summary.get('updates')} updates"
-            )
-        raise ValueError(f"{'; '.join(damages)}. No checkpoint is whole, so that training cannot go on: {anew}")
+        model = "" if summary is None else f"; the model in it is that of {summary.get('updates')} updates"
+        raise ValueError(
+            f"{'; '.join(damages)}. No checkpoint is whole, so that training cannot go on: delete "
+            f"{folder if model else place}, and it is trained anew{model}"
+        )
     state = Progress.read(chosen)
     _check(place, state, settings, options)
     if processes.rank() == 0:
@@ -108,8 +96,7 @@ def resume_point(
         undone = tuple(key for name, key in lines.items() if name in state.without_end)
         state = state.going_on()
     if processes.rank() > 0:
-        state.tokens = state.window_tokens = 0  # the stored sums are those of all processes; rank 0 carries them on
-        state.window_loss = 0.0
+        state.window_loss = 0.0  # the stored one is that of all processes; rank 0 carries it on
     kept = checkpoints.with_best(found[: found.index(chosen) + 1])
     stored = checkpoints.is_stored(place / f"checkpoint-{state.best_step}")
     return ResumePoint(

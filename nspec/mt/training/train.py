@@ -1,41 +1,35 @@
-"""Training a system on transformers' Seq2SeqTrainer, exactly resumable, on one or more ranks."""
+"""Training a system, exactly resumable, on one or more ranks: set-up, resuming, model and summary."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Seq2SeqTrainingArguments
+from transformers import PreTrainedModel
 
 from nspec import processes
-from nspec.files import disk_error, write_json
+from nspec.files import write_json
 from nspec.mt.methods import Method
 from nspec.mt.model import put_back, save_system
-from nspec.mt.model_files import load_weights, quiet_transformers
+from nspec.mt.model_files import load_weights
 from nspec.mt.scoring.config import DecodeConfig
-from nspec.mt.text.batches import TaskBatchSampler
-from nspec.mt.text.collate import collate
-from nspec.mt.text.prepared import PairDataset, PreparedData
+from nspec.mt.text.prepared import PreparedData
 from nspec.mt.training import checkpoints
 from nspec.mt.training.checkpoints import Progress, TrainingLog
 from nspec.mt.training.config import TrainConfig
-from nspec.mt.training.resuming import ResumePoint, resume_point
-from nspec.mt.training.supervision import Supervisor, TrainingDiverged, stopping_on_sigterm
-from nspec.mt.training.trainer import TaskTrainer, precision_note, resolve_precision
+from nspec.mt.training.loop import Loop, TrainingDiverged
+from nspec.mt.training.precision import precision_note, resolve_precision
+from nspec.mt.training.resuming import resume_point
 from nspec.mt.training.validation import Validator
 from nspec.processes import World
 
 logger = logging.getLogger(__name__)
-
-_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train_system(
@@ -108,27 +102,33 @@ def train_system(
             starting()
         point.tidy(place)
     processes.barrier()
-    if settings.updates == 0:
-        _measure(settings, decode, data, model, folder, state, on, precision)
-    elif not state.stopped:
-        shown = system if progress else None
-        _train(settings, decode, seed, data, model, folder, point, on, precision, method, shown)
+    cast(nn.Module, model).to(on)
+    if not state.stopped:
+        validator = Validator(model, data, settings, decode, precision=precision)
+        if settings.updates == 0:
+            _measure(validator, settings, precision, state, folder)
+        else:
+            shown = system if progress else None
+            Loop(settings, data, model, method, precision, seed, validator, folder, point, shown).run()
     if settings.updates:
         load_weights(model, place / f"checkpoint-{state.best_step}")
     model.eval()
-    (tokens,) = processes.all_sum([state.tokens])
+    summary = _summary(system, settings, model, state, method, precision)
     if processes.rank() == 0:
         save_system(model, data.tokenizer, folder / "model", method)
-        summary = _summary(system, settings, model, state, int(tokens), method, on, precision)
-        summary["weights_sha256"] = checkpoints.weights_digest(
-            folder / "model"
-        )  # so that neither is taken for another's
+        summary["weights_sha256"] = checkpoints.weights_digest(folder / "model")  # so that neither is another's
         write_json(folder / "summary.json", summary | {"parameters_added": summary["parameters"] - dense})
         checkpoints.keep_end(place)  # so that it can be trained on for more updates
     processes.barrier()
 
 
 def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> None:
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate launch asks for {name}, and the processes of a run each hold the whole model "
+                "(DistributedDataParallel): launch without it"
+            )
     if method is not None and (lost := [task for task in data.tasks if task not in method.tasks]):
         what = "masks" if method.mode else method.name
         raise ValueError(f"no {what} for {', '.join(lost)}; there are {what} for {', '.join(method.tasks)}")
@@ -146,19 +146,9 @@ def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> 
         )
 
 
-def _measure(
-    settings: TrainConfig,
-    decode: DecodeConfig,
-    data: PreparedData,
-    model: PreTrainedModel,
-    folder: Path,
-    state: Progress,
-    device: torch.device,
-    precision: str,
-) -> None:
+def _measure(validator: Validator, settings: TrainConfig, precision: str, state: Progress, folder: Path) -> None:
     """A model that is taken as it is: its validation is the only line of the log."""
-    cast(nn.Module, model).to(device)
-    measured = Validator(model, data, settings, decode, precision=precision).measure()
+    measured = validator.measure()
     if not math.isfinite(measured["valid_loss"]):
         raise TrainingDiverged(
             f"the validation loss of the model that is taken as it is (train.updates is 0) is {measured['valid_loss']} in "
@@ -171,125 +161,8 @@ def _measure(
         log.close()
 
 
-def _train(
-    settings: TrainConfig,
-    decode: DecodeConfig,
-    seed: int,
-    data: PreparedData,
-    model: PreTrainedModel,
-    folder: Path,
-    point: ResumePoint,
-    device: torch.device,
-    precision: str,
-    method: Method | None,
-    shown: str | None,
-) -> None:
-    """Trains until the progress says stopped; it and the checkpoints tell the caller what came of it."""
-    state, resumed = point.progress, point.checkpoint
-    with quiet_transformers(), _accelerate_precision(precision):
-        arguments = _arguments(settings, seed, folder, device, precision)
-        arguments.ddp_find_unused_parameters = method is not None and method.leaves_parameters
-        rank, world = processes.rank(), processes.world()
-        micro_batches = settings.updates * settings.accumulate
-        sampler = TaskBatchSampler(
-            data,
-            "train",
-            settings.batch_tokens,
-            settings.temperature,
-            micro_batches,
-            seed,
-            rank,
-            world,
-            settings.tasks_per_batch,
-        )
-        sampler.start = state.step * settings.accumulate
-        batches: DataLoader[Any] = DataLoader(
-            cast("Dataset[Any]", PairDataset(data, "train")),
-            batch_sampler=sampler,
-            collate_fn=collate,
-            generator=torch.Generator(),  # else making an iterator would draw from the generator of the dropout
-        )
-        if settings.compile:
-            model.compile(dynamic=True)
-        trainer = TaskTrainer(model, arguments, settings, batches, method)
-        validator = Validator(model, data, settings, decode, precision=precision)
-        log = TrainingLog(folder, state.step, point.undone) if rank == 0 else None
-        supervisor = Supervisor(trainer, validator, state, log, shown if rank == 0 else None)
-        trainer.add_callback(supervisor)
-        torch.manual_seed(seed + rank)  # dropout must differ between processes
-        try:
-            with stopping_on_sigterm(supervisor):
-                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        except Exception as error:
-            if supervisor.saving:  # a full disk comes as three different types from three libraries
-                place = folder / "checkpoints" / f"checkpoint-{state.step}"
-                raise disk_error(error, place, "; those before it are intact") from error
-            raise
-        finally:
-            supervisor.close()
-            for name in ("forward", "_original_forward"):  # where accelerate has put autocast
-                vars(model).pop(name, None)
-            model._compiled_call_impl = None
-            model.zero_grad(set_to_none=True)
-    if (
-        supervisor.terminated
-    ):  # also where that was the last update: its checkpoint is there, and becomes the model next time
-        raise SystemExit(143)
-
-
-def _arguments(
-    settings: TrainConfig, seed: int, folder: Path, device: torch.device, precision: str
-) -> Seq2SeqTrainingArguments:
-    """Everything that we do ourselves is off: logging, evaluation, saving, clipping, reporting."""
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=settings.updates,
-        gradient_accumulation_steps=settings.accumulate // processes.world(),
-        max_grad_norm=0.0,
-        ignore_data_skip=True,  # the sampler begins where training goes on
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        ddp_backend="gloo" if device.type == "cpu" and processes.world() > 1 else None,
-        average_tokens_across_devices=True,
-        remove_unused_columns=False,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process, one GPU: DataParallel would split the batches of a task
-    return arguments
-
-
-@contextmanager
-def _accelerate_precision(precision: str) -> Iterator[None]:
-    """Our precision rules, over what ``accelerate launch`` or an earlier training has put into the environment."""
-    before = os.environ.get(_PRECISION)
-    os.environ[_PRECISION] = "no" if precision == "fp32" else precision
-    try:
-        yield
-    finally:
-        del os.environ[_PRECISION]
-        if before is not None:
-            os.environ[_PRECISION] = before
-
-
 def _summary(
-    system: str,
-    settings: TrainConfig,
-    model: nn.Module,
-    state: Progress,
-    tokens: int,
-    method: Method | None,
-    device: torch.device,
-    precision: str,
+    system: str, settings: TrainConfig, model: PreTrainedModel, state: Progress, method: Method | None, precision: str
 ) -> dict[str, Any]:
     return {
         "system": system,
@@ -298,8 +171,8 @@ def _summary(
         "updates": state.step,
         "micro_batches": state.step * settings.accumulate,
         "train_seconds": state.seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(state.seconds, 1e-9) if state.step else None,
+        "tokens": state.tokens,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9) if state.step else None,
         "best_step": state.best_step,
         "best_value": state.best_value,
         "best_metric": settings.best,
@@ -309,6 +182,6 @@ def _summary(
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **(method.facts() if method else {"density": None, "mask_bytes": 0}),
         "precision": precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }

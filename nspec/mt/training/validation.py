@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,7 @@ from nspec.mt.text.collate import collate
 from nspec.mt.text.prepared import PairDataset, PreparedData, languages_of_task
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import token_losses
-
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from nspec.mt.training.precision import autocast
 
 
 class Validator:
@@ -45,7 +44,7 @@ class Validator:
         precision: str,
     ) -> None:
         self.model, self.data, self.sentences = model, data, settings.valid_bleu_sentences
-        self.by_task, self.half = decodes_by_task(model), _HALF.get(precision)
+        self.by_task, self.precision = decodes_by_task(model), precision
         self.pairs = PairDataset(data, "valid")
         self.batches = {task: evaluation_batches(data, "valid", task, settings.batch_tokens) for task in data.tasks}
         self.translator = Translator(model, data.tokenizer, replace(decode, beam=1))
@@ -60,9 +59,8 @@ class Validator:
         """
         training = self.model.training
         self.model.eval()
-        device = self.model.device.type
         try:
-            with torch.no_grad(), torch.autocast(device, self.half, enabled=self.half is not None):
+            with torch.no_grad(), autocast(self.model.device, self.precision):
                 sums = self._losses()
                 bleu = self._bleu() if self.sentences else {}
         finally:
@@ -76,15 +74,12 @@ class Validator:
             "tasks": tasks,
         }
 
-    def _task(self, task: str) -> AbstractContextManager[Any]:
-        return nspec.task(self.model, task) if self.by_task else nullcontext()
-
     def _losses(self) -> list[tuple[float, float]]:
         """(sum of token losses, target tokens) of each task."""
         flat: list[float] = []
         for number, task in enumerate(self.data.tasks):
             sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-            with self._task(task):
+            with nspec.task(self.model, task) if self.by_task else nullcontext():
                 for batch in self.batches[task][processes.rank() :: processes.world()]:
                     inputs = collate([self.pairs[number, example] for example in batch])
                     inputs.pop("task")

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from toy_translation import Toy, last, rows, run_options, same_bits
+from torch.amp import GradScaler
+from toy_translation import TASKS, Toy, last, rows, run_options, same_bits
 
-import nspec
-from nspec.mt.training import checkpoints, trainer
+from nspec.mt.text.batches import TaskBatchSampler
+from nspec.mt.training import checkpoints, loop
 from nspec.mt.training import train as training
 from nspec.mt.training.config import TrainConfig
-from nspec.mt.training.supervision import TrainingDiverged
-from nspec.mt.training.trainer import TaskTrainer, build_optimizer, precision_note, resolve_precision
+from nspec.mt.training.loop import TrainingDiverged, build_optimizer
+from nspec.mt.training.precision import precision_note, resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,44 +28,51 @@ OPTIONS: dict[str, Any] = {"precision": "fp16", "log_every": 1}
 
 
 @pytest.fixture
-def scaled(monkeypatch: pytest.MonkeyPatch) -> list[TaskTrainer]:
-    """Trainings on the CPU in fp16 with a loss scale of 1024; the trainers that were made."""
+def scaled(monkeypatch: pytest.MonkeyPatch) -> list[GradScaler]:
+    """Trainings on the CPU in fp16 with a loss scale of 1024; the scalers that were made."""
     return scale(monkeypatch)
 
 
-def scale(monkeypatch: pytest.MonkeyPatch) -> list[TaskTrainer]:
+def scale(monkeypatch: pytest.MonkeyPatch) -> list[GradScaler]:
     """What the fixture does, once more after its patches were undone."""
-    made: list[TaskTrainer] = []
-    prepare = TaskTrainer.__init__
+    made: list[GradScaler] = []
 
-    def with_scaler(self: TaskTrainer, *arguments: Any, **named: Any) -> None:
-        prepare(self, *arguments, **named)
-        if self.settings.precision == "fp16":
-            self.accelerator.native_amp = True
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
-        made.append(self)
+    def scaler(device: str, enabled: bool) -> GradScaler:
+        made.append(GradScaler(device, init_scale=1024.0, growth_interval=4, enabled=enabled))
+        return made[-1]
 
-    monkeypatch.setattr(TaskTrainer, "__init__", with_scaler)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(training, "resolve_precision", lambda precision, *_: precision)
     return made
 
 
 def overflowing(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
     """Makes the gradient of these updates infinite, the loss stays as it is."""
-    smoothed, calls = trainer.label_smoothed_loss, iter(range(1, 10**6))
+    smoothed, calls = loop.label_smoothed_loss, iter(range(1, 10**6))
 
     def spoiled(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         if next(calls) in updates:
             logits.register_hook(lambda gradient: gradient * math.inf)
         return smoothed(logits, *rest)
 
-    monkeypatch.setattr(trainer, "label_smoothed_loss", spoiled)
+    monkeypatch.setattr(loop, "label_smoothed_loss", spoiled)
 
 
-def test_fp16_trains_as_fp32_does_to_rounding(toy: Toy, scaled: list[TaskTrainer]) -> None:
+def note_weights(monkeypatch: pytest.MonkeyPatch, after: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Copies the weights after each update."""
+    update = loop.Loop._update
+
+    def noting(self: Any) -> None:
+        update(self)
+        after[self.progress.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    monkeypatch.setattr(loop.Loop, "_update", noting)
+
+
+def test_fp16_trains_as_fp32_does_to_rounding(toy: Toy, scaled: list[GradScaler]) -> None:
     folder = toy.train("fp16", **OPTIONS)
     (made,) = scaled
-    assert made.accelerator.scaler.get_scale() == 1024.0 * 2 ** (12 // 4)  # it grew, so it was in use
+    assert made.get_scale() == 1024.0 * 2 ** (12 // 4)  # it grew, so it was in use
     half, whole = (rows(each)[-1]["valid_loss"] for each in (folder, toy.train("fp32 beside", log_every=1)))
     assert half != whole
     assert half == pytest.approx(whole, rel=0.02)
@@ -72,7 +80,7 @@ def test_fp16_trains_as_fp32_does_to_rounding(toy: Toy, scaled: list[TaskTrainer
     assert (summary["precision"], summary["skipped_updates"]) == ("fp16", 0)
 
 
-def test_gradients_are_clipped_after_they_are_unscaled(toy: Toy, scaled: list[TaskTrainer]) -> None:
+def test_gradients_are_clipped_after_they_are_unscaled(toy: Toy, scaled: list[GradScaler]) -> None:
     """Scaled ones would be 1024 times as long, and clipped to nothing."""
     half, whole = (
         rows(toy.train(f"clipped {precision}", updates=2, clip_norm=0.5, log_every=1, precision=precision))
@@ -84,16 +92,10 @@ def test_gradients_are_clipped_after_they_are_unscaled(toy: Toy, scaled: list[Ta
 
 @pytest.mark.parametrize("optimizer", ["adamw", "row_sparse_adamw"])
 def test_an_overflow_is_skipped_counted_and_said_and_the_schedule_waits(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch, optimizer: str
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     before: dict[int, dict[str, torch.Tensor]] = {}
-    step_end = training.Supervisor.on_step_end
-
-    def noting(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
-        before[state.global_step] = {k: v.clone() for k, v in self.trainer.model.state_dict().items()}
-        step_end(self, args, state, *rest, **named)
-
-    monkeypatch.setattr(training.Supervisor, "on_step_end", noting)
+    note_weights(monkeypatch, before)
     overflowing(monkeypatch, 2, 3)
     folder = toy.train(f"overflow {optimizer}", mode="update", optimizer=optimizer, updates=5, valid_every=5, **OPTIONS)
     for skipped in (2, 3):
@@ -109,7 +111,7 @@ def test_an_overflow_is_skipped_counted_and_said_and_the_schedule_waits(
 
 
 def test_skipped_updates_are_said_at_each_validation(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overflowing(monkeypatch, 3)
     config = toy.config(updates=4, **OPTIONS)
@@ -118,22 +120,25 @@ def test_skipped_updates_are_said_at_each_validation(
 
 
 def test_the_rows_of_a_skipped_step_are_forgotten(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Trainer asks the model alone to forget its gradients, not the optimiser."""
-    forgotten = []
-    forget = nspec.RowSparseAdamW.zero_grad
-    monkeypatch.setattr(
-        nspec.RowSparseAdamW, "zero_grad", lambda self, *rest, **named: (forgotten.append(1), forget(self))[1]
-    )
-    overflowing(monkeypatch, 2)
-    toy.train("forgotten", mode="update", optimizer="row_sparse_adamw", updates=4, **OPTIONS)
-    assert forgotten == [1]
+    """The next step moves the rows of its own direction alone."""
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    note_weights(monkeypatch, after)
+    train, masks = toy.config().train, toy.masks()
+    plan = TaskBatchSampler(toy.data, "train", train.batch_tokens, train.temperature, 8, seed=1).plan.tolist()
+    step = next(step for step in range(2, 8) if plan[step - 1] != plan[step])
+    overflowing(monkeypatch, step)
+    toy.train("forgotten", mode="update", optimizer="row_sparse_adamw", updates=step + 1, weight_decay=0.1, **OPTIONS)
+    kept = masks[TASKS[plan[step]]]
+    for layer in masks.layers:
+        moved = (after[step + 1][f"{layer}.weight"] != after[step][f"{layer}.weight"]).any(1)
+        assert torch.equal(moved, kept[layer])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "row_sparse_adamw"])
 def test_an_interrupted_training_goes_on_bit_for_bit_with_its_scale(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch, optimizer: str
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     options: dict[str, Any] = {"mode": "forward", "optimizer": optimizer, "valid_every": 3, **OPTIONS}
     overflowing(monkeypatch, 2, 3)
@@ -151,7 +156,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit_with_its_scale(
 
 
 def test_overflows_without_end_are_an_error(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overflowing(monkeypatch, *range(3, 100))
     with pytest.raises(
@@ -161,10 +166,10 @@ def test_overflows_without_end_are_an_error(
 
 
 def test_a_loss_that_is_not_finite_is_an_error_at_once(
-    toy: Toy, scaled: list[TaskTrainer], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, scaled: list[GradScaler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smoothed = trainer.label_smoothed_loss
-    monkeypatch.setattr(trainer, "label_smoothed_loss", lambda *rest: smoothed(*rest) * math.nan)
+    smoothed = loop.label_smoothed_loss
+    monkeypatch.setattr(loop, "label_smoothed_loss", lambda *rest: smoothed(*rest) * math.nan)
     with pytest.raises(
         TrainingDiverged, match="update 1: the loss of a batch of ..-.. is nan.* or precision bf16 or fp32"
     ):

@@ -15,8 +15,8 @@ from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.text.batches import TaskBatchSampler
 from nspec.mt.text.collate import collate
 from nspec.mt.text.prepared import PairDataset
+from nspec.mt.training.loop import TrainingDiverged
 from nspec.mt.training.loss import label_smoothed_loss
-from nspec.mt.training.supervision import TrainingDiverged
 from nspec.mt.training.train import train_system
 
 pytestmark = pytest.mark.usefixtures("one_thread")

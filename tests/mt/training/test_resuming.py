@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from toy_translation import Toy, last, rows, same_bits
 
 from nspec import files
-from nspec.mt.training import checkpoints, supervision, trainer
+from nspec.mt.training import checkpoints, loop
 from nspec.mt.training import train as training
-from nspec.mt.training.supervision import TrainingDiverged
+from nspec.mt.training.loop import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +105,7 @@ def test_sigterm_saves_a_checkpoint_from_which_training_goes_on(toy: Toy) -> Non
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoothed = trainer.label_smoothed_loss
+    smoothed = loop.label_smoothed_loss
     calls = 0
 
     def spoiled(*args: Any) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(toy: Toy, monkeypatch
         calls += 1
         return smoothed(*args) * (math.nan if calls == 12 else 1.0)
 
-    monkeypatch.setattr(trainer, "label_smoothed_loss", spoiled)
+    monkeypatch.setattr(loop, "label_smoothed_loss", spoiled)
     with pytest.raises(
         TrainingDiverged, match=r"update 6: the loss of a batch of ..-.. is nan.*learning rate of 0.0018"
     ):
@@ -125,13 +125,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(toy: Toy, monkeypatch
 
 
 def test_an_infinite_gradient_stops_too(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoothed = trainer.label_smoothed_loss
+    smoothed = loop.label_smoothed_loss
 
     def spoiled(logits: torch.Tensor, *args: Any) -> torch.Tensor:
         logits.register_hook(lambda gradient: gradient * math.inf)
         return smoothed(logits, *args)
 
-    monkeypatch.setattr(trainer, "label_smoothed_loss", spoiled)
+    monkeypatch.setattr(loop, "label_smoothed_loss", spoiled)
     with pytest.raises(TrainingDiverged, match="norm of the gradient is (nan|inf)"):
         toy.train("exploded")
 
@@ -171,7 +171,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "gone": Path.unlink,
     "flipped": flip,
 }
-FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"]
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,12 @@ def test_a_validation_that_only_the_end_brought_does_not_pick_the_model_of_a_lon
     def told(validator: Any) -> Any:
         return {**measure(validator), "valid_loss": losses[told.step]}  # type: ignore[attr-defined]
 
-    def stepping(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> Any:
-        told.step = state.global_step  # type: ignore[attr-defined]
-        return on_step_end(self, args, state, *rest, **named)
+    def validating(self: Any, extra: bool) -> None:
+        told.step = self.progress.step  # type: ignore[attr-defined]
+        validate(self, extra)
 
-    on_step_end = supervision.Supervisor.on_step_end
-    monkeypatch.setattr(supervision.Supervisor, "on_step_end", stepping)
+    validate = loop.Loop._validate
+    monkeypatch.setattr(loop.Loop, "_validate", validating)
     monkeypatch.setattr(training.Validator, "measure", told)
     folder = toy.train("extra", updates=9)
     assert json.loads((folder / "summary.json").read_text())["best_step"] == 9

@@ -11,19 +11,19 @@ import pytest
 from damage import damaged_copy, flip, interrupt
 from toy_translation import Toy, same_bits
 
-from nspec.mt.training import checkpoints, supervision
+from nspec.mt.training import checkpoints, loop
 from nspec.mt.training import train as training
 
 
 def losses_by_step(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Makes a validation after an update give this loss; 9 after others."""
-    measure, on_step_end, now = training.Validator.measure, supervision.Supervisor.on_step_end, [0]
+    measure, validate, now = training.Validator.measure, loop.Loop._validate, [0]
 
-    def stepping(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> Any:
-        now[0] = state.global_step
-        return on_step_end(self, args, state, *rest, **named)
+    def validating(self: Any, extra: bool) -> None:
+        now[0] = self.progress.step
+        validate(self, extra)
 
-    monkeypatch.setattr(supervision.Supervisor, "on_step_end", stepping)
+    monkeypatch.setattr(loop.Loop, "_validate", validating)
     monkeypatch.setattr(
         training.Validator, "measure", lambda self: {**measure(self), "valid_loss": losses.get(now[0], 9.0)}
     )

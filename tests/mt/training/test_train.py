@@ -17,9 +17,9 @@ from nspec.mt.model import load_system
 from nspec.mt.training import checkpoints
 from nspec.mt.training import train as training
 from nspec.mt.training.config import TrainConfig
-from nspec.mt.training.supervision import TrainingDiverged
+from nspec.mt.training.loop import TrainingDiverged, build_optimizer, inverse_square_root
+from nspec.mt.training.precision import resolve_precision
 from nspec.mt.training.train import train_system
-from nspec.mt.training.trainer import build_optimizer, inverse_square_root, resolve_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -288,6 +288,14 @@ def test_bfloat16_trains_on_a_cpu_and_leaves_the_model_as_it_was(toy: Toy) -> No
     assert rows(toy.folder / "bf16") != before
 
 
+def test_the_environment_of_accelerate_launch_does_not_change_the_precision(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = toy.train("in fp32", updates=2)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert same_bits(straight / "model", toy.train("launched", updates=2) / "model")
+
+
 def test_a_compiled_training_leaves_a_plain_model(toy: Toy) -> None:
     """Dynamo runs what it would compile as it is, which shows all but the compiler."""
     config = toy.config(compile=True)
@@ -327,7 +335,13 @@ def test_each_validation_is_one_line_where_there_is_no_terminal(toy: Toy, capfd:
             pattern = (
                 r"dense: update 8/12  loss \d\.\d+  valid loss \d\.\d+  valid BLEU \d+\.\d  best so far  \d+ tokens/s  "
             )
-            assert re.fullmatch(pattern + r"\d\d:\d\d left", lines[1])
+            assert re.fullmatch(pattern + r"\d+\.\d s left", lines[1])
+
+
+def test_a_launch_that_would_shard_the_model_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate launch asks for FSDP"):
+        toy.train("sharded")
 
 
 def test_micro_batches_that_the_processes_cannot_share_are_an_error(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
