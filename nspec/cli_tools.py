@@ -156,7 +156,7 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
     from nspec.run.checks import validate
     from nspec.run.config import Config
     from nspec.run.read import check_written, read_config
-    from nspec.run.systems import KINDS, kind_of, system_names
+    from nspec.run.systems import SYSTEMS, system_names, system_of
     from nspec.run.yaml import expand_paths
 
     if bool(model) == bool(run):
@@ -181,11 +181,11 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
     config, _ = read_config(Path(run))
     expand_paths(config)
     validate(config)
-    if system not in [*KINDS, *system_names(config)]:
+    if system not in [*SYSTEMS, *system_names(config)]:
         raise ValueError(
             f"--system {system}: {run}/config.yaml does not say what it is; give its folder as --model to take it as it is"
         )
-    kind = kind_of(config, system)
+    kind = system_of(config, system)
     if kind.method == "each" and task not in each.get(system, {}):
         known = ", ".join(each.get(system, {})) or "none"
         raise ValueError(f"--system {system} has a model for each of {known}, none for {task}")

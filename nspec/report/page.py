@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nspec.files import write_text
+from nspec.mt.languages import languages_of_task
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData, load_run
 from nspec.report.sections import averages, findings, heads, masks, relations, scores, training, variants
@@ -72,7 +73,7 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
     """The first test sentence of each direction with every system's translation, where the texts are there."""
     samples = []
     for task in data.tasks[:_SAMPLES]:
-        source, _, target = task.partition("-")
+        source, target = languages_of_task(task)
         pair = "-".join(sorted((source, target)))
         text = data.folder / "prepared" / "text" / "test"
         lines = [("source", _first_line(text / f"{pair}.{source}.txt"), source)]

@@ -17,7 +17,7 @@ from nspec.report import words
 from nspec.report.words import METRICS
 from nspec.run.config import Config
 from nspec.run.read import check_written, read_config
-from nspec.run.systems import KINDS, Variant, masks_folder, system_names, variants_of
+from nspec.run.systems import SYSTEMS, Variant, masks_folder, system_names, variants_of
 
 if TYPE_CHECKING:
     from nspec import NeuronMasks
@@ -324,6 +324,6 @@ def _missing(run: Path, systems: dict[str, System], masks: object, config: Confi
     unscored = [name for name in wanted if systems[name].scores is None]
     if untrained:
         missing.append(f"the training of {', '.join(untrained)}")
-    if masks is None and any(KINDS[name].masks for name in config.run.systems if name in KINDS):
+    if masks is None and any(SYSTEMS[name].masks for name in config.run.systems if name in SYSTEMS):
         missing.append("the neuron masks")
     return missing + ([f"the scores of {', '.join(unscored)}"] if unscored else [])

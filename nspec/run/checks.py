@@ -10,7 +10,16 @@ from collections.abc import Iterable
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
-from nspec.run.systems import KINDS, SELECT_USES, VARIED, config_of, kind_of, masked_systems, system_names, variants_of
+from nspec.run.systems import (
+    SELECT_USES,
+    SYSTEMS,
+    VARIED,
+    config_of,
+    masked_systems,
+    system_names,
+    system_of,
+    variants_of,
+)
 from nspec.run.yaml import expand_paths, parse, set_option
 from nspec.specialization.patterns import matching
 from nspec.yaml_text import read_text
@@ -112,7 +121,7 @@ def check_layers(config: Config, names: list[str]) -> None:
         ValueError: a system, its patterns and what they match.
     """
     for system in masked_systems(config):
-        patterns, side = config_of(config, system).select.layers, kind_of(config, system).side
+        patterns, side = config_of(config, system).select.layers, system_of(config, system).side
         try:
             kept = matching(names, patterns) if patterns else names
         except ValueError as error:
@@ -148,8 +157,8 @@ def validate(config: Config) -> None:
     _ranges(config)
     systems = config.run.systems
     for system in systems:
-        if system not in KINDS:
-            raise ValueError(f"run.systems: expected systems out of {', '.join(KINDS)}, found {show(system)}")
+        if system not in SYSTEMS:
+            raise ValueError(f"run.systems: expected systems out of {', '.join(SYSTEMS)}, found {show(system)}")
     _distinct("run.systems", systems)
     if systems[:1] != ["dense"]:
         raise ValueError(f"run.systems: must begin with dense, which the others start from, found {show(systems)}")
@@ -169,7 +178,7 @@ def validate(config: Config) -> None:
     beam, vocabulary = config.decode.beam, config.tokenizer.vocab_size
     if 2 * beam > vocabulary and not model.pretrained:
         raise ValueError(f"decode.beam: expected at most half of tokenizer.vocab_size ({vocabulary}), found {beam}")
-    known = dict.fromkeys([*KINDS, *system_names(config)])
+    known = dict.fromkeys([*SYSTEMS, *system_names(config)])
     if config.score.baseline not in known:
         raise ValueError(f"score.baseline: expected one of {', '.join(known)}, found {show(config.score.baseline)}")
     for variant in variants_of(config):

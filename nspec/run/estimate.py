@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.mt.training.config import TrainConfig
 from nspec.run.config import Config
-from nspec.run.systems import config_of, kind_of
+from nspec.run.systems import config_of, system_of
 from nspec.terminal import duration
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def estimate(config: Config, data: PreparedData, stages: Iterable[str], speed: S
 
 
 def _of_system(system: str, config: Config, speed: Speed, tasks: list[str], tokens: Mapping[str, float]) -> float:
-    own, kind = config_of(config, system), kind_of(config, system)
+    own, kind = config_of(config, system), system_of(config, system)
     if kind.method != "each":
         return _training(own.specialize, own, speed, tasks, tokens)
     settings = replace(own.train, updates=own.bilingual.updates)

@@ -34,12 +34,12 @@ from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems
 from nspec.run.systems import (
     SELECT_USES,
     config_of,
-    kind_of,
     masked_systems,
     masks_folder,
     profile_folder,
     selected_folder,
     system_names,
+    system_of,
 )
 from nspec.run.yaml import render_complete
 from nspec.terminal import Display, duration
@@ -214,7 +214,7 @@ class Pipeline:
         for folder, system in self._made(selected_folder).items():
             self._do(stage_name("select", folder), functools.partial(self._select, system))
         for place, system in self._made(masks_folder).items():
-            if kind_of(self.config, system).masks == "random_masks":
+            if system_of(self.config, system).masks == "random_masks":
                 self._do(stage_name("random_masks", place), functools.partial(self._randomize, system))
 
     def _select(self, system: str, folder: Path) -> None:
@@ -295,7 +295,7 @@ class Pipeline:
         left = [task for task in data.tasks if not self._is_translated(folder, task, data)]
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
-        each = kind_of(self.config, system).method == "each"
+        each = system_of(self.config, system).method == "each"
         translator = None if each else Translator(*self._system(system), self.config.decode)
         done = 0
         with self.display.bar(f"evaluate {system}", "sentences") as progress:
@@ -392,7 +392,7 @@ class Pipeline:
         from nspec.processes import resolve_device
 
         place = device or resolve_device(self.config.run.device)
-        kind = kind_of(self.config, system.partition("/")[0])  # system/direction where each has a model
+        kind = system_of(self.config, system.partition("/")[0])  # system/direction where each has a model
         return load_system(self.folder / "systems" / system / "model", place, kind.made_by)
 
     def _known(self, system: str) -> str:

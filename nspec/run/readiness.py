@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nspec.run.checks import check_layers
 from nspec.run.config import Config
 from nspec.run.stages import trained_systems
-from nspec.run.systems import config_of, kind_of, masked_systems, system_names
+from nspec.run.systems import config_of, masked_systems, system_names, system_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ def check_model(config: Config, model: nn.Module) -> None:
 
     from nspec.baselines import adapters, lass
 
-    methods = {kind_of(config, system).method for system in system_names(config)}
+    methods = {system_of(config, system).method for system in system_names(config)}
     try:
         with torch.random.fork_rng(devices=[]):
             if "masks" in methods:
@@ -61,7 +61,7 @@ def _try_masks(config: Config, model: Any) -> None:
     batch |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
     counts = nspec.profile(model, {"any": [batch]})
     check_layers(config, counts.layers)
-    if not any(kind_of(config, system).mode == "forward" for system in masked_systems(config)):
+    if not any(system_of(config, system).mode == "forward" for system in masked_systems(config)):
         return
     half = {name: torch.arange(len(counts["any"][name])) % 2 == 0 for name in counts.layers}
     nspec.specialize(model, nspec.NeuronMasks({"any": half}), mode="forward")
@@ -104,7 +104,7 @@ def check_score(config: Config) -> None:
 def check_adapters(config: Config, tasks: list[str]) -> None:
     """Raises ValueError where adapters of language families have a language without one."""
     for system in trained_systems(config):
-        if kind_of(config, system).method == "adapters":
+        if system_of(config, system).method == "adapters":
             from nspec.run.train_systems import adapter_groups
 
             adapter_groups(system, config, tasks)

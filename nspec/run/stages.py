@@ -16,12 +16,12 @@ from nspec.run.config import Config
 from nspec.run.systems import (
     config_of,
     finetuned_system,
-    kind_of,
     masked_systems,
     masks_folder,
     profile_folder,
     selected_folder,
     system_names,
+    system_of,
     variants_of,
 )
 
@@ -160,7 +160,7 @@ def weight_masks_stage(config: Config, system: str) -> str | None:
 
 
 def _is_lass(config: Config, system: str) -> bool:
-    return kind_of(config, system).method == "weight_masks"
+    return system_of(config, system).method == "weight_masks"
 
 
 def _lass(config: Config) -> set[str]:
@@ -231,7 +231,7 @@ def _masks(config: Config) -> list[Stage]:
 
 def _training(config: Config, system: str) -> Stage:
     """The stage that trains a system other than dense."""
-    kind, own = kind_of(config, system), config_of(config, system)
+    kind, own = system_of(config, system), config_of(config, system)
     raisable = _raisable("specialize")
     options: tuple[str, ...] = ("specialize", "run.seed", *_length(own, "specialize"))
     inputs: tuple[str, ...] = (*_PREPARED, *_weights(config, "dense"))
@@ -280,7 +280,7 @@ def _weight_masks(config: Config, system: str) -> Stage:
 
 
 def _weights(config: Config, system: str) -> tuple[str, ...]:
-    each = "*/" if kind_of(config, system).method == "each" else ""
+    each = "*/" if system_of(config, system).method == "each" else ""
     folder = f"systems/{system}/{each}model"
     parts = ("*.safetensors", "config.json", "masks/*", "weight_masks/*", "nspec.json")
     return tuple(f"{folder}/{part}" for part in parts)

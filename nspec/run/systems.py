@@ -16,24 +16,24 @@ from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-Method = Literal["", "masks", "adapters", "weight_masks", "each"]
+MadeBy = Literal["", "masks", "adapters", "weight_masks", "each"]
 """What makes a system: nothing (a dense model), neuron masks, adapters, masks of single weights, a model for each
 direction."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class System:
     """What a built-in system is.
 
     Attributes:
-        method: see :data:`Method`.
+        method: see :data:`MadeBy`.
         mode: how neuron masks are used; empty without them.
         masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
         side: the half of the model that is specialised; empty: both.
         scratch: it starts from new weights rather than from the dense model's.
     """
 
-    method: Method = ""
+    method: MadeBy = ""
     mode: Literal["", "forward", "update"] = ""
     masks: Literal["", "masks", "random_masks"] = ""
     side: Literal["", "encoder", "decoder"] = ""
@@ -45,21 +45,21 @@ class Kind:
         return ("", "") if self.method == "each" else (self.method, self.mode)
 
 
-KINDS: dict[str, Kind] = {
-    "dense": Kind(scratch=True),
-    "continued": Kind(),
-    "forward": Kind("masks", "forward", "masks"),
-    "update": Kind("masks", "update", "masks"),
-    "forward_encoder": Kind("masks", "forward", "masks", "encoder"),
-    "forward_decoder": Kind("masks", "forward", "masks", "decoder"),
-    "update_encoder": Kind("masks", "update", "masks", "encoder"),
-    "update_decoder": Kind("masks", "update", "masks", "decoder"),
-    "random": Kind("masks", "forward", "random_masks"),
-    "lass": Kind("weight_masks"),
-    "adapters": Kind("adapters"),
-    "adapters_family": Kind("adapters"),
-    "finetuned": Kind("each"),
-    "bilingual": Kind("each", scratch=True),
+SYSTEMS: dict[str, System] = {
+    "dense": System(scratch=True),
+    "continued": System(),
+    "forward": System("masks", "forward", "masks"),
+    "update": System("masks", "update", "masks"),
+    "forward_encoder": System("masks", "forward", "masks", "encoder"),
+    "forward_decoder": System("masks", "forward", "masks", "decoder"),
+    "update_encoder": System("masks", "update", "masks", "encoder"),
+    "update_decoder": System("masks", "update", "masks", "decoder"),
+    "random": System("masks", "forward", "random_masks"),
+    "lass": System("weight_masks"),
+    "adapters": System("adapters"),
+    "adapters_family": System("adapters"),
+    "finetuned": System("each"),
+    "bilingual": System("each", scratch=True),
 }
 """Every built-in system by its name."""
 
@@ -103,7 +103,7 @@ def _variants(texts: tuple[str, ...]) -> dict[str, Variant]:
     found: dict[str, Variant] = {}
     for text in texts:
         variant = _variant(text)
-        if variant.name in KINDS or variant.name in found:
+        if variant.name in SYSTEMS or variant.name in found:
             raise ValueError(f"run.variants: {variant.name} is the name of another system; rename it ({show(text)})")
         found[variant.name] = variant
     return found
@@ -116,8 +116,8 @@ def _variant(text: str) -> Variant:
             f"run.variants: expected NAME = SYSTEM SECTION.OPTION=VALUE ..., such as "
             f"'forward-k70 = forward select.k=0.7', found {show(text)}"
         )
-    if KINDS.get(parts["of"], KINDS["dense"]) == KINDS["dense"]:
-        others = ", ".join(name for name in KINDS if name != "dense")
+    if SYSTEMS.get(parts["of"], SYSTEMS["dense"]) == SYSTEMS["dense"]:
+        others = ", ".join(name for name in SYSTEMS if name != "dense")
         raise ValueError(
             f"run.variants: expected a variant of one of {others}, found {show(parts['of'])} in {show(text)}"
         )
@@ -150,9 +150,9 @@ def builtin_of(config: Config, system: str) -> str:
     return variants[system].of if system in variants else system
 
 
-def kind_of(config: Config, system: str) -> Kind:
+def system_of(config: Config, system: str) -> System:
     """What a system, or what it is a variant of, is."""
-    return KINDS[builtin_of(config, system)]
+    return SYSTEMS[builtin_of(config, system)]
 
 
 def config_of(config: Config, system: str) -> Config:
@@ -184,7 +184,7 @@ def selected_folder(config: Config, system: str) -> str:
 
 def masks_folder(config: Config, system: str) -> str | None:
     """The folder with the neuron masks of a system; None where it has none."""
-    kind = kind_of(config, system)
+    kind = system_of(config, system)
     if not kind.masks:
         return None
     return selected_folder(config, system).removesuffix("masks") + kind.masks
@@ -210,4 +210,4 @@ def _finetuning(overrides: dict[str, Any]) -> dict[str, Any]:
 
 def masked_systems(config: Config) -> Iterator[str]:
     """The systems with neuron masks."""
-    return (system for system in system_names(config) if kind_of(config, system).masks)
+    return (system for system in system_names(config) if system_of(config, system).masks)

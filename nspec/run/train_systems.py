@@ -20,7 +20,7 @@ from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.train import train_system
 from nspec.run.config import Config
 from nspec.run.stages import weight_masks_folder
-from nspec.run.systems import KINDS, Kind, builtin_of, config_of, finetuned_system, kind_of, masks_folder
+from nspec.run.systems import SYSTEMS, System, builtin_of, config_of, finetuned_system, masks_folder, system_of
 
 
 def make_system(
@@ -44,12 +44,12 @@ def make_system(
     Raises:
         ValueError: see :func:`~nspec.mt.training.train_system`, or a language whose family is not known.
     """
-    kind, own = kind_of(config, system), config_of(config, system)
+    kind, own = system_of(config, system), config_of(config, system)
     if kind.method == "each":
         _make_each(system, own, kind, run, data, folder, starting)
         return
     method, settings = _method(system, config, own, kind, run, data)
-    model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"].made_by)  # the trainer moves it
+    model, _ = load_system(run / "systems" / "dense" / "model", "cpu", SYSTEMS["dense"].made_by)  # the trainer moves it
     _train(system, own, settings, data, model, folder, method=method, starting=starting)
 
 
@@ -59,7 +59,7 @@ def _train(system: str, own: Config, settings: TrainConfig, *arguments: Any, **n
 
 
 def _method(
-    system: str, config: Config, own: Config, kind: Kind, run: Path, data: PreparedData
+    system: str, config: Config, own: Config, kind: System, run: Path, data: PreparedData
 ) -> tuple[methods.Method | None, TrainConfig]:
     settings: TrainConfig = own.specialize
     dense = dataclasses.replace(settings, optimizer="adamw")  # with every row in the task, row_sparse_adamw is this
@@ -127,7 +127,7 @@ def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Pa
     found = []  # packed at once: as bool tensors the masks of all directions would be as many models
     for number, task in enumerate(data.tasks):
         tell(task, number, len(data.tasks))
-        model, _ = load_system(models / task / "model", "cpu", KINDS["finetuned"].made_by)
+        model, _ = load_system(models / task / "model", "cpu", SYSTEMS["finetuned"].made_by)
         found.append(lass.WeightMasks({task: lass.magnitude_masks(model, own.lass.alpha)}))
     lass.WeightMasks.union_of_tasks(found).save(folder)
     tell("", len(data.tasks), len(data.tasks))
@@ -136,7 +136,7 @@ def prune(system: str, config: Config, run: Path, data: PreparedData, folder: Pa
 def _make_each(
     system: str,
     own: Config,
-    kind: Kind,
+    kind: System,
     run: Path,
     data: PreparedData,
     folder: Path,
@@ -153,7 +153,7 @@ def _make_each(
         if kind.scratch:
             model = build_model(own.model, data.tokenizer, own.run.seed)
         else:
-            model, _ = load_system(run / "systems" / "dense" / "model", "cpu", KINDS["dense"].made_by)
+            model, _ = load_system(run / "systems" / "dense" / "model", "cpu", SYSTEMS["dense"].made_by)
         _train(f"{system} {task}", own, settings, data.only(task), model, folder / task, starting=starting)
         if processes.rank() == 0:  # an optimiser state for each direction would be three times the models
             shutil.rmtree(folder / task / "checkpoints", ignore_errors=True)

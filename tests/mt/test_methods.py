@@ -39,7 +39,7 @@ def train(toy: Toy, name: str, folder: Path, updates: int) -> dict[str, torch.Te
     config = toy.config(updates=updates, valid_every=2)
     method = method_of(toy, name)
     train_system(
-        name, config.train, toy.data, toy.model(config), folder, method=method, progress=False, **run_options(config)
+        name, config.train, toy.data, toy.model(config), folder, method=method, show=False, **run_options(config)
     )
     return load_file(folder / "model" / "model.safetensors")
 
@@ -87,7 +87,7 @@ def test_directions_that_a_method_does_not_know_are_an_error(toy: Toy, tmp_path:
     config, method = toy.config(), Adapters({toy.data.tasks[0]: "a"}, 4)
     with pytest.raises(ValueError, match=f"no adapters for .*{toy.data.tasks[-1]}"):
         train_system(
-            "x", config.train, toy.data, toy.model(), tmp_path, method=method, progress=False, **run_options(config)
+            "x", config.train, toy.data, toy.model(), tmp_path, method=method, show=False, **run_options(config)
         )
 
 
@@ -139,7 +139,7 @@ def test_training_with_weight_masks_leaves_what_no_task_of_an_update_keeps(
         toy.model(config),
         tmp_path,
         method=method,
-        progress=False,
+        show=False,
         **run_options(config),
     )
     assert max(map(len, used)) == (1 if accumulate == 1 else 3)

@@ -17,7 +17,7 @@ from nspec.mt.methods import Adapters, NeuronSpecialization
 from nspec.mt.model import build_model, load_system, save_system
 from nspec.mt.model_files import load_config, load_weights
 from nspec.mt.text.vocabulary import load_tokenizer
-from nspec.run.systems import KINDS
+from nspec.run.systems import SYSTEMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +185,7 @@ def saved(toy: Toy, folder: Path, method: Any) -> Path:
 )
 def test_weights_of_adapters_are_checked_too(toy: Toy, tmp_path: Path, change: Any, message: str) -> None:
     folder = saved(toy, tmp_path / "model", Adapters({"en-de": "a", "de-en": "b"}, 4))
-    load_system(folder, made_by=KINDS["adapters"].made_by)
+    load_system(folder, made_by=SYSTEMS["adapters"].made_by)
     change_weights(folder, change)
     with pytest.raises(ValueError, match=message):
         load_system(folder)
@@ -211,19 +211,19 @@ def test_a_system_without_its_nspec_file_is_not_taken_for_a_dense_one(toy: Toy, 
         with pytest.raises(ValueError, match=message):
             load_system(folder)
     shutil.rmtree(masked / "masks")
-    load_system(masked, made_by=KINDS["dense"].made_by)
+    load_system(masked, made_by=SYSTEMS["dense"].made_by)
     with pytest.raises(ValueError, match=r"is a dense model \(nspec.json is not there\), but .* masks in mode forward"):
-        load_system(masked, made_by=KINDS["forward"].made_by)
+        load_system(masked, made_by=SYSTEMS["forward"].made_by)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("forward", "update"), ("forward", "dense"), ("update", "lass")])
 def test_a_folder_of_another_kind_of_system_is_an_error(toy: Toy, tmp_path: Path, mode: Any, kind: str) -> None:
     folder = saved(toy, tmp_path / "model", NeuronSpecialization(toy.masks(), mode))
-    load_system(folder, made_by=KINDS[mode].made_by)
+    load_system(folder, made_by=SYSTEMS[mode].made_by)
     with pytest.raises(
         ValueError, match=rf"is masks in mode {mode} \(nspec.json says so\), but config.yaml of the run"
     ):
-        load_system(folder, made_by=KINDS[kind].made_by)
+        load_system(folder, made_by=SYSTEMS[kind].made_by)
 
 
 def test_a_specialised_system_is_no_pretrained_model(toy: Toy, tmp_path: Path) -> None:

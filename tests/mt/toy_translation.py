@@ -111,7 +111,7 @@ class Toy:
             built,
             self.folder / name,
             method=NeuronSpecialization(masks, mode) if masks else None,
-            progress=False,
+            show=False,
             **run_options(config),
         )
         return self.folder / name

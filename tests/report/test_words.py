@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from nspec.report import drawing, words
-from nspec.run.systems import KINDS, Variant
+from nspec.run.systems import SYSTEMS, Variant
 
 
 def test_every_built_in_system_has_a_name_a_meaning_and_a_colour_of_its_own() -> None:
-    assert set(words.SYSTEMS) == set(KINDS) == set(drawing.COLOURS)
-    assert len({name for name, _ in words.SYSTEMS.values()}) == len(set(drawing.COLOURS.values())) == len(KINDS)
+    assert set(words.SYSTEMS) == set(SYSTEMS) == set(drawing.COLOURS)
+    assert len({name for name, _ in words.SYSTEMS.values()}) == len(set(drawing.COLOURS.values())) == len(SYSTEMS)
     assert all(meaning for _, meaning in words.SYSTEMS.values())
 
 
@@ -20,5 +20,5 @@ def test_a_variant_is_called_by_what_it_varies() -> None:
 
 
 def test_systems_without_a_colour_of_their_own_get_different_ones() -> None:
-    names = [*KINDS, "forward-k70", "forward-k50", "mine"]
+    names = [*SYSTEMS, "forward-k70", "forward-k50", "mine"]
     assert len({drawing.colour(name, names) for name in names}) == len(names)

@@ -20,7 +20,7 @@ from nspec.run.config import Config
 from nspec.run.folder import NEUTRAL
 from nspec.run.readiness import check_adapters
 from nspec.run.stages import Stage
-from nspec.run.systems import KINDS, variants_of
+from nspec.run.systems import SYSTEMS, variants_of
 from nspec.run.yaml import flatten, parse, render
 from nspec.terminal import Display, duration
 
@@ -40,7 +40,7 @@ def stages(*systems: str, **values: object) -> dict[str, Stage]:
 
 def test_every_option_that_changes_results_belongs_to_a_stage() -> None:
     """Else changing it in a finished run would be ignored without a word."""
-    depended = {name for stage in stages(*KINDS).values() for name in stage.options}
+    depended = {name for stage in stages(*SYSTEMS).values() for name in stage.options}
     free = [name for name in flatten(Config()) if name not in depended and name.partition(".")[0] not in depended]
     assert set(free) <= NEUTRAL
 
@@ -51,7 +51,7 @@ def test_neutral_options_exist() -> None:
 
 @pytest.mark.parametrize(
     "systems",
-    [["dense"], ["dense", "random"], ["dense", "continued"], ["dense", "update"], [], list(KINDS), ["dense", "lass"]],
+    [["dense"], ["dense", "random"], ["dense", "continued"], ["dense", "update"], [], list(SYSTEMS), ["dense", "lass"]],
 )
 def test_stages_come_after_those_that_they_need(systems: list[str]) -> None:
     seen: set[str] = set()
@@ -62,7 +62,7 @@ def test_stages_come_after_those_that_they_need(systems: list[str]) -> None:
 
 def test_no_two_stages_share_a_record() -> None:
     variants = ["a = forward select.k=0.5", "b = random profile.split=train", "c = lass lass.alpha=0.5"]
-    found = stages(*KINDS, run_variants=variants)
+    found = stages(*SYSTEMS, run_variants=variants)
     places = [(stage.folder, stage.record) for stage in found.values()]
     assert {"profile:b", "select:a", "random_masks:b", "weight_masks:c", "specialize:c", "score:a"} <= set(found)
     assert len(places) == len(set(places))

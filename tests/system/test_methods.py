@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 import nspec
 from nspec import cli
 from nspec.baselines.lass import WeightMasks
-from nspec.run.systems import KINDS
+from nspec.run.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 Tiny = Any  # tests/system/conftest.py
 
-SYSTEMS = [name for name in KINDS if not name.startswith("update_")]
+SYSTEMS = [name for name in SYSTEMS if not name.startswith("update_")]
 VARIANTS = {
     "wide": "forward select.k=0.99",
     "tenth": "random profile.share=0.3 select.k=0.6",

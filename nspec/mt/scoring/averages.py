@@ -9,6 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from nspec.mt.languages import languages_of_task
+
 FACTOR = 2.0
 """Levels differ by more than this factor in training pairs."""
 
@@ -69,7 +71,7 @@ def families(tasks: Iterable[str], pivot: str, family_of: Callable[[str], str]) 
         languages are of one family: it would say what the average of all does.
     """
     tasks = list(tasks)
-    languages = sorted({code for task in tasks for code in task.split("-")} - {pivot})
+    languages = sorted({code for task in tasks for code in languages_of_task(task)} - {pivot})
     named = {code: name for code in languages if (name := family_of(code))}
     if len(set(named.values())) < 2:
         return {}
@@ -77,7 +79,7 @@ def families(tasks: Iterable[str], pivot: str, family_of: Callable[[str], str]) 
     for family in sorted(set(named.values())):
         members = {code for code, name in named.items() if name == family}
         if len(members) > 1:
-            found[family] = [task for task in tasks if members.intersection(task.split("-"))]
+            found[family] = [task for task in tasks if members.intersection(languages_of_task(task))]
     return found
 
 

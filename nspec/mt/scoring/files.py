@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nspec.mt.languages import normalized_code
+from nspec.mt.languages import languages_of_task, normalized_code
 from nspec.mt.scoring.bleu_tokenizer import AUTO, check_tokenizer
 from nspec.mt.scoring.comet import Comet
 from nspec.mt.scoring.config import ScoreConfig
@@ -89,7 +89,7 @@ def score_files(
 
     found = {name: _translations(name, folder) for name, folder in folders.items()}
     tasks = _common(found, folders)
-    if pivot and not any(pivot in task.split("-") for task in tasks):
+    if pivot and not any(pivot in languages_of_task(task) for task in tasks):
         raise ValueError(f"--pivot {pivot} is in none of the directions {', '.join(tasks)}")
     more = read_lists(groups) if groups else {}
     averages = average_groups(tasks, pivot, more)
@@ -218,7 +218,7 @@ def _beside(folder: Path, tasks: Sequence[str], kind: str) -> dict[str, Path]:
 
 def _names(task: str, kind: str) -> tuple[list[str], list[str]]:
     """What the file of a direction may be called, and what one of the opposite direction is called that fits as well."""
-    source, target = task.split("-")
+    source, target = languages_of_task(task)
     language = source if kind == "sources" else target
     own = [f"{task}.{_KINDS[kind]}.txt", f"{task}.txt", f"{task}.{language}"]
     if kind == "translations":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nspec.mt.languages import normalized_code, normalized_task
+from nspec.mt.languages import languages_of_task, normalized_code, normalized_task
 from nspec.mt.scoring import tests as significance
 from nspec.mt.scoring.bleu_tokenizer import AUTO, SPBLEU, bleu_tokenizer, check_tokenizer, of_language, why_not
 from nspec.mt.scoring.config import ScoreConfig
@@ -143,7 +143,7 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
         sides[f"from_{pivot}"] = [task for task in tasks if task.startswith(f"{pivot}-")]
         sides[f"to_{pivot}"] = [task for task in tasks if task.endswith(f"-{pivot}")]
     found = {"all": tasks} | {side: members for side, members in sides.items() if members}
-    languages = sorted({code for task in tasks for code in task.split("-")})
+    languages = sorted({code for task in tasks for code in languages_of_task(task)})
     for group, given in (groups or {}).items():
         names = [_spelled(name, {*languages, *tasks, pivot}) for name in given]
         if not group.strip() or not group.isprintable():
@@ -166,7 +166,7 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
                 raise ValueError(
                     f"group {group}: {name} is not a language or direction that is scored; there are {known}"
                 )
-        members = [task for task in tasks if {task, *task.split("-")} & set(names)]
+        members = [task for task in tasks if {task, *languages_of_task(task)} & set(names)]
         found[group] = members
         halves = {f"{group}/{side}": [task for task in members if task in of] for side, of in sides.items()}
         if all(halves.values()):
@@ -175,7 +175,7 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
 
 
 def _target(task: str) -> str:
-    return task.partition("-")[2]
+    return languages_of_task(task)[1]
 
 
 def _check(who: str, hypotheses: Texts, references: Texts) -> None:

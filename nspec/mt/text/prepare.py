@@ -31,10 +31,9 @@ from nspec.mt.text.marian import SIDES, Side, name_target
 from nspec.mt.text.prepared import FORMAT, SPLITS, summary
 from nspec.mt.text.token_arrays import TokenArrays, stem_of
 from nspec.mt.text.tokenizer_fit import token_ids
+from nspec.terminal import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 EMPTY = "no tokens"
 TOO_LONG = "too long"

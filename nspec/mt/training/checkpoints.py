@@ -24,7 +24,7 @@ _ONLY_WEIGHTS = "weights_only"
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """What a resumed training must know beside weights, optimiser, scheduler and random state."""
 
     step: int = 0  # updates done
@@ -46,12 +46,12 @@ class Progress:
     # these: a longer training goes on with them.
     without_end: dict[str, Any] = field(default_factory=dict)
 
-    def going_on(self) -> Progress:
+    def going_on(self) -> TrainingState:
         """What a longer training goes on with."""
         return replace(self, **self.without_end, without_end={}, stopped=False)
 
     @classmethod
-    def read(cls, checkpoint: Path) -> Progress:
+    def read(cls, checkpoint: Path) -> TrainingState:
         """The progress stored in a whole checkpoint.
 
         Raises:
@@ -68,8 +68,8 @@ def _stored(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{file} holds {stored!r:.60}; expected an object")
     if "sha256" in stored and stored["sha256"] != _digest(stored):  # older versions wrote none
         raise ValueError(f"{file} has other contents than were written")
-    found = {f.name: stored[f.name] for f in fields(Progress) if f.name in stored}
-    for f in fields(Progress):
+    found = {f.name: stored[f.name] for f in fields(TrainingState) if f.name in stored}
+    for f in fields(TrainingState):
         default = getattr(_FRESH, f.name)
         allowed = {float: (int, float), type(None): (int, float, type(None))}.get(type(default), type(default))
         if not isinstance(found.get(f.name, default), allowed):
@@ -82,7 +82,7 @@ def _stored(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return found, files
 
 
-_FRESH = Progress()
+_FRESH = TrainingState()
 
 
 def _digest(state: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def _write_state(checkpoint: Path, state: dict[str, Any]) -> None:
     write_json(checkpoint / STATE_FILE, state | {"sha256": _digest(state)})
 
 
-def finish(checkpoint: Path, progress: Progress) -> None:
+def finish(checkpoint: Path, progress: TrainingState) -> None:
     """Makes a checkpoint whose other files are there a whole one; notes their sizes and SHA-256."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -114,7 +114,7 @@ def keep_weights(checkpoint: Path) -> None:
             path.unlink()
 
 
-def adopt_weights(checkpoint: Path, model: Path, progress: Progress) -> None:
+def adopt_weights(checkpoint: Path, model: Path, progress: TrainingState) -> None:
     """Makes a checkpoint of weights alone from those in the folder of a model."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     for file in sorted(model.glob(_WEIGHTS)):
@@ -181,7 +181,7 @@ def with_best(checkpoints: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = dict.fromkeys(checkpoints)
     for path in list(found):
         with contextlib.suppress(ValueError):  # damaged since it was written: it will not be gone on from
-            state = Progress.read(path)
+            state = TrainingState.read(path)
             for step in (state.best_step, state.going_on().best_step):
                 found[path.with_name(f"checkpoint-{step}")] = None
     return list(found)
@@ -264,7 +264,7 @@ class TrainingLog:
         if "tasks" in row:
             self._board.flush()
 
-    def noted(self, progress: Progress) -> None:
+    def noted(self, progress: TrainingState) -> None:
         """Writes the lines out to the disk, and notes in the progress which there are, so that none is lost unseen."""
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -295,7 +295,7 @@ def _known(lines: list[str]) -> dict[str, Any]:
     return {"rows": len(lines), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
 
-def log_damage(folder: Path, progress: Progress, but: Collection[str] = ()) -> str | None:
+def log_damage(folder: Path, progress: TrainingState, but: Collection[str] = ()) -> str | None:
     """What the log of a system lacks that was there at a checkpoint, in words; None where nothing is known to.
 
     Args:

@@ -11,7 +11,7 @@ from nspec import processes
 from nspec.files import read_json
 from nspec.mt.methods import Method
 from nspec.mt.training import checkpoints
-from nspec.mt.training.checkpoints import Progress
+from nspec.mt.training.checkpoints import TrainingState
 from nspec.mt.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _FREE = {"updates", "valid_every", "valid_bleu_sentences", "patience", "log_ever
 class ResumePoint(NamedTuple):
     """Where a training stands."""
 
-    progress: Progress  # so far; of no update where nothing was trained yet
+    progress: TrainingState  # so far; of no update where nothing was trained yet
     checkpoint: Path | None  # to go on from; None: from the start
     undone: tuple[str, ...] = ()  # keys of the lines in the log that only the former end of the training made
     trained: bool = False  # nothing is left to do, and the model and its summary are there
@@ -34,7 +34,7 @@ class ResumePoint(NamedTuple):
         """Deletes the checkpoints in ``folder`` that training does not go on from, and takes the best weights in."""
         checkpoints.keep_only(folder, self.kept)
         if self.best is not None:
-            state = Progress(self.progress.best_step, best_value=self.progress.best_value)
+            state = TrainingState(self.progress.best_step, best_value=self.progress.best_value)
             checkpoints.adopt_weights(folder / f"checkpoint-{state.step}", self.best, state)
 
 
@@ -83,7 +83,7 @@ def resume_point(
             f"{'; '.join(damages)}. No checkpoint is whole, so that training cannot go on: delete "
             f"{folder if model else place}, and it is trained anew{model}"
         )
-    state = Progress.read(chosen)
+    state = TrainingState.read(chosen)
     _check(place, state, settings, options)
     if processes.rank() == 0:
         for damage in damages:
@@ -119,14 +119,14 @@ def _without_checkpoints(
 ) -> ResumePoint:
     done = 0 if summary is None else int(summary.get("updates") or 0)
     if summary is None or done == 0 < settings.updates:  # a model that was taken as it is has nothing to go on from
-        return ResumePoint(Progress(options=options), None)
+        return ResumePoint(TrainingState(options=options), None)
     if done == settings.updates or summary.get("stopped_early"):
         if not _is_of(folder, summary):
             raise ValueError(
                 f"the weights in {folder / 'model'} are not those that {folder / 'summary.json'} is of; put them back as "
                 f"they were, or delete {folder}, and it is trained anew"
             )
-        return ResumePoint(Progress(options=options), None, trained=True)
+        return ResumePoint(TrainingState(options=options), None, trained=True)
     raise ValueError(
         f"{folder} was trained for {done} updates and has no checkpoint to go on from to {settings.updates}; take "
         f"{done} updates, or another folder"
@@ -138,15 +138,15 @@ def _is_of(folder: Path, summary: dict[str, Any]) -> bool:
     return summary.get("weights_sha256") in (None, checkpoints.weights_digest(folder / "model"))
 
 
-def _goes_on(state: Progress, settings: TrainConfig) -> bool:
+def _goes_on(state: TrainingState, settings: TrainConfig) -> bool:
     worse = state.without_end.get("worse", state.worse)
     return state.step < settings.updates and not 0 < settings.patience <= worse
 
 
-def _left_alone(newest: Path, settings: TrainConfig) -> Progress | None:
+def _left_alone(newest: Path, settings: TrainConfig) -> TrainingState | None:
     """The progress of a training that has ended and does not go on; None for another, or a broken file."""
     try:
-        state = Progress.read(newest)
+        state = TrainingState.read(newest)
     except ValueError:
         return None
     return state if state.stopped and not _goes_on(state, settings) else None
@@ -165,7 +165,7 @@ def _newest_sound(folder: Path, found: list[Path], settings: TrainConfig) -> tup
 
 def _damage_of_best(folder: Path, checkpoint: Path, settings: TrainConfig) -> str | None:
     """What is wrong with the weights that a checkpoint knows as the best so far."""
-    state = Progress.read(checkpoint)
+    state = TrainingState.read(checkpoint)
     step = (state.going_on() if _goes_on(state, settings) else state).best_step
     best = checkpoint.with_name(f"checkpoint-{step}")
     if step in (0, state.step):
@@ -178,7 +178,7 @@ def _damage_of_best(folder: Path, checkpoint: Path, settings: TrainConfig) -> st
     return f"{best}, the best up to {checkpoint.name}, is gone"
 
 
-def _check(place: Path, state: Progress, settings: TrainConfig, options: dict[str, Any]) -> None:
+def _check(place: Path, state: TrainingState, settings: TrainConfig, options: dict[str, Any]) -> None:
     # An option that came after a checkpoint was written had its default's meaning then.
     before = dataclasses.asdict(TrainConfig()) | state.options
     if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]:

@@ -21,7 +21,7 @@ from nspec.mt.model_files import load_weights
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.text.prepared import PreparedData
 from nspec.mt.training import checkpoints
-from nspec.mt.training.checkpoints import Progress, TrainingLog
+from nspec.mt.training.checkpoints import TrainingLog, TrainingState
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loop import Loop, TrainingDiverged
 from nspec.mt.training.precision import precision_note, resolve_precision
@@ -43,7 +43,7 @@ def train_system(
     device: str = "auto",
     decode: DecodeConfig | None = None,
     method: Method | None = None,
-    progress: bool = True,
+    show: bool = True,
     starting: Callable[[], None] | None = None,
 ) -> None:
     """Trains a system to the end, or goes on where an earlier call was stopped or killed.
@@ -63,7 +63,7 @@ def train_system(
         device: ``auto`` (the first GPU, else the CPU), ``cpu`` or ``cuda``.
         decode: the limits of translations for validation BLEU; None: the defaults.
         method: what makes the system other than dense; knows every task of ``data``.
-        progress: show a bar on a terminal, else a line for each validation, on standard error.
+        show: a bar on a terminal, else a line for each validation, on standard error.
         starting: the first process calls it when all is checked, before it changes what is in ``folder``.
 
     Raises:
@@ -108,7 +108,7 @@ def train_system(
         if settings.updates == 0:
             _measure(validator, settings, precision, state, folder)
         else:
-            shown = system if progress else None
+            shown = system if show else None
             Loop(settings, data, model, method, precision, seed, validator, folder, point, shown).run()
     if settings.updates:
         load_weights(model, place / f"checkpoint-{state.best_step}")
@@ -146,7 +146,7 @@ def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> 
         )
 
 
-def _measure(validator: Validator, settings: TrainConfig, precision: str, state: Progress, folder: Path) -> None:
+def _measure(validator: Validator, settings: TrainConfig, precision: str, state: TrainingState, folder: Path) -> None:
     """A model that is taken as it is: its validation is the only line of the log."""
     measured = validator.measure()
     if not math.isfinite(measured["valid_loss"]):
@@ -162,7 +162,12 @@ def _measure(validator: Validator, settings: TrainConfig, precision: str, state:
 
 
 def _summary(
-    system: str, settings: TrainConfig, model: PreTrainedModel, state: Progress, method: Method | None, precision: str
+    system: str,
+    settings: TrainConfig,
+    model: PreTrainedModel,
+    state: TrainingState,
+    method: Method | None,
+    precision: str,
 ) -> dict[str, Any]:
     return {
         "system": system,

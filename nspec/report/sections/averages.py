@@ -10,6 +10,7 @@ import numpy as np
 
 from nspec.analysis.blocks import families_of, grouping_of
 from nspec.analysis.mantel import holm
+from nspec.mt.languages import languages_of_task
 from nspec.mt.scoring.averages import FAMILY, LEVEL, families, kind_of_group, resource_levels
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData
@@ -173,7 +174,7 @@ def family_section(data: RunData) -> dict[str, Any] | None:
     if not found:
         return None
     family_of = families_of(data.tasks, data.pivot)
-    languages = {code for task in data.tasks for code in task.split("-")} - {data.pivot}
+    languages = {code for task in data.tasks for code in languages_of_task(task)} - {data.pivot}
     heads, about = [], []
     for group, tasks in found.items():
         name = kind_of_group(group)[1]

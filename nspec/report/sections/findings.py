@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nspec.mt.languages import languages_of_task
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData
 
@@ -66,11 +67,11 @@ def score_chart(data: RunData, metric: str) -> Figure:
 def setup_sentence(data: RunData) -> str:
     """What was run, on what."""
     corpus = data.config.corpus
-    codes = sorted({code for task in data.tasks for code in task.split("-")})
+    codes = sorted({code for task in data.tasks for code in languages_of_task(task)})
     if not data.tasks:
         return f"A run on the {corpus.type} corpus. No direction has been scored or profiled yet."
     where = f"{len(data.tasks)} direction{'s' if len(data.tasks) > 1 else ''}"
-    if data.pivot and all(data.pivot in task.split("-") for task in data.tasks):
+    if data.pivot and all(data.pivot in languages_of_task(task) for task in data.tasks):
         where += f" between {data.pivot} and {', '.join(code for code in codes if code != data.pivot)}"
     else:
         where += f" among {', '.join(codes)}"

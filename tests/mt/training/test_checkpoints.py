@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nspec.mt.training import checkpoints
-from nspec.mt.training.checkpoints import Progress, TrainingLog, read_log
+from nspec.mt.training.checkpoints import TrainingLog, TrainingState, read_log
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True, **progress: object) -> Path:
@@ -15,7 +15,7 @@ def checkpoint(folder: Path, step: int, *, whole: bool = True, **progress: objec
     path.mkdir(parents=True)
     (path / "model.safetensors").write_text("weights")
     if whole:
-        checkpoints.finish(path, Progress(step=step, **progress))  # type: ignore[arg-type]
+        checkpoints.finish(path, TrainingState(step=step, **progress))  # type: ignore[arg-type]
     return path
 
 
@@ -53,10 +53,10 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_a_partial_one(
 
 def test_progress_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 7, window_loss=math.pi * 1e5, best_value=0.1 + 0.2, seconds=1 / 3, options={"lr": 5e-4})
-    read = Progress.read(path)
+    read = TrainingState.read(path)
     assert read.window_loss == math.pi * 1e5
     assert read.best_value == 0.1 + 0.2
-    assert read == Progress(7, 0, 1 / 3, math.pi * 1e5, best_value=0.1 + 0.2, options={"lr": 5e-4})
+    assert read == TrainingState(7, 0, 1 / 3, math.pi * 1e5, best_value=0.1 + 0.2, options={"lr": 5e-4})
 
 
 def test_opening_the_log_cuts_off_what_follows_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_a_state_that_was_changed_is_not_believed_and_one_without_checksum_is(tm
         file.write_text(json.dumps(state | {name: value}))
         assert checkpoints.damage(path) == f"{file} has other contents than were written"
         with pytest.raises(ValueError, match="nspec_state.json has other contents than were written"):
-            Progress.read(path)
+            TrainingState.read(path)
     file.write_text(json.dumps(dict(reversed(state.items()))))  # in another order it says the same
     assert checkpoints.damage(path) is None
     del state["sha256"], state["log"]  # as older versions wrote it
     file.write_text(json.dumps(state))
-    assert Progress.read(path).best_value == 2.5
+    assert TrainingState.read(path).best_value == 2.5
 
 
 def test_of_a_finished_training_the_last_checkpoint_and_the_weights_of_the_best_are_kept(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_of_a_finished_training_the_last_checkpoint_and_the_weights_of_the_best_
         checkpoint(tmp_path, step, whole=False)
         (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("twice as large")
         best = {"best_step": 9, "without_end": {"best_step": 6}} if step == 11 else {}
-        checkpoints.finish(tmp_path / f"checkpoint-{step}", Progress(step=step, **best))  # type: ignore[arg-type]
+        checkpoints.finish(tmp_path / f"checkpoint-{step}", TrainingState(step=step, **best))  # type: ignore[arg-type]
     for _ in range(2):  # also after a kill
         checkpoints.keep_end(tmp_path)
         assert checkpoints.whole(tmp_path) == [tmp_path / "checkpoint-11"]
@@ -142,7 +142,7 @@ def test_rows_of_the_log_that_are_gone_or_others_are_told(tmp_path: Path) -> Non
     for step in (5, 10):
         log.write({"step": step, "loss": 1.0})
     log.write({"step": 10, "valid_loss": 1.5}, extra=True)
-    progress = Progress(step=10)
+    progress = TrainingState(step=10)
     log.noted(progress)
     log.write({"step": 15, "loss": 1.0})
     log.close()
@@ -161,7 +161,7 @@ def test_rows_of_the_log_that_are_gone_or_others_are_told(tmp_path: Path) -> Non
     assert checkpoints.log_damage(tmp_path, progress) == f"{path} has other rows up to update 10 than were written"
     path.unlink()
     assert checkpoints.log_damage(tmp_path, progress) == f"{path} lacks 3 of the 3 rows that it had at update 10"
-    assert checkpoints.log_damage(tmp_path, Progress(step=10)) is None, "older versions noted nothing"
+    assert checkpoints.log_damage(tmp_path, TrainingState(step=10)) is None, "older versions noted nothing"
 
 
 @pytest.mark.parametrize(

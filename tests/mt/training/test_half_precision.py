@@ -145,7 +145,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit_with_its_scale(
     folder = toy.train(f"first half {optimizer}", updates=6, **options)
     state = torch.load(last(folder) / "scaler.pt", weights_only=True)
     assert (state["scale"], state["_growth_tracker"]) == (256.0, 3)
-    assert checkpoints.Progress.read(last(folder)).skipped == 2
+    assert checkpoints.TrainingState.read(last(folder)).skipped == 2
     monkeypatch.undo()
     scale(monkeypatch)
     toy.train(folder.name, updates=9, **options)

@@ -36,7 +36,7 @@ def test_mixed_micro_batches_give_the_loss_of_their_sentences_with_the_neurons_o
         toy.model(config),
         folder,
         method=NeuronSpecialization(masks, mode) if masks else None,
-        progress=False,
+        show=False,
         **run_options(config),
     )
     train, pairs = config.train, PairDataset(toy.data, "train")

@@ -96,7 +96,7 @@ def test_sigterm_saves_a_checkpoint_from_which_training_goes_on(toy: Toy) -> Non
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    step = checkpoints.Progress.read(last(toy.folder / "terminated")).step
+    step = checkpoints.TrainingState.read(last(toy.folder / "terminated")).step
     assert step % 3000 != 0
     assert rows(toy.folder / "terminated")[-1]["step"] <= step
     job |= {"updates": step + 3}

@@ -104,7 +104,7 @@ def test_a_model_that_computes_no_numbers_is_not_taken_as_it_is(toy: Toy, tmp_pa
     model.model.decoder.layer_norm.weight.data.fill_(3e38)  # finite, and more than the sums have room for
     config = toy.config(updates=0)
     with pytest.raises(TrainingDiverged, match=r"validation loss of the model .* is nan in fp32"):
-        train_system("dense", config.train, toy.data, model, tmp_path / "run", progress=False, **run_options(config))
+        train_system("dense", config.train, toy.data, model, tmp_path / "run", show=False, **run_options(config))
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -143,7 +143,7 @@ def test_rows_outside_the_masks_in_use_keep_their_weights_with_the_row_sparse_op
         model,
         toy.folder / "sparse",
         method=NeuronSpecialization(masks, "update"),
-        progress=False,
+        show=False,
         **run_options(config),
     )
     drawn = {TASKS[task] for task in plan(toy, 16).plan}
@@ -193,7 +193,7 @@ def test_accumulated_micro_batches_give_the_gradient_over_all_their_tokens(toy: 
     """One update of plain SGD-like arithmetic by hand: the logged loss and gradient norm are those of one big batch."""
     config = toy.config(updates=1, accumulate=3, log_every=1, model={"dropout": 0.0, "attention_dropout": 0.0})
     folder = toy.folder / "by_hand"
-    train_system("x", config.train, toy.data, toy.model(config), folder, progress=False, **run_options(config))
+    train_system("x", config.train, toy.data, toy.model(config), folder, show=False, **run_options(config))
     from nspec.mt.text.collate import collate
     from nspec.mt.text.prepared import PairDataset
 
@@ -280,7 +280,7 @@ def test_bfloat16_trains_on_a_cpu_and_leaves_the_model_as_it_was(toy: Toy) -> No
     before = rows(toy.train("fp32_before_bf16", **options))
     config = toy.config(precision="bf16", **options)
     model = toy.model(config)
-    train_system("bf16", config.train, toy.data, model, toy.folder / "bf16", progress=False, **run_options(config))
+    train_system("bf16", config.train, toy.data, model, toy.folder / "bf16", show=False, **run_options(config))
     assert json.loads((toy.folder / "bf16" / "summary.json").read_text())["precision"] == "bf16"
     assert "forward" not in vars(model)  # no autocast is left on it
     assert next(model.parameters()).dtype == torch.float32
@@ -303,7 +303,7 @@ def test_a_compiled_training_leaves_a_plain_model(toy: Toy) -> None:
     torch.compiler.set_stance("force_eager")
     try:
         train_system(
-            "compiled", config.train, toy.data, model, toy.folder / "compiled", progress=False, **run_options(config)
+            "compiled", config.train, toy.data, model, toy.folder / "compiled", show=False, **run_options(config)
         )
     finally:
         torch.compiler.set_stance("default")
@@ -326,7 +326,7 @@ def test_each_validation_is_one_line_where_there_is_no_terminal(toy: Toy, capfd:
     config = toy.config(valid_bleu_sentences=2)
     for shown in (True, False):
         folder = toy.folder / f"shown_{shown}"
-        train_system("dense", config.train, toy.data, toy.model(), folder, progress=shown, **run_options(config))
+        train_system("dense", config.train, toy.data, toy.model(), folder, show=shown, **run_options(config))
         out, err = capfd.readouterr()
         assert out == ""
         lines = err.splitlines()
