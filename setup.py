@@ -56,6 +56,7 @@ EXTRAS = {
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML",
+        "trl>=1.0",  # its SFTTrainer is one of those that the mixin is for
     ],
     "bench": ["pytest-benchmark>=4.0"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
