@@ -30,6 +30,9 @@ _HOMES = {
     "task": "nspec.specialization.tasks",
     "set_task": "nspec.specialization.tasks",
     "checkpoint_contexts": "nspec.specialization.tasks",
+    "finetune": "nspec.tuning.finetune",
+    "save_neurons": "nspec.tuning.storage",
+    "load_neurons": "nspec.tuning.storage",
     "MaskedLinear": "nspec.nn.masked_linear",
     "RowSparseAdamW": "nspec.nn.optimizer",
     "TaskTrainerMixin": "nspec.integrations.trainer",
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
     from nspec.specialization.scores import NeuronScores
     from nspec.specialization.selection import select
     from nspec.specialization.tasks import checkpoint_contexts, set_task, task
+    from nspec.tuning.finetune import finetune
+    from nspec.tuning.storage import load_neurons, save_neurons
 
 
 def _map_kernels() -> None:

@@ -36,6 +36,8 @@ OPERATORS = (
     "compact_fc1",
     "compact_fc2",
     "gated_activation",
+    "neuron_wgrad",
+    "write_neurons",
     "row_sparse_adamw",
 )
 

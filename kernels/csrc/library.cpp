@@ -26,6 +26,12 @@ STABLE_TORCH_LIBRARY(nspec_native, m) {
   m.def("gated_activation(Tensor gate, Tensor up, str kind, Tensor(a!) h) -> ()");
   m.def(
       "gated_activation_backward(Tensor dh, Tensor gate, Tensor up, str kind, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
+  // `dgate` may be the memory of `dh`
+  m.def(
+      "gated_gradients(Tensor dh, Tensor gate, Tensor up, str kind, Tensor index, Tensor(a!) dgate, Tensor(b!) dup, "
+      "Tensor(c!) columns_gate, Tensor(d!) columns_up) -> ()");
+  // write_neurons.cpp
+  m.def("write_neurons_(Tensor(a!) weight, Tensor rows, Tensor index, bool columns) -> ()");
   // row_sparse_wgrad.cpp
   m.def("row_sparse_wgrad_scratch(Tensor dh, Tensor x, Tensor index) -> int");
   m.def(

@@ -27,3 +27,14 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     torch.ops.nspec_native.gated_activation_backward(dh, gate, up, kind, dgate, dup)
     return dgate, dup
+
+
+def gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference, in one pass; the gradient of gate lies in the memory of ``dh`` where that is contiguous."""
+    dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
+    dup = torch.empty_like(gate)
+    columns = [gate.new_empty((len(gate), len(index))) for _ in range(2)]
+    torch.ops.nspec_native.gated_gradients(dh, gate, up, kind, index, dh, dup, *columns)
+    return dh, dup, columns[0], columns[1]

@@ -121,3 +121,33 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         else module.forward(gate, up, kind)
     )
     return h
+
+
+def gated_gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`gated_activation`, and some of their columns beside them, for a backward pass.
+
+    Args:
+        dh: gradient of the product, ``[tokens, d_ff]``. Its memory may be used for a result.
+        gate: ``[tokens, d_ff]``, of that dtype.
+        up: the same.
+        kind: as there.
+        index: int64 ``[k]``, rising: the columns; None: all, which are not copied.
+        places: int32 ``[d_ff]``, where each column is in ``index``, -1 for nowhere, for callers that keep it.
+
+    Returns:
+        The gradients of gate and up, ``[tokens, d_ff]``, and their columns ``index``, ``[tokens, k]``.
+
+    Raises:
+        ValueError: different shapes.
+    """
+    checks.shape("gate", gate, [None, None])
+    checks.shape("up", up, list(gate.shape))
+    checks.shape("dh", dh, list(gate.shape))
+    module = choose("gated_activation", BACKENDS, gate, up, kind)
+    if index is None:
+        dgate, dup = module.backward(dh, gate, up, kind)
+        return dgate, dup, dgate, dup
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = module.gradients(dh, gate, up, kind, index, places)
+    return found

@@ -41,3 +41,11 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
     else:
         dgate = torch.ops.aten.gelu_backward(outer, wide, approximate="tanh" if kind == "gelu_tanh" else "none")
     return dgate.to(gate.dtype), dh * activate(gate, kind)
+
+
+def gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients ``[tokens, d_ff]``, and their columns ``index``, int64 ``[k]``."""
+    dgate, dup = backward(dh, gate, up, kind)
+    return dgate, dup, dgate.index_select(1, index), dup.index_select(1, index)

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.active import places_of
 from ..common.triton_launch import Launcher, Shipped, aligned, cdiv, launching, planned, pointer
 from ..common.triton_tasks import DTYPES
 
 _LAUNCH = {"BLOCK": 2048, "num_warps": 4}  # 16 bytes for each thread of the wider wavefronts of AMD too
+_ROWS = {"BLOCK": 1024, "num_warps": 4}  # of the columns of a row
 _KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -66,6 +68,40 @@ def backward_kernel(dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, elements, KIND
     tl.store(dup_ptr + at, (dh * value.to(dtype).to(tl.float32)).to(dtype), mask=there)
 
 
+@triton.jit(do_not_specialize=["columns"])
+def gradients_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    places_ptr,
+    columns_gate_ptr,
+    columns_up_ptr,
+    width,
+    columns,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of a part of a row, and those of its columns that have a place, beside one another."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    at = row * width + column
+    value, slope = _point(tl.load(gate_ptr + at, mask=there, other=0.0).to(tl.float32), KIND)
+    up = tl.load(up_ptr + at, mask=there, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + at, mask=there, other=0.0).to(tl.float32)
+    place = tl.load(places_ptr + column, mask=there, other=-1)
+    dtype = dgate_ptr.dtype.element_ty
+    dgate = tl.where(slope == 0, 0.0, dh * up * slope).to(dtype)
+    dup = (dh * value.to(dtype).to(tl.float32)).to(dtype)
+    tl.store(dgate_ptr + at, dgate, mask=there)
+    tl.store(dup_ptr + at, dup, mask=there)
+    # Few of many: each is a store of its own, and no further read.
+    tl.store(columns_gate_ptr + row * columns + place, dgate, mask=place >= 0)
+    tl.store(columns_up_ptr + row * columns + place, dup, mask=place >= 0)
+
+
 def supports(gate: Tensor, up: Tensor, kind: str) -> str | None:
     """None, or why these arguments are not taken. Any strides are: what is not contiguous is copied."""
     if gate.dtype not in DTYPES:
@@ -81,6 +117,11 @@ def supports(gate: Tensor, up: Tensor, kind: str) -> str | None:
 @planned
 def _plan(device: torch.device, kind: str, forward: bool, *alike: Any) -> Launcher:
     return Launcher(forward_kernel if forward else backward_kernel, {"KIND": kind, **_LAUNCH})
+
+
+@planned
+def _gradients_plan(device: torch.device, kind: str, *alike: Any) -> Launcher:
+    return Launcher(gradients_kernel, {"KIND": kind, **_ROWS})
 
 
 def _launch(kind: str, forward: bool, *tensors: Tensor) -> None:
@@ -108,6 +149,24 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, T
     return dgate, dup
 
 
+def gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, kind: str, index: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference."""
+    dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
+    (tokens, width), k = gate.shape, len(index)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    columns = gate.new_empty((tokens, k)), gate.new_empty((tokens, k))
+    if gate.numel() == 0:
+        return dgate, dup, *columns
+    places = places_of(index[None], width)[0] if places is None else places
+    tensors = dh, gate, up, dgate, dup, places, *columns
+    alike = gate.dtype, width % 16 == 0, width == 1, aligned(*tensors)
+    plan = _gradients_plan(gate.device, kind, *alike)
+    launching(gate.device, plan, (tokens, cdiv(width, _ROWS["BLOCK"]), 1), *tensors, width, k)
+    return dgate, dup, *columns
+
+
 def shipped(target: str) -> list[Shipped]:
     """Every kernel and configuration that can be launched on a target."""
     kernels = []
@@ -123,4 +182,10 @@ def shipped(target: str) -> list[Shipped]:
                 kernels.append(
                     Shipped(f"{label} {kind} {name}", kernel, signature, keywords, tuple(signature), ("stream",))
                 )
+            pointers = "dh_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "columns_gate_ptr", "columns_up_ptr"
+            signature = {**dict.fromkeys(pointers, p), "places_ptr": "*i32", "width": "i32", "columns": "i32"}
+            divisible = tuple(argument for argument in signature if argument != "columns")
+            kernels.append(
+                Shipped(f"gradients {kind} {name}", gradients_kernel, signature, {"KIND": kind, **_ROWS}, divisible)
+            )
     return kernels

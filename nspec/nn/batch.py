@@ -171,6 +171,33 @@ class TaskBatch:
         return Layout(order, torch.empty_like(order).scatter_(0, order, places), offsets)
 
 
+def check_sentences(
+    x: Tensor, batch: TaskBatch, layer: str, routed: bool, batch_dim: int | None, flattens: bool
+) -> None:
+    """Raises ValueError where the rows of a layer's input ``x`` do not say which sentence they are of.
+
+    Args:
+        x: ``[..., d_in]``.
+        batch: of several tasks.
+        layer: its name, for messages.
+        routed: whether a router chooses its tokens.
+        batch_dim: the dimension of sentences, where the model says it.
+        flattens: whether the model is known to flatten a batch to tokens before the layer.
+    """
+    if routed:
+        raise ValueError(
+            f"{layer} is an expert: the tokens that a router sends it do not say which sentence they are "
+            "of. Run one task at a time (nspec.task(model, name)), or leave the experts out of the masks"
+        )
+    if batch_dim is not None and x.dim() > 2 and batch.batch_dim != batch_dim:
+        raise ValueError(
+            f"batch_dim is {batch.batch_dim}, and {layer} says batch_first={batch_dim == 0}: "
+            f"expected batch_dim={batch_dim}"
+        )
+    if not flattens:
+        batch.check_rows(x, layer)
+
+
 class _Reorder(torch.autograd.Function):
     """Rows in another order. Its gradient is the inverse permutation, not a sum with atomics."""
 

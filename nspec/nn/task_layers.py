@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .active import ActiveSet
-from .batch import TaskBatch
+from .batch import TaskBatch, check_sentences
 from .masked_linear import Masked, MaskedLinear, Mode, NeuronState
 from .packed import PackedWeights
 from .recompute import Use, backward_pass
@@ -146,7 +146,8 @@ class TaskLayer(Masked, TaskSwitched):
         if not torch.compiler.is_compiling():
             self._nspec.shared.called.add(self._nspec.name)
         if self._nspec.batch is not None:
-            self._check_rows(x, self._nspec.batch)
+            kept = self._nspec
+            check_sentences(x, self._nspec.batch, kept.name, kept.routed, kept.batch_dim, kept.flattens)
         use = super()._begin(x)
         if use[0] is None and not torch.compiler.is_compiling() and self._trains_untold():
             self._nspec.shared.told = True
@@ -157,21 +158,6 @@ class TaskLayer(Masked, TaskSwitched):
                 stacklevel=2,
             )
         return use
-
-    def _check_rows(self, x: Tensor, batch: TaskBatch) -> None:
-        """Raises ValueError where the rows of ``x`` do not say which sentence they are of."""
-        if self._nspec.routed:
-            raise ValueError(
-                f"{self.qualified_name} is an expert: the tokens that a router sends it do not say which sentence they are "
-                "of. Run one task at a time (nspec.task(model, name)), or leave the experts out of the masks"
-            )
-        if self._nspec.batch_dim is not None and x.dim() > 2 and batch.batch_dim != self._nspec.batch_dim:
-            raise ValueError(
-                f"batch_dim is {batch.batch_dim}, and {self.qualified_name} says batch_first={self._nspec.batch_dim == 0}: "
-                f"expected batch_dim={self._nspec.batch_dim}"
-            )
-        if not self._nspec.flattens:
-            batch.check_rows(x, self.qualified_name)
 
     def _trains_untold(self) -> bool:
         """Whether this is a training pass of which nobody has said that it has no task."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,9 +28,8 @@ from .layers import (
 from .masks import NeuronMasks
 from .naming import Layer
 from .patterns import alike, nearest
-from .tasks import PLACES, calls_its_class, check_task, refuse_other_threads, specialized_layers
-
-_BEFORE = "_nspec_before"  # on a module of which an attribute was changed: what it was
+from .tasks import calls_its_class, check_task, refuse_other_threads, remember_place, specialized_layers
+from .tuned import BEFORE, fold, is_tuned, rebind, restore_modules, take_off
 
 
 def specialize(
@@ -81,15 +79,15 @@ def specialize(
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
     if activation_dropout not in (None, 0):
         raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
-    if any(isinstance(module, TaskLayer) for module in model.modules()):
+    if any(isinstance(module, TaskLayer) for module in model.modules()) or is_tuned(model):
         raise ValueError("the model is specialised already: call nspec.despecialize(model) first")
     known = {block.name: block for block in find_blocks(model, layers)}
-    masks = _fitting(model, masks, known)
+    masks = fitting(model, masks, known)
     blocks = [known[layer] for layer in masks.layers]
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
         for layer in projections(block):
-            _check_plain(layer, names[id(layer)])
+            check_plain(layer, names[id(layer)])
         if mode == "forward" and activation_dropout is None:
             _check_dropout(block)
     changes = fast_paths(model, blocks)
@@ -100,9 +98,7 @@ def specialize(
         changes += ordinary
         changes += [(module, name, 0.0) for block in blocks for module, name, _ in _dropouts(block, activation_dropout)]
     for module, name, value in changes:
-        before = (module.__dict__[name],) if name in module.__dict__ else ()
-        module.__dict__.setdefault(_BEFORE, {}).setdefault(name, before)
-        setattr(module, name, value)
+        change(module, name, value)
     shared = Shared()
     for block in blocks:
         first: TaskLayer | None = None
@@ -120,10 +116,16 @@ def specialize(
                 with_layer=first,
             )
             first = first or layer
-            _rebind(layer)
-            holder, _, attribute = layer.qualified_name.rpartition(".")
-            model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = layer.qualified_name
+            rebind(layer)
+            remember_place(model, layer.qualified_name)
     return model
+
+
+def change(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of a module until :func:`despecialize`."""
+    before = (module.__dict__[name],) if name in module.__dict__ else ()
+    module.__dict__.setdefault(BEFORE, {}).setdefault(name, before)
+    setattr(module, name, value)
 
 
 def projections(block: FeedForward) -> list[nn.Module]:
@@ -161,7 +163,7 @@ def _check_dropout(block: FeedForward) -> None:
             )
 
 
-def _check_plain(layer: Any, name: str) -> None:
+def check_plain(layer: Any, name: str) -> None:
     """Raises ValueError unless a layer computes what ``nn.Linear`` or ``Conv1D`` does, by its class."""
     if type(layer) is not nn.Linear:
         way: str | None = "put an nn.Linear with its weight and bias in its place, or leave it out (masks.only, layers)"
@@ -195,13 +197,7 @@ def _needs_its_class(layer: Any) -> str | None:
     return None
 
 
-def _rebind(module: nn.Module) -> None:
-    """Has a ``forward`` that accelerate put on a module (device maps, offloading) call the one of its class now."""
-    if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-
-
-def _fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
+def fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForward]) -> NeuronMasks:
     """The masks by the model's own names of layers; every named layer must be there, equally wide."""
     modules = dict(model.named_modules())
     if wrapped := [n for n in masks.layers if f"module.{n}" in modules or f"_orig_mod.{n}" in modules]:
@@ -224,6 +220,9 @@ def _fitting(model: nn.Module, masks: NeuronMasks, known: Mapping[str, FeedForwa
 def despecialize(model: nn.Module) -> nn.Module:
     """Makes the model plain again, in place: the same parameters, bitwise as they are now, and the same state dict.
 
+    Of a model with neurons of their own (``nspec.finetune``, ``nspec.load_neurons``) it is the base, bitwise as it was,
+    with the modules of ``also`` as they are trained; the neurons are gone: save them first (``nspec.save_neurons``).
+
     Returns:
         ``model`` itself.
 
@@ -233,6 +232,8 @@ def despecialize(model: nn.Module) -> nn.Module:
     """
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, TaskLayer)]
+    if is_tuned(model):
+        return take_off(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
     for layer in layers:
@@ -243,11 +244,8 @@ def despecialize(model: nn.Module) -> nn.Module:
     for layer in layers:
         plain: Any = layer.__dict__.pop("_nspec").plain or nn.Linear
         layer.__class__ = plain
-        _rebind(layer)
-    for module in modules:
-        module.__dict__.pop(PLACES, None)
-        for name, before in module.__dict__.pop(_BEFORE, {}).items():
-            setattr(module, name, *before) if before else delattr(module, name)
+        rebind(layer)
+    restore_modules(modules)
     return model
 
 
@@ -268,7 +266,8 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     """A plain dense copy of the model that computes what ``task`` computes; ``model`` itself is not changed.
 
     In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy; in mode ``update``
-    the forward pass is dense anyway, and the copy is the dense model.
+    the forward pass is dense anyway, and the copy is the dense model. Of a model with neurons of their own the weights of
+    the base hold those of the task.
 
     Raises:
         ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew
@@ -278,6 +277,8 @@ def merge(model: nn.Module, task: str) -> nn.Module:
     if not isinstance(task, str):
         raise TypeError(f"task is {task!r}, expected the name of a task")
     check_task(task, specialized_layers(model))
+    if is_tuned(model):
+        return fold(model, task)
     for module in model.modules():
         if isinstance(module, CompactLayer) and "weight" not in module._parameters:
             raise ValueError(

@@ -38,8 +38,16 @@ def specialized_layers(model: nn.Module) -> list[TaskSwitched]:
         if (places := module.__dict__.get(PLACES)) is not None:
             _check_places(module, places)
     if not layers:
-        raise ValueError(f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) first")
+        raise ValueError(
+            f"{type(model).__name__} is not specialised: call nspec.specialize(model, masks) or nspec.finetune first"
+        )
     return layers
+
+
+def remember_place(model: nn.Module, name: str) -> None:
+    """Notes on the module around a specialised layer that the layer is there."""
+    holder, _, attribute = name.rpartition(".")
+    model.get_submodule(holder).__dict__.setdefault(PLACES, {})[attribute] = name
 
 
 def _check_places(parent: nn.Module, places: dict[str, str]) -> None:

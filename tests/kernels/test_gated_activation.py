@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nspec.kernels.gated_activation import KINDS, gated_activation
+from nspec.kernels.gated_activation import KINDS, gated_activation, gated_gradients
 from nspec.kernels.gated_activation.op import _gated_activation
 
 OPERATOR = "gated_activation"
@@ -186,3 +186,40 @@ def test_wrong_arguments_are_named() -> None:
         gated_activation(one, one[0], "silu")
     with pytest.raises(TypeError, match=r"gate has dtype torch.float32 and up torch.float64"):
         gated_activation(one, one.double(), "silu")
+
+
+def columns_of(width: int, k: int, seed: int = 5) -> Tensor:
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    return order[:k].sort().values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_and_their_columns_are_those_of_the_backward_pass(
+    place: Any, draw: Any, poison: Any, kind: str
+) -> None:
+    for tokens, width, k in ((0, 5, 2), (3, 1, 1), (3, 1, 0), (7, 520, 0), (5, 1031, 9), (4, 1031, 300), (2, 40, 40)):
+        for dtype in place.dtypes:
+            gate, up, dh = (draw.normal(tokens, width, dtype=dtype, seed=i) for i in range(3))
+            _, *want = run(gate, up, kind, dh)
+            index = columns_of(width, k).to(place.device)
+            with poison((tokens, width), (tokens, k)):
+                *found, own_gate, own_up = gated_gradients(dh.clone(), gate, up, kind, index)
+            for got, wanted in zip(found, want):
+                assert torch.equal(got, wanted)
+            assert torch.equal(own_gate, want[0][:, index])
+            assert torch.equal(own_up, want[1][:, index])
+
+
+def test_gradients_of_any_layout_take_columns_too(place: Any, draw: Any, layout: Any) -> None:
+    gate, up, dh = (draw.normal(9, 50, seed=i) for i in range(3))
+    index = columns_of(50, 7).to(place.device)
+    want = gated_gradients(dh.clone(), gate, up, "silu", index)
+    for got, wanted in zip(gated_gradients(layout(dh), layout(gate), layout(up), "silu", index), want):
+        torch.testing.assert_close(got, wanted)
+    whole = gated_gradients(dh.clone(), gate, up, "silu", None)
+    assert whole[2] is whole[0]
+    assert whole[3] is whole[1]
+    for got, wanted in zip(whole[:2], want):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match=r"dh has shape \[9, 49\], expected \[9, 50\]"):
+        gated_gradients(dh[:, 1:], gate, up, "silu", index)

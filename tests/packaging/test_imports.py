@@ -17,6 +17,7 @@ LAYERS = [
     ["nspec.files", "nspec.options", "nspec.processes", "nspec.terminal", "nspec.yaml_text"],
     ["nspec.nn"],
     ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
+    ["nspec.tuning"],
     ["nspec.integrations"],
     ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
     ["nspec.mt"],  # translation itself; knows no run

@@ -1,0 +1,86 @@
+"""Neurons with parameters of their own: where they lie in a weight, and what the base has there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .state import LayerState
+
+UNKNOWN = "?"  # what lies in a weight that was loaded; no task, as those are told apart by their sets
+
+
+class NeuronSet:
+    """The neurons of one task in one linear layer.
+
+    Attributes:
+        task: whose they are.
+        index: int64 ``[k]``: outputs of the layer, or inputs of a last layer. Those of a fused projection are its rows of
+            gate, then those of up.
+        base: what the base has there, ``[k, d]`` in the dtype of the weight; None where the weight is packed.
+        base_bias: the same of the bias, ``[k]``; None without.
+    """
+
+    def __init__(self, task: str, index: Tensor, base: Tensor | None, base_bias: Tensor | None) -> None:
+        self.task, self.index, self.base, self.base_bias = task, index, base, base_bias
+        self._copies: dict[torch.device, NeuronSet] = {}
+
+    def on(self, device: torch.device) -> NeuronSet:
+        """This set if it is on ``device``, else its copy there, made once."""
+        if self.index.device == device:
+            return self
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                moved = [None if t is None else t.to(device) for t in (self.index, self.base, self.base_bias)]
+            assert moved[0] is not None
+            self._copies.setdefault(device, NeuronSet(self.task, moved[0], moved[1], moved[2]))
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": {}}
+
+
+class TunedState(LayerState):
+    """What is kept on a linear layer some of whose neurons have parameters of their own.
+
+    Attributes:
+        name: of the layer in its model.
+        outputs: whether the neurons are its outputs; else they are its inputs.
+        dim: along which dimension of the weight they lie.
+        sets: the neurons of each task; None where it has none here.
+        content: whose rows the weight holds now; None: those of the base.
+        routed: whether a router chooses the tokens of the layer.
+        batch_dim: the dimension of sentences in the layer's input, where the model says it.
+        flattens: whether the model is known to flatten a batch to tokens before the layer.
+    """
+
+    def __init__(self, name: str, outputs: bool, dim: int) -> None:
+        super().__init__()
+        self.name, self.outputs, self.dim = name, outputs, dim
+        self.sets: dict[str, NeuronSet | None] = {}
+        self.content: str | None = None
+        self.routed, self.flattens = False, False
+        self.batch_dim: int | None = None
+
+
+def key_of(task: str) -> str:
+    """The name of a task's parameter: the task, but for what a name cannot hold."""
+    key = task.replace("%", "%25").replace(".", "%2E")
+    return f"{key}%" if hasattr(_EMPTY, key) else key
+
+
+class Parameters(nn.Module):
+    """The parameters of a layer's neurons by task: of rows ``[k, d]``, or of biases ``[k]``."""
+
+    def of(self, task: str) -> Any:
+        """That of a task; None where it has none."""
+        return self._parameters.get(key_of(task))
+
+    def add(self, task: str, values: Tensor, trained: bool) -> None:
+        """Registers one."""
+        self.register_parameter(key_of(task), nn.Parameter(values, requires_grad=trained))
+
+
+_EMPTY = Parameters()

@@ -1,0 +1,426 @@
+"""A linear layer some of whose neurons have parameters of their own, a set for each task, over a base that is frozen.
+
+``W`` of the layer is that of the base. Two ways lead to the same numbers:
+
+* *in place*, where one task computes: its rows are written into ``W`` before each use, forward and backward, so that the
+  forward pass is that of the merged model bit for bit. No optimiser needs to tell of its steps (fused ones, ``.data`` and
+  their like do not), and sharded weights that are gathered anew are right too. What the base had there is kept.
+* *overlaid*, where sentences of several tasks are in a batch, ``W`` is trained or packed, or a graph is compiled: the
+  outputs of the neurons are replaced, or, in a last layer, their inputs taken out and multiplied apart.
+
+In both, the gradient of the neurons is computed for them alone, ``[k, d]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nspec.kernels.common.checks import PLAIN
+from nspec.kernels.common.columns import take_columns
+from nspec.kernels.common.derivatives import once, transformed
+from nspec.kernels.neuron_wgrad import neuron_wgrad
+from nspec.kernels.write_neurons import write_neurons_
+
+from .batch import TaskBatch, check_sentences
+from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState
+from .recompute import backward_pass
+from .state import SwitchedTo
+from .switched import Shared, TaskSwitched
+from .transforms import outside_transforms
+
+
+class _InPlace(torch.autograd.Function):
+    """A layer over the weight that holds the rows of the task; the gradient of these rows, and of the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor | None, bias: Tensor | None, layer: TunedLayer, use: NeuronSet | None
+    ) -> Tensor:
+        layer.bring(use, rows, bias)
+        y = layer.plain_forward(x)
+        ctx.layer, ctx.use, ctx.weight, ctx.lead = layer, use, layer.weight, x.shape[:-1]
+        kept = None
+        if use is not None and ctx.needs_input_grad[1]:
+            kept = flat(x) if layer._nspec.outputs else take_columns(flat(x), use.index)
+        ctx.save_for_backward(kept, rows, bias)
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, rows, bias = ctx.saved_tensors
+        layer, use = ctx.layer, ctx.use
+        dy = flat(dy)
+        dx = drows = dbias = None
+        if ctx.needs_input_grad[0]:
+            layer.bring(use, rows, bias, ctx.weight)
+            dx = (dy @ cast(layer.matrix(ctx.weight), dy.dtype)).view(*ctx.lead, -1)
+        if ctx.needs_input_grad[1]:
+            drows = rows_gradient(layer._nspec.outputs, dy, kept, use.index, rows)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.index_select(1, use.index).sum(0, dtype=bias.dtype)
+        return dx, drows, dbias, None, None
+
+
+def rows_gradient(outputs: bool, dy: Tensor, kept: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of the neurons' rows ``[k, d]``, in their dtype."""
+    if outputs:
+        return neuron_wgrad(dy, kept, index, dtype=rows.dtype)
+    return neuron_wgrad(kept, dy, None, dtype=rows.dtype)
+
+
+def flat(x: Tensor) -> Tensor:
+    """Tokens as rows."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where it is of that dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+Write = tuple[Tensor, Tensor, Tensor, bool]
+"""A matrix, the rows of neurons that are put into it, the neurons, and whether they are its columns."""
+
+
+def put(writes: list[Write]) -> None:
+    """Writes rows into weights. Autograd does not see it: a version that rose would keep a backward pass from their use."""
+    if writes:
+        weights, rows, index, columns = zip(*writes)
+        write_neurons_(weights, rows, index, columns)
+
+
+class TunedLayer(TaskSwitched):
+    """The mixin of a linear layer whose neurons have parameters of their own; see :func:`tuned`.
+
+    Its parameters are ``neurons.<task>``, ``[k, d]``, and ``neuron_biases.<task>``, ``[k]``.
+    """
+
+    _nspec: TunedState
+    weight: Any
+    bias: Any
+    neurons: Parameters
+    neuron_biases: Parameters
+    transposed = False
+
+    @property
+    def qualified_name(self) -> str:
+        """The name of the layer in its model."""
+        return self._nspec.name
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the model has neurons of."""
+        return list(self._nspec.sets)
+
+    def knows(self, task: str | None) -> bool:
+        """Whether the model has neurons of the task; None, the base, may be among the tasks of a batch."""
+        return task is None or task in self._nspec.sets
+
+    @property
+    def decodes_by_task(self) -> bool:
+        """The forward pass depends on the task."""
+        return True
+
+    @property
+    def task(self) -> str | tuple[str | None, ...] | None:
+        """The current task, or the task of each sentence of a batch; None is the base."""
+        return self._nspec.task
+
+    def set_task(self, task: str | TaskBatch | None) -> None:
+        """Switches to the neurons of a task, or of each task of a batch; None is the base."""
+        sets = self._nspec.sets
+        if isinstance(task, TaskBatch) and not task.single:
+            use = tuple([None if name is None else sets[name] for name in task.names])
+            self.switch(SwitchedTo(task.tasks, use, task, backward_pass()))
+            return
+        name = task.names[0] if isinstance(task, TaskBatch) else task
+        shown = task.tasks if isinstance(task, TaskBatch) else task
+        self.switch(SwitchedTo(shown, None if name is None else sets[name], None, backward_pass()))
+
+    def switch(self, to: SwitchedTo) -> None:
+        """Switches; the weight does not keep what another task has written."""
+        super().switch(to)
+        wanted = to.use.task if isinstance(to.use, NeuronSet) else None
+        if self._nspec.content not in (None, wanted):
+            self.bring_current()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` -> ``[..., out_features]``."""
+        use, batch = self.begin(x)
+        if batch is not None:
+            return self._overlaid(x, use, batch)
+        if not self.in_place():
+            return self._overlaid(x, (use,), None)
+        use, rows, bias = self.of(use)
+        noted: Any = use, None
+        if not torch.is_grad_enabled():
+            self._nspec.passes.note(noted, x)
+            self.bring(use, rows, bias)
+            return self.plain_forward(x)
+        x, rows, bias = self._nspec.passes.note(noted, x, rows, bias)
+        y: Tensor = _InPlace.apply(x, rows, bias, self, None if use is None else use.on(self.weight.device))
+        return y
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """What the layer's own class computes."""
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        return y
+
+    def begin(self, x: Tensor) -> Any:
+        """Begins a forward pass: what it uses.
+
+        Raises:
+            RuntimeError: another thread has switched the model.
+            ValueError: ``x`` does not say which of its tokens are of which sentence.
+        """
+        self.check_thread()
+        kept = self._nspec
+        use, batch = kept.current()
+        if batch is not None:
+            batch.check(x)
+            check_sentences(x, batch, kept.name, kept.routed, kept.batch_dim, kept.flattens)
+        elif use is None and not torch.compiler.is_compiling() and self._trains_untold():
+            kept.shared.told = True
+            warnings.warn(
+                f"{kept.name}: a training pass runs without a task, and the model has neurons of several: it computes the "
+                "base, and trains none of them. Set the task of each batch (with nspec.task(model, name)), or say that the "
+                "base is meant (with nspec.task(model, None)). This is said once",
+                stacklevel=2,
+            )
+        return use, batch
+
+    def _trains_untold(self) -> bool:
+        kept: Any = self._nspec
+        if kept.shared.told or len(kept.sets) < 2 or kept.task is not None or not self.training:  # type: ignore[attr-defined]
+            return False
+        held = kept.block is not None and kept.block.open
+        return torch.is_grad_enabled() and not held and backward_pass() < 0
+
+    def of(self, use: NeuronSet | None) -> tuple[NeuronSet | None, Any, Any]:
+        """The set of a task, the parameter of its rows, and that of its biases."""
+        if use is None:
+            return None, None, None
+        return use, self.neurons.of(use.task), self.neuron_biases.of(use.task)
+
+    def in_place(self) -> bool:
+        """Whether this pass may write into the weight."""
+        weight = self.weight
+        if torch.compiler.is_compiling() or transformed() or not self.is_writable():
+            return False
+        if weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            self.bring(None)  # it is trained with its own rows
+            return False
+        return True
+
+    def is_writable(self) -> bool:
+        """Whether the weight is a matrix here, neither packed nor sharded."""
+        weight = self.weight
+        return type(weight) in PLAIN and weight.is_floating_point() and weight.dim() == 2
+
+    def bring(
+        self, use: NeuronSet | None, rows: Tensor | None = None, bias: Tensor | None = None, weight: Any = None
+    ) -> None:
+        """Has the weight hold the rows of a task, or those of the base.
+
+        They are written each time: that a parameter has changed cannot be seen.
+        """
+        put(self.to_bring(use, rows, bias, weight))
+
+    def to_bring(
+        self, use: NeuronSet | None, rows: Tensor | None = None, bias: Tensor | None = None, weight: Any = None
+    ) -> list[Write]:
+        """The rows that :meth:`bring` writes, for :func:`put`; what another task has written is undone here."""
+        kept, weight = self._nspec, self.weight if weight is None else weight
+        writes: list[Write] = []
+        if kept.content is not None and (use is None or kept.content != use.task):
+            for one in kept.sets.values():
+                if one is not None and kept.content in (UNKNOWN, one.task):
+                    there = one.on(weight.device)
+                    writes += self._writes(weight, there, there.base, there.base_bias)
+            put(writes)  # by itself: a launch writes its matrices side by side
+            writes, kept.content = [], None
+        if use is not None:
+            kept.content = use.task
+            writes += self._writes(weight, use.on(weight.device), rows, bias)
+        return writes
+
+    def _writes(self, weight: Tensor, use: NeuronSet, rows: Tensor | None, bias: Tensor | None) -> list[Write]:
+        found: list[Write] = []
+        if rows is not None:
+            found.append((weight.data, rows.detach(), use.index, self._nspec.dim == 1))
+        if bias is not None:
+            found.append((self.bias.data[None], bias.detach()[:, None], use.index, True))
+        return found
+
+    def bring_current(self) -> None:
+        """Has the weight hold what the model is switched to, where it may be written to now."""
+        use, batch = self._nspec.use, self._nspec.batch
+        if self.is_writable() and not self.weight.is_meta:
+            trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+            self.bring(*self.of(None if batch is not None or trained else use))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``[out_features, in_features]``."""
+        return weight.t() if self.transposed else weight
+
+    def _overlaid(self, x: Tensor, sets: tuple[NeuronSet | None, ...], batch: TaskBatch | None) -> Tensor:
+        """The layer of the base, with the outputs of the tasks' neurons replaced, or their inputs taken out."""
+        if not torch.compiler.is_compiling():
+            noted: Any = sets[0] if batch is None else sets, batch
+            x, *_ = self._nspec.passes.note(noted, x)
+            if self.is_writable() and self._nspec.content is not None:
+                with outside_transforms():
+                    self.bring(None)
+        parts = [self.of(one) for one in sets]
+        if not any(one is not None for one, _, _ in parts):
+            return self._of_base(x)
+        places = _places(x, batch, [None if one is None else one.on(x.device).index for one, _, _ in parts])
+        if self._nspec.outputs:
+            return self._with_outputs(x, parts, places)
+        return self._with_inputs(x, parts, places)
+
+    def _of_base(self, x: Tensor) -> Tensor:
+        """Of the base, through a node that has the weight hold its rows again in the backward pass."""
+        if self.in_place() and torch.is_grad_enabled():
+            y: Tensor = _InPlace.apply(x, None, None, self, None)
+            return y
+        return self.plain_forward(x)
+
+    def _with_outputs(self, x: Tensor, parts: list[Any], places: Any) -> Tensor:
+        y, tokens = self._of_base(x), flat(x)
+        values = []
+        for (one, rows, bias), at in zip(parts, places.tokens):
+            if one is None:
+                continue
+            mine = tokens if at is None else tokens.index_select(0, at)
+            index = one.on(x.device).index
+            if rows is None:
+                value = flat(y).index_select(1, index) if at is None else flat(y)[at[:, None], index[None]]
+                value = value + (bias - one.on(x.device).base_bias).to(value.dtype)
+            else:
+                own = bias if bias is not None else None if self.bias is None else self.bias.index_select(0, index)
+                value = F.linear(cast(mine, y.dtype), cast(rows, y.dtype), None if own is None else cast(own, y.dtype))
+            values.append(value.to(y.dtype))
+        if places.whole is not None:
+            return y.index_copy(y.dim() - 1, places.whole, values[0].view(*y.shape[:-1], -1))
+        together = torch.cat([value.reshape(-1) for value in values])
+        return flat(y).index_put((places.rows, places.columns), together).view(y.shape)
+
+    def _with_inputs(self, x: Tensor, parts: list[Any], places: Any) -> Tensor:
+        tokens = flat(x)
+        if places.whole is not None:
+            (_, rows, _), taken = parts[0], tokens.index_select(1, places.whole)
+            y = self._of_base(x.index_fill(x.dim() - 1, places.whole, 0))
+            return y + (cast(taken, y.dtype) @ cast(rows, y.dtype)).view(y.shape)
+        zeros = tokens.new_zeros(())
+        y = self._of_base(tokens.index_put((places.rows, places.columns), zeros).view(x.shape))
+        added, where = [], []
+        for (one, rows, _), at in zip(parts, places.tokens):
+            if one is not None:
+                index = one.on(x.device).index
+                added.append(cast(tokens[at[:, None], index[None]], y.dtype) @ cast(rows, y.dtype))
+                where.append(at)
+        total = flat(y.new_zeros(y.shape)).index_copy(0, torch.cat(where), torch.cat(added))
+        return y + total.view(y.shape)
+
+    # What copies, state dicts and replicas need.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.bring_current()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if f"{prefix}weight" in state_dict:
+            self._nspec.content = UNKNOWN
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._nspec = self._nspec.replica()
+        return replica
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (plain_class(self, TunedLayer),), self.__dict__.copy()
+
+
+class _Places:
+    """Where the neurons of the tasks are in the tokens of a batch.
+
+    Attributes:
+        tokens: of each task, int64 ``[n]``; None: all.
+        whole: the neurons, where all tokens are of one task.
+        rows: int64, the token of each number that is replaced, tasks one after another; ``columns`` its neuron.
+    """
+
+    def __init__(
+        self, tokens: list[Tensor | None], whole: Tensor | None, rows: Any = None, columns: Any = None
+    ) -> None:
+        self.tokens, self.whole, self.rows, self.columns = tokens, whole, rows, columns
+
+
+def _places(x: Tensor, batch: TaskBatch | None, indices: list[Tensor | None]) -> _Places:
+    if batch is None:
+        return _Places([None], indices[0])
+    order, _, _ = batch.layout(x)
+    bounds = batch.bounds(x)
+    count = math.prod(x.shape[:-1])
+    order = torch.arange(count, device=x.device) if order is None else order
+    tokens: list[Tensor | None] = [order[start:stop] for start, stop in zip(bounds, bounds[1:])]
+    mine = [(at, index) for at, index in zip(tokens, indices) if at is not None and index is not None]
+    rows = torch.cat([at.repeat_interleave(len(index)) for at, index in mine])
+    columns = torch.cat([index.repeat(len(at)) for at, index in mine])
+    return _Places(tokens, None, rows, columns)
+
+
+@functools.cache
+def tuned_class(plain: type) -> type:
+    """The class of a layer of class ``plain`` once its neurons have parameters of their own; one of its subclasses."""
+    return type(plain.__name__, (TunedLayer, plain), {"__module__": plain.__module__, "transposed": _transposed(plain)})
+
+
+def _transposed(plain: type) -> bool:
+    return not issubclass(plain, nn.Linear) and any(base.__name__ == "Conv1D" for base in plain.__mro__)
+
+
+def plain_class(module: Any, mixin: type) -> type:
+    """The class that a module had before it got the mixin; wrappers may have made a subclass of it since."""
+    plain: type = next(one.__bases__[1] for one in type(module).__mro__ if one.__bases__[:1] == (mixin,))
+    return plain
+
+
+def _blank(plain: type) -> Any:
+    made: Any = tuned_class(plain)
+    return made.__new__(made)
+
+
+def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
+    """Turns a linear layer into one whose neurons may have parameters of their own, in place. It has none yet.
+
+    Args:
+        layer: ``nn.Linear``, one of its subclasses, or ``Conv1D``.
+        name: of the layer in its model, for messages.
+        outputs: whether neurons are its outputs; else they are its inputs.
+        shared: what the layers of the model have in common.
+    """
+    plain: Any = type(layer)
+    layer.__class__ = tuned_class(plain)
+    layer._nspec = TunedState(name, outputs, int(outputs == layer.transposed))
+    layer._nspec.shared = shared
+    layer.neurons, layer.neuron_biases = Parameters(), Parameters()
+    turned: TunedLayer = layer
+    return turned
+
+
+def untuned(layer: TunedLayer) -> None:
+    """The layer as it was before; its weight holds what it holds now."""
+    plain, module = plain_class(layer, TunedLayer), layer  # type: Any, Any
+    del module.neurons, module.neuron_biases, module._nspec
+    module.__class__ = plain

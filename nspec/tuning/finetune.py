@@ -1,0 +1,261 @@
+"""Fine-tuning a few neurons: everything else of the model is frozen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nspec.specialization.apply import check_plain, fitting
+from nspec.specialization.feed_forward import FeedForward
+from nspec.specialization.layers import find_blocks
+from nspec.specialization.masks import NeuronMasks
+from nspec.specialization.naming import Layer
+from nspec.specialization.patterns import matches, nearest
+from nspec.specialization.tasks import specialized_layers
+from nspec.specialization.tuned import TRAINED, EmbeddingHook, is_tuned
+
+from .layers import (
+    GATED,
+    PLAIN,
+    Tuning,
+    Values,
+    attach,
+    base_values,
+    index_in,
+    is_packed,
+    layer_of,
+    parameters_of,
+    parts_of,
+    prepare,
+    tuned_layers,
+)
+
+
+def finetune(
+    model: nn.Module,
+    masks: NeuronMasks,
+    *,
+    parts: Sequence[str] | None = None,
+    biases: bool = True,
+    dtype: torch.dtype | None = None,
+    also: Iterable[str] = (),
+    layers: Iterable[Layer] | None = None,
+    quiet: bool = False,
+) -> nn.Module:
+    """Gives the neurons of each task parameters of their own and freezes everything else. In place.
+
+    Neuron i of a gated block is row i of gate and of up and column i of down; of a plain one, row i of fc1 (and its bias)
+    and column i of fc2. Each part's numbers are one leaf of ``model.parameters()``, ``[k, d]``, columns transposed; of a
+    fused projection ``[2k, d]``, gate first. They begin as what the base has, and their gradients are of that size, and
+    so is what optimisers hold and processes exchange: any optimiser, clipping, accumulation, GradScaler, Trainer,
+    DistributedDataParallel, FSDP2, checkpointing and ``torch.compile`` work as they do for other parameters.
+
+    With one task the model computes with its neurons from now on, and ``nspec.task(model, None)`` with the base; with
+    several, ``nspec.task(model, name)`` says with whose, or a list that of each sentence of a batch.
+
+    Args:
+        model: any module with the blocks that ``masks`` names; not yet wrapped for distributed training or compiled.
+            Weights may be packed (quantised).
+        masks: the neurons of each task, none in a layer too. Where tasks share neurons, each gets its own numbers.
+        parts: which parts of a neuron are trained: some of ``gate``, ``up`` and ``down``, or of ``fc1`` and ``fc2``; None:
+            all.
+        biases: whether the biases of gate, up and fc1 belong to the neuron. Those of down and fc2 belong to none.
+        dtype: of the trained numbers; None: float32, or that of the weight where it is wider. The base keeps its dtype.
+        also: modules or parameters that are trained in full: names, or patterns as in ``find_blocks``.
+        layers: as in ``nspec.specialize``.
+        quiet: whether nothing is printed of how many numbers are trained.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: masks of another model or without a neuron; parts that no block has; a model that is specialised or
+            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; ``also``
+            that matches nothing; a dtype that is not floating.
+        TypeError: ``masks`` is not a ``NeuronMasks``.
+    """
+    if not isinstance(masks, NeuronMasks):
+        raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
+    blocks, masks = tunable(model, masks, layers)
+    used = [block for block in blocks if any(bool(masks[task][block.name].any()) for task in masks.tasks)]
+    if not used:
+        raise ValueError(f"masks have no neuron of {', '.join(masks.tasks)}: there is nothing to train")
+    chosen = chosen_parts(used, parts)
+    check_layers(model, used, chosen)
+    found = _found(model, also)
+    tuning = Tuning(chosen, biases)
+    freeze(model)
+    for parameter in found:
+        parameter.requires_grad_(True)
+    prepare(model, used, tuning)
+    for task in masks.tasks:
+        index = {block.name: masks[task][block.name].nonzero().squeeze(1) for block in used}
+        values = {b.name: initial(b, chosen[b.name], index[b.name], biases, dtype) for b in used if len(index[b.name])}
+        attach(model, used, task, index, values, tuning, trained=True)
+    default_task(model, masks.tasks)
+    hook_embeddings(model)
+    if not quiet:
+        print(summary(model, masks.tasks, tuning))
+    return model
+
+
+def tunable(
+    model: nn.Module, masks: NeuronMasks, layers: Iterable[Layer] | None
+) -> tuple[list[FeedForward], NeuronMasks]:
+    """The blocks that masks name, and the masks by the model's own names of them.
+
+    Raises:
+        ValueError: as of :func:`finetune`.
+    """
+    try:
+        specialized_layers(model)
+    except ValueError:
+        pass
+    else:
+        what = "fine-tuned" if is_tuned(model) else "specialised"
+        raise ValueError(f"the model is {what} already: call nspec.despecialize(model) first")
+    known = {block.name: block for block in find_blocks(model, layers)}
+    masks = fitting(model, masks, known)
+    return [known[layer] for layer in known if layer in masks.layers], masks
+
+
+def chosen_parts(blocks: Sequence[FeedForward], parts: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """The parts of each block that are trained.
+
+    Raises:
+        ValueError: a part that no block has, or a block of which none is wanted.
+        TypeError: ``parts`` is one text.
+    """
+    if parts is None:
+        return {block.name: parts_of(block) for block in blocks}
+    if isinstance(parts, str):
+        raise TypeError(f"parts is {parts!r}, expected a list such as [{parts!r}]")
+    for part in parts:
+        if part not in (*GATED, *PLAIN):
+            raise ValueError(f"parts has {part!r}, expected some of {', '.join(GATED)} or {', '.join(PLAIN)}")
+    chosen = {block.name: tuple(part for part in parts_of(block) if part in parts) for block in blocks}
+    for block in blocks:
+        if not chosen[block.name]:
+            kind = "gated" if block.gated else "not gated"
+            raise ValueError(
+                f"parts is {tuple(parts)}, and {block.name} is {kind}: expected some of {', '.join(parts_of(block))}"
+            )
+    return chosen
+
+
+def check_layers(model: nn.Module, blocks: Sequence[FeedForward], parts: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError where a layer is not one whose rows or columns can be replaced."""
+    names = {id(module): name for name, module in model.named_modules()}
+    shared: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared[id(parameter)] = f"{shared[id(parameter)]}, {name}" if id(parameter) in shared else name
+    for block in blocks:
+        for part in parts[block.name]:
+            layer: Any = layer_of(block, part)
+            if is_packed(layer):
+                continue
+            check_plain(layer, names[id(layer)])
+            if "," in shared.get(id(layer.weight), ""):
+                raise ValueError(
+                    f"{shared[id(layer.weight)]} are one parameter: neurons of one layer would change others"
+                )
+
+
+def _found(model: nn.Module, also: Iterable[str]) -> list[nn.Parameter]:
+    """The parameters that ``also`` names."""
+    if isinstance(also, str):
+        raise TypeError(f"also is {also!r}, expected a list of names such as [{also!r}]")
+    found: list[nn.Parameter] = []
+    for pattern in also:
+        mine = [p for name, p in model.named_parameters(remove_duplicate=False) if matches(name, pattern)]
+        if not mine:
+            names = [name for name, _ in model.named_modules() if name]
+            raise ValueError(f"also has {pattern!r}, which matches no parameter; {nearest(pattern, names)}")
+        if packed := [p for p in mine if not p.is_floating_point()]:
+            raise ValueError(f"also has {pattern!r}, which matches a weight in {packed[0].dtype}: it cannot be trained")
+        found += mine
+    return found
+
+
+def initial(
+    block: FeedForward, parts: Sequence[str], index: Tensor, biases: bool, dtype: torch.dtype | None
+) -> dict[str, Values]:
+    """What the base has for the neurons ``index`` of a block, by part, in the dtype in which they are trained."""
+    found = {}
+    for part in parts:
+        rows, bias = base_values(layer_of(block, part), index_in(block, part, index), part not in ("down", "fc2"))
+        wanted = dtype or torch.promote_types(rows.dtype, torch.float32)
+        found[part] = Values(rows.to(wanted), bias.to(wanted) if biases and bias is not None else None)
+    return found
+
+
+def freeze(model: nn.Module) -> None:
+    """Freezes every parameter, and remembers which were not."""
+    for module in model.modules():
+        names = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        if names:
+            module.__dict__[TRAINED] = tuple(names)
+        for name in names:
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+
+
+def default_task(model: nn.Module, tasks: Sequence[str]) -> None:
+    """Has a model that has neurons of one task compute with them, and one that has several with the base."""
+    for layer in tuned_layers(model):
+        layer.set_task(tasks[0] if len(tasks) == 1 else None)
+
+
+class _ForReentrance(EmbeddingHook):
+    """Has the output of an embedding require a gradient where a reentrant checkpoint follows.
+
+    That leaves the parameters within it without gradients unless one of its inputs requires one, and all below is frozen.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForReentrance:
+        return _ForReentrance(memo.get(id(self.model)))  # a copy of the embedding alone is in no model
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return
+        if self.model is None:
+            return
+        if not output.requires_grad and output.is_floating_point() and any(map(_reenters, self.model.modules())):
+            output.requires_grad_(True)
+
+
+def _reenters(module: nn.Module) -> bool:
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    keywords = function.keywords if isinstance(function, functools.partial) else {}
+    return bool(keywords.get("use_reentrant", True))
+
+
+def hook_embeddings(model: nn.Module) -> None:
+    """Has checkpoints of Transformers work with reentrance too."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(_ForReentrance(model))
+
+
+def summary(model: nn.Module, tasks: Sequence[str], tuning: Tuning) -> str:
+    """One line: how many numbers are trained, and of how many."""
+    own = {id(p) for p in parameters_of(model)}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
+    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    neurons = ", ".join(f"{sum(map(len, tuning.index[task].values())):,} of {task}" for task in tasks)
+    also = f", and {others:,} of other modules" if others else ""
+    return (
+        f"training {trained:,} numbers beside a base of {base:,} ({trained / max(1, base):.2%}): the neurons {neurons} in "
+        f"{len(tuning.parts)} blocks{also}"
+    )
