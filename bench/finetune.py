@@ -1,6 +1,6 @@
 """A step of fine-tuning a language model: all of it, LoRA, feed-forward rows as published, and neurons, in one process.
 
-    python -m bench.finetune                       # d 512, d_ff 1376, 4 layers, 1024 tokens on a CPU; about 3 minutes on 2 cores
+    python -m bench.finetune           # d 512, d_ff 1376, 4 layers, 1024 tokens on a CPU: about two minutes on two cores
     python -m bench.finetune --shares 0.01 0.05 --json runs/finetune.jsonl --figure runs/finetune.svg
 
 A step is forward, backward and fused AdamW on random tokens through a Llama with new weights. Every round runs each system
@@ -14,8 +14,8 @@ things slows both alike. The systems:
 - ``neurons``: ``nspec.finetune``, at each share.
 
 The gradients of ``published`` and ``neurons`` are compared before anything is timed. ``peak``: most memory that a step
-allocates beyond the model, gradients included. ``state``: bytes of what is trained, with its gradient and the two moments of
-AdamW. ``saved``: bytes of the file that holds the result; the published code saves the whole model.
+allocates beyond the model, gradients included. ``state``: bytes of what is trained, with its gradient and the two moments
+of AdamW. ``saved``: bytes of the file that holds the result; the published code saves the whole model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import importlib.util
 import io
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def base(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         max_position_embeddings=shape.sequence,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(device, dtype)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype)
 
 
 def neurons_of(shape: Shape, share: float) -> list[Tensor]:
@@ -134,7 +136,9 @@ def lora(model: Any) -> System:
     """Rank 16 on the seven linear layers of each block."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules=LINEARS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers renames
+        wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules=LINEARS))
     return System("lora", 0.0, wrapped, [p for p in wrapped.parameters() if p.requires_grad])
 
 
@@ -192,7 +196,9 @@ def check(ours: System, theirs: System, ids: Tensor) -> None:
             expected = other.grad.t() if mine is mlp.down_proj else other.grad
             worst = float((grad - expected).abs().max() / expected.abs().max())
             if not worst < (1e-3 if grad.dtype == torch.float32 else 5e-2):
-                raise ValueError(f"layer {number}: gradients differ from the published way's by {worst:.2g} of the largest")
+                raise ValueError(
+                    f"layer {number}: gradients differ from the published way's by {worst:.2g} of the largest"
+                )
     for system in (ours, theirs):
         system.optimizer.zero_grad()
 
@@ -231,7 +237,7 @@ def measure(
     theirs = next(s for s in systems if s.name == "published")
     check(next(s for s in systems if s.name == "neurons" and s.share == theirs.share), theirs, batches[0])
     calls = {system.key: lambda number, s=system: s.step(batches[number % len(batches)]) for system in systems}
-    times = interleaved(calls, device, rounds=rounds, most_seconds=most_seconds)  # type: ignore[arg-type]
+    times = interleaved(calls, device, rounds=rounds, most_seconds=most_seconds)
     peaks = {system.key: peak_bytes(lambda s=system: s.step(batches[0]), device) for system in systems}  # type: ignore[misc]
     whole = sum(p.numel() for p in systems[0].trained)
     for system in systems:
@@ -312,7 +318,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             value = row["speedup"] if name == "speedup" else kept / 1e6
             share = 100 * row["trained"] / row["parameters"]
             axes.scatter([share], [value], color=colours[row["system"]], s=50, zorder=3)
-            axes.annotate(label(row), (share, value), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center")
+            axes.annotate(
+                label(row), (share, value), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
+            )
             if name == "speedup":
                 axes.vlines(share, row["speedup_low"], row["speedup_high"], color=colours[row["system"]], linewidth=1)
         axes.set_xscale("log")
@@ -338,7 +346,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--shape", choices=SHAPES, help="default: small on a CPU, large on a GPU")
-    made.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of neurons (default: 0.002 0.01 0.05)")
+    made.add_argument(
+        "--shares", type=float, nargs="+", default=list(SHARES), help="of neurons (default: 0.002 0.01 0.05)"
+    )
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     made.add_argument("--rounds", type=int, default=21, help="at least so many (default: 21)")
     made.add_argument("--seconds", type=float, default=180, help="no round begins after so many (default: 180)")

@@ -19,7 +19,9 @@ METHODS = (*RULES, "lora", "full")
 
 @dataclass
 class LinesConfig:
-    type: str = option("cldr", "where the text comes from: composed (no download), files or a hub dataset", ("cldr", "files", "hub"))
+    type: str = option(
+        "cldr", "where the text comes from: composed (no download), files or a hub dataset", ("cldr", "files", "hub")
+    )
     languages: list[str] = option(
         ["fa", "pl", "ar", "he", "nl", "de", "it", "es"],
         "language codes, such as cy or zh_Hans, each fine-tuned by itself and tested on the text of all",
@@ -65,27 +67,27 @@ class LanguageModelConfig:
     d_ff: int = option(512, "new model: neurons of a layer", least=1)
     layers: int = option(4, "new model: its layers", least=1)
     heads: int = option(4, "new model: attention heads", least=1)
-    updates: int = option(400, "new model: optimiser steps of its training", least=1)
+    updates: int = option(300, "new model: optimiser steps of its training", least=1)
     sequences: int = option(16, "new model: sequences of a step", least=1)
     lr: float = option(2e-3, "new model: learning rate", above=0)
 
 
 @dataclass
 class NeuronsConfig:
-    profile_tokens: int = option(
-        0, "most training tokens of a language on which firing is counted; 0: all", least=0
-    )
+    profile_tokens: int = option(8192, "most training tokens of a language on which firing is counted; 0: all", least=0)
     rate: float = option(
         0.05, "lape: share of the model's neurons that is kept, for all languages together", above=0, most=1
     )
     share: float = option(
         0.02,
-        "specific and top: share of the neurons of each layer, for each language; random: too, where no other rule is among "
-        "tune.methods, else as many in each layer as the first other rule has",
+        "specific and top: share of the neurons of each layer, for each language; random takes as many in each layer as the "
+        "first other rule of tune.methods has, and this share where there is none",
         above=0,
         most=1,
     )
-    k: float = option(0.95, "share: the most active neurons that hold this share of a layer's activations", above=0, most=1)
+    k: float = option(
+        0.95, "share: the most active neurons that hold this share of a layer's activations", above=0, most=1
+    )
     parts: list[str] = option(
         [], "which parts of a neuron are trained: some of gate, up, down, or of fc1, fc2; empty: all"
     )
@@ -99,12 +101,12 @@ class TuneConfig:
         "how each language is fine-tuned, each time from the base: neurons by a rule (lape, specific, top, share, random), "
         "lora (needs the peft library), full (all parameters)",
     )
-    updates: int = option(40, "optimiser steps of a fine-tuning", least=1)
+    updates: int = option(24, "optimiser steps of a fine-tuning", least=1)
     sequences: int = option(8, "sequences of a forward and backward pass", least=1)
     accumulate: int = option(1, "passes of a step, their gradients added up", least=1)
-    lr_neurons: float = option(2e-3, "learning rate of neurons", above=0)
+    lr_neurons: float = option(5e-3, "learning rate of neurons", above=0)
     lr_lora: float = option(2e-3, "learning rate of lora", above=0)
-    lr_full: float = option(5e-4, "learning rate of full", above=0)
+    lr_full: float = option(1e-3, "learning rate of full", above=0)
     schedule: str = option(
         "linear", "the learning rate over a fine-tuning: it stays, or falls to 0", ("constant", "linear", "cosine")
     )

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from nspec.lm.config import LanguageModelConfig
 
@@ -26,8 +34,8 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, length: int) -> PreTr
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[_END],
@@ -35,12 +43,12 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, length: int) -> PreTr
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=_END, pad_token=_END, model_max_length=length
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END, model_max_length=length)
 
 
-def new_model(config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> PreTrainedModel:
+def new_model(
+    config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> PreTrainedModel:
     """A Llama with new weights in float32, whose input and output embeddings are one matrix.
 
     The caller's random state is left alone.
@@ -95,7 +103,7 @@ def load_pretrained(name: str, dtype: str, device: torch.device) -> tuple[PreTra
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0][:300]}") from error
     model.to(device)

@@ -62,7 +62,9 @@ class Trained(NamedTuple):
 class _Pieces(Dataset[dict[str, Tensor]]):
     def __init__(self, pieces: Sequence[Tensor]) -> None:
         longest = max(map(len, pieces))
-        self.pieces = [piece for piece in pieces if len(piece) == longest]  # a batch has one length; the rest are one tail
+        self.pieces = [
+            piece for piece in pieces if len(piece) == longest
+        ]  # a batch has one length; the rest are one tail
 
     def __len__(self) -> int:
         return len(self.pieces)

@@ -139,7 +139,9 @@ def summary_table(folder: Path) -> Table:
     for head in ("method", "trained", "own language", "other languages", "saved", "tokens/s"):
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in _rows(data):
-        table.add_row(row["name"], f"{row['trained']} ({row['part']})", *(row[key] for key in ("own", "others", "bytes", "speed")))
+        table.add_row(
+            row["name"], f"{row['trained']} ({row['part']})", *(row[key] for key in ("own", "others", "bytes", "speed"))
+        )
     return table
 
 
@@ -150,8 +152,11 @@ def _context(data: Tuned) -> dict[str, Any]:
         "name": data.folder.resolve().name,
         "headline": _headline(rows, best),
         "setup": _setup(data),
-        "picture": canvas.render(_picture, "Change of perplexity by method, on the language trained and on the others", "change", data),
+        "picture": canvas.render(
+            _picture, "Change of perplexity by method, on the language trained and on the others", "change", data
+        ),
         "rows": rows,
+        "peaks": any(row["peak"] != "–" for row in rows),
         "languages": data.languages,
         "before": [{"code": code, **_cell(entry, 0.0)} for code, entry in data.before.items()],
         "matrices": [_matrix(data, method) for method in data.results],
@@ -166,7 +171,9 @@ def _headline(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
         kindest = min(rows, key=lambda row: row["others_loss"])
         said += f", and {best['others']} in the others"
         if kindest is not best:
-            said += f". {kindest['name']} is kindest to the others: {kindest['others']}, with {kindest['own']} in its own"
+            said += (
+                f". {kindest['name']} is kindest to the others: {kindest['others']}, with {kindest['own']} in its own"
+            )
     return said + "."
 
 
@@ -242,7 +249,17 @@ def _bytes(number: float) -> str:
 
 
 def _tsv(data: Tuned) -> str:
-    heads = ("method", "trained_on", "tested_on", "trained_numbers", "tokens", "loss_nats", "perplexity", "base_perplexity", "change")
+    heads = (
+        "method",
+        "trained_on",
+        "tested_on",
+        "trained_numbers",
+        "tokens",
+        "loss_nats",
+        "perplexity",
+        "base_perplexity",
+        "change",
+    )
     lines = ["\t".join(heads)]
     for method, of in data.results.items():
         for code, result in of.items():

@@ -71,10 +71,9 @@ class Config(Sections):
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
-@functools.cache
 def types(root: type[Sections] = Config) -> dict[str, dict[str, Any]]:
     """Section -> option -> type, in the order of ``root``."""
-    return {name: typing.get_type_hints(section) for name, section in _sections(root).items()}
+    return _types(root)
 
 
 def fields(section: str, root: type[Sections] = Config) -> dict[str, Option]:
@@ -89,6 +88,11 @@ def each_option(
     for section in types(root) if sections is None else sections:
         for key, declared in fields(section, root).items():
             yield section, key, declared
+
+
+@functools.cache
+def _types(root: Any) -> dict[str, dict[str, Any]]:
+    return {name: typing.get_type_hints(section) for name, section in _sections(root).items()}
 
 
 def _sections(root: type[Sections]) -> dict[str, type]:

@@ -44,9 +44,7 @@ def stages_of(config: TuningConfig) -> list[Stage]:
     ]
     if rules:
         profiled = ("neurons.profile_tokens", "text.length", "model.pretrained", "model.dtype")
-        stages.append(
-            Stage("profile", "profile", profiled, (*_TEXT, *_BASE), ("base",), outputs=("counts.*",))
-        )
+        stages.append(Stage("profile", "profile", profiled, (*_TEXT, *_BASE), ("base",), outputs=("counts.*",)))
     for method in sorted(rules, key=lambda method: method == RANDOM):  # random ones copy the sizes of others
         like = like_of(config) if method == RANDOM else None
         stages.append(
@@ -85,7 +83,10 @@ def _selected_by(method: str) -> tuple[str, ...]:
 
 def _tuned_by(config: TuningConfig, method: str) -> tuple[str, ...]:
     """The options of a fine-tuning that are of its method."""
-    own = {"lora": ("tune.lr_lora", "tune.lora_rank", "tune.lora_alpha", "tune.lora_dropout"), "full": ("tune.lr_full",)}
+    own = {
+        "lora": ("tune.lr_lora", "tune.lora_rank", "tune.lora_alpha", "tune.lora_dropout"),
+        "full": ("tune.lr_full",),
+    }
     shared = ("updates", "sequences", "accumulate", "schedule", "weight_decay", "clip", "precision")
     mine = own.get(method, ("tune.lr_neurons", "neurons.parts", "neurons.biases"))
     saved = ("tune.save_full",) if method == "full" else ()

@@ -6,8 +6,9 @@ Importing this module loads neither torch nor transformers.
 from __future__ import annotations
 
 import functools
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from nspec.files import read_json, write_json, write_text
 from nspec.lm.config import RANDOM, RULES
 from nspec.processes import resolve_device
 from nspec.run.finetune_config import TuningConfig, like_of
-from nspec.terminal import Display
+from nspec.terminal import Display, duration
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ class Work:
             model, _ = self._model()
             if 0 < longest(model) < length:
                 raise ValueError(
-                    f"text.length: expected at most {longest(model)}, the longest sequence of {own.pretrained}, found {length}"
+                    f"text.length: expected at most {longest(model)}, the longest sequence of {own.pretrained}, found "
+                    f"{length}"
                 )
             facts: dict[str, Any] = {"name": own.pretrained, "new": False}
         else:
@@ -68,13 +70,11 @@ class Work:
             tokenizer = train_tokenizer(lines, own.vocab_size, length)
             model = new_model(own, tokenizer, length, seed).to(self._device())  # type: ignore[arg-type]
             pieces = [
-                piece
-                for code in self.config.text.languages
-                for piece in self._sequences(code, "train", tokenizer)
+                piece for code in self.config.text.languages for piece in self._sequences(code, "train", tokenizer)
             ]
             with self.display.bar("base", "updates") as progress:
                 recipe = Recipe(own.updates, own.sequences, own.lr, bf16=self._bf16(), seed=seed)
-                trained = train(model, pieces, recipe, functools.partial(progress, ""))
+                trained = train(model, pieces, recipe, self._with_lines(functools.partial(progress, "")))
             model.save_pretrained(folder / "model")
             tokenizer.save_pretrained(folder / "model")
             facts = {"name": "a new model", "new": True, **trained._asdict(), "updates": own.updates}
@@ -180,7 +180,9 @@ class Work:
         )
         before = read_json(self.folder / "base_perplexity" / "result.json")["perplexity"][language]["perplexity"]
         after = perplexities[language]["perplexity"]
-        self.display.line(f"  perplexity of {language}: {before:.3f} before, {after:.3f} after; {trained:,} numbers trained")
+        self.display.line(
+            f"  perplexity of {language}: {before:.3f} before, {after:.3f} after; {trained:,} numbers trained"
+        )
 
     def report(self, folder: Path) -> None:
         """The page and its tables: ``report/index.html``, ``perplexity.tsv`` and ``perplexity.json``."""
@@ -189,6 +191,18 @@ class Work:
         build_report(self.folder)
 
     # Helpers
+
+    def _with_lines(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """``progress``, and a line with the time left at every tenth of the way."""
+        begun = time.monotonic()
+
+        def move(done: int, total: int) -> None:
+            progress(done, total)
+            if done % max(1, total // 10) == 0 and done < total:
+                left = (time.monotonic() - begun) / done * (total - done)
+                self.display.line(f"  update {done} of {total}, about {duration(left)} left")
+
+        return move
 
     def _prepared(self, method: str, language: str, model: Any, neurons: int | None) -> Any:
         """The model with what the method trains, all else frozen."""
@@ -204,18 +218,21 @@ class Work:
         if method == "lora":
             from peft import LoraConfig, get_peft_model
 
-            own = self.config.tune
+            tune = self.config.tune
+            alpha: Any = tune.lora_alpha
             lora = LoraConfig(
-                r=own.lora_rank,
-                lora_alpha=own.lora_alpha,  # type: ignore[arg-type]
-                lora_dropout=own.lora_dropout,
+                r=tune.lora_rank,
+                lora_alpha=alpha,
+                lora_dropout=tune.lora_dropout,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
             import torch
 
             torch.manual_seed(self.config.run.seed)  # of its random factor
-            return get_peft_model(model, lora)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers renames
+                return get_peft_model(model, lora)
         return model.float()  # all parameters, with a float32 copy of each where they are saved in less
 
     def _save(self, method: str, model: Any, folder: Path, trained: int) -> int:
