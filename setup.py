@@ -46,6 +46,7 @@ EXTRAS = {
         "jinja2>=3.1",
         "tqdm>=4.64",
     ],
+    "tuning": ["peft>=0.18"],  # LoRA beside neurons in `nspec finetune`; the rest is in mt
     "typology": ["lang2vec>=1.1.2"],
     "test": [
         "pytest>=8.0",
@@ -56,7 +57,7 @@ EXTRAS = {
         "mypy>=1.11",
         "types-PyYAML",
     ],
-    "bench": ["pytest-benchmark>=4.0"],
+    "bench": ["pytest-benchmark>=4.0", "peft>=0.18"],
 }
 
 

@@ -80,8 +80,8 @@ class NeuronsConfig:
     )
     share: float = option(
         0.02,
-        "specific and top: share of the neurons of each layer, for each language; random takes as many in each layer as the "
-        "first other rule of tune.methods has, and this share where there is none",
+        "specific and top: share of the neurons of each layer, for each language; random takes as many in each layer as "
+        "the first other rule of tune.methods has, and this share where there is none",
         above=0,
         most=1,
     )

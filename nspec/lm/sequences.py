@@ -28,7 +28,7 @@ def sequences(tokenizer: Any, lines: Sequence[str], length: int) -> list[Tensor]
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     start = [id for id in tokenizer("")["input_ids"][:1] if id == tokenizer.bos_token_id and [id] != end]
-    found = tokenizer(list(lines), add_special_tokens=False)["input_ids"]
+    found = tokenizer(list(lines), add_special_tokens=False)["input_ids"] if lines else []
     ids = torch.tensor(list(chain.from_iterable([*line, *end] for line in found)), dtype=torch.int64)
     first = torch.tensor(start, dtype=torch.int64)
     pieces = [torch.cat([first, piece]) for piece in ids.split(length - len(start)) if len(start) + len(piece) > 1]
