@@ -106,8 +106,9 @@ def train(
     device = next(model.parameters()).device
     data = _Pieces(pieces)
     if recipe.checkpointing:
-        # Not by TrainingArguments, which call it otherwise from one version to the next.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        # Not by TrainingArguments, which call it otherwise from one version to the next, as models do.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     told = _Told(progress or (lambda done, total: None))
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
@@ -125,6 +126,7 @@ def train(
             seed=recipe.seed,
             dataloader_drop_last=len(data) >= recipe.sequences,  # so that every step has as many tokens
             save_strategy="no",
+            logging_nan_inf_filter=False,  # else a loss that is no number is logged as the one before
             logging_strategy="steps",
             logging_steps=max(1, recipe.updates // 10),
             report_to=[],

@@ -87,7 +87,7 @@ def test_saved_neurons_beside_the_base_give_the_perplexity_that_is_reported(done
 
 def test_random_neurons_are_as_many_in_each_layer_as_those_of_the_rule(done: Path) -> None:
     lape, random = (nspec.NeuronMasks.load(done / "run" / "masks" / method) for method in ("lape", "random"))
-    assert lape != random
+    assert any(not torch.equal(lape[code][layer], mask) for code in WORDS for layer, mask in random[code].items())
     for code in WORDS:
         assert {k: int(m.sum()) for k, m in lape[code].items()} == {k: int(m.sum()) for k, m in random[code].items()}
 

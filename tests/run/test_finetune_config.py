@@ -40,7 +40,7 @@ def test_what_render_writes_is_read_as_it_was() -> None:
         ("neurons.parts=[gate, fc1]", r"neurons\.parts: expected some of gate, up, down, or of fc1, fc2"),
         ("neurons.rate=0", r"neurons\.rate: expected a number in \(0, 1\], found 0\.0"),
         ("model.heads=5", r"model\.d_model: expected a multiple of twice model\.heads"),
-        ("tune.lr=1", r"unknown option tune\.lr in --set; did you mean tune\.lr_"),
+        ("tune.lr=1", r"unknown option tune\.lr in --set; did you mean model\.lr"),
         ("train.lr=1", r"unknown option train\.lr"),
     ],
 )
