@@ -67,7 +67,7 @@ class LanguageModelConfig:
     d_ff: int = option(512, "new model: neurons of a layer", least=1)
     layers: int = option(4, "new model: its layers", least=1)
     heads: int = option(4, "new model: attention heads", least=1)
-    updates: int = option(300, "new model: optimiser steps of its training", least=1)
+    updates: int = option(400, "new model: optimiser steps of its training", least=1)
     sequences: int = option(16, "new model: sequences of a step", least=1)
     lr: float = option(2e-3, "new model: learning rate", above=0)
 
@@ -101,7 +101,7 @@ class TuneConfig:
         "how each language is fine-tuned, each time from the base: neurons by a rule (lape, specific, top, share, random), "
         "lora (needs the peft library), full (all parameters)",
     )
-    updates: int = option(24, "optimiser steps of a fine-tuning", least=1)
+    updates: int = option(32, "optimiser steps of a fine-tuning", least=1)
     sequences: int = option(8, "sequences of a forward and backward pass", least=1)
     accumulate: int = option(1, "passes of a step, their gradients added up", least=1)
     lr_neurons: float = option(5e-3, "learning rate of neurons", above=0)
