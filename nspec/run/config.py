@@ -73,7 +73,8 @@ class Config(Sections):
 
 def types(root: type[Sections] = Config) -> dict[str, dict[str, Any]]:
     """Section -> option -> type, in the order of ``root``."""
-    return _types(root)
+    of: Any = root  # mypy takes no class for hashable
+    return _types(of)
 
 
 def fields(section: str, root: type[Sections] = Config) -> dict[str, Option]:
