@@ -289,19 +289,25 @@ class Pipeline:
 
     def _translate(self, system: str, folder: Path) -> None:
         """Each direction once, on one of the processes; what an earlier attempt translated is kept."""
+        import nspec
+        from nspec.mt.methods import NEURONS
         from nspec.mt.scoring.translate import Translator
 
         data = self._data()
         left = [task for task in data.tasks if not self._is_translated(folder, task, data)]
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
-        each = kind_of(self.config, system).method == "each"
-        translator = None if each else Translator(*self._system(system), self.config.decode)
+        method = kind_of(self.config, system).method
+        each, apart = method == "each", method in NEURONS
+        model, tokenizer = (None, None) if each else self._system(system)
+        translator = None if each or apart else Translator(model, tokenizer, self.config.decode)
         done = 0
         with self.display.bar(f"evaluate {system}", "sentences") as progress:
             for task in left[self.world.rank :: self.world.size]:
                 if each:
                     translator = Translator(*self._system(f"{system}/{task}"), self.config.decode)
+                elif apart:  # plain weights: no neuron is replaced at every token
+                    translator = Translator(nspec.merge(model, task), tokenizer, self.config.decode)
                 assert translator is not None
                 begun = time.monotonic()
                 sources, _ = data.text("test", task)

@@ -40,7 +40,7 @@ def check_model(config: Config, model: nn.Module) -> None:
     methods = {kind_of(config, system).method for system in system_names(config)}
     try:
         with torch.random.fork_rng(devices=[]):
-            if "masks" in methods:
+            if methods & {"masks", "neurons", "neurons+shared"}:
                 _try_masks(config, model)
             if "adapters" in methods:
                 adapters.add_adapters(model, {"any": "any"}, 1)

@@ -16,9 +16,9 @@ from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-Method = Literal["", "masks", "adapters", "weight_masks", "each"]
-"""What makes a system: nothing (a dense model), neuron masks, adapters, masks of single weights, a model for each
-direction."""
+Method = Literal["", "masks", "neurons", "neurons+shared", "adapters", "weight_masks", "each"]
+"""What makes a system: nothing (a dense model), neuron masks, neurons with parameters of their own (over frozen or trained
+weights), adapters, masks of single weights, a model for each direction."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ KINDS: dict[str, Kind] = {
     "update_encoder": Kind("masks", "update", "masks", "encoder"),
     "update_decoder": Kind("masks", "update", "masks", "decoder"),
     "random": Kind("masks", "forward", "random_masks"),
+    "neurons": Kind("neurons", masks="masks"),
+    "neurons+shared": Kind("neurons+shared", masks="masks"),
     "lass": Kind("weight_masks"),
     "adapters": Kind("adapters"),
     "adapters_family": Kind("adapters"),
@@ -70,7 +72,7 @@ SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific"
 """The numbers of the section ``select`` that each ``select.rule`` uses."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
-_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
+_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def _method(
     if kind.masks:
         place = masks_folder(config, system)
         assert place is not None
+        if kind.method in methods.NEURONS:
+            return methods.Neurons(nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]), dense
         assert kind.mode
         return methods.NeuronSpecialization(
             on_side(nspec.NeuronMasks.load(run / place), kind.side), kind.mode
