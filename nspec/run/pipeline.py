@@ -299,6 +299,8 @@ class Pipeline:
         self.world.wait()  # so that all see the same tasks left
         method = kind_of(self.config, system).method
         each, apart = method == "each", method in NEURONS
+        model: Any
+        tokenizer: Any
         model, tokenizer = (None, None) if each else self._system(system)
         translator = None if each or apart else Translator(model, tokenizer, self.config.decode)
         done = 0
@@ -307,7 +309,8 @@ class Pipeline:
                 if each:
                     translator = Translator(*self._system(f"{system}/{task}"), self.config.decode)
                 elif apart:  # plain weights: no neuron is replaced at every token
-                    translator = Translator(nspec.merge(model, task), tokenizer, self.config.decode)
+                    merged: Any = nspec.merge(model, task)
+                    translator = Translator(merged, tokenizer, self.config.decode)
                 assert translator is not None
                 begun = time.monotonic()
                 sources, _ = data.text("test", task)
