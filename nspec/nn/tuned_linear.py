@@ -264,9 +264,9 @@ class TunedLayer(TaskSwitched):
 
     def bring_current(self) -> None:
         """Has the weight hold what the model is switched to, where it may be written to now."""
-        use, batch = self._nspec.use, self._nspec.batch
+        kept = self._nspec
         if self.is_writable() and not self.weight.is_meta:
-            self.bring(*self.of(None if batch is not None or self._base_is_trained() else use))
+            self.bring(*self.of(None if kept.batch is not None or self._base_is_trained() else kept.use))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[out_features, in_features]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,21 @@ def test_what_is_wrong_with_files_is_one_line_that_names_them(tmp_path: Path) ->
     (tmp_path / "bb.txt").write_bytes("über\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"bb\.txt, line 1: not valid UTF-8"):
         of_files(tmp_path)
+
+
+def test_a_dataset_has_a_configuration_for_each_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the hub needs datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = ["---", "configs:"]
+    for code in ("aa", "bb"):
+        rows = "".join(f"{json.dumps({'text': line})}\n" for line in lines_of(code))
+        (tmp_path / f"{code}.jsonl").write_text(rows)
+        lines += [f"- config_name: {code}", f"  data_files: {code}.jsonl"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    options = {"type": "hub", "languages": ["aa", "bb"], "name": str(tmp_path), "held_out": 0.2}
+    for code, found in read(**options).items():
+        assert sorted(found.train + found.test) == sorted(lines_of(code))
+    with pytest.raises(ValueError, match="has no column body, found text"):
+        read(**options, column="body")
+    with pytest.raises(ValueError, match="has no dev, found train"):
+        read(**options, split="dev")
