@@ -231,9 +231,10 @@ def _matrix(data: Tuned, method: str) -> dict[str, Any]:
 
 def _cell(entry: dict[str, float], change: float) -> dict[str, str]:
     """A perplexity, its change, and how strongly it is tinted: fully where it changed by a factor of 1.5."""
+    value = entry["perplexity"]
     strength = min(1.0, abs(change) / math.log(1.5))
     return {
-        "value": f"{entry['perplexity']:.3g}" if entry["perplexity"] < 1000 else f"{entry['perplexity']:.0f}",
+        "value": f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}",
         "change": percent(change),
         "tint": f"color-mix(in srgb, var(--{'down' if change > 0 else 'up'}) {45 * strength:.0f}%, transparent)",
         "tokens": words.count(int(entry["tokens"])),
