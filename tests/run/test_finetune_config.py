@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nspec.cli import main
 from nspec.run.finetune_config import TuningConfig, load
 from nspec.run.yaml import flatten, parse_into, render
 
@@ -58,3 +59,10 @@ def test_lora_without_peft_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"lora needs the peft library.*pip install 'nspec\[tuning\]'"):
         load(None)
+
+
+def test_the_configuration_is_printed_as_that_of_a_run_is(capsys: pytest.CaptureFixture[str]) -> None:
+    config = TuningConfig()
+    config.tune.methods, config.tune.updates = ["lape", "full"], 9
+    assert main(["config", "--finetune", "--set", NO_PEFT[0], "--set", "tune.updates=9"]) == 0
+    assert capsys.readouterr().out == render(config)
