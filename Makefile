@@ -3,6 +3,7 @@
 #     make test    the tests
 #     make bench   the benchmarks and their report
 #     make docs    the documentation, into build/site
+#     make finetune  a small language model, fine-tuned for eight languages (configs/finetune.yaml)
 # Each sets up .venv first: exact versions (constraints.txt), this checkout installed editable, the native library where
 # there is CMake and a C++ compiler. A second call finds it done.
 
@@ -19,12 +20,13 @@ STAMP := .venv/.stamp
 INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test bench docs lint setup clean distclean
+.PHONY: help run finetune test bench docs lint setup clean distclean
 
 help:
 	@echo 'make run    train, compare and report: nspec run $$(CONFIG)'
 	@echo '            CONFIG=configs/NAME.yaml          another experiment'
 	@echo '            SET="train.updates=100 run.seed=2"  other options'
+	@echo 'make finetune  neurons, LoRA and full fine-tuning of a language model: about ten minutes on two cores; takes SET'
 	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name", JOBS=0 for one process'
 	@echo 'make bench  operators, training steps, profiling and their report: ten minutes on two cores, into runs/bench/'
 	@echo '            BENCH=full|quick|smoke            how much; smoke measures nothing, it shows that all runs'
@@ -35,6 +37,9 @@ help:
 
 run: $(STAMP)
 	PYTHONUNBUFFERED=1 $(BIN)/nspec run $(CONFIG) $(foreach option,$(SET),--set '$(option)')
+
+finetune: $(STAMP)
+	PYTHONUNBUFFERED=1 $(BIN)/nspec finetune finetune $(foreach option,$(SET),--set '$(option)')
 
 # Passive: threads that spin while they wait would take the other process's core.
 test: $(STAMP)
@@ -68,7 +73,7 @@ $(STAMP): $(INPUTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment; Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP) install -c constraints.txt torch setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,typology,test,bench,docs]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[mt,tuning,typology,test,bench,docs]'
 	@$(BIN)/python -c 'from nspec.kernels.common import native; print("native operators:", native.why_not() or "built")'
 	@touch $@
 

@@ -47,6 +47,7 @@ EXTRAS = {
         "jinja2>=3.1",
         "tqdm>=4.64",
     ],
+    "tuning": ["peft>=0.18"],  # LoRA beside neurons in `nspec finetune`; the rest is in mt
     "typology": ["lang2vec>=1.1.2"],
     "test": [
         "pytest>=8.0",
@@ -58,7 +59,7 @@ EXTRAS = {
         "types-PyYAML",
         "trl>=1.0",  # its SFTTrainer is one of those that the mixin is for
     ],
-    "bench": ["pytest-benchmark>=4.0"],
+    "bench": ["pytest-benchmark>=4.0", "peft>=0.18"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
 }
 

@@ -159,6 +159,26 @@ _stage("report", "Makes the page and shows the table.")
 app.add_typer(tools)  # without a name: its commands stand beside those above
 
 
+@app.command()
+def finetune(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = None) -> None:
+    """Fine-tunes a language model for each of several languages: neurons, LoRA, all of it.
+
+    Perplexity on held-out text of every language says what was gained and what was forgotten. Started again, it skips what
+    is done. The configuration of its own kind that comes with nspec is finetune.
+    """
+    from nspec.run.finetune import Tuning
+    from nspec.run.finetune_config import load
+    from nspec.run.yaml import find_config
+    from nspec.terminal import show
+
+    with Tuning(load(find_config(config), set_ or ()), tuple(redo or ())) as tuning:
+        page = tuning.all()
+        from nspec.report.finetuned import summary_table
+
+        show(summary_table(tuning.folder))
+        print(f"report: {page}", flush=True)
+
+
 # What options and arguments that are paths are called in the help.
 _PATHS = {"CONFIG", "[CONFIG]", "RUN", "RUN...", "FOLDER", "FILE", "PATH", "NAME=FOLDER"}
 

@@ -279,13 +279,14 @@ def env() -> None:
 def config(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help=f"{CONFIG_HELP} The defaults if not given.")] = "",
     set_: SetOption = None,
+    finetune: Annotated[bool, typer.Option("--finetune", help="One of `nspec finetune`, not of `nspec run`.")] = False,
 ) -> None:
     """Prints a configuration with every option explained."""
-    from nspec.run.checks import load
+    from nspec.run import checks, finetune_config
     from nspec.run.yaml import find_config, render
 
-    chosen = load(find_config(config) if config else None, set_ or ())
-    print(render(chosen), end="")
+    path = find_config(config) if config else None
+    print(render(finetune_config.load(path, set_ or ()) if finetune else checks.load(path, set_ or ())), end="")
 
 
 @tools.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,11 @@ def test_classes_of_images_go_from_profile_to_a_figure(tmp_path: Path, capsys: p
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text(encoding="utf-8")
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tested]
+
+
+def test_fine_tuned_neurons_gain_in_their_language_and_are_merged(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "finetune_neurons.py"))["main"](sequences=32)
+    shown = capsys.readouterr().out
+    before, after = map(float, re.findall(r"cy: loss (\S+) of the base, (\S+) now", shown)[0])
+    assert after < before - 0.1
+    assert re.findall(r"merged: loss (\S+) of cy", shown) == [f"{after:.3f}"]

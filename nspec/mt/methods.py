@@ -22,6 +22,8 @@ from nspec.nn.masked_linear import MODES, Mode
 
 _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated before anything else notices
 NSPEC_FILE = "nspec.json"
+NEURONS = ("neurons", "neurons+shared")
+"""Names of :class:`Neurons`, over frozen weights and over weights that are trained too."""
 _MASKS, _WEIGHT_MASKS = "masks", "weight_masks"  # folders beside it
 
 
@@ -184,6 +186,49 @@ class Lass(Method):
         return {"density": sum(shares) / len(shares), "mask_bytes": self.masks.nbytes}
 
 
+class Neurons(Method):
+    """Neurons of each direction with parameters of their own beside the dense model.
+
+    Args:
+        masks: the neurons of each direction.
+        shared: whether the dense weights are trained on too, by all directions; else they are frozen.
+    """
+
+    leaves_parameters = True
+    has_weights = True
+
+    def __init__(self, masks: nspec.NeuronMasks, shared: bool = False) -> None:
+        self.masks, self.shared = masks, shared
+        self.name = NEURONS[shared]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.masks.tasks)
+
+    def digest(self) -> str:
+        return NeuronSpecialization(self.masks, "update").digest()
+
+    def attach(self, model: nn.Module) -> None:
+        none = [task for task in self.tasks if not any(bool(mask.any()) for mask in self.masks[task].values())]
+        if none and not self.shared:
+            raise ValueError(
+                f"{none[0]} has no neuron in the masks, and nothing else is trained: select more (select.rate, "
+                "select.share), or by another select.rule"
+            )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        nspec.finetune(model, self.masks, quiet=True)
+        if self.shared:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def save(self, folder: Path) -> None:
+        self.masks.save(folder / _MASKS)
+        write_json(folder / NSPEC_FILE, {"method": self.name})
+
+    def facts(self) -> dict[str, Any]:
+        return NeuronSpecialization(self.masks, "update").facts()
+
+
 def load_method(folder: Path) -> Method | None:
     """What makes the system in a folder; None for a dense one.
 
@@ -203,13 +248,15 @@ def load_method(folder: Path) -> Method | None:
     if isinstance(described, dict):
         if described.get("mode") in MODES:
             return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
+        if (name := described.get("method")) in NEURONS:
+            return Neurons(nspec.NeuronMasks.load(file.parent / _MASKS), NEURONS.index(name) == 1)
         if described.get("method") == Lass.name:
             return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
         if described.get("method") == Adapters.name and _fits_adapters(described):
             return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
     raise ValueError(
         f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
-        f"(with groups, names by direction, and bottleneck, from 1 to {_WIDEST}) or weight_masks"
+        f"(with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), weight_masks, {' or '.join(NEURONS)}"
     )
 
 

@@ -201,13 +201,15 @@ class TunedLayer(TaskSwitched):
 
     def in_place(self) -> bool:
         """Whether this pass may write into the weight."""
-        weight = self.weight
         if torch.compiler.is_compiling() or transformed() or not self.is_writable():
             return False
-        if weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+        if self._base_is_trained():
             self.bring(None)  # it is trained with its own rows
             return False
         return True
+
+    def _base_is_trained(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def is_writable(self) -> bool:
         """Whether the weight is a matrix here, neither packed nor sharded."""
@@ -251,10 +253,9 @@ class TunedLayer(TaskSwitched):
 
     def bring_current(self) -> None:
         """Has the weight hold what the model is switched to, where it may be written to now."""
-        use, batch = self._nspec.use, self._nspec.batch
+        kept = self._nspec
         if self.is_writable() and not self.weight.is_meta:
-            trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-            self.bring(*self.of(None if batch is not None or trained else use))
+            self.bring(*self.of(None if kept.batch is not None or self._base_is_trained() else kept.use))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[out_features, in_features]``."""
@@ -290,7 +291,8 @@ class TunedLayer(TaskSwitched):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         if f"{prefix}weight" in state_dict:
-            self._nspec.content = UNKNOWN
+            # A weight that is trained itself never holds rows of a task, and what its rows were at first is of no use.
+            self._nspec.content = None if self._base_is_trained() else UNKNOWN
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[misc]

@@ -64,7 +64,11 @@ def colour(system: str, names: Sequence[str]) -> str:
 
 def css_colour(system: str, names: Sequence[str]) -> str:
     """The same colour for use in the page itself."""
-    value = colour(system, names)
+    return css(colour(system, names))
+
+
+def css(value: str) -> str:
+    """A colour for use in the page itself."""
     return _IN_PAGE.get(value, value)
 
 

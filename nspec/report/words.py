@@ -30,6 +30,11 @@ SYSTEMS = {
     "update_encoder": ("Update, encoder only", "as update, with masks in the encoder alone"),
     "update_decoder": ("Update, decoder only", "as update, with masks in the decoder alone"),
     "random": ("Random masks", "as forward, with as many neurons per direction and layer, drawn at random"),
+    "neurons": (
+        "Neurons",
+        "the selected neurons of each direction get parameters of their own; the dense model is frozen",
+    ),
+    "neurons+shared": ("Neurons, shared weights too", "the same, and the weights of the dense model train on"),
     "lass": (
         "LaSS",
         "a mask of single weights for each direction: the smallest ones of the dense model fine-tuned on it are left out",
@@ -42,7 +47,7 @@ SYSTEMS = {
     "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
     "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
 }
-PLURAL = {"random", "adapters", "adapters_family", "finetuned", "bilingual"}
+PLURAL = {"random", "neurons", "neurons+shared", "adapters", "adapters_family", "finetuned", "bilingual"}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
 METRICS = tuple(METRIC_NAMES)

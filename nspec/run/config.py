@@ -6,6 +6,7 @@ commented template) is in :mod:`nspec.run.yaml`. Importing this module loads nei
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import typing
 from collections.abc import Iterable, Iterator
@@ -20,18 +21,23 @@ from nspec.options import Option, option, options_of
 
 
 @dataclass
-class RunConfig:
+class PlaceConfig:
     folder: str = option("runs/run", "where everything is written; a run started again goes on in it", path=True)
     seed: int = option(1, "of initialisation, sampling, dropout and random masks", least=0, most=2**32 - 1)
     threads: int = option(0, "CPU threads of PyTorch; 0: as PyTorch chooses", least=0, most=1024)
     device: str = option("auto", "auto takes the first GPU, else the CPU", ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class RunConfig(PlaceConfig):
     systems: list[str] = option(
         ["dense", "continued", "forward", "update", "random"],
         "what is trained and compared; dense is always first, the others start from it with a fresh optimiser and train "
         "for the same number of updates: continued (dense), forward and update (specialised), these two with _encoder or "
-        "_decoder (only that half is), random (forward, with random masks of the same sizes), lass (masks of single "
-        "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest frozen); "
-        "and finetuned (from dense) and bilingual (from new weights), a model for each direction",
+        "_decoder (only that half is), random (forward, with random masks of the same sizes), neurons and neurons+shared "
+        "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), lass (masks of "
+        "single weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "
+        "frozen); and finetuned (from dense) and bilingual (from new weights), a model for each direction",
     )
     variants: list[str] = option(
         [],
@@ -40,8 +46,14 @@ class RunConfig:
     )
 
 
+class Sections:
+    """What is configured by sections of options, each a dataclass: a run of translation, or one of fine-tuning."""
+
+    run: PlaceConfig
+
+
 @dataclass
-class Config:
+class Config(Sections):
     """A whole run. Sections are attributes: ``config.train.lr``."""
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -60,19 +72,31 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
-@functools.cache
-def types() -> dict[str, dict[str, Any]]:
-    """Section -> option -> type, in the order of :class:`Config`."""
-    return {name: typing.get_type_hints(section) for name, section in typing.get_type_hints(Config).items()}
+def types(root: type[Sections] = Config) -> dict[str, dict[str, Any]]:
+    """Section -> option -> type, in the order of ``root``."""
+    of: Any = root  # mypy takes no class for hashable
+    return _types(of)
 
 
-def fields(section: str) -> dict[str, Option]:
+def fields(section: str, root: type[Sections] = Config) -> dict[str, Option]:
     """The options of a section by name, with what :func:`nspec.options.option` says of them."""
-    return options_of(typing.get_type_hints(Config)[section])
+    return options_of(_sections(root)[section])
 
 
-def each_option(sections: Iterable[str] | None = None) -> Iterator[tuple[str, str, Option]]:
+def each_option(
+    sections: Iterable[str] | None = None, root: type[Sections] = Config
+) -> Iterator[tuple[str, str, Option]]:
     """Section, key and declaration of every option, in order (of some sections alone)."""
-    for section in types() if sections is None else sections:
-        for key, declared in fields(section).items():
+    for section in types(root) if sections is None else sections:
+        for key, declared in fields(section, root).items():
             yield section, key, declared
+
+
+@functools.cache
+def _types(root: Any) -> dict[str, dict[str, Any]]:
+    return {name: typing.get_type_hints(section) for name, section in _sections(root).items()}
+
+
+def _sections(root: type[Sections]) -> dict[str, type]:
+    hints = typing.get_type_hints(root)
+    return {field.name: hints[field.name] for field in dataclasses.fields(root)}  # type: ignore[arg-type]

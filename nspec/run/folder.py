@@ -29,7 +29,7 @@ from typing import Any
 
 from nspec.files import sha256, write_json
 from nspec.processes import World
-from nspec.run.config import Config
+from nspec.run.config import Sections
 from nspec.run.records import (
     height,
     holds_only_parts,
@@ -73,13 +73,13 @@ class Run:
         ValueError: another process works in the folder; a finished stage was made with other options or inputs.
     """
 
-    def __init__(self, config: Config, stages: list[Stage], world: World | None = None) -> None:
+    def __init__(self, config: Sections, stages: list[Stage], world: World | None = None) -> None:
         self.config = config
         self.folder = Path(config.run.folder)
         self.stages = {stage.name: stage for stage in stages}
         self.world = world or World()
         self._values = flatten(config)
-        self._defaults = flatten(Config())
+        self._defaults = flatten(type(config)())
         self._hashes: dict[tuple[str, int, int], str] = {}
         self._lock: Any = None
         self._raising: Stage | None = None  # its work has not changed anything yet

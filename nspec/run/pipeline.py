@@ -289,20 +289,18 @@ class Pipeline:
 
     def _translate(self, system: str, folder: Path) -> None:
         """Each direction once, on one of the processes; what an earlier attempt translated is kept."""
-        from nspec.mt.scoring.translate import Translator
+        from nspec.run.translators import translator_of
 
         data = self._data()
         left = [task for task in data.tasks if not self._is_translated(folder, task, data)]
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
-        each = system_of(self.config, system).method == "each"
-        translator = None if each else Translator(*self._system(system), self.config.decode)
+        method = system_of(self.config, system).method
+        of_task = translator_of(system, method, self._system, self.config.decode)
         done = 0
         with self.display.bar(f"evaluate {system}", "sentences") as progress:
             for task in left[self.world.rank :: self.world.size]:
-                if each:
-                    translator = Translator(*self._system(f"{system}/{task}"), self.config.decode)
-                assert translator is not None
+                translator = of_task(task)
                 begun = time.monotonic()
                 sources, _ = data.text("test", task)
                 hypotheses = []

@@ -16,9 +16,9 @@ from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-MadeBy = Literal["", "masks", "adapters", "weight_masks", "each"]
-"""What makes a system: nothing (a dense model), neuron masks, adapters, masks of single weights, a model for each
-direction."""
+MadeBy = Literal["", "masks", "neurons", "neurons+shared", "adapters", "weight_masks", "each"]
+"""What makes a system: nothing (a dense model), neuron masks, neurons with parameters of their own (over frozen or trained
+weights), adapters, masks of single weights, a model for each direction."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ SYSTEMS: dict[str, System] = {
     "update_encoder": System("masks", "update", "masks", "encoder"),
     "update_decoder": System("masks", "update", "masks", "decoder"),
     "random": System("masks", "forward", "random_masks"),
+    "neurons": System("neurons", masks="masks"),
+    "neurons+shared": System("neurons+shared", masks="masks"),
     "lass": System("weight_masks"),
     "adapters": System("adapters"),
     "adapters_family": System("adapters"),
@@ -70,7 +72,7 @@ SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific"
 """The numbers of the section ``select`` that each ``select.rule`` uses."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
-_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
+_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
 
 
 @dataclass(frozen=True)

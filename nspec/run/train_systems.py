@@ -39,10 +39,10 @@ def make_system(
         run: the run folder, with the dense model and the masks.
         data: the prepared text.
         folder: of the system. One with a model for each direction has a folder for each in it.
-        starting: see :func:`~nspec.mt.training.train_system`.
+        starting: see :func:`~nspec.mt.training.train.train_system`.
 
     Raises:
-        ValueError: see :func:`~nspec.mt.training.train_system`, or a language whose family is not known.
+        ValueError: see :func:`~nspec.mt.training.train.train_system`, or a language whose family is not known.
     """
     kind, own = system_of(config, system), config_of(config, system)
     if kind.method == "each":
@@ -66,6 +66,8 @@ def _method(
     if kind.masks:
         place = masks_folder(config, system)
         assert place is not None
+        if kind.method in methods.NEURONS:
+            return methods.Neurons(nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]), dense
         assert kind.mode
         return methods.NeuronSpecialization(
             on_side(nspec.NeuronMasks.load(run / place), kind.side), kind.mode

@@ -19,7 +19,7 @@ import yaml
 
 from nspec.files import expand_path
 from nspec.options import bare, convert, cut, range_of, show
-from nspec.run.config import Config, each_option, fields, types
+from nspec.run.config import Config, Sections, each_option, fields, types
 from nspec.yaml_text import Loader, items, one_line, problem, read, value_of, yaml_errors
 
 # The first line of the configuration of a run: cut off later, it would give the defaults instead of what is lost.
@@ -49,9 +49,9 @@ RETIRED = {"tokenizer.model_type": "bpe"}
 """Options of older versions with the one value that they could have: a configuration that gives them is read."""
 
 
-def _check_name(name: str, where: str) -> None:
+def _check_name(name: str, where: str, root: type[Sections]) -> None:
     """ValueError that names the nearest option where ``name`` ("train.lr") is none."""
-    known = types()
+    known = types(root)
     section, _, key = name.partition(".")
     if key in known.get(section, ()):
         return
@@ -88,13 +88,22 @@ def parse_given(
 ) -> tuple[Config, frozenset[str]]:
     """:func:`parse`, and the full names of the options that the text gives."""
     config = config or Config()
-    given: set[str] = set()
+    return config, parse_into(config, text, name)
+
+
+def parse_into(config: Sections, text: str, name: str) -> frozenset[str]:
+    """:func:`parse` for sections of any kind, in place.
+
+    Returns:
+        The full names of the options that the text gives.
+    """
+    root, given = type(config), set()
     with yaml_errors(name, text):
         loader = Loader(text)
-        root = loader.get_single_node()
-        for section, node, at in [] if root is None else items(loader, root, "", name):
-            if section not in types():
-                _check_name(section, f" in {at}")
+        node_of_all = loader.get_single_node()
+        for section, node, at in [] if node_of_all is None else items(loader, node_of_all, "", name):
+            if section not in types(root):
+                _check_name(section, f" in {at}", root)
             if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
                 continue
             for key, value, at in items(loader, node, section, name):
@@ -102,13 +111,13 @@ def parse_given(
                 if option in RETIRED and value_of(loader, value, option, at) == RETIRED[option]:
                     given.add(option)
                     continue
-                _check_name(option, f" in {at}")
+                _check_name(option, f" in {at}", root)
                 given_value = value_of(loader, value, option, at)
-                found = convert(fields(section)[key], types()[section][key], option, given_value, f" ({at})")
+                found = convert(fields(section, root)[key], types(root)[section][key], option, given_value, f" ({at})")
                 setattr(getattr(config, section), key, found)
                 given.add(option)
     _check_complete(text, name, len(given))
-    return config, frozenset(given)
+    return frozenset(given)
 
 
 def _check_complete(text: str, name: str, given: int) -> None:
@@ -122,7 +131,7 @@ def _check_complete(text: str, name: str, given: int) -> None:
         )
 
 
-def set_option(config: Config, assignment: str) -> None:
+def set_option(config: Sections, assignment: str) -> None:
     """Applies one ``section.key=value`` in place.
 
     Where the option is text, the value is what stands behind the ``=``, letter for letter; else it is YAML.
@@ -137,9 +146,11 @@ def set_option(config: Config, assignment: str) -> None:
     if not equals:
         raise ValueError(f"--set {shown}: expected section.key=value, such as train.lr=3e-4")
     where = f" (--set {shown})"
-    _check_name(name, " in --set")
+    root = type(config)
+    _check_name(name, " in --set", root)
     section, key = name.split(".")
-    if types()[section][key] is str:
+    kind = types(root)[section][key]
+    if kind is str:
         value: Any = text
     else:
         try:
@@ -148,16 +159,16 @@ def set_option(config: Config, assignment: str) -> None:
             raise ValueError(f"{name}: {problem(error)}{where}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"--set {shown}: {show(text)} is not valid YAML; quote it") from error
-    setattr(getattr(config, section), key, convert(fields(section)[key], types()[section][key], name, value, where))
+    setattr(getattr(config, section), key, convert(fields(section, root)[key], kind, name, value, where))
 
 
-def expand_paths(config: Config) -> None:
+def expand_paths(config: Sections) -> None:
     """Writes out the home folder in every option that is a path, in place, so that all parts of a run see the same one.
 
     Raises:
         ValueError: a user that there is not; the message names the option.
     """
-    for section, key, field in each_option():
+    for section, key, field in each_option(root=type(config)):
         if field.metadata["path"]:
             options = getattr(config, section)
             try:
@@ -166,9 +177,9 @@ def expand_paths(config: Config) -> None:
                 raise ValueError(f"{section}.{key}: {error}") from None
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Sections) -> dict[str, Any]:
     """Every option by its full name, in order: ``{"run.folder": "runs/run", ...}``; lists are copies."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
     return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
 
 
@@ -182,7 +193,7 @@ def _comment(lines: Iterable[str], indent: str, width: int = 120) -> list[str]:
     ]
 
 
-def render(config: Config, header: str = "") -> str:
+def render(config: Sections, header: str = "") -> str:
     """The configuration as YAML in which every option stands with its meaning, range or choices, and default.
 
     ``parse(render(config))`` equals ``config``.
@@ -192,11 +203,12 @@ def render(config: Config, header: str = "") -> str:
         header: text for the top, each line a comment.
     """
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    default = flatten(Config())
-    for section in types():
-        lines += ["", *_comment([SECTIONS[section]], "")] if lines else _comment([SECTIONS[section]], "")
+    root = type(config)
+    default, meanings = flatten(root()), getattr(root, "SECTIONS", SECTIONS)
+    for section in types(root):
+        lines += ["", *_comment([meanings[section]], "")] if lines else _comment([meanings[section]], "")
         lines.append(f"{section}:")
-        for key, field in fields(section).items():
+        for key, field in fields(section, root).items():
             facts = [f"default: {one_line(default[f'{section}.{key}'])}"]
             if field.metadata["choices"]:
                 facts.insert(0, f"one of: {', '.join(map(str, field.metadata['choices']))}")
@@ -210,7 +222,7 @@ def render(config: Config, header: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_complete(config: Config) -> str:
+def render_complete(config: Sections) -> str:
     """:func:`render` with a first line that says how many options there are: :func:`parse` then takes no part of it."""
     return render(config, f"{_COMPLETE_LINE} {len(flatten(config))}")
 

@@ -14,7 +14,7 @@ from toy_translation import Toy, run_options
 
 import nspec
 from nspec.baselines import lass
-from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization, load_method
+from nspec.mt.methods import NEURONS, Adapters, Lass, Method, Neurons, NeuronSpecialization, load_method
 from nspec.mt.model import load_system
 from nspec.mt.training.loop import Loop
 from nspec.mt.training.train import train_system
@@ -22,7 +22,7 @@ from nspec.mt.training.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["forward", "update", "adapters", "lass"]
+NAMES = ["forward", "update", "adapters", "lass", "neurons", "neurons+shared"]
 
 
 def method_of(toy: Toy, name: str) -> Method:
@@ -32,6 +32,8 @@ def method_of(toy: Toy, name: str) -> Method:
     if name == "lass":
         kept = {task: lass.magnitude_masks(toy.model(seed=seed), 0.5) for seed, task in enumerate(tasks)}
         return Lass(lass.WeightMasks(kept))
+    if name in NEURONS:
+        return Neurons(toy.masks(), name == "neurons+shared")
     return NeuronSpecialization(toy.masks(), "forward" if name == "forward" else "update")
 
 
@@ -75,6 +77,31 @@ def test_a_loaded_system_computes_what_the_trained_one_did(toy: Toy, name: str, 
             assert torch.equal(logits, expected(input_ids=ids, decoder_input_ids=ids).logits)
             outputs.append(logits)
     assert name == "update" or not torch.equal(outputs[0], outputs[-1])
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_the_dense_weights_stay_or_train_on_and_merging_computes_the_same(toy: Toy, name: str, tmp_path: Path) -> None:
+    stored, dense = train(toy, name, tmp_path, 2), toy.model(toy.config(updates=2)).state_dict()
+    moved = {key for key, value in dense.items() if key in stored and not torch.equal(value, stored[key])}
+    assert bool(moved) == (name == "neurons+shared")
+    own = [key for key in stored if ".neurons." in key]
+    assert {key.rsplit(".", 1)[1] for key in own} == set(toy.data.tasks)
+    model, _ = load_system(tmp_path / "model")
+    ids = torch.tensor([[5, 9, 7, 2]])
+    for task in toy.data.tasks:
+        merged: Any = nspec.merge(model, task)
+        with nspec.task(model, task), torch.no_grad():
+            computed = model(input_ids=ids, decoder_input_ids=ids).logits
+            assert torch.allclose(computed, merged(input_ids=ids, decoder_input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_direction_without_neurons_is_named_where_nothing_else_is_trained(toy: Toy) -> None:
+    masks = toy.masks()
+    none = masks.tasks[1]
+    empty = {layer: torch.zeros_like(mask) for layer, mask in masks[none].items()}
+    few = nspec.NeuronMasks({task: empty if task == none else dict(masks[task]) for task in masks.tasks})
+    with pytest.raises(ValueError, match=f"{none} has no neuron in the masks"):
+        Neurons(few).attach(toy.model())
 
 
 def test_a_checkpoint_of_another_method_is_refused(toy: Toy, tmp_path: Path) -> None:

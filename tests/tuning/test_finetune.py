@@ -288,6 +288,23 @@ def test_shared_weights_that_train_on_get_no_gradient_where_a_task_has_its_own()
     assert near(output(LLAMA, nspec.merge(model, "cy"), given), y)
 
 
+def test_shared_weights_that_were_trained_are_those_that_are_loaded() -> None:
+    """A training that goes on starts from the first base, whose rows must not come back."""
+
+    def begun() -> nn.Module:
+        base = make(LLAMA)
+        return nspec.finetune(base, masks_of(base, ("cy", "mt")), also=["mlp"], quiet=True)
+
+    model, again, given = begun(), begun(), inputs(LLAMA)
+    with nspec.task(model, "mt"):  # moves rows that are neurons of cy
+        steps(LLAMA, model)
+    again.load_state_dict(state(model))
+    for task in ("cy", "mt", None):
+        with nspec.task(model, task), nspec.task(again, task):
+            assert torch.equal(output(LLAMA, model, given), output(LLAMA, again, given))
+    assert same(state(model), state(again))
+
+
 def test_it_says_how_many_numbers_are_trained(capsys: pytest.CaptureFixture[str]) -> None:
     base = make(LLAMA)
     masks = masks_of(base)

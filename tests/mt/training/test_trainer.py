@@ -23,7 +23,14 @@ from nspec.run.train_systems import make_system
 
 pytestmark = pytest.mark.slow
 
-TOGETHER = ["adapters", "adapters_family", "lass", "forward"]  # one model for all directions
+TOGETHER = [
+    "adapters",
+    "adapters_family",
+    "lass",
+    "forward",
+    "neurons",
+    "neurons+shared",
+]  # one model for all directions
 SETTINGS: dict[str, Any] = {
     "updates": 4,
     "accumulate": 4,

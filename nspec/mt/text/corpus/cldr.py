@@ -61,6 +61,12 @@ class CldrCorpus(Corpus):
                 found += 1
                 yield str(number), first, second
 
+    def texts(self, code: str, split: str, most: int) -> Iterator[str]:
+        """The sentences of one language alone: what can be said in it of the first ``most`` contents of a split."""
+        for number in range(most):
+            if text := self._text(code, split, number):
+                yield text
+
     def _text(self, code: str, split: str, number: int) -> str | None:
         said = self.said[code, split]
         while len(said) <= number:

@@ -59,7 +59,7 @@ class HubCorpus(Corpus):
         failures = []
         for subset in tried:
             try:
-                self.loaded[subset] = _load_dataset(config.name, subset)
+                self.loaded[subset] = load_data(config.name, subset)
                 return subset
             except CorpusError:
                 raise
@@ -140,7 +140,7 @@ def _keys(part: Any) -> list[str]:
     return list(feature.languages if hasattr(feature, "languages") else feature)
 
 
-def _load_dataset(name: str, subset: str) -> Any:
+def load_data(name: str, subset: str) -> Any:
     """``datasets.load_dataset`` with errors of this package."""
     try:
         import datasets
