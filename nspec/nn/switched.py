@@ -108,6 +108,7 @@ class Shared:
         told: whether somebody was warned that a training pass has no task.
         hooked: whether somebody was warned that hooks do not get activations.
         called: the names of the layers that ran, outside of compiled code.
+        sentences_first: the names of the layers whose inputs have shown that sentences lie along their first dimension.
         ended: how many ``nspec.task`` blocks ended; ``missed`` whether somebody was warned of layers that never ran.
         switches: how often the layers were switched, and ``by`` the thread that did so last.
     """
@@ -115,6 +116,7 @@ class Shared:
     def __init__(self) -> None:
         self.told, self.hooked, self.missed, self.switches, self.by = False, False, False, 0, 0
         self.called: set[str] = set()
+        self.sentences_first: set[str] = set()
         self.ended = 0
 
 
@@ -173,6 +175,7 @@ class TaskSwitched:
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to a task, or to the task of each sentence of a batch; None switches off what depends on it."""
         if isinstance(task, TaskBatch):
+            task = task.along(getattr(self._nspec, "batch_dim", None))
             self.switch(SwitchedTo(task.tasks, self.use_of(task.names), task, backward_pass()))
         else:
             self.switch(SwitchedTo(task, None if task is None else self.use_of((task,)), None, backward_pass()))

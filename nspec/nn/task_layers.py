@@ -133,8 +133,7 @@ class TaskLayer(Masked, TaskSwitched):
         if not torch.compiler.is_compiling():
             self._nspec.shared.called.add(self._nspec.name)
         if self._nspec.batch is not None:
-            kept = self._nspec
-            check_sentences(x, self._nspec.batch, kept.name, kept.routed, kept.batch_dim, kept.flattens)
+            check_sentences(x, self._nspec.batch, self._nspec)
         use = super()._begin(x)
         if use[0] is None and not torch.compiler.is_compiling() and self._trains_untold():
             self._nspec.shared.told = True

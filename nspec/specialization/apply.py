@@ -121,7 +121,7 @@ def specialize(
                 shared=shared,
                 first=first is None and block is blocks[0],
                 routed=is_routed(model, block.name),
-                batch_dim=batch_dim_of(block),
+                batch_dim=batch_dim_of(model, block),
                 flattens=flattens(block),
                 with_layer=first,
             )

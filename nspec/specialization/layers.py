@@ -56,7 +56,14 @@ _ACTIVATIONS = (
     *("gelu_impl", "activation_func_impl", "ffn_act"),
 )
 _ROUTERS = ("router", "gate", "gating", "gate_network", "wg", "switch")
-_TIME_FIRST = ("transformers.models.fsmt.", "fairseq.modules.")  # layers that do not say so themselves
+# Layers that keep time first, and do not say so themselves, by module and class.
+_TIME_FIRST = (
+    *("transformers.models.fsmt.", "transformers.models.xlnet.", "fairseq.modules."),
+    "transformers.models.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
+    "transformers.models.oneformer.modeling_oneformer.OneFormerTransformerDecoder",
+    "transformers.models.bridgetower.modeling_bridgetower.BridgeTowerResidualAttention",
+)
+_BATCH_FIRST = "transformers.models."  # all others there
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MIXING = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)  # or of another width
 
@@ -318,13 +325,23 @@ def without_fast_path(model: nn.Module, blocks: Sequence[FeedForward]) -> Iterat
             setattr(module, name, before)
 
 
-def batch_dim_of(block: FeedForward) -> int | None:
-    """The dimension of sentences in the layer's input, where the module around it says so (``batch_first``)."""
-    if type(block.parent).__module__.startswith(_TIME_FIRST):
+def batch_dim_of(model: nn.Module, block: FeedForward) -> int | None:
+    """The dimension of sentences in the layer's input, where that is known; None elsewhere.
+
+    It is by the class of the module that computes the block or of the one around that, or where an attention beside the
+    block says so (``batch_first``).
+    """
+    holder = model.get_submodule(block.name.rpartition(".")[0])
+    path = next((name for name, module in model.named_modules() if module is block.parent), "")
+    around = [holder, block.parent, *([model.get_submodule(path.rpartition(".")[0])] if path else [])]
+    kinds = [f"{type(module).__module__}.{type(module).__qualname__}" for module in around]
+    if any(kind.startswith(_TIME_FIRST) for kind in kinds):
         return 1
-    attention = getattr(block.parent, "self_attn", None)
-    batch_first = getattr(attention, "batch_first", None) if isinstance(attention, nn.MultiheadAttention) else None
-    return None if batch_first is None else 0 if batch_first else 1
+    for module in around:
+        said = {child.batch_first for child in module.children() if isinstance(child, nn.MultiheadAttention)}
+        if len(said) == 1:
+            return 0 if said.pop() else 1
+    return 0 if any(kind.startswith(_BATCH_FIRST) for kind in kinds) else None
 
 
 def flattens(block: FeedForward) -> bool:

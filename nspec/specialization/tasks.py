@@ -79,7 +79,7 @@ def set_task(
     model: nn.Module,
     task: str | int | Sequence[str | int | None] | Tensor | None,
     *,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     flattened: bool = False,
 ) -> None:
     """Switches the model to the neurons of ``task``, or of the task of each sentence; None computes the dense model.
@@ -95,7 +95,9 @@ def set_task(
             then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a router
             chooses (experts) take one task at a time. Numbers that are on a device are waited for.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
-            time first.
+            time first. None: each layer's own, where its class or the ``batch_first`` of an attention beside it says it
+            (models of Transformers do, XLNet and Mask2Former among them), else 0, and an input that may be time first as
+            well is an error (but in compiled code, which is not asked: give it there).
         flattened: with a sequence, whether layers whose input is a matrix ``[tokens, d_in]`` get the tokens of the whole
             batch there, equally many of each sentence, one sentence after another. OPT does, and is known to; else such a
             layer is an error unless it has a row for each sentence, or as many as a layer before it had tokens.
@@ -150,7 +152,7 @@ def _shown(layer: TaskSwitched) -> str:
 
 
 def check_task(
-    task: Any, layers: Sequence[TaskSwitched], batch_dim: int = 0, flattened: bool = False
+    task: Any, layers: Sequence[TaskSwitched], batch_dim: int | None = None, flattened: bool = False
 ) -> str | TaskBatch | None:
     """What layers are switched to: the task as given, or the batch of a sequence. Raises as :func:`set_task` does."""
     if hasattr(task, "tolist"):  # a tensor or an array
@@ -167,7 +169,7 @@ def check_task(
         raise ValueError("a task is given by its number, and layers of the model count them differently: give its name")
     if not names:
         raise ValueError("the list of tasks is empty, expected the task of each sentence")
-    if not one:
+    if not one and batch_dim is not None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim is {batch_dim!r}, expected a whole number")
         if batch_dim < 0:
@@ -222,7 +224,7 @@ def task(
     model: nn.Module,
     name: str | int | Sequence[str | int | None] | Tensor | None,
     *,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     flattened: bool = False,
 ) -> Iterator[None]:
     """Within the block the model is switched to task ``name``; after it, to what it was before.
