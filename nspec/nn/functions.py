@@ -12,6 +12,7 @@ from torch import Tensor
 from nspec.kernels.gated_activation import gated_activation
 
 from .elementwise import judge
+from .transforms import in_transform
 from .values import Value, as_views, first_of, flattened
 
 _DROPOUT = (F.dropout, torch.dropout)
@@ -191,8 +192,26 @@ def linear(h: Any, weight: Any, bias: Any = None) -> Tensor:
         first_of((h, weight, bias)).refuse("it calls linear with them as weights")
     if weight.dim() != 2 or weight.shape[1] != h.width:
         h.refuse(f"it calls linear with a weight of shape {list(weight.shape)}, expected [d_out, {h.width}]")
+    if _is_of_fc1(weight, h):
+        name = h.fc1.qualified_name
+        raise ValueError(
+            f"{name}: its activations are multiplied by {name}.weight again (tied weights, as in F.linear(h, fc1.weight.t())), "
+            "which is dense where it is read and masked where fc1 is called: give fc2 a weight of its own, or leave the "
+            "block out of the masks"
+        )
     y: Tensor = h.fc1.block(h, weight, bias)
     return y
+
+
+def _is_of_fc1(weight: Tensor, h: Value) -> bool:
+    """Whether it is the weight of the layer that gave the activations, or a view of all of it."""
+    if torch.compiler.is_compiling() or in_transform() or not weight.numel() or weight.is_meta:
+        return False
+    own = [h.inputs[1], h.fc1._parameters.get("weight")]
+    try:
+        return any(one is not None and one.numel() and one.data_ptr() == weight.data_ptr() for one in own)
+    except RuntimeError:  # of tensors without a place in memory
+        return False
 
 
 def _product(h: Value, other: Any) -> Tensor:

@@ -101,6 +101,25 @@ def fetches_ahead() -> bool:
     return frame is not None
 
 
+class _Traced:
+    """How often a specialised layer was compiled, in this process."""
+
+    calls = 0
+
+
+traced = _Traced()
+
+
+def note_traced() -> bool:
+    """Notes that a specialised layer is compiled; compiled code does not tell when it runs."""
+    traced.calls += 1
+    return True
+
+
+# It runs while the graph is made, as with torch.compiler.assume_constant_result, which would load the compiler.
+note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Shared:
     """What the specialised layers of a model have in common.
 
@@ -109,7 +128,9 @@ class Shared:
         hooked: whether somebody was warned that hooks do not get activations.
         called: the names of the layers that ran, outside of compiled code.
         sentences_first: the names of the layers whose inputs have shown that sentences lie along their first dimension.
-        ended: how many ``nspec.task`` blocks ended; ``missed`` whether somebody was warned of layers that never ran.
+        ended: how many ``nspec.task`` blocks ended, and switches by ``set_task``; ``missed`` whether somebody was warned of
+            layers that never ran.
+        traced: how often specialised layers of any model had been compiled before.
         switches: how often the layers were switched, and ``by`` the thread that did so last.
     """
 
@@ -117,7 +138,7 @@ class Shared:
         self.told, self.hooked, self.missed, self.switches, self.by = False, False, False, 0, 0
         self.called: set[str] = set()
         self.sentences_first: set[str] = set()
-        self.ended = 0
+        self.ended, self.traced = 0, traced.calls
 
 
 def count_switch(layers: Iterable[TaskSwitched]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
 from nspec.nn.state import Around
-from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead
+from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead, traced
 from nspec.nn.task_layers import TaskLayer
 
 from .layers import nearest
@@ -120,6 +119,8 @@ def set_task(
     layers = specialized_layers(model)
     switch = check_task(task, layers, batch_dim, flattened)
     refuse_other_threads(layers)
+    if any(layer.task is not None for layer in layers):
+        _tell_uncalled(layers)
     count_switch(layers)
     for layer in layers:
         layer.set_task(switch)
@@ -239,7 +240,10 @@ def task(
     RuntimeError. A server holds a lock around the block, runs the requests of several tasks as one batch, or gives each
     task a model (``nspec.merge``).
 
-    Layers that no pass calls, because code reads their weights instead, are warned of once when a block ends.
+    Layers that no pass calls, because code reads their weights instead, are warned of once where a block ends (or
+    :func:`set_task` is called again): the first in which their weights have gradients, else the eighth. Code that calls a
+    layer and reads its weight as well is not seen, but where mode ``forward`` would multiply the activations of a layer by
+    its own weight (tied weights): that is an error.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -268,25 +272,34 @@ def task(
 def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
     """Warns once of layers that never run: code that reads their weight instead computes the dense layer.
 
-    After some blocks, as a block may run no model, and a pass may leave layers out. Compiled code does not tell which of
-    them run, and a router need not choose each expert.
+    At once where a weight has a gradient; else after some blocks, as a block may run no model, and a pass may leave layers
+    out. Compiled layers do not tell when they run, and a router need not choose each expert.
     """
     known = [layer for layer in layers if isinstance(layer, TaskLayer)]  # those that are specialised still
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    if not known or (dynamo is not None and dynamo.counters.get("frames")):
+    if not known:
         return
-    names = [layer.qualified_name for layer in known if not (layer._nspec.routed or _has_run(layer))]
     shared = known[0]._nspec.shared
     shared.ended += 1
-    if names and not shared.missed and shared.ended >= _PASSES:
+    if shared.missed or shared.traced != traced.calls:
+        return
+    unrun = [layer for layer in known if not (layer._nspec.routed or _has_run(layer))]
+    trained = [layer for layer in unrun if _gradient(layer) is not None]
+    missed = unrun if shared.ended >= _PASSES else trained
+    if missed:
         shared.missed = True
+        how = "though their weights have gradients" if trained else "in so many blocks"
         warnings.warn(
-            f"{len(names)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, the "
-            f"first is {names[0]}. If the model has run, its code reads their weights without calling them, as in "
-            "F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). This is said "
-            "once",
+            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, {how}, "
+            f"the first is {missed[0].qualified_name}. If the model has run, its code reads their weights without calling "
+            "them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). "
+            "This is said once",
             stacklevel=4,
         )
+
+
+def _gradient(layer: TaskLayer) -> Tensor | None:
+    weight = layer._parameters.get("weight")
+    return None if weight is None else weight.grad
 
 
 def _has_run(layer: TaskLayer) -> bool:
