@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,8 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
             ``("*.intermediate.dense", "*.output.dense")``. None: all blocks whose linear layers (``nn.Linear`` and its
             subclasses, ``Conv1D`` of Transformers) have names in ``PLAIN_NAMES``, ``FUSED_NAMES`` or ``GATED_NAMES``, and
             ``nn.Sequential`` runs of Linear, an elementwise activation, (Dropout,) Linear; of those blocks the ones that
-            give back the width that they get, as classifiers do not.
+            give back the width that they get, as classifiers do not. A block that is in several places is taken once, by
+            its first name.
 
     Raises:
         ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
@@ -179,14 +180,27 @@ def _is_elementwise(module: nn.Module) -> bool:
 
 
 def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
-    mine = {id(layer.weight) for block in blocks for layer in (block.fc1, block.up) if layer is not None}
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in mine and id(parameter) in seen:
-            raise ValueError(
-                f"{name} and {seen[id(parameter)]} are one parameter: a projection whose rows are masked cannot be shared"
-            )
-        seen[id(parameter)] = name
+    """Raises ValueError where a projection is part of something else too; a whole block may be in several places."""
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    mine = {id(layer): block for block in blocks for layer in (block.fc1, block.up) if layer is not None}
+    weights = {id(layer.weight) for block in blocks for layer in (block.fc1, block.up) if layer is not None}
+    seen: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in everywhere.items():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) not in weights:
+                continue
+            first, other = seen.setdefault(id(parameter), (name, module))
+            block = mine.get(id(module))
+            if first != name and (other is not module or block is None or not _is_within(name, block.parent, everywhere)):
+                raise ValueError(
+                    f"{name}.{attribute} and {first}.{attribute} are one parameter: a projection whose rows are masked "
+                    "cannot be shared (a whole block can: put the module that holds fc1 and fc2 in both places)"
+                )
+
+
+def _is_within(name: str, parent: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    parts = name.split(".")
+    return any(modules[".".join(parts[:end])] is parent for end in range(len(parts)))
 
 
 def computes_linear(module: nn.Module) -> str | None:
