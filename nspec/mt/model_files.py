@@ -174,8 +174,8 @@ def _check_activation(config: PreTrainedConfig, source: Source) -> None:
         name = getattr(config, option, None)
         if isinstance(name, str) and name not in ACT2FN:
             raise ValueError(
-                f"no model can be loaded from {source}: {option} in config.json is {name!r}, which is no activation function "
-                f"of transformers; {nearest(name, list(ACT2FN))}"
+                f"no model can be loaded from {source}: {option} in config.json is {name!r}, which is no activation "
+                f"function of transformers; {nearest(name, list(ACT2FN))}"
             )
 
 

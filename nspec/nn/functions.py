@@ -216,7 +216,7 @@ def linear(h: Any, weight: Any, bias: Any = None) -> Tensor:
     if _is_of_fc1(weight, h):
         name = h.fc1.qualified_name
         raise ValueError(
-            f"{name}: its activations are multiplied by {name}.weight again (tied weights, as in F.linear(h, fc1.weight.t())), "
+            f"{name}: its activations are multiplied by {name}.weight again (tied, as in F.linear(h, fc1.weight.t())), "
             "which is dense where it is read and masked where fc1 is called: give fc2 a weight of its own, or leave the "
             "block out of the masks"
         )

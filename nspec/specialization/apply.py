@@ -71,8 +71,9 @@ def specialize(
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
             names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
-            does; in mode ``forward`` a layer that is in two blocks, an activation dropout above 0, unless the block has no biases, or a block that gives
-            its activations to a ``torch.autograd.Function`` (kernels that Liger puts in place of a layer's forward).
+            does; in mode ``forward`` a layer that is in two blocks, an activation dropout above 0, unless the block has no
+            biases, or a block that gives its activations to a ``torch.autograd.Function`` (kernels that Liger puts in
+            place of a layer's forward).
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:

@@ -191,7 +191,9 @@ def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
                 continue
             first, other = seen.setdefault(id(parameter), (name, module))
             block = mine.get(id(module))
-            if first != name and (other is not module or block is None or not _is_within(name, block.parent, everywhere)):
+            if first != name and (
+                other is not module or block is None or not _is_within(name, block.parent, everywhere)
+            ):
                 raise ValueError(
                     f"{name}.{attribute} and {first}.{attribute} are one parameter: a projection whose rows are masked "
                     "cannot be shared (a whole block can: put the module that holds fc1 and fc2 in both places)"

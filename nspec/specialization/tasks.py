@@ -289,8 +289,8 @@ def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
         shared.missed = True
         how = "though their weights have gradients" if trained else "in so many blocks"
         warnings.warn(
-            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, {how}, "
-            f"the first is {missed[0].qualified_name}. If the model has run, its code reads their weights without calling "
+            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, "
+            f"{how}, the first is {missed[0].qualified_name}. If the model has run, its code reads their weights without calling "
             "them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). "
             "This is said once",
             stacklevel=4,

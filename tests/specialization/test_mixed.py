@@ -181,7 +181,10 @@ def test_rows_that_are_no_multiple_of_the_sentences_are_an_error_that_names_both
             pytest.raises(ValueError, match="3 rows along dimension 0, .* of the 2 sentences"),
         ):
             model(**inputs(3))
-    with nspec.task(model, TASKS, batch_dim=2), pytest.raises(ValueError, match="batch_dim is 2, .* expected batch_dim=0"):
+    with (
+        nspec.task(model, TASKS, batch_dim=2),
+        pytest.raises(ValueError, match="batch_dim is 2, .* expected batch_dim=0"),
+    ):
         model(**inputs(6))
 
 
@@ -375,7 +378,9 @@ def test_xlnet_which_is_time_first_inside(batch_dim: int | None) -> None:
     from transformers import XLNetConfig, XLNetModel
 
     torch.manual_seed(0)
-    model = XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=72, dropout=0.0)).double().eval()
+    model = (
+        XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=72, dropout=0.0)).double().eval()
+    )
     masks = {task: {"layer.0.ff.layer_1": torch.rand(72) < 0.5} for task in "ab"}
     nspec.specialize(model, nspec.NeuronMasks(masks), layers=[("*.ff.layer_1", "*.ff.layer_2")])
     for length in (2, 3, 4):
