@@ -243,7 +243,7 @@ def task(
     Layers that no pass calls, because code reads their weights instead, are warned of once where a block ends (or
     :func:`set_task` is called again): the first in which their weights have gradients, else the eighth. Code that calls a
     layer and reads its weight as well is not seen, but where mode ``forward`` would multiply the activations of a layer by
-    its own weight (tied weights): that is an error.
+    its own weight (tied weights): that is an error where it is not compiled.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -290,9 +290,9 @@ def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
         how = "though their weights have gradients" if trained else "in so many blocks"
         warnings.warn(
             f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, "
-            f"{how}, the first is {missed[0].qualified_name}. If the model has run, its code reads their weights without calling "
-            "them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). "
-            "This is said once",
+            f"{how}, the first is {missed[0].qualified_name}. If the model has run, its code reads their weights "
+            "without calling them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer "
+            "there, fc1(x). This is said once",
             stacklevel=4,
         )
 
