@@ -133,7 +133,7 @@ class TaskBatch:
         """Whether sentences lie along dimension 0 of the input ``x [..., d_in]`` of a layer of which nothing says it.
 
         A second dimension with no multiple of the sentences rules out time first, and so for every later input of the
-        layer. Compiled code is not asked, as each answer would cost a graph.
+        layer. Not for compiled code, where each answer would cost a graph.
 
         Args:
             x: of three dimensions or more.
@@ -143,7 +143,7 @@ class TaskBatch:
         Raises:
             ValueError: they may lie along dimension 1 as well.
         """
-        if layer in settled or torch.compiler.is_compiling() or self.single or not x.numel():
+        if self.single or not x.numel() or layer in settled:
             return
         sentences, (rows, second) = self._order.shape[0], x.shape[:2]
         if second % sentences:
@@ -225,7 +225,7 @@ def check_sentences(x: Tensor, batch: TaskBatch, layer: Any) -> None:
     batch.check(x, name)
     if not layer.flattens:
         batch.check_rows(x, name)
-    if x.dim() > 2 and dim is None and not batch.given:
+    if not torch.compiler.is_compiling() and x.dim() > 2 and dim is None and not batch.given:
         batch.check_dimension(x, name, layer.shared.sentences_first)
 
 
