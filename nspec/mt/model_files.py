@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.files import read_json
+from nspec.specialization.patterns import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,6 +69,8 @@ def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError):  # whose text is the key alone
+            text = f"transformers does not know, or does not find in the files, {text}"
         reason = text.splitlines()[0]
         if "trust_remote_code" in text:
             reason = (
@@ -139,6 +142,7 @@ def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra:
     from transformers import AutoModelForSeq2SeqLM
 
     config = config or load_config(source)
+    _check_activation(config, source)
     with quiet_transformers(), reading("model", source):
         model, found = AutoModelForSeq2SeqLM.from_pretrained(
             source,
@@ -161,6 +165,18 @@ def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra:
     for name in _never_saved(model):  # Marian's positions get no gradient, and several processes would wait for one
         model.get_parameter(name).requires_grad_(False)
     return model
+
+
+def _check_activation(config: PreTrainedConfig, source: Source) -> None:
+    from transformers.activations import ACT2FN
+
+    for option in ("activation_function", "hidden_act", "dense_act_fn"):
+        name = getattr(config, option, None)
+        if isinstance(name, str) and name not in ACT2FN:
+            raise ValueError(
+                f"no model can be loaded from {source}: {option} in config.json is {name!r}, which is no activation "
+                f"function of transformers; {nearest(name, list(ACT2FN))}"
+            )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

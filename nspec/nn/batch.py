@@ -39,17 +39,21 @@ class TaskBatch:
     Args:
         tasks: of each sentence, a name; or None, where the layers know it in a batch.
         batch_dim: the dimension of a layer's input along which sentences lie. There may be ``n * k`` rows for n
-            sentences: those of a sentence follow one another (beams, or a batch flattened to tokens).
+            sentences: those of a sentence follow one another (beams, or a batch flattened to tokens). None: that which
+            a layer knows of itself, else 0.
         flattened: whether the rows of a matrix are the tokens of the batch, equally many of each sentence.
 
     Attributes:
         tasks: the same.
         names: the distinct tasks, in the order in which they appear.
         single: whether there is one only.
+        given: whether ``batch_dim`` was.
     """
 
-    def __init__(self, tasks: Sequence[Any], batch_dim: int = 0, flattened: bool = False) -> None:
-        self.tasks, self.batch_dim, self.flattened = tuple(tasks), batch_dim, flattened
+    def __init__(self, tasks: Sequence[Any], batch_dim: int | None = None, flattened: bool = False) -> None:
+        self.tasks, self.batch_dim, self.flattened = tuple(tasks), batch_dim or 0, flattened
+        self.given = batch_dim is not None
+        self._along: dict[int, TaskBatch] = {}
         self.names = tuple(dict.fromkeys(self.tasks))
         self.single = len(self.names) == 1
         numbers = {name: number for number, name in enumerate(self.names)}
@@ -71,21 +75,31 @@ class TaskBatch:
     def __hash__(self) -> int:
         return hash((self.tasks, self.batch_dim))
 
-    def check(self, x: Tensor) -> int:
-        """Tokens of each sentence in a layer's input ``x [..., d_in]``.
+    def along(self, dim: int | None) -> TaskBatch:
+        """The batch for a layer whose sentences lie along ``dim`` (None: nothing says it); itself where that was given."""
+        if self.given or dim is None or dim == self.batch_dim:
+            return self
+        if dim not in self._along:
+            other = TaskBatch(self.tasks, dim, self.flattened)
+            other.given, other._shapes = False, self._shapes
+            self._along[dim] = other
+        return self._along[dim]
+
+    def check(self, x: Tensor, layer: str = "the layer") -> int:
+        """Tokens of each sentence in the input ``x [..., d_in]`` of a layer, which is named in errors.
 
         Raises:
             ValueError: ``x`` has no dimension ``batch_dim`` before its last, or its rows there are not ``n * k``.
         """
         if self.batch_dim >= x.dim() - 1:
             raise ValueError(
-                f"batch_dim is {self.batch_dim}, but the layer's input has shape {list(x.shape)}: expected a dimension "
+                f"batch_dim is {self.batch_dim}, but the input of {layer} has shape {list(x.shape)}: expected a dimension "
                 "before the last"
             )
         sentences, rows = self._order.shape[0], x.shape[self.batch_dim]
         if rows % sentences:
             raise ValueError(
-                f"the layer's input has {rows} rows along dimension {self.batch_dim}, expected a multiple of the "
+                f"the input of {layer} has {rows} rows along dimension {self.batch_dim}, expected a multiple of the "
                 f"{sentences} sentences whose tasks were given; models that keep time first need batch_dim=1"
             )
         tokens = rows // sentences
@@ -99,7 +113,7 @@ class TaskBatch:
 
         Raises:
             ValueError: ``x`` is a matrix with neither a row for each sentence nor, as far as known, the tokens of the
-                batch; or the sizes say that the model keeps time first.
+                batch.
         """
         sentences, compiling = self._order.shape[0], torch.compiler.is_compiling()  # no number that compiled code fixes
         if x.dim() == 2:
@@ -112,16 +126,34 @@ class TaskBatch:
                     "they are the whole batch, equally many of each sentence; else run one task at a time, or leave the "
                     "layer out of the masks"
                 )
-        elif not compiling and (lead := tuple(x.shape[:-1])) not in self._shapes:
-            self._shapes.add(lead)
-            firsts, seconds = {shape[0] for shape in self._shapes}, {shape[1] for shape in self._shapes}
-            beams = all(first % min(firsts) == 0 for first in firsts)
-            if self.batch_dim == 0 and not beams and len(seconds) == 1 and lead[1] > 1 and lead[1] % sentences == 0:
-                self._shapes.clear()
-                raise ValueError(
-                    f"{layer}: along dimension 0 the layers' inputs differ in size, along dimension 1 they all have "
-                    f"{lead[1]} rows, for {sentences} sentences: the model keeps time first, expected batch_dim=1"
-                )
+        elif not compiling:
+            self._shapes.add(tuple(x.shape[:-1]))
+
+    def check_dimension(self, x: Tensor, layer: str, settled: set[str]) -> None:
+        """Whether sentences lie along dimension 0 of the input ``x [..., d_in]`` of a layer of which nothing says it.
+
+        A second dimension with no multiple of the sentences rules out time first, and so for every later input of the
+        layer. Not for compiled code, where each answer would cost a graph.
+
+        Args:
+            x: of three dimensions or more.
+            layer: its name.
+            settled: the layers of which it is known; this one is added where ``x`` shows it.
+
+        Raises:
+            ValueError: they may lie along dimension 1 as well.
+        """
+        if self.single or not x.numel() or layer in settled:
+            return
+        sentences, (rows, second) = self._order.shape[0], x.shape[:2]
+        if second % sentences:
+            settled.add(layer)
+        elif rows != sentences or second == sentences:
+            raise ValueError(
+                f"{layer} gets an input of shape {list(x.shape)} for {sentences} sentences, which may lie along dimension "
+                "0 (several rows each, as beams) or, where the layer keeps time first, along dimension 1: say which with "
+                "batch_dim=0 or batch_dim=1, as in nspec.task(model, tasks, batch_dim=0)"
+            )
 
     def layout(self, x: Tensor) -> Layout:
         """The order of the tokens of ``x [..., d_in]`` by task, on its device. Computed once per shape.
@@ -171,31 +203,30 @@ class TaskBatch:
         return Layout(order, torch.empty_like(order).scatter_(0, order, places), offsets)
 
 
-def check_sentences(
-    x: Tensor, batch: TaskBatch, layer: str, routed: bool, batch_dim: int | None, flattens: bool
-) -> None:
+def check_sentences(x: Tensor, batch: TaskBatch, layer: Any) -> None:
     """Raises ValueError where the rows of a layer's input ``x`` do not say which sentence they are of.
 
     Args:
         x: ``[..., d_in]``.
         batch: of several tasks.
-        layer: its name, for messages.
-        routed: whether a router chooses its tokens.
-        batch_dim: the dimension of sentences, where the model says it.
-        flattens: whether the model is known to flatten a batch to tokens before the layer.
+        layer: its state: ``name``, ``routed``, ``batch_dim``, ``flattens`` and ``shared``.
     """
-    if routed:
+    name, dim = layer.name, layer.batch_dim
+    if layer.routed:
         raise ValueError(
-            f"{layer} is an expert: the tokens that a router sends it do not say which sentence they are "
+            f"{name} is an expert: the tokens that a router sends it do not say which sentence they are "
             "of. Run one task at a time (nspec.task(model, name)), or leave the experts out of the masks"
         )
-    if batch_dim is not None and x.dim() > 2 and batch.batch_dim != batch_dim:
+    if dim is not None and x.dim() > 2 and batch.batch_dim != dim:
         raise ValueError(
-            f"batch_dim is {batch.batch_dim}, and {layer} says batch_first={batch_dim == 0}: "
-            f"expected batch_dim={batch_dim}"
+            f"batch_dim is {batch.batch_dim}, and {name} says batch_first={dim == 0}: expected batch_dim={dim}, or none, "
+            "with which each layer takes its own"
         )
-    if not flattens:
-        batch.check_rows(x, layer)
+    batch.check(x, name)
+    if not layer.flattens:
+        batch.check_rows(x, name)
+    if not torch.compiler.is_compiling() and x.dim() > 2 and dim is None and not batch.given:
+        batch.check_dimension(x, name, layer.shared.sentences_first)
 
 
 class _Reorder(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from nspec.kernels.gated_activation import gated_activation
 
 from .elementwise import judge
+from .transforms import in_transform
 from .values import Value, as_views, first_of, flattened
 
 _DROPOUT = (F.dropout, torch.dropout)
@@ -23,6 +24,7 @@ _LINEAR = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _SHAPES = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 _PARTS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
+_PRELUS = (torch.prelu, F.prelu, Tensor.prelu)
 _ALIASES = (torch.detach, Tensor.detach)
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -32,6 +34,8 @@ def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     if not args and "input" in kwargs and function in (*_SHAPES, *_PARTS):
         args, kwargs = (kwargs["input"],), {key: one for key, one in kwargs.items() if key != "input"}
     value = args[0] if args else kwargs.get("input")
+    if function in _PRELUS and len(args) + len(kwargs) == 2:
+        return _prelu(*args, **kwargs)
     if function in _DROPOUT or function in _OTHER_DROPOUT:
         return _dropped(function, value, args, kwargs)
     if function in _LINEAR and len(args) == 2 and isinstance(value, Value):
@@ -98,6 +102,24 @@ def elementwise(
         first.active, first.constant, first.pending = result.active, result.constant, None
         return first
     return result
+
+
+def _prelu(input: Any, weight: Any) -> Value:
+    if not isinstance(input, Value) or not isinstance(weight, Tensor):
+        first_of((input, weight)).refuse("it calls prelu with them as weights")
+    if weight.numel() != 1:
+        raise ValueError(
+            f"{input.fc1.qualified_name}: PReLU has {weight.numel()} parameters there, and a tensor with a number for each "
+            "neuron cannot be told from one that mixes neurons, of which mode 'forward' has the active ones alone: take "
+            "nn.PReLU() with its one parameter, use mode='update', or leave the block out of the masks"
+        )
+    found: Value = elementwise(_leaky, (input, weight.reshape(())), {}, "prelu")
+    return found
+
+
+def _leaky(z: Tensor, slope: Tensor) -> Tensor:
+    """PReLU, whose own operator looks at dimensions."""
+    return torch.where(z > 0, z, slope * z)
 
 
 def _of_one_pass(one: Value, other: Value) -> bool:
@@ -191,8 +213,26 @@ def linear(h: Any, weight: Any, bias: Any = None) -> Tensor:
         first_of((h, weight, bias)).refuse("it calls linear with them as weights")
     if weight.dim() != 2 or weight.shape[1] != h.width:
         h.refuse(f"it calls linear with a weight of shape {list(weight.shape)}, expected [d_out, {h.width}]")
+    if _is_of_fc1(weight, h):
+        name = h.fc1.qualified_name
+        raise ValueError(
+            f"{name}: its activations are multiplied by {name}.weight again (tied, as in F.linear(h, fc1.weight.t())), "
+            "which is dense where it is read and masked where fc1 is called: give fc2 a weight of its own, or leave the "
+            "block out of the masks"
+        )
     y: Tensor = h.fc1.block(h, weight, bias)
     return y
+
+
+def _is_of_fc1(weight: Tensor, h: Value) -> bool:
+    """Whether it is the weight of the layer that gave the activations, or a view of all of it."""
+    if torch.compiler.is_compiling() or in_transform() or not weight.numel() or weight.is_meta:
+        return False
+    own = [h.inputs[1], h.fc1._parameters.get("weight")]
+    try:
+        return any(one is not None and one.numel() and one.data_ptr() == weight.data_ptr() for one in own)
+    except RuntimeError:  # of tensors without a place in memory
+        return False
 
 
 def _product(h: Value, other: Any) -> Tensor:

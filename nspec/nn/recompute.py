@@ -42,8 +42,8 @@ class ForwardPasses:
     def __reduce__(self) -> Any:
         return ForwardPasses, ()
 
-    def recomputed(self) -> Use:
-        """What the forward pass used that is computed again now.
+    def recomputed(self, layer: str = "a specialised layer") -> Use:
+        """What the forward pass of a layer, which errors name, used that is computed again now.
 
         Raises:
             RuntimeError: there are several of different neurons, or none is known.
@@ -58,14 +58,15 @@ class ForwardPasses:
             found, self._recomputed = self._unmarked, True
         if not found:
             raise RuntimeError(
-                "a specialised layer runs inside a backward pass, and no forward pass under torch.utils.checkpoint is "
-                "known that this computes again: set the task there (with nspec.task inside the function, or "
-                "context_fn=nspec.checkpoint_contexts(model))"
+                f"{layer} runs inside a backward pass, and which of its forward passes that computes again is not known (a "
+                "reversible model does so, or a function of its own that computes a forward pass again): set the task "
+                "there, with nspec.task inside that function; or switch it off and use torch.utils.checkpoint with "
+                "context_fn=nspec.checkpoint_contexts(model)"
             )
         if not all(_same(use, found[0]) for use in found):
             raise RuntimeError(
-                "activation checkpointing computes a specialised layer again, and this backward pass holds forward "
-                "passes of several tasks: run a backward pass for each task, or give the checkpoint "
+                f"{layer} is computed again (activation checkpointing), and this backward pass holds forward passes of "
+                "several tasks: run a backward pass for each task, or give torch.utils.checkpoint "
                 "context_fn=nspec.checkpoint_contexts(model)"
             )
         return found[0]

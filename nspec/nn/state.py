@@ -78,7 +78,7 @@ class LayerState:
         if not torch.compiler.is_compiling():
             running = backward_pass()
             if running >= 0 and running != self.set_in:
-                return self.passes.recomputed()
+                return self.passes.recomputed(getattr(self, "name", "a specialised layer"))
         return self.use, self.batch
 
     def note(self, use: Use, *tensors: Any) -> tuple[Any, ...]:

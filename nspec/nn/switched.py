@@ -101,6 +101,25 @@ def fetches_ahead() -> bool:
     return frame is not None
 
 
+class _Traced:
+    """How often a specialised layer was compiled, in this process."""
+
+    calls = 0
+
+
+traced = _Traced()
+
+
+def note_traced() -> bool:
+    """Notes that a specialised layer is compiled; compiled code does not tell when it runs."""
+    traced.calls += 1
+    return True
+
+
+# It runs while the graph is made, as with torch.compiler.assume_constant_result, which would load the compiler.
+note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Shared:
     """What the specialised layers of a model have in common.
 
@@ -108,14 +127,18 @@ class Shared:
         told: whether somebody was warned that a training pass has no task.
         hooked: whether somebody was warned that hooks do not get activations.
         called: the names of the layers that ran, outside of compiled code.
-        ended: how many ``nspec.task`` blocks ended; ``missed`` whether somebody was warned of layers that never ran.
+        sentences_first: the names of the layers whose inputs have shown that sentences lie along their first dimension.
+        ended: how many ``nspec.task`` blocks ended, and switches by ``set_task``; ``missed`` whether somebody was warned of
+            layers that never ran.
+        traced: how often specialised layers of any model had been compiled before.
         switches: how often the layers were switched, and ``by`` the thread that did so last.
     """
 
     def __init__(self) -> None:
         self.told, self.hooked, self.missed, self.switches, self.by = False, False, False, 0, 0
         self.called: set[str] = set()
-        self.ended = 0
+        self.sentences_first: set[str] = set()
+        self.ended, self.traced = 0, traced.calls
 
 
 def count_switch(layers: Iterable[TaskSwitched]) -> None:
@@ -173,6 +196,7 @@ class TaskSwitched:
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to a task, or to the task of each sentence of a batch; None switches off what depends on it."""
         if isinstance(task, TaskBatch):
+            task = task.along(getattr(self._nspec, "batch_dim", None))
             self.switch(SwitchedTo(task.tasks, self.use_of(task.names), task, backward_pass()))
         else:
             self.switch(SwitchedTo(task, None if task is None else self.use_of((task,)), None, backward_pass()))

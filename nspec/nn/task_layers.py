@@ -13,7 +13,7 @@ from .batch import check_sentences
 from .masked_linear import Masked, MaskedLinear, Mode, NeuronState
 from .packed import PackedWeights
 from .recompute import Use, backward_pass
-from .switched import Shared, TaskSwitched
+from .switched import Shared, TaskSwitched, note_traced
 
 _STACKS = 16  # sets of several tasks kept for each layer; a training that mixes tasks comes back to the same ones
 
@@ -130,11 +130,12 @@ class TaskLayer(Masked, TaskSwitched):
 
     def _begin(self, x: Tensor) -> Use:
         self.check_thread()
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_traced()
+        else:
             self._nspec.shared.called.add(self._nspec.name)
         if self._nspec.batch is not None:
-            kept = self._nspec
-            check_sentences(x, self._nspec.batch, kept.name, kept.routed, kept.batch_dim, kept.flattens)
+            check_sentences(x, self._nspec.batch, self._nspec)
         use = super()._begin(x)
         if use[0] is None and not torch.compiler.is_compiling() and self._trains_untold():
             self._nspec.shared.told = True

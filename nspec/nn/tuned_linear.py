@@ -174,8 +174,7 @@ class TunedLayer(TaskSwitched):
         kept = self._nspec
         use, batch = kept.current()
         if batch is not None:
-            batch.check(x)
-            check_sentences(x, batch, kept.name, kept.routed, kept.batch_dim, kept.flattens)
+            check_sentences(x, batch, kept)
         elif use is None and not torch.compiler.is_compiling() and self._trains_untold():
             kept.shared.told = True
             warnings.warn(

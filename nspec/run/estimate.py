@@ -2,7 +2,7 @@
 
 What is known is the work of each stage: micro-batches and optimiser steps of trainings, sentences of validation, profiling
 and translation. Its speed is measured once before the dense model is trained; every finished stage corrects those of its
-kind that are to come.
+kind that are to come: a long one by its ratio, a short one by the seconds that it took beyond its work, such as loading.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MICRO_BATCHES = 3  # that are timed, after one that warms up
 _SENTENCES = 64  # that are translated once
 _FORWARD = 1 / 3  # of a training step's time: no backward pass, which costs twice as much
+_SHORT = 5.0  # seconds of work: what shorter stages take beyond it is loading, and says nothing of the machine's speed
 _SCORE, _REPORT = 0.2, 8.0  # seconds of scoring a direction, and of the page
 
 
@@ -49,32 +50,37 @@ class Speed:
 
 @dataclass
 class Estimate:
-    """Seconds that the stages of a run will take, corrected by those that have ended.
+    """Seconds that the stages of a run will take, corrected by those of their kind that have ended.
+
+    Stages of the rest (profiling, scoring, ...) have nothing in common and correct their like alone.
 
     Args:
         expected: seconds of each stage to come, in order.
     """
 
     expected: dict[str, float]
-    _measured: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by kind: expected, taken
+    _measured: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # expected, taken
 
     def done(self, stage: str, seconds: float) -> None:
         """Notes how long a stage took."""
         expected = self.expected.pop(stage, None)
         if expected:
-            self._measured.setdefault(_kind(stage), []).append((expected, seconds))
+            self._measured.setdefault(_pace(stage), []).append((expected, seconds))
 
     def left(self, kind: str = "") -> float:
         """Seconds that the stages to come (of one kind) will take."""
         return sum(
-            seconds * self._factor(_kind(stage))
+            self._corrected(seconds, _pace(stage))
             for stage, seconds in self.expected.items()
             if not kind or _kind(stage) == kind
         )
 
-    def _factor(self, kind: str) -> float:
-        past = self._measured.get(kind, [])
-        return sum(taken for _, taken in past) / sum(expected for expected, _ in past) if past else 1.0
+    def _corrected(self, seconds: float, pace: str) -> float:
+        past = self._measured.get(pace, [])
+        long = [(expected, taken) for expected, taken in past if expected >= _SHORT]
+        beyond = [max(0.0, taken - expected) for expected, taken in past if expected < _SHORT]
+        ratio = sum(taken for _, taken in long) / sum(expected for expected, _ in long) if long else 1.0
+        return seconds * ratio + (statistics.mean(beyond) if beyond else 0.0)
 
     def __str__(self) -> str:
         parts = {kind: self.left(kind) for kind in ("training", "translation", "the rest")}
@@ -85,6 +91,12 @@ class Estimate:
 def _kind(stage: str) -> str:
     verb = stage.partition(":")[0]
     return {"train": "training", "specialize": "training", "evaluate": "translation"}.get(verb, "the rest")
+
+
+def _pace(stage: str) -> str:
+    """Which stages are as fast as one another."""
+    kind = _kind(stage)
+    return stage.partition(":")[0] if kind == "the rest" else kind
 
 
 def estimate(config: Config, data: PreparedData, stages: Iterable[str], speed: Speed, processes: int = 1) -> Estimate:

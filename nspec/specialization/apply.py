@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,9 @@ def specialize(
     Raises:
         ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
             names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
-            does; in mode ``forward`` an activation dropout above 0, unless the block has no biases, or a block that gives
-            its activations to a ``torch.autograd.Function`` (kernels that Liger puts in place of a layer's forward).
+            does; in mode ``forward`` a layer that is in two blocks, an activation dropout above 0, unless the block has no
+            biases, or a block that gives its activations to a ``torch.autograd.Function`` (kernels that Liger puts in
+            place of a layer's forward).
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -94,6 +95,8 @@ def specialize(
     known = {block.name: block for block in find_blocks(model, layers)}
     masks = fitting(model, masks, known)
     blocks = [known[layer] for layer in masks.layers]
+    if mode == "forward":
+        _check_apart(blocks)
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
         for layer in projections(block):
@@ -121,7 +124,7 @@ def specialize(
                 shared=shared,
                 first=first is None and block is blocks[0],
                 routed=is_routed(model, block.name),
-                batch_dim=batch_dim_of(block),
+                batch_dim=batch_dim_of(model, block),
                 flattens=flattens(block),
                 with_layer=first,
             )
@@ -129,6 +132,18 @@ def specialize(
             rebind(layer)
             remember_place(model, layer.qualified_name)
     return model
+
+
+def _check_apart(blocks: Sequence[FeedForward]) -> None:
+    """Raises ValueError where a layer is the last of one block and a projection of another: it gets no tensor then."""
+    last = {id(block.fc2): block for block in blocks}
+    for block in blocks:
+        if (before := next((last[id(layer)] for layer in projections(block) if id(layer) in last), None)) is not None:
+            raise ValueError(
+                f"{block.name} is in two blocks, as fc2 of that of {before.name} and as a projection of its own, and mode "
+                f"'forward' computes each block as one: leave one of them out (masks.only([{before.name!r}, ...])), or use "
+                "mode='update'"
+            )
 
 
 def change(module: nn.Module, name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,14 @@ _ACTIVATIONS = (
     *("gelu_impl", "activation_func_impl", "ffn_act"),
 )
 _ROUTERS = ("router", "gate", "gating", "gate_network", "wg", "switch")
-_TIME_FIRST = ("transformers.models.fsmt.", "fairseq.modules.")  # layers that do not say so themselves
+# Layers that keep time first, and do not say so themselves, by module and class.
+_TIME_FIRST = (
+    *("transformers.models.fsmt.", "transformers.models.xlnet.", "fairseq.modules."),
+    "transformers.models.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer",
+    "transformers.models.oneformer.modeling_oneformer.OneFormerTransformerDecoder",
+    "transformers.models.bridgetower.modeling_bridgetower.BridgeTowerResidualAttention",
+)
+_BATCH_FIRST = "transformers.models."  # all others there
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MIXING = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)  # or of another width
 
@@ -73,7 +80,8 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
             ``("*.intermediate.dense", "*.output.dense")``. None: all blocks whose linear layers (``nn.Linear`` and its
             subclasses, ``Conv1D`` of Transformers) have names in ``PLAIN_NAMES``, ``FUSED_NAMES`` or ``GATED_NAMES``, and
             ``nn.Sequential`` runs of Linear, an elementwise activation, (Dropout,) Linear; of those blocks the ones that
-            give back the width that they get, as classifiers do not.
+            give back the width that they get, as classifiers do not. A block that is in several places is taken once, by
+            its first name.
 
     Raises:
         ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
@@ -172,14 +180,29 @@ def _is_elementwise(module: nn.Module) -> bool:
 
 
 def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
-    mine = {id(layer.weight) for block in blocks for layer in (block.fc1, block.up) if layer is not None}
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in mine and id(parameter) in seen:
-            raise ValueError(
-                f"{name} and {seen[id(parameter)]} are one parameter: a projection whose rows are masked cannot be shared"
-            )
-        seen[id(parameter)] = name
+    """Raises ValueError where a projection is part of something else too; a whole block may be in several places."""
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    mine = {id(layer): block for block in blocks for layer in (block.fc1, block.up) if layer is not None}
+    weights = {id(layer.weight) for block in blocks for layer in (block.fc1, block.up) if layer is not None}
+    seen: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in everywhere.items():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) not in weights:
+                continue
+            first, other = seen.setdefault(id(parameter), (name, module))
+            block = mine.get(id(module))
+            if first != name and (
+                other is not module or block is None or not _is_within(name, block.parent, everywhere)
+            ):
+                raise ValueError(
+                    f"{name}.{attribute} and {first}.{attribute} are one parameter: a projection whose rows are masked "
+                    "cannot be shared (a whole block can: put the module that holds fc1 and fc2 in both places)"
+                )
+
+
+def _is_within(name: str, parent: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    parts = name.split(".")
+    return any(modules[".".join(parts[:end])] is parent for end in range(len(parts)))
 
 
 def computes_linear(module: nn.Module) -> str | None:
@@ -318,13 +341,23 @@ def without_fast_path(model: nn.Module, blocks: Sequence[FeedForward]) -> Iterat
             setattr(module, name, before)
 
 
-def batch_dim_of(block: FeedForward) -> int | None:
-    """The dimension of sentences in the layer's input, where the module around it says so (``batch_first``)."""
-    if type(block.parent).__module__.startswith(_TIME_FIRST):
+def batch_dim_of(model: nn.Module, block: FeedForward) -> int | None:
+    """The dimension of sentences in the layer's input, where that is known; None elsewhere.
+
+    It is by the class of the module that computes the block or of the one around that, or where an attention beside the
+    block says so (``batch_first``).
+    """
+    holder = model.get_submodule(block.name.rpartition(".")[0])
+    path = next((name for name, module in model.named_modules() if module is block.parent), "")
+    around = [holder, block.parent, *([model.get_submodule(path.rpartition(".")[0])] if path else [])]
+    kinds = [f"{type(module).__module__}.{type(module).__qualname__}" for module in around]
+    if any(kind.startswith(_TIME_FIRST) for kind in kinds):
         return 1
-    attention = getattr(block.parent, "self_attn", None)
-    batch_first = getattr(attention, "batch_first", None) if isinstance(attention, nn.MultiheadAttention) else None
-    return None if batch_first is None else 0 if batch_first else 1
+    for module in around:
+        said = {child.batch_first for child in module.children() if isinstance(child, nn.MultiheadAttention)}
+        if len(said) == 1:
+            return 0 if said.pop() else 1
+    return 0 if any(kind.startswith(_BATCH_FIRST) for kind in kinds) else None
 
 
 def flattens(block: FeedForward) -> bool:

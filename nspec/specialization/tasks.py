@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
 from nspec.nn.state import Around
-from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead
+from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead, traced
 from nspec.nn.task_layers import TaskLayer
 
 from .layers import nearest
@@ -79,7 +78,7 @@ def set_task(
     model: nn.Module,
     task: str | int | Sequence[str | int | None] | Tensor | None,
     *,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     flattened: bool = False,
 ) -> None:
     """Switches the model to the neurons of ``task``, or of the task of each sentence; None computes the dense model.
@@ -95,7 +94,9 @@ def set_task(
             then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a router
             chooses (experts) take one task at a time. Numbers that are on a device are waited for.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
-            time first.
+            time first. None: each layer's own, where its class or the ``batch_first`` of an attention beside it says it
+            (models of Transformers do, XLNet and Mask2Former among them), else 0, and an input that may be time first as
+            well is an error (but in compiled code, which is not asked: give it there).
         flattened: with a sequence, whether layers whose input is a matrix ``[tokens, d_in]`` get the tokens of the whole
             batch there, equally many of each sentence, one sentence after another. OPT does, and is known to; else such a
             layer is an error unless it has a row for each sentence, or as many as a layer before it had tokens.
@@ -118,6 +119,8 @@ def set_task(
     layers = specialized_layers(model)
     switch = check_task(task, layers, batch_dim, flattened)
     refuse_other_threads(layers)
+    if any(layer.task is not None for layer in layers):
+        _tell_uncalled(layers)
     count_switch(layers)
     for layer in layers:
         layer.set_task(switch)
@@ -150,7 +153,7 @@ def _shown(layer: TaskSwitched) -> str:
 
 
 def check_task(
-    task: Any, layers: Sequence[TaskSwitched], batch_dim: int = 0, flattened: bool = False
+    task: Any, layers: Sequence[TaskSwitched], batch_dim: int | None = None, flattened: bool = False
 ) -> str | TaskBatch | None:
     """What layers are switched to: the task as given, or the batch of a sequence. Raises as :func:`set_task` does."""
     if hasattr(task, "tolist"):  # a tensor or an array
@@ -167,7 +170,7 @@ def check_task(
         raise ValueError("a task is given by its number, and layers of the model count them differently: give its name")
     if not names:
         raise ValueError("the list of tasks is empty, expected the task of each sentence")
-    if not one:
+    if not one and batch_dim is not None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim is {batch_dim!r}, expected a whole number")
         if batch_dim < 0:
@@ -222,7 +225,7 @@ def task(
     model: nn.Module,
     name: str | int | Sequence[str | int | None] | Tensor | None,
     *,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     flattened: bool = False,
 ) -> Iterator[None]:
     """Within the block the model is switched to task ``name``; after it, to what it was before.
@@ -237,7 +240,10 @@ def task(
     RuntimeError. A server holds a lock around the block, runs the requests of several tasks as one batch, or gives each
     task a model (``nspec.merge``).
 
-    Layers that no pass calls, because code reads their weights instead, are warned of once when a block ends.
+    Layers that no pass calls, because code reads their weights instead, are warned of once where a block ends (or
+    :func:`set_task` is called again): the first in which their weights have gradients, else the eighth. Code that calls a
+    layer and reads its weight as well is not seen, but where mode ``forward`` would multiply the activations of a layer by
+    its own weight (tied weights): that is an error where it is not compiled.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -266,25 +272,34 @@ def task(
 def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
     """Warns once of layers that never run: code that reads their weight instead computes the dense layer.
 
-    After some blocks, as a block may run no model, and a pass may leave layers out. Compiled code does not tell which of
-    them run, and a router need not choose each expert.
+    At once where a weight has a gradient; else after some blocks, as a block may run no model, and a pass may leave layers
+    out. Compiled layers do not tell when they run, and a router need not choose each expert.
     """
     known = [layer for layer in layers if isinstance(layer, TaskLayer)]  # those that are specialised still
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    if not known or (dynamo is not None and dynamo.counters.get("frames")):
+    if not known:
         return
-    names = [layer.qualified_name for layer in known if not (layer._nspec.routed or _has_run(layer))]
     shared = known[0]._nspec.shared
     shared.ended += 1
-    if names and not shared.missed and shared.ended >= _PASSES:
+    if shared.missed or shared.traced != traced.calls:
+        return
+    unrun = [layer for layer in known if not (layer._nspec.routed or _has_run(layer))]
+    trained = [layer for layer in unrun if _gradient(layer) is not None]
+    missed = unrun if shared.ended >= _PASSES else trained
+    if missed:
         shared.missed = True
+        how = "though their weights have gradients" if trained else "in so many blocks"
         warnings.warn(
-            f"{len(names)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, the "
-            f"first is {names[0]}. If the model has run, its code reads their weights without calling them, as in "
-            "F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer there, fc1(x). This is said "
-            "once",
+            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, "
+            f"{how}, the first is {missed[0].qualified_name}. If the model has run, its code reads their weights "
+            "without calling them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer "
+            "there, fc1(x). This is said once",
             stacklevel=4,
         )
+
+
+def _gradient(layer: TaskLayer) -> Tensor | None:
+    weight = layer._parameters.get("weight")
+    return None if weight is None else weight.grad
 
 
 def _has_run(layer: TaskLayer) -> bool:

@@ -142,7 +142,7 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
             rebind(layer)
             kept = turned._nspec
             kept.first, first = first, False
-            kept.routed, kept.batch_dim = is_routed(model, block.name), batch_dim_of(block)
+            kept.routed, kept.batch_dim = is_routed(model, block.name), batch_dim_of(model, block)
             kept.flattens = flattens(block)
             remember_place(model, turned.qualified_name)
         if around is not None:

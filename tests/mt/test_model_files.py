@@ -94,6 +94,13 @@ def test_a_folder_that_is_not_there_is_said_to_be_that(place: Any) -> None:
             load(place)
 
 
+def test_an_unknown_activation_function_is_named(folder: Path) -> None:
+    change_json(folder / "config.json", activation_function="rellu")
+    with pytest.raises(ValueError, match="activation_function in config.json is 'rellu', .* relu") as caught:
+        load_system(folder)
+    assert str(folder) in str(caught.value)
+
+
 def test_a_configuration_with_one_more_layer_is_an_error(folder: Path) -> None:
     change_json(folder / "config.json", encoder_layers=2)
     with pytest.raises(ValueError, match=r"lacks model.encoder.layers.1\..* and 13 more"):

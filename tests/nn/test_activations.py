@@ -338,6 +338,8 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
     "mish": F.mish,
     "hardswish": F.hardswish,
     "leaky": lambda h: F.leaky_relu(h, 0.1),
+    "prelu": nn.PReLU(),  # its parameter gets a gradient too, from the constants as well
+    "prelu of both signs": lambda h: torch.prelu(h, torch.full((1,), -0.5).double()),
     "log of a sigmoid": F.logsigmoid,
     "reflected operators": lambda h: 1 - 2 / (2 + h * h) + 2**h,
     "a threshold": lambda h: h * (h > 0.5),
@@ -357,6 +359,25 @@ def test_elementwise_functions_are_exact_with_every_gradient(what: str, bias: bo
     ours, theirs = both(ELEMENTWISE[what], bias)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tasks", ["a", ["a", None, "a"]])
+def test_prelu_with_a_parameter_of_each_neuron_is_refused_with_its_reason_and_one_is_not(tasks: Any) -> None:
+    x = torch.randn(3, 5, 8).double()
+    for parameters in (1, 5):
+        model, active = Block(nn.PReLU(parameters)).double(), torch.arange(64) % 3 == 0
+        masked = lambda some, model=model, active=active: model.fc2(
+            model._between(F.linear(x[some : some + 1], model.fc1.weight * active[:, None], model.fc1.bias))
+        )
+        want = torch.cat([masked(0), model(x[1:2]) if tasks != "a" else masked(1), masked(2)])
+        nspec.specialize(model, nspec.NeuronMasks({"a": {"fc1": active}}))
+        for grad in (True, False):
+            with nspec.task(model, tasks), torch.set_grad_enabled(grad):
+                if parameters == 1:
+                    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-12)
+                else:
+                    with pytest.raises(ValueError, match="^fc1: PReLU has 5 parameters .* take nn.PReLU"):
+                        model(x)
 
 
 def test_padding_columns_stay_out_of_every_gradient() -> None:

@@ -35,6 +35,18 @@ def test_stages_that_have_ended_correct_those_of_their_kind() -> None:
     assert "about 1 min 51 s (training 1 min 40 s, translation 10.0 s, the rest 1.0 s)" in str(found)
 
 
+def test_a_stage_with_hardly_any_work_tells_what_loading_costs_and_scales_nothing() -> None:
+    later = {"specialize:a": 100.0, "evaluate:dense": 10.0, "evaluate:a": 0.001, "score:dense": 1.0, "report": 8.0}
+    found = Estimate({"train": 0.01, "profile": 0.002} | later)
+    found.done("train", 4.01)
+    found.done("profile", 3.0)
+    assert found.left() == pytest.approx(sum(later.values()) + 4.0)  # the other training loads as well
+    found.done("evaluate:a", 2.001)
+    assert found.left("translation") == pytest.approx(12.0)
+    found.done("specialize:a", 1.0)
+    assert found.left("the rest") == 9.0
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_measuring_leaves_no_trace_in_random_numbers(toy: Toy) -> None:
     torch.manual_seed(3)

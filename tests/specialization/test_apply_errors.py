@@ -161,3 +161,17 @@ def test_masks_of_a_plain_model_fit_one_with_wrappers_around_it_and_the_other_wa
             torch.testing.assert_close(model(**x).logits, want)
     inner = nspec.specialize(m2m100().model, masks)
     assert inner.encoder.layers[0].fc1.qualified_name == "encoder.layers.0.fc1"
+
+
+def test_a_layer_in_two_blocks_is_refused_by_name_in_mode_forward() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    layers = [("0", "2"), ("2", "4")]
+    masks = nspec.NeuronMasks({"a": {name: torch.arange(8) < 3 for name in "02"}})
+    with pytest.raises(ValueError, match="^2 is in two blocks, as fc2 of that of 0 .* use mode='update'"):
+        nspec.specialize(model, masks, layers=layers)
+    assert type(model[0]) is nn.Linear
+    nspec.specialize(model, masks, "update", layers=layers)
+    nspec.despecialize(model)
+    nspec.specialize(model, masks.only(["0"]), layers=layers)
+    with nspec.task(model, "a"):
+        model(torch.randn(2, 4))

@@ -36,7 +36,7 @@ def specialised(mode: str) -> nn.Sequential:
 
 def results(run: Any, model: nn.Module, switch: Any, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
-    with nspec.task(model, switch):
+    with nspec.task(model, switch, batch_dim=0):
         y = run(x)
         return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 

@@ -149,6 +149,27 @@ def test_a_shared_first_layer_is_an_error() -> None:
         find_blocks(gated)
 
 
+def test_a_layer_of_two_different_blocks_is_an_error_and_a_block_in_two_places_is_taken_once() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([Block(fc1=(4, 8), fc2=(8, 4)) for _ in range(2)])
+    model[1].fc1 = model[0].fc1
+    with pytest.raises(ValueError, match=r"1.fc1.weight and 0.fc1.weight are one parameter: .* \(a whole block can"):
+        find_blocks(model)
+    block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    model = nn.Sequential(nn.ModuleDict({"ffn": block})["ffn"], nn.Sequential(block)).double()
+    assert named(find_blocks(model)) == ["0.0"]
+    active, x = torch.arange(8) < 3, torch.randn(3, 4).double()
+    masked = lambda x: block[2](block[1](nn.functional.linear(x, block[0].weight * active[:, None], block[0].bias)))
+    want = masked(masked(x))
+    wanted = torch.autograd.grad(want.sum(), [*block.parameters()])
+    nspec.specialize(model, nspec.NeuronMasks({"a": {"0.0": active}}))
+    with nspec.task(model, "a"):
+        y = model(x)
+        found = torch.autograd.grad(y.sum(), [*block.parameters()])
+    for ours, theirs in zip((y, *found), (want, *wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 class Same(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight.T + (0 if self.bias is None else self.bias)

@@ -12,6 +12,7 @@ from models import batch, m2m100, masks_for
 from torch import Tensor, nn
 
 import nspec
+from nspec.specialization.layers import batch_dim_of, find_blocks
 
 TASKS = ["en-fr", "en-de", "en-fr", "de-en", "en-de", "en-fr"]
 SORTED = ["de-en", "de-en", "en-fr", "en-de"]
@@ -150,7 +151,10 @@ def test_models_that_keep_time_first_give_the_dimension_of_the_sentences(mode: s
             torch.testing.assert_close(model(x), y)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-10)
-    with nspec.task(model, TASKS), pytest.raises(ValueError, match="says batch_first=False: expected batch_dim=1"):
+    with nspec.task(model, TASKS):  # the layer says it
+        torch.testing.assert_close(model(x), y)
+    wrong = pytest.raises(ValueError, match="says batch_first=False: expected batch_dim=1")
+    with nspec.task(model, TASKS, batch_dim=0), wrong:
         model(x)
 
 
@@ -177,7 +181,10 @@ def test_rows_that_are_no_multiple_of_the_sentences_are_an_error_that_names_both
             pytest.raises(ValueError, match="3 rows along dimension 0, .* of the 2 sentences"),
         ):
             model(**inputs(3))
-    with nspec.task(model, TASKS, batch_dim=2), pytest.raises(ValueError, match="batch_dim is 2, .* before the last"):
+    with (
+        nspec.task(model, TASKS, batch_dim=2),
+        pytest.raises(ValueError, match="batch_dim is 2, .* expected batch_dim=0"),
+    ):
         model(**inputs(6))
 
 
@@ -348,16 +355,64 @@ def test_layers_that_say_that_time_is_first_need_batch_dim_1_and_others_0(mode: 
 
 
 @BOTH
-def test_sizes_that_only_time_first_explains_are_an_error(mode: str) -> None:
-    """Encoder and decoder inputs [time, 2, d] with a multiple of 2 in both places."""
-    model = nn.ModuleList([nn.Sequential(nn.Linear(8, 72), nn.ReLU(), nn.Linear(72, 8)) for _ in range(2)])
+def test_an_input_that_may_be_time_first_is_an_error_until_the_layer_is_known(mode: str) -> None:
+    make = lambda: nn.Sequential(nn.Linear(8, 72), nn.ReLU(), nn.Linear(72, 8))
+    model = nn.ModuleList([make(), make()])
     nspec.specialize(model, masks_for(model, ("a", "b")), mode=mode)
+    either = lambda: pytest.raises(ValueError, match=r"^1.0 gets .* may lie along dimension 0 .* or batch_dim=1")
+    for shape in ((6, 2, 8), (2, 2, 8), (4, 6, 8)):
+        for options in ({}, {"flattened": True}):
+            with nspec.task(model, ["a", "b"], **options), either():
+                model[1](torch.randn(shape))
+        nspec.set_task(model, ["a", "b"], batch_dim=1)
+        model[1](torch.randn(shape))
     with nspec.task(model, ["a", "b"]):
-        model[0](torch.randn(6, 2, 8))
-        with pytest.raises(ValueError, match=r"^1.0: .* the model keeps time first, expected batch_dim=1"):
-            model[1](torch.randn(4, 2, 8))
-    with nspec.task(model, ["a", "b"]):  # beams: sentences along dimension 0 all the same
-        model[0](torch.randn(2, 6, 8)), model[1](torch.randn(8, 1, 8)), model[1](torch.randn(8, 1, 8))
+        model[0](torch.randn(2, 6, 8)), model[1](torch.randn(8, 1, 8))  # beams
+        model[1](torch.randn(4, 2, 8))  # which the step before has shown
+        with pytest.raises(ValueError, match="^0.0 gets"):
+            model[0](torch.randn(4, 2, 8))  # of another layer
+
+
+@pytest.mark.parametrize("batch_dim", [None, 1])
+def test_xlnet_which_is_time_first_inside(batch_dim: int | None) -> None:
+    from transformers import XLNetConfig, XLNetModel
+
+    torch.manual_seed(0)
+    model = (
+        XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=72, dropout=0.0)).double().eval()
+    )
+    masks = {task: {"layer.0.ff.layer_1": torch.rand(72) < 0.5} for task in "ab"}
+    nspec.specialize(model, nspec.NeuronMasks(masks), layers=[("*.ff.layer_1", "*.ff.layer_2")])
+    for length in (2, 3, 4):
+        ids = torch.randint(9, (2, length))
+        options = {} if batch_dim is None else {"batch_dim": batch_dim}
+        with nspec.task(model, ["a", "b"], **options):
+            mixed = model(ids)[0]
+        for sentence, task in enumerate("ab"):
+            with nspec.task(model, task):
+                torch.testing.assert_close(mixed[sentence], model(ids)[0][sentence])
+    with nspec.task(model, ["a", "b"], batch_dim=0), pytest.raises(ValueError, match="layer_1 says batch_first=False"):
+        model(ids)
+
+
+def test_decoders_of_queries_are_time_first_in_models_that_are_not() -> None:
+    from transformers import Mask2FormerConfig, OneFormerConfig
+    from transformers.models.mask2former import modeling_mask2former as mask2former
+    from transformers.models.oneformer import modeling_oneformer as oneformer
+
+    sizes = {"hidden_dim": 8, "encoder_feedforward_dim": 72, "dim_feedforward": 72, "num_attention_heads": 2}
+    config = Mask2FormerConfig(feature_size=8, mask_feature_size=8, **sizes)
+    model = nn.ModuleList(
+        [
+            mask2former.Mask2FormerMaskedAttentionDecoderLayer(config),
+            oneformer.OneFormerTransformerDecoderFFNLayer(8, 72),
+            oneformer.OneFormerTransformerDecoderQueryTransformerDecoderLayer(8, 2, 72),
+            oneformer.OneFormerTextTransformerLayer(8, 2, None),
+            mask2former.Mask2FormerPixelDecoderEncoderLayer(config),
+            oneformer.OneFormerPixelDecoderEncoderLayer(OneFormerConfig(conv_dim=8, encoder_feedforward_dim=72)),
+        ]
+    )
+    assert [batch_dim_of(model, block) for block in find_blocks(model)] == [1, 1, 1, 1, 0, 0]
 
 
 def test_matrices_are_taken_where_their_rows_are_known() -> None:

@@ -199,21 +199,65 @@ class ReadsWeights(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("calls", "after"), [((False, False), 8), ((True, False), 8), ((True, True), None)])
+def reading(*calls: bool) -> nn.Module:
+    masks = {f"blocks.{i}.fc1": torch.arange(40) < 20 for i in range(len(calls))}
+    return nspec.specialize(ReadsWeights(*calls), nspec.NeuronMasks({"a": masks}))
+
+
+def uncalled(warned: pytest.WarningsRecorder) -> list[str]:
+    return [str(one.message) for one in warned if "were never called" in str(one.message)]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("calls", [(False, False), (True, False), (True, True)])
 def test_layers_whose_weight_is_read_instead_of_calling_them_are_warned_of_once(
-    calls: tuple[bool, ...], after: int | None, recwarn: pytest.WarningsRecorder
+    calls: tuple[bool, ...], trains: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    torch._dynamo.utils.counters.clear()
-    model = ReadsWeights(*calls)
-    masks = {f"blocks.{i}.fc1": torch.arange(40) < 20 for i in range(2)}
-    nspec.specialize(model, nspec.NeuronMasks({"a": masks}))
-    first = None
+    """In the first block with gradients, else in the eighth."""
+    model, first = reading(*calls), None
     for passes in range(1, 12):
         with nspec.task(model, "a"):
-            model(torch.randn(3, 4))
-        told = [str(one.message) for one in recwarn if "were never called" in str(one.message)]
-        first = first or (passes if told else None)
-    assert (first, len(told)) == (after, after is not None)
+            y = model(torch.randn(3, 4))
+            if trains:
+                y.sum().backward()
+        first = first or (passes if uncalled(recwarn) else None)
+    told = uncalled(recwarn)
+    assert (first, len(told)) == ((None, 0) if all(calls) else (1 if trains else 8, 1))
     if told:
         assert f"{calls.count(False)} of 2" in told[0]
         assert f"the first is blocks.{calls.index(False)}.fc1" in told[0]
+
+
+def test_they_are_warned_of_by_set_task_too_and_whatever_else_was_compiled(recwarn: pytest.WarningsRecorder) -> None:
+    model = reading(False)
+    torch._dynamo.utils.counters["frames"]["total"] += 1
+    nspec.set_task(model, "a")
+    model(torch.randn(3, 4)).sum().backward()
+    assert not uncalled(recwarn)
+    nspec.set_task(model, None)
+    assert len(uncalled(recwarn)) == 1
+
+
+def test_compiled_layers_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    model = reading(True)
+    compiled = torch.compile(model, backend="eager")
+    with nspec.task(model, "a"):
+        compiled(torch.randn(3, 4)).sum().backward()
+    assert not uncalled(recwarn)
+
+
+@pytest.mark.parametrize("written", ["linear", "matmul"])
+def test_activations_times_the_weight_that_gave_them_are_refused(written: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 40), nn.Linear(40, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.fc1(x).relu()
+            return h @ self.fc1.weight if written == "matmul" else nn.functional.linear(h, self.fc1.weight.t())
+
+    model = nspec.specialize(Tied(), nspec.NeuronMasks({"a": {"fc1": torch.arange(40) < 20}}))
+    for grad in (True, False):
+        with nspec.task(model, "a"), torch.set_grad_enabled(grad), pytest.raises(ValueError, match="fc1.weight again"):
+            model(torch.randn(3, 4))

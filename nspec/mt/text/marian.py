@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nspec.files import read_json
 from nspec.mt.language_tags import languages_of, same_language
 from nspec.mt.languages import is_known, languages_of_task
 
@@ -54,23 +55,55 @@ def spelling(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError where a folder has part of what a ``MarianTokenizer`` is made of; a hub name passes."""
+    """Checks what a ``MarianTokenizer`` is made of, where a folder has that; a hub name passes.
+
+    Raises:
+        ValueError: a part is missing, there are two vocabularies, or the ids in ``vocab.json`` are not 0, 1, 2 and so on.
+    """
+    if not any((folder / f"{side}.spm").is_file() for side in SIDES):
+        return
+    settings = folder / "tokenizer_config.json"
+    found = read_json(settings) if settings.is_file() else {}
+    if isinstance(found, dict) and found.get("separate_vocabs"):
+        raise _separate(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing and any((folder / f"{side}.spm").is_file() for side in SIDES):
+    if missing:
         raise ValueError(
             f"{folder} has no tokenizer: {' and '.join(missing)} of a Marian's {', '.join(_FILES)} "
             f"{'is' if len(missing) == 1 else 'are'} not there; copy the whole model folder again"
         )
+    _check_ids(folder / "vocab.json")
+
+
+def _check_ids(file: Path) -> None:
+    again = "copy the whole model folder again"
+    ids = read_json(file)
+    if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
+        raise ValueError(f"{file}: expected an object with the id of each piece, a whole number; {again}")
+    pieces: dict[int, str] = {}
+    for piece, number in ids.items():
+        if number in pieces:
+            raise ValueError(f"{file}: {pieces[number]!r} and {piece!r} both have the id {number}; {again}")
+        pieces[number] = piece
+    if missing := sorted(set(range(len(ids))) - set(pieces)):
+        raise ValueError(
+            f"{file}: no piece has the id {missing[0]}, and the ids go to {max(pieces)}: expected every one from 0 on; "
+            f"{again}"
+        )
+
+
+def _separate(folder: str | os.PathLike[str]) -> ValueError:
+    return ValueError(
+        f"the tokenizer in {folder} has a vocabulary for the source and another for the target (separate_vocabs in "
+        "tokenizer_config.json); expected one vocab.json for both: take such a model"
+    )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
     """Raises ValueError where a ``MarianTokenizer`` has two vocabularies, or a ``.spm`` file of another vocabulary."""
     marian: Any = tokenizer
     if marian.separate_vocabs:
-        raise ValueError(
-            f"the tokenizer in {folder} has a vocabulary for the source and another for the target (separate_vocabs in "
-            "tokenizer_config.json); expected one vocab.json for both: take such a model"
-        )
+        raise _separate(folder)
     for side in SIDES:
         model = _model(tokenizer, side)
         pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]

@@ -330,8 +330,27 @@ def test_a_folder_with_two_vocabularies_is_refused(bilingual: Run, tmp_path: Pat
     shutil.copy(folder / "vocab.json", folder / "target_vocab.json")
     settings = {"tokenizer_class": "MarianTokenizer", "separate_vocabs": True}
     write_json(folder / "tokenizer_config.json", settings)
-    with pytest.raises(ValueError, match=r"separate_vocabs .* expected one vocab.json for both"):
-        load_tokenizer(folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"separate_vocabs .* expected one vocab.json for both"):
+            load_tokenizer(folder)
+        (folder / "target_vocab.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"</s>": 0, "a": 1, "b": 1}, "'a' and 'b' both have the id 1"),
+        ({"</s>": 0, "a": 1, "<pad>": 3}, "no piece has the id 2, and the ids go to 3"),
+        ({"</s>": 0, "a": "1"}, "expected an object with the id of each piece"),
+        (["</s>"], "expected an object with the id of each piece"),
+    ],
+)
+def test_ids_that_are_not_one_for_each_piece_are_refused(tmp_path: Path, vocabulary: Any, message: str) -> None:
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).touch()
+    write_json(tmp_path / "vocab.json", vocabulary)
+    with pytest.raises(ValueError, match=rf"vocab\.json: {message}"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
