@@ -11,7 +11,8 @@ FOLDER    new or empty; gets log.txt, rows.jsonl, summary.json, report.md with a
                tests marked gpu
             2  block sizes, graphs and batches of several tasks; operators again; torch.compile; Transformer-base; and
                the grouped product of PyTorch, whose errors may end its process
-            3  all training steps, profiling, a short multilingual training, memcheck and counters of the hardware
+            3  all training steps, profiling, fine-tuning of neurons beside LoRA, a short multilingual training, memcheck
+               and counters of the hardware
 --only    these parts, separated by commas, in their order: any of those in the summary of a call, and `operators` for the
           five that are named as an operator; report is always added. Not with --call
 --device  cuda (default); cpu runs the same parts without a GPU, which shows that they run and little more
@@ -52,14 +53,15 @@ operators=(compact_ffn block row_sparse_wgrad linear_relu_count row_sparse_adamw
 case ${call:-1} in
   1) parts=(environment small_calls probe "${operators[@]}" steps gpu_tests) ;;
   2) parts=(environment tuning "${operators[@]}" compiled base grouped) ;;
-  3) parts=(environment all_steps profiling training memcheck counters) ;;
+  3) parts=(environment all_steps profiling finetune training memcheck counters) ;;
   *) fail "--call $call: expected 1, 2 or 3" ;;
 esac
 declare -A shares=([environment]=15 [small_calls]=45 [probe]=110 [compact_ffn]=35 [block]=25 [row_sparse_wgrad]=30
   [linear_relu_count]=8 [row_sparse_adamw]=15 [steps]=75 [gpu_tests]=110 [tuning]=90 [compiled]=100 [base]=60 [grouped]=60
-  [all_steps]=180 [profiling]=40 [training]=90 [memcheck]=60 [counters]=60 [report]=10)
+  [all_steps]=180 [profiling]=40 [finetune]=90 [training]=90 [memcheck]=60 [counters]=60 [report]=10)
 named='operators, environment, small_calls, probe, compact_ffn, block, row_sparse_wgrad, linear_relu_count,
-  row_sparse_adamw, steps, gpu_tests, tuning, compiled, base, grouped, all_steps, profiling, training, memcheck, counters'
+  row_sparse_adamw, steps, gpu_tests, tuning, compiled, base, grouped, all_steps, profiling, finetune, training,
+  memcheck, counters'
 if [ -n "$only" ]; then
   parts=()
   for part in ${only//,/ }; do
@@ -192,6 +194,11 @@ steps() {
 }
 all_steps() { benchmark steps --densities 0.5 0.78; }
 profiling() { benchmark profiling; }
+finetune() {
+  local -a size=()
+  [ "$set" != smoke ] || size=(--shape tiny --rounds 3)
+  run_python -m bench.finetune --device "$device" --seconds 60 "${size[@]}" --json "$folder/rows.jsonl"
+}
 
 gpu_tests() {
   local files workers

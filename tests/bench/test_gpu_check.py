@@ -30,7 +30,7 @@ KERNELS = ["compact_ffn", "block", "row_sparse_wgrad", "linear_relu_count", "row
 CALLS = {
     "1": ["environment", "small_calls", "probe", *KERNELS, "steps", "gpu_tests", "report"],
     "2": ["environment", "tuning", *KERNELS, "compiled", "base", "grouped", "report"],
-    "3": ["environment", "all_steps", "profiling", "training", "memcheck", "counters", "report"],
+    "3": ["environment", "all_steps", "profiling", "finetune", "training", "memcheck", "counters", "report"],
 }
 EVERY = [part for part in dict.fromkeys(itertools.chain(*CALLS.values())) if part != "report"]
 LIMIT = 16 * 10**6
