@@ -287,10 +287,10 @@ def _tell_uncalled(layers: Sequence[TaskSwitched]) -> None:
     missed = unrun if shared.ended >= _PASSES else trained
     if missed:
         shared.missed = True
-        how = "though their weights have gradients" if trained else "in so many blocks"
+        how = ", though weights of theirs have gradients" if trained else ""
         warnings.warn(
-            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks, "
-            f"{how}, the first is {missed[0].qualified_name}. If the model has run, its code reads their weights "
+            f"{len(missed)} of {len(known)} specialised layers were never called in {shared.ended} nspec.task blocks"
+            f"{how}; the first is {missed[0].qualified_name}. If the model has run, its code reads their weights "
             "without calling them, as in F.linear(x, fc1.weight), and computes and trains the dense layer: call the layer "
             "there, fc1(x). This is said once",
             stacklevel=4,
