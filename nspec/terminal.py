@@ -21,7 +21,7 @@ class Display:
     def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
 
     def line(self, text: str) -> None:
         """A line that stays."""
@@ -41,10 +41,10 @@ class Display:
         from rich import progress
 
         columns: list[Any] = [
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-            progress.TextColumn(unit),
+            progress.TextColumn(unit, markup=False),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
@@ -70,7 +70,7 @@ def show(*parts: Any) -> None:
     from rich.console import Console
 
     # Without a terminal there is no width to fit into; rich would assume 80 columns and break lines.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
 

@@ -28,6 +28,7 @@ from nspec.run.readiness import (
     check_other_texts,
     check_precision,
     check_pretrained,
+    check_rules,
     check_score,
 )
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
@@ -155,6 +156,7 @@ class Pipeline:
         self._do("prepare", work)
         data = self._data()
         check_adapters(self.config, data.tasks)
+        check_rules(self.config, data.tasks)
         check_precision(self.config)
 
     def train(self) -> None:

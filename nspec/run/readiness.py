@@ -110,6 +110,17 @@ def check_adapters(config: Config, tasks: list[str]) -> None:
             adapter_groups(system, config, tasks)
 
 
+def check_rules(config: Config, tasks: list[str]) -> None:
+    """Raises ValueError where neurons are selected by comparing directions, and the run has one."""
+    for system in masked_systems(config):
+        rule = config_of(config, system).select.rule
+        if rule in ("lape", "specific") and len(tasks) == 1:
+            raise ValueError(
+                f"select.rule of {system} is {rule}, which compares directions, and the run has {tasks[0]} alone: take "
+                "share or top, or more directions"
+            )
+
+
 def check_precision(config: Config) -> None:
     """Raises ValueError where a system is trained in half precision on a device that has none."""
     trained = [config_of(config, name).specialize for name in trained_systems(config)]

@@ -18,11 +18,11 @@ from nspec.run import pipeline
 from nspec.run.checks import validate
 from nspec.run.config import Config
 from nspec.run.folder import NEUTRAL
-from nspec.run.readiness import check_adapters
+from nspec.run.readiness import check_adapters, check_rules
 from nspec.run.stages import Stage
 from nspec.run.systems import SYSTEMS, variants_of
 from nspec.run.yaml import flatten, parse, render
-from nspec.terminal import Display, duration
+from nspec.terminal import Display, duration, show
 
 
 def config_of(*systems: str, **values: object) -> Config:
@@ -330,3 +330,34 @@ def test_models_of_single_directions_may_be_given_more_patience(system: str, sec
     assert f"{section}.patience" in stage.options
     assert stage.raisable == (f"{section}.patience",)
     assert stage.summaries == "*/summary.json"
+
+
+def test_a_rule_that_compares_directions_needs_several_before_anything_is_trained() -> None:
+    config = config_of("dense", "forward")
+    config.select.rule = "specific"
+    check_rules(config, ["en-de", "de-en"])
+    with pytest.raises(
+        ValueError, match="select.rule of forward is specific, which compares directions, .* en-de alone"
+    ):
+        check_rules(config, ["en-de"])
+
+
+def test_a_line_is_shown_letter_for_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display()
+    display.line("select:top: starts [x]")
+    show("tune:soon:cy [y]")
+    said = capsys.readouterr()
+    assert (said.err, said.out) == ("select:top: starts [x]\n", "tune:soon:cy [y]\n")
+
+
+def test_the_folder_of_another_command_is_left_alone(tmp_path: Path) -> None:
+    config = config_of("dense")
+    config.run.folder = str(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "stage.json").write_text("{}")
+    with (
+        pytest.raises(ValueError, match="holds a run of `nspec finetune`; give another folder"),
+        pipeline.Pipeline(config),
+    ):
+        pass
+    assert not (tmp_path / "config.yaml").exists()
