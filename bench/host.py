@@ -239,7 +239,7 @@ def _blocks(dtype: torch.dtype) -> dict[str, Measured]:
         dense, firsts = dense_block(activation, D_MODEL, D_FF)
         masks = nspec.NeuronMasks({name: {firsts[0]: active} for name, active in zip(names, _active())})
         model = nspec.specialize(dense, masks, mode=cast("Mode", mode))
-        nspec.set_task(model, task)
+        nspec.set_task(model, task, batch_dim=0)
         baseline = DENSE_AUTOCAST if autocast else name + DENSE
         found[f"{name}block in mode {mode}{label}"] = Measured(_step(model, dtype, autocast), baseline)
     return found

@@ -91,7 +91,7 @@ class System:
     def switched(self, tasks: Tasks) -> contextlib.AbstractContextManager[None]:
         """Within the block the model is switched to a task, or to the task of each sentence."""
         if self.kind in ("forward", "update"):
-            return nspec.task(self.model, tasks)
+            return nspec.task(self.model, tasks, batch_dim=0)
         return release.weights_masked(self.model, tasks) if self.kind == "release" else contextlib.nullcontext()
 
     def loss(self, batch: Batch) -> Tensor:

@@ -35,6 +35,8 @@ COLOURS = {
     "update_encoder": "#66c2a5",
     "update_decoder": "#1b6b50",
     "random": "#cc79a7",
+    "neurons": "#3aa6a0",
+    "neurons+shared": "#6a5acd",
     "lass": "#d55e00",
     "adapters": "#56b4e9",
     "adapters_family": "#7f7fd0",

@@ -307,6 +307,8 @@ MUTATIONS = [
     *_of("write_neurons", "triton", "write_neurons/kernels.py",
         ("rows for columns", "target = weight_ptr + number.to(tl.int64)[None, :] * stride + place[:, None]", "target = weight_ptr + place[:, None] * stride + number[None, :]", "places"),
         ("the third matrix", "_put(weight2_ptr, rows2_ptr, index2_ptr,", "_put(weight2_ptr, rows1_ptr, index2_ptr,", "places several"),
+    ),
+    *_of("write_neurons", "triton", "triton.py",
         ("more than three", "for start in range(0, len(some), _MOST):", "for start in range(0, _MOST, _MOST):", "several"),
     ),
     *_of("row_sparse_adamw", "reference", "reference.py",
