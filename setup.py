@@ -45,7 +45,6 @@ EXTRAS = {
         "rich>=13.8",
         "PyYAML>=6.0",
         "jinja2>=3.1",
-        "tqdm>=4.64",
     ],
     "tuning": ["peft>=0.18"],  # LoRA beside neurons in `nspec finetune`; the rest is in mt
     "typology": ["lang2vec>=1.1.2"],

@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nspec.files import write_text
 from nspec.lm.config import RANDOM, RULES
 from nspec.run.finetune_config import TuningConfig, like_of
 from nspec.run.folder import Run
 from nspec.run.machine import quieten
 from nspec.run.stages import Stage
 from nspec.run.tuning_work import Work
-from nspec.run.yaml import render_complete
 from nspec.terminal import Display, duration
 
 _TEXT = ("text/*.txt",)
@@ -118,16 +116,7 @@ class Tuning:
             raise ValueError(
                 f"`nspec finetune` is one process, and was started as {self.run.world.size}: start it without torchrun"
             )
-        self.run.__enter__()
-        try:
-            again = self.run.following(self._redo)
-            self.run.check(again)
-            for folder in self.run.set_aside(again):
-                self.display.line(f"the old results are kept in {folder}")
-            write_text(self.folder / "config.yaml", render_complete(self.config))
-        except BaseException:
-            self.run.__exit__()
-            raise
+        self.run.begin(self._redo, self.display.line)
         return self
 
     def __exit__(self, *_: object) -> None:

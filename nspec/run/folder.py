@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from nspec.files import sha256, write_json
+from nspec.files import sha256, write_json, write_text
 from nspec.processes import World
 from nspec.run.config import Sections
 from nspec.run.records import (
@@ -43,7 +43,7 @@ from nspec.run.records import (
     was_made_of,
 )
 from nspec.run.stages import Stage
-from nspec.run.yaml import flatten
+from nspec.run.yaml import flatten, render_complete
 
 # These change where, how fast or how verbosely something is computed, not what: results agree to rounding.
 # A run may go on with others, for instance on a machine with less memory.
@@ -115,6 +115,27 @@ class Run:
             with contextlib.suppress(OSError):
                 self._lock.close()
             self._lock = None
+
+    def begin(self, redo: Iterable[str], tell: Callable[[str], None]) -> None:
+        """Enters, and makes the folder ready for work: what is to be made anew stands aside, ``config.yaml`` is written.
+
+        Args:
+            redo: stages (or groups) that are made anew, with all that follows from them.
+            tell: is told where old results are kept.
+
+        Raises:
+            ValueError: the folder is in use, or see :meth:`following` and :meth:`check`; it is not held then.
+        """
+        self.__enter__()
+        try:
+            again = self.following(redo)
+            self.check(again)
+            for folder in self.set_aside(again):
+                tell(f"the old results are kept in {folder}")
+            write_text(self.folder / "config.yaml", render_complete(self.config))
+        except BaseException:
+            self.__exit__()
+            raise
 
     # What a stage depends on
 

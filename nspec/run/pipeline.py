@@ -42,7 +42,6 @@ from nspec.run.systems import (
     system_names,
     system_of,
 )
-from nspec.run.yaml import render_complete
 from nspec.terminal import Display, duration
 
 if TYPE_CHECKING:
@@ -72,20 +71,8 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         self.world.connect(self.config.run.device)
-        self.world.lead(self._enter)
+        self.world.lead(lambda: self.run.begin(self._redo, self.display.line))
         return self
-
-    def _enter(self) -> None:
-        self.run.__enter__()
-        try:
-            again = self.run.following(self._redo)
-            self.run.check(again)
-            for folder in self.run.set_aside(again):
-                self.display.line(f"the old results are kept in {folder}")
-            write_text(self.folder / "config.yaml", render_complete(self.config))
-        except BaseException:
-            self.run.__exit__()
-            raise
 
     def __exit__(self, *_: object) -> None:
         self.run.__exit__()
