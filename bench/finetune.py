@@ -297,6 +297,15 @@ def _ratio(row: Row, name: str) -> str:
     return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]" if name in row else ""
 
 
+_LABELS = {
+    "full": (0, 9, "center"),
+    "lora": (7, -3, "left"),
+    "published": (-7, -3, "right"),
+    "neurons": (0, 9, "center"),
+}
+"""Where the name of a system stands from its point, in points, so that those of near ones do not meet."""
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """The share of the model that is trained against speed and against memory.
 
@@ -308,6 +317,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
+    least = min(row["share"] for row in rows if row["system"] == "neurons")
     colours = {"full": "#8c8c8c", "lora": "#e69f00", "published": "#cc79a7", "neurons": "#0072b2"}
     for axes, name, title in (
         (panels[0], "speedup", "times the speed of full fine-tuning"),
@@ -318,9 +328,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             value = row["speedup"] if name == "speedup" else kept / 1e6
             share = 100 * row["trained"] / row["parameters"]
             axes.scatter([share], [value], color=colours[row["system"]], s=50, zorder=3)
-            axes.annotate(
-                label(row), (share, value), xytext=(0, 7), textcoords="offset points", fontsize=7.5, ha="center"
-            )
+            words, (x, y, align) = label(row), _LABELS[row["system"]]
+            if row["system"] == "neurons" and row["share"] != least:
+                words = words.removeprefix("neurons, ")
+            axes.annotate(words, (share, value), xytext=(x, y), textcoords="offset points", fontsize=7.5, ha=align)
             if name == "speedup":
                 axes.vlines(share, row["speedup_low"], row["speedup_high"], color=colours[row["system"]], linewidth=1)
         axes.set_xscale("log")
