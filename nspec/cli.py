@@ -166,12 +166,12 @@ def finetune(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = 
     Perplexity on held-out text of every language says what was gained and what was forgotten. Started again, it skips what
     is done. The configuration of its own kind that comes with nspec is finetune.
     """
-    from nspec.run.finetune import Tuning
+    from nspec.run.finetune import TuningRun
     from nspec.run.finetune_config import load
     from nspec.run.yaml import find_config
     from nspec.terminal import show
 
-    with Tuning(load(find_config(config), set_ or ()), tuple(redo or ())) as tuning:
+    with TuningRun(load(find_config(config), set_ or ()), tuple(redo or ())) as tuning:
         page = tuning.all()
         from nspec.report.finetuned import summary_table
 

@@ -143,8 +143,8 @@ def translate(
         translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
-            groups = _decode(_arriving(sys.stdin.fileno()), "standard input")
-            lines: Iterator[str] = itertools.chain.from_iterable(translator.translate(group, task) for group in groups)
+            chunks = _decode(_arriving(sys.stdin.fileno()), "standard input")
+            lines: Iterator[str] = itertools.chain.from_iterable(translator.translate(chunk, task) for chunk in chunks)
         else:
             text = itertools.chain.from_iterable(_decode(([line] for line in source), input))
             lines = translator.translate(text, task)
@@ -200,7 +200,7 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:
-    """The whole lines that are there to be read, in groups: who writes one line and waits gets its translation."""
+    """The whole lines that are there to be read, in chunks: who writes one line and waits gets its translation."""
     rest = b""
     while read := os.read(descriptor, 1 << 16):
         *lines, rest = (rest + read).split(b"\n")
@@ -210,12 +210,12 @@ def _arriving(descriptor: int) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _decode(groups: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
-    """Groups of UTF-8 lines without their ends; only a line feed (with a carriage return) ends a line."""
+def _decode(chunks: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
+    """Chunks of UTF-8 lines without their ends; only a line feed (with a carriage return) ends a line."""
     number = 0
-    for group in groups:
+    for chunk in chunks:
         texts = []
-        for line in group:
+        for line in chunk:
             number += 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)

@@ -25,7 +25,7 @@ FLOAT_MIN = 1e-30
 
 Option = dataclasses.Field[Any]
 
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _WIDTH = 80  # of a value in a message: a file may hold one of any size
 _DIGITS = 1000  # Python refuses to write whole numbers of more than 4300
 
@@ -134,12 +134,12 @@ def convert(
             raise error(f"{name}: expected a list of {kinds} such as [a, b], found {show(value)}{where}")
         for position, each in enumerate(value, 1):
             if not _fits(each, item):
-                expected, found = _KINDS[item], show(each)
+                expected, found = _TYPES[item], show(each)
                 raise error(f"{name}: expected {expected} at place {position} of the list, found {found}{where}")
         given = value
     elif not _fits(value, kind):
         hint = ' (empty text is written "")' if kind is str and value is None else ""
-        raise error(f"{name}: expected {_KINDS[kind]}, found {show(value)}{hint}{where}")
+        raise error(f"{name}: expected {_TYPES[kind]}, found {show(value)}{hint}{where}")
     else:
         item, given = kind, [value]
     converted = [_finite(each) if item is float else item(each) for each in given]

@@ -111,7 +111,7 @@ def build(shape: Shape, device: torch.device) -> M2M100ForConditionalGeneration:
 
 
 def batch_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Batch:
-    """A micro-batch as nspec trains with: of sentence pairs, int64 ids each."""
+    """A micro-batch as nspec trains with: of sentences, int64 ids each."""
     made = collate([Example("", source.numpy(), target.numpy(), PAD, END) for source, target in pairs])
     return {name: tensor for name, tensor in made.items() if name != "task"}
 

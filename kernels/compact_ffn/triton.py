@@ -78,7 +78,7 @@ def flattens(target: str, dtype: torch.dtype, grouped: bool, gate: bool) -> bool
     return not (grouped or gate) and (target == INTERPRETER or (target == "cuda:90" and dtype != torch.float32))
 
 
-class Packed(NamedTuple):
+class PackedTasks(NamedTuple):
     """The weights of all tasks, neuron-major: task t has the rows ``t * width`` to ``(t + 1) * width``.
 
     ``fc1 [tasks * width, d_in]``, ``bias [tasks * width]`` or None, ``fc2 [tasks * width, d_out]``, with features padded to
@@ -108,7 +108,7 @@ class _Pack:
 
     def __call__(
         self, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, index: Tensor, places: Tensor
-    ) -> Packed:
+    ) -> PackedTasks:
         """The packed weights; the constant ``b2 + W2[:, I] relu(b1[I])``, summed in float32."""
         (tasks, index_width), dtype = index.shape, self.dtype
         (d_ff, d_in), d_out, width = w1.shape, w2.shape[0], compact_width(index)
@@ -125,7 +125,7 @@ class _Pack:
         if self.total is not None:
             total = w1.new_empty((tasks, wide), dtype=self.constant)
             self.total((tasks, cdiv(wide, CONSTANT["COLUMNS"]), 1), shares, b2, total, blocks, d_out, wide)
-        return Packed(fc1, bias, fc2, total, width)
+        return PackedTasks(fc1, bias, fc2, total, width)
 
 
 class _Neurons:
@@ -177,7 +177,7 @@ class _Forward:
         places: Tensor,
         tasks: Tasks,
         task_offsets: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Packed]:
+    ) -> tuple[Tensor, Tensor, PackedTasks]:
         packed = self.pack(*weights, index, places)
         h = x.new_empty((tasks.tokens, packed.width))
         if not self.library.h:

@@ -20,7 +20,7 @@ from scipy.spatial.distance import squareform
 
 from nspec.analysis.overlap import Floats
 
-Method = Literal["pearson", "spearman"]
+Correlation = Literal["pearson", "spearman"]
 Alternative = Literal["greater", "less", "two-sided"]
 
 _CHUNK = 1 << 21  # distances gathered at once (16 MiB of float64), whatever the number of permutations
@@ -54,7 +54,7 @@ class MantelResult:
     objects: int
     permutations: int
     exact: bool
-    method: Method
+    method: Correlation
     alternative: Alternative
 
 
@@ -63,7 +63,7 @@ def mantel(
     y: Floats,
     *,
     control: Floats | None = None,
-    method: Method = "pearson",
+    method: Correlation = "pearson",
     alternative: Alternative = "greater",
     permutations: int = 9999,
     seed: int = 0,
@@ -104,8 +104,8 @@ def mantel(
         ValueError: a matrix is not one of distances, is of another size, or has equal distances only (no correlation is
             defined then); x or y follows from the control; or an option is out of range.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
+    if method not in get_args(Correlation):
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(get_args(Correlation))}")
     if alternative not in get_args(Alternative):
         raise ValueError(f"alternative is {alternative!r}, expected one of {', '.join(get_args(Alternative))}")
     if permutations < 1:
@@ -186,7 +186,7 @@ def constant(values: Floats) -> bool:
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
-def _scores(matrix: Floats, method: Method) -> Floats:
+def _scores(matrix: Floats, method: Correlation) -> Floats:
     """The distances, or their ranks, with mean 0 and length 1: their products are correlations. float64 [pairs]."""
     values = condensed(matrix)
     if constant(values):
@@ -202,7 +202,7 @@ def _partial(xy: Floats, xz: Floats, yz: float) -> Floats:
         return np.where(left > 1e-12, (xy - xz * yz) / np.sqrt(left), np.nan)
 
 
-def correlation(matrices: Sequence[Floats], method: Method) -> float:
+def correlation(matrices: Sequence[Floats], method: Correlation) -> float:
     """The correlation of the first two matrices, given the third if there is one; NaN where it is not defined."""
     x, y, *control = (_scores(matrix, method) for matrix in matrices)
     xy = np.clip(x @ y, -1.0, 1.0)
@@ -211,7 +211,7 @@ def correlation(matrices: Sequence[Floats], method: Method) -> float:
     return float(np.clip(_partial(xy, x @ control[0], float(y @ control[0])), -1.0, 1.0))
 
 
-def _permuted(matrices: Sequence[Floats], method: Method, orders: Iterator[NDArray[np.intp]]) -> Iterator[Floats]:
+def _permuted(matrices: Sequence[Floats], method: Correlation, orders: Iterator[NDArray[np.intp]]) -> Iterator[Floats]:
     """The statistic for blocks of relabellings of the first matrix: float64 [block] each."""
     n = len(matrices[0])
     rows, columns = np.triu_indices(n, 1)
@@ -251,7 +251,7 @@ def _as_extreme(drawn: Floats, r: float, alternative: Alternative) -> NDArray[np
     return np.abs(drawn) >= abs(r) - _SAME
 
 
-def _interval(matrices: Sequence[Floats], method: Method, r: float, level: float) -> tuple[float, float]:
+def _interval(matrices: Sequence[Floats], method: Correlation, r: float, level: float) -> tuple[float, float]:
     """The jackknife interval of the correlation, on the scale of atanh; NaN twice where it is not defined."""
     n = len(matrices[0])
     if n < 4:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nspec.mt.languages import languages_of_task
+
 Side = Literal["encoder", "decoder"]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -203,7 +205,7 @@ def order_tasks(tasks: Iterable[str], pivot: str) -> list[str]:
     """
 
     def key(task: str) -> tuple[int, str, str]:
-        source, _, target = task.partition("-")
+        source, target = languages_of_task(task)
         if pivot and source == pivot:
             return 0, target, source
         if pivot and target == pivot:

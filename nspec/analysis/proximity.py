@@ -19,6 +19,7 @@ from scipy import stats
 
 from nspec.analysis import languages, mantel
 from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, sort_layers
+from nspec.mt.languages import languages_of_task
 
 Direction = Literal["from", "to"]
 DIRECTIONS: tuple[Direction, ...] = ("from", "to")
@@ -31,7 +32,7 @@ class LayerProximity:
 
     Attributes:
         layer: qualified name of fc1.
-        side: half of the model.
+        side: side of the model.
         direction: ``from`` the pivot (the other language is the target) or ``to`` it (it is the source).
         test: mask distance against genetic distance; None where no correlation is defined.
         reason: why there is no test; else empty.
@@ -76,13 +77,13 @@ class Proximity:
     layers: tuple[LayerProximity, ...]
 
 
-def sides_of_pivot(masks: Masks, pivot: str) -> dict[Direction, tuple[str, ...]]:
-    """By direction type, the languages on the other side of the pivot; a type without tasks is not there.
+def across_pivot(masks: Masks, pivot: str) -> dict[Direction, tuple[str, ...]]:
+    """By direction type, the languages that the pivot is joined with; a type without tasks is not there.
 
     Raises:
         ValueError: no task has the pivot.
     """
-    pairs = [task.partition("-")[::2] for task in masks.tasks]
+    pairs = [languages_of_task(task) for task in masks.tasks]
     found: dict[Direction, tuple[str, ...]] = {
         "from": tuple(sorted(target for source, target in pairs if source == pivot)),
         "to": tuple(sorted(source for source, target in pairs if target == pivot)),
@@ -154,7 +155,7 @@ def proximity(
     grouping: languages.Grouping = "branch",
     distances: Callable[[Sequence[str]], Floats] = languages.genetic_distances,
     control: Callable[[Sequence[str]], Floats | None] | None = None,
-    method: mantel.Method = "spearman",
+    method: mantel.Correlation = "spearman",
     alternative: mantel.Alternative = "greater",
     permutations: int = 9999,
     seed: int = 0,
@@ -185,7 +186,7 @@ def proximity(
         ValueError: no task has the pivot, a direction type has fewer than 4 languages, a language is not known, all
             languages are equally far apart, or an option is out of range.
     """
-    codes = sides_of_pivot(masks, pivot)
+    codes = across_pivot(masks, pivot)
     for direction, names in codes.items():
         if len(names) < FEWEST:
             found = f"{len(names)} language{'s' if len(names) > 1 else ''} ({', '.join(names)}) {direction} {pivot}"

@@ -172,8 +172,8 @@ def add_adapters(
         groups: the group of each task: the task itself for adapters of its own, or a family that several share.
         bottleneck: size between the two projections.
         layers: qualified names of modules, each with a feed-forward layer inside, whose output (a tensor, or a tuple that
-            begins with it) is the hidden state. None: each module that holds a feed-forward pair itself, such as the
-            encoder and decoder layers of M2M100, NLLB, mBART and ``torch.nn``. Where the pair lies in a module of its own,
+            begins with it) is the hidden state. None: each module that holds a feed-forward block itself, such as the
+            encoder and decoder layers of M2M100, NLLB, mBART and ``torch.nn``. Where the block lies in a module of its own,
             before the residual connection (T5), whole layers must be named.
         seed: of the down-projections.
 
@@ -259,15 +259,15 @@ def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Modu
     found: dict[str, nn.Module] = {}
     if names is None:
         try:
-            pairs = find_blocks(model)
+            blocks = find_blocks(model)
         except ValueError as error:
             raise ValueError(f"{error}. For adapters, name whole layers: layers=['encoder.layers.0', ...]") from error
         names_of = {id(module): name for name, module in modules.items()}
-        found = {names_of[id(pair.parent)]: pair.fc2 for pair in pairs}
+        found = {names_of[id(block.parent)]: block.fc2 for block in blocks}
         for name in found:
             if whole := layer_around(name, modules):
                 raise ValueError(
-                    f"{name} holds a feed-forward pair alone: its output is not yet the hidden state of the layer around "
+                    f"{name} holds a feed-forward block alone: its output is not yet the hidden state of the layer around "
                     f"it ({whole}), where adapters belong; name whole layers with layers=[{whole!r}, ...]"
                 )
     else:
@@ -281,7 +281,7 @@ def _layers(model: nn.Module, names: Iterable[str] | None) -> list[tuple[nn.Modu
             try:
                 found[name] = find_blocks(modules[name])[-1].fc2
             except ValueError as error:
-                raise ValueError(f"layer {name!r} has no feed-forward pair to tell its width: {error}") from error
+                raise ValueError(f"layer {name!r} has no feed-forward block to tell its width: {error}") from error
         if not found:
             raise ValueError("layers is empty, expected names of layers, or None for those that are found")
     for name in found:

@@ -1,4 +1,4 @@
-"""Where the feed-forward pairs of a model lie: in its Transformer layers themselves, or in modules inside of them."""
+"""Where the feed-forward blocks of a model lie: in its Transformer layers themselves, or in modules inside of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def within(parent: str, names: Iterable[str]) -> list[str]:
 
 
 def layer_around(parent: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The Transformer layer around a module that holds a feed-forward pair and no other linear layer, as in T5.
+    """The Transformer layer around a module that holds a feed-forward block and no other linear layer, as in T5.
 
     Args:
-        parent: qualified name of the module with the pair.
+        parent: qualified name of the module with the block.
         modules: those of the model, by qualified name.
 
     Returns:

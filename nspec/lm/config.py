@@ -40,7 +40,7 @@ class LinesConfig:
     held_out: float = option(
         0.05,
         "share of lines that are held out where no test file or split is there, by a hash of the line, so that a line that "
-        "comes twice is on one side",
+        "comes twice is in one of the two",
         above=0,
         below=1,
     )

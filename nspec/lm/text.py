@@ -38,18 +38,18 @@ def read_lines_of(config: LinesConfig, seed: int) -> Iterator[tuple[str, Lines]]
         Language and text.
 
     Raises:
-        ValueError: no such folder or file, one that is not UTF-8 (with its line), a language without text on either side.
+        ValueError: no such folder or file, one that is not UTF-8 (with its line), or a language without text.
         ImportError: the library that the type needs (Babel, datasets) is not installed.
     """
     kinds = {"cldr": _composed, "files": _of_files, "hub": _of_hub}
     for code, found in kinds[config.type](config, seed):
         held = set(found.test)
         train = [line for line in found.train if line not in held]
-        for side, lines, option in (("training", train, "train_lines"), ("held-out", found.test, "test_lines")):
+        for part, lines, option in (("training", train, "train_lines"), ("held-out", found.test, "test_lines")):
             if not lines:
                 raise ValueError(
-                    f"there is no {side} text of {code} in {_place(config, code)}: expected at least one line that is not "
-                    f"empty{_hint(config, found, side)}"
+                    f"there is no {part} text of {code} in {_place(config, code)}: expected at least one line that is not "
+                    f"empty{_hint(config, found, part)}"
                 )
             most = getattr(config, option)
             del lines[most or len(lines) :]
@@ -60,8 +60,8 @@ def _place(config: LinesConfig, code: str) -> str:
     return {"cldr": "CLDR", "files": str(Path(config.path) / f"{code}.txt"), "hub": config.name}[config.type]
 
 
-def _hint(config: LinesConfig, found: Lines, side: str) -> str:
-    if side == "held-out" and found.train and config.type != "cldr":
+def _hint(config: LinesConfig, found: Lines, part: str) -> str:
+    if part == "held-out" and found.train and config.type != "cldr":
         return f" (text.held_out is {config.held_out}; give a larger share, or a test file or split)"
     return ""
 
@@ -72,15 +72,15 @@ def _composed(config: LinesConfig, seed: int) -> Iterator[tuple[str, Lines]]:
     corpus = CldrCorpus(CorpusConfig(languages=list(config.languages), pivot=""), seed)
     sizes = {"train": config.train_lines or _CLDR["train"], "test": config.test_lines or _CLDR["test"]}
     for code in config.languages:
-        sides = {}
+        parts = {}
         for split, size in sizes.items():
-            sides[split] = list(islice(corpus.texts(code, split, 1000 + _TRIES * size), size))
-            if len(sides[split]) < size:
+            parts[split] = list(islice(corpus.texts(code, split, 1000 + _TRIES * size), size))
+            if len(parts[split]) < size:
                 raise ValueError(
-                    f"CLDR has too little data to compose {size} sentences of {code}: only {len(sides[split])} of the "
+                    f"CLDR has too little data to compose {size} sentences of {code}: only {len(parts[split])} of the "
                     "contents can be said in it; take another language"
                 )
-        yield code, Lines(**sides)
+        yield code, Lines(**parts)
 
 
 def _of_files(config: LinesConfig, _: int) -> Iterator[tuple[str, Lines]]:
@@ -119,7 +119,7 @@ def _of_hub(config: LinesConfig, _: int) -> Iterator[tuple[str, Lines]]:
         data = load_data(config.name, subset)
         if config.split not in data:
             raise ValueError(f"text.split: {config.name} ({subset}) has no {config.split}, found {', '.join(data)}")
-        sides = {}
+        parts = {}
         for split in (config.split, "test"):
             if split in data:
                 if config.column not in data[split].column_names:
@@ -127,10 +127,10 @@ def _of_hub(config: LinesConfig, _: int) -> Iterator[tuple[str, Lines]]:
                         f"text.column: {config.name} ({subset}) has no column {config.column}, found "
                         f"{', '.join(data[split].column_names)}"
                     )
-                sides[split] = _clean(str(text or "") for text in data[split][config.column])
-        train = sides[config.split]
-        own = "test" in sides and config.split != "test"
-        yield code, Lines(train, sides["test"]) if own else _split(train, config.held_out)
+                parts[split] = _clean(str(text or "") for text in data[split][config.column])
+        train = parts[config.split]
+        own = "test" in parts and config.split != "test"
+        yield code, Lines(train, parts["test"]) if own else _split(train, config.held_out)
 
 
 def _clean(lines: Iterable[str]) -> list[str]:

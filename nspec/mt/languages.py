@@ -96,10 +96,10 @@ def is_known(code: str) -> bool:
 def cuts(direction: str) -> list[tuple[str, str]]:
     """The ways to read a direction as two different codes, hyphens in them as underscores."""
     parts = direction.split("-")
-    pairs = [("-".join(parts[:place]), "-".join(parts[place:])) for place in range(1, len(parts))]
+    places = [("-".join(parts[:place]), "-".join(parts[place:])) for place in range(1, len(parts))]
     # With more hyphens than one, a code must be plain: else the script of sr-Latn-sr-Cyrl could be one, too.
-    code = language_code if len(pairs) == 1 else plain_code
-    read = [(code(source), code(target)) for source, target in pairs]
+    code = language_code if len(places) == 1 else plain_code
+    read = [(code(source), code(target)) for source, target in places]
     return [(source, target) for source, target in read if source and target and source != target]
 
 

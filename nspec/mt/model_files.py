@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Source = str | os.PathLike[str]
+Location = str | os.PathLike[str]
 
 _OBJECTS = (
     "config.json",
@@ -53,7 +53,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
+def reading(what: str, source: Location, hint: str = "") -> Iterator[None]:
     """Makes any error of a library within the block a ValueError that says what cannot be read from where, and why.
 
     Libraries raise whatever broken files lead them to, a plain Exception among it. Files that are broken for sure are
@@ -80,7 +80,7 @@ def reading(what: str, source: Source, hint: str = "") -> Iterator[None]:
         raise ValueError(f"no {what} can be loaded from {source}: {place}{reason}{hint}") from error
 
 
-def check_files(source: Source) -> None:
+def check_files(source: Location) -> None:
     """Checks the files of a local folder that can be checked alone; a hub name passes.
 
     Raises:
@@ -112,7 +112,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def load_config(source: Source) -> PreTrainedConfig:
+def load_config(source: Location) -> PreTrainedConfig:
     """The configuration of a model.
 
     Raises:
@@ -126,7 +126,7 @@ def load_config(source: Source) -> PreTrainedConfig:
     return found
 
 
-def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra: bool = False) -> PreTrainedModel:
+def load_dense(source: Location, config: PreTrainedConfig | None = None, *, extra: bool = False) -> PreTrainedModel:
     """A sequence-to-sequence model in float32 on the CPU.
 
     Args:
@@ -167,7 +167,7 @@ def load_dense(source: Source, config: PreTrainedConfig | None = None, *, extra:
     return model
 
 
-def _check_activation(config: PreTrainedConfig, source: Source) -> None:
+def _check_activation(config: PreTrainedConfig, source: Location) -> None:
     from transformers.activations import ACT2FN
 
     for option in ("activation_function", "hidden_act", "dense_act_fn"):
@@ -248,7 +248,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def check_finite(model: nn.Module, source: Source) -> None:
+def check_finite(model: nn.Module, source: Location) -> None:
     """Raises ValueError where the model has numbers that are not finite, with the names of the weights."""
     tensors: Iterable[tuple[str, Tensor]] = model.state_dict().items()
     names = [name for name, value in tensors if value.is_floating_point() and not bool(value.isfinite().all())]
@@ -258,7 +258,7 @@ def check_finite(model: nn.Module, source: Source) -> None:
         )
 
 
-def _refuse(source: Source, wrong: dict[str, list[str]]) -> None:
+def _refuse(source: Location, wrong: dict[str, list[str]]) -> None:
     found = [f"{what} {_some(names)}" for what, names in wrong.items() if names]
     if found:
         raise ValueError(

@@ -14,7 +14,7 @@ from nspec.mt.config import ProfileConfig
 from nspec.mt.text.batches import evaluation_batches
 from nspec.mt.text.collate import collate
 from nspec.mt.text.other import OtherText
-from nspec.mt.text.prepared import PairDataset, PreparedData
+from nspec.mt.text.prepared import Examples, PreparedData
 
 
 def profile_tasks(
@@ -41,7 +41,7 @@ def profile_tasks(
     Raises:
         ValueError: a direction without text, or a model without feed-forward blocks.
     """
-    pairs = PairDataset(data, config.split)
+    examples = Examples(data, config.split)
     rank, world = processes.rank(), processes.world()
     mine: dict[str, list[list[int]]] = {}
     for number, task in enumerate(data.tasks):
@@ -56,7 +56,7 @@ def profile_tasks(
     def inputs(task: str) -> Iterator[dict[str, Any]]:
         number = data.tasks.index(task)
         for batch in mine[task]:
-            collated = collate([pairs[number, example] for example in batch])
+            collated = collate([examples[number, example] for example in batch])
             del collated["task"]
             yield collated
 

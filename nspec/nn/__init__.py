@@ -1,1 +1,1 @@
-"""Modules over the operators: a masked linear layer, the specialised feed-forward pair, an optimiser."""
+"""Modules over the operators: a masked linear layer, the specialised feed-forward block, an optimiser."""

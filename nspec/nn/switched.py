@@ -43,7 +43,7 @@ class Holder(NamedTuple):
         return f"thread {self.thread.name}{within}"
 
 
-class Block:
+class Switching:
     """Who switched the layers of a model: a ``nspec.task`` block, or a call of ``nspec.set_task`` until the next.
 
     A model is switched by one thread at a time, since a pass goes through layer after layer: another thread that switched
@@ -59,7 +59,7 @@ class Block:
 
     def __init__(self, lasting: bool, ahead: bool = False) -> None:
         self.holder, self.lasting, self.ahead = Holder.present(), lasting, ahead
-        self.before: dict[int, tuple[TaskSwitched, Any, Block | None]] = {}
+        self.before: dict[int, tuple[TaskSwitched, Any, Switching | None]] = {}
         self.open = True
 
     def enter(self, layers: Iterable[TaskSwitched]) -> None:
@@ -219,7 +219,7 @@ class TaskSwitched:
         state: SwitchedTo = self._nspec.switched_to()
         return state
 
-    def hold(self, block: Block | None) -> None:
+    def hold(self, block: Switching | None) -> None:
         """Notes the block that switches the layer now; None: nobody does."""
         self._nspec.block = block
 

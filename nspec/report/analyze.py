@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nspec.analysis import clustering
-from nspec.analysis.blocks import grouping_of
+from nspec.analysis.bands import grouping_of
 from nspec.analysis.languages import genetic_distances, read_distances, script_distances
 from nspec.analysis.overlap import Floats, Side, side_layers
 from nspec.analysis.proximity import (
@@ -19,10 +19,10 @@ from nspec.analysis.proximity import (
     LayerProximity,
     Proximity,
     Similarity,
+    across_pivot,
     groups_of,
     mask_iou,
     proximity,
-    sides_of_pivot,
 )
 from nspec.analysis.typology import Aspect, typological_distances
 from nspec.files import write_text
@@ -99,7 +99,7 @@ def analyze_run(
     options: dict[str, Any] = {"distances": distances, "permutations": permutations}
     masks = NeuronMasks.load(run / "masks")
     found = []
-    few = min(len(codes) for codes in sides_of_pivot(masks, pivot).values()) < FEWEST
+    few = min(len(codes) for codes in across_pivot(masks, pivot).values()) < FEWEST
     if not (heads and few):  # without heads there is nothing but the test, which says what it lacks
         found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, **options)]
     if not heads:
@@ -226,10 +226,10 @@ def tested(of: Any, pivot: str, **options: Any) -> Proximity | None:
     Raises:
         ValueError: as there.
     """
-    sides = sides_of_pivot(of, pivot).values()
-    if min(len(codes) for codes in sides) < FEWEST:
+    across = across_pivot(of, pivot).values()
+    if min(len(codes) for codes in across) < FEWEST:
         return None
-    grouping = grouping_of({code for codes in sides for code in codes})
+    grouping = grouping_of({code for codes in across for code in codes})
     return proximity(of, pivot, grouping=grouping, permutations=PERMUTATIONS, **options)
 
 
@@ -250,10 +250,10 @@ def summary(found: Proximity, what: str, layers: str, name: Callable[[LayerProxi
     for direction in found.languages:
         tested = [row for row in found.layers if row.direction == direction and row.test]
         if tested:
-            sure, best = [row for row in tested if row.p_holm < words.LEVEL], max(tested, key=r)
+            sure, best = [row for row in tested if row.p_holm < words.ALPHA], max(tested, key=r)
             said.append(
                 f"{_arrow(direction, found.pivot)}: in {len(sure)} of {len(tested)} {layers} {what} "
-                f"(p < {words.LEVEL:g} after Holm's correction); r is highest, {words.signed(r(best))}, in {name(best)}"
+                f"(p < {words.ALPHA:g} after Holm's correction); r is highest, {words.signed(r(best))}, in {name(best)}"
             )
     return "; ".join(said) + "." if said else "All languages are alike in every layer, so there is nothing to test."
 
@@ -297,7 +297,7 @@ def _with_script_held(found: Proximity) -> str:
     if not partial:
         return ""
     sure = (
-        f"Holm p < {words.LEVEL:g} in {sum(row.partial_p_holm < words.LEVEL for row in partial)} of {len(partial)} rows"
+        f"Holm p < {words.ALPHA:g} in {sum(row.partial_p_holm < words.ALPHA for row in partial)} of {len(partial)} rows"
     )
     r = [row.partial.r for row in partial if row.partial]
     return f". With script held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, {sure}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nspec.analysis.blocks import Block
+from nspec.analysis.bands import Band
 from nspec.analysis.clustering import leaf_order
 from nspec.analysis.overlap import Floats, Side
 
@@ -98,8 +98,8 @@ def style(axes: Axes, x: str, y: str, title: str = "", *, lines: str = "y", fram
     axes.set_title(title, fontsize=11, color=INK, loc="left")
     axes.grid(True, axis=lines, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-    for side in ("top", "right", *frame):
-        axes.spines[side].set_visible(False)
+    for edge in ("top", "right", *frame):
+        axes.spines[edge].set_visible(False)
 
 
 def legend_of(figure: Figure, axes: Axes, columns: int, below: bool = False) -> None:
@@ -117,16 +117,16 @@ def layer_axis(axes: Axes, numbers: Iterable[int]) -> None:
 
 
 def heat_map(
-    figure: Figure, axes: Axes, values: Floats, tasks: Sequence[str], blocks: Sequence[Block], most: float, **shown: Any
+    figure: Figure, axes: Axes, values: Floats, tasks: Sequence[str], bands: Sequence[Band], most: float, **shown: Any
 ) -> float:
-    """Directions as rows, with lines between blocks of related languages, whose names stand at the right.
+    """Directions as rows, with lines between bands of related languages, whose names stand at the right.
 
     Args:
         figure: of the axes; gets the bar of colours.
         axes: to draw on.
         values: float64 [tasks, columns].
-        tasks: in the order of :func:`nspec.analysis.blocks.block_order`.
-        blocks: of the same.
+        tasks: in the order of :func:`nspec.analysis.bands.band_order`.
+        bands: of the same.
         most: the value of the brightest colour.
         shown: further arguments of ``imshow``, such as ``vmin`` and ``aspect``.
 
@@ -138,21 +138,21 @@ def heat_map(
     axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for number, block in enumerate(blocks):
-        if block.first:
-            axes.axhline(block.first - 0.5, color="#ffffff", linewidth=block_line(blocks, number))
-        if len(blocks) > 1:
-            middle = block.first + (block.size - 1) / 2
-            axes.text(values.shape[1] - 0.3, middle, block.name, ha="left", va="center", fontsize=font)
+    for number, band in enumerate(bands):
+        if band.first:
+            axes.axhline(band.first - 0.5, color="#ffffff", linewidth=band_line(bands, number))
+        if len(bands) > 1:
+            middle = band.first + (band.size - 1) / 2
+            axes.text(values.shape[1] - 0.3, middle, band.name, ha="left", va="center", fontsize=font)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=25, pad=0.015)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     return font
 
 
-def block_line(blocks: Sequence[Block], number: int) -> float:
-    """The width of the line before a block, in points: where the direction type changes it is stronger."""
-    return 2.4 if blocks[number].part != blocks[number - 1].part else 0.9
+def band_line(bands: Sequence[Band], number: int) -> float:
+    """The width of the line before a band, in points: where the direction type changes it is stronger."""
+    return 2.4 if bands[number].part != bands[number - 1].part else 0.9
 
 
 def tree(linkage: Floats, names: Sequence[str], groups: Sequence[str], title: str) -> Figure:

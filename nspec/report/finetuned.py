@@ -276,14 +276,14 @@ def _tsv(data: Tuned) -> str:
 
 def _picture(data: Tuned) -> Figure:
     """A line for each method: a dot for each language, and a larger one for their mean."""
-    sides = [("own", "the language trained"), ("others", "the other languages")][: 2 if len(data.languages) > 1 else 1]
-    figure, panels = drawing.new_figure(10.4, 1.1 + 0.42 * len(data.results), len(sides), sharey=True)
+    shown = [("own", "the language trained"), ("others", "the other languages")][: 2 if len(data.languages) > 1 else 1]
+    figure, panels = drawing.new_figure(10.4, 1.1 + 0.42 * len(data.results), len(shown), sharey=True)
     methods = list(data.results)[::-1]
-    for axes, (side, title) in zip(panels, sides):
+    for axes, (whose, title) in zip(panels, shown):
         drawing.style(axes, "change of perplexity, % (left: better)", "", title.capitalize(), lines="both")
         for place, method in enumerate(methods):
-            values = [100 * math.expm1(min(value, 50.0)) for value in getattr(data, side)(method).values()]
-            mean = 100 * math.expm1(min(statistics.mean(getattr(data, side)(method).values()), 50.0))
+            values = [100 * math.expm1(min(value, 50.0)) for value in getattr(data, whose)(method).values()]
+            mean = 100 * math.expm1(min(statistics.mean(getattr(data, whose)(method).values()), 50.0))
             axes.scatter(values, [place] * len(values), color=_COLOURS[method], s=18, alpha=0.45, linewidths=0)
             axes.scatter([mean], [place], color=_COLOURS[method], s=95, zorder=3)
         axes.axvline(0, color=drawing.INK, linewidth=0.9)

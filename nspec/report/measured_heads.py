@@ -30,7 +30,7 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
     from nspec.mt.model import load_system
     from nspec.mt.text.batches import evaluation_batches
     from nspec.mt.text.collate import collate
-    from nspec.mt.text.prepared import PairDataset, PreparedData
+    from nspec.mt.text.prepared import Examples, PreparedData
     from nspec.processes import resolve_device
     from nspec.run.read import check_written, read_config
     from nspec.terminal import Display
@@ -40,12 +40,12 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
     dense = run / "systems" / "dense"
     check_written(dense / "model", dense / "stage.json", "put it back as it was, or `nspec run --redo train`")
     model, _ = load_system(dense / "model", resolve_device(config.run.device))
-    pairs, tokens = PairDataset(data, "valid"), config.train.batch_tokens
+    examples, tokens = Examples(data, "valid"), config.train.batch_tokens
     plans = {task: evaluation_batches(data, "valid", task, tokens, limit=sentences) for task in data.tasks}
 
     def batches(number: int, task: str) -> Iterator[dict[str, Any]]:
         for plan in plans[task]:
-            batch = collate([pairs[number, example] for example in plan])
+            batch = collate([examples[number, example] for example in plan])
             del batch["task"]
             yield batch
 

@@ -30,7 +30,7 @@ _SUMMARY_KEYS += ["parameters", "parameters_added", "parameters_trained", "mask_
 
 
 @dataclass
-class System:
+class SystemData:
     """One system of a run; what is not there yet is None or empty."""
 
     name: str
@@ -45,14 +45,14 @@ class RunData:
     """A run folder.
 
     ``baseline`` is the system that the scores were tested against; ``missing`` says what is not there yet; ``sizes`` are
-    training pairs by direction (empty before the text is prepared); ``variant_masks`` are the neurons of those variants
+    training sentences by direction (empty before the text is prepared); ``variant_masks`` are the neurons of those variants
     that have a selection of their own.
     """
 
     folder: Path
     config: Config
     config_text: str
-    systems: dict[str, System]
+    systems: dict[str, SystemData]
     masks: NeuronMasks | None
     tasks: list[str]
     baseline: str
@@ -90,7 +90,7 @@ class RunData:
 
     @property
     def main_groups(self) -> list[str]:
-        """The averages that are of all directions or of a side of the pivot, not of levels or families."""
+        """The averages that are of all directions or of those from or to the pivot, not of levels or families."""
         found = dict.fromkeys(group for scores in self.scored.values() for group in scores["average"])
         return [group for group in found if not kind_of_group(group)[0]]
 
@@ -155,9 +155,9 @@ def _system_names(run: Path, config: Config) -> list[str]:
     return list(dict.fromkeys([*system_names(config), *extra]))
 
 
-def _system(run: Path, name: str) -> System:
+def _system(run: Path, name: str) -> SystemData:
     folder = run / "systems" / name
-    system, scores = System(name), run / "scores" / name / "scores.json"
+    system, scores = SystemData(name), run / "scores" / name / "scores.json"
     check_written(
         folder / "summary.json", folder / "stage.json", f"put it back, or `nspec run --redo {_training(name)}`"
     )
@@ -260,7 +260,7 @@ def _scores(path: Path) -> dict[str, Any]:
     return scores
 
 
-def _baseline(config: Config, systems: dict[str, System]) -> str:
+def _baseline(config: Config, systems: dict[str, SystemData]) -> str:
     """The system that the scores name as theirs; before there are any, the one that the configuration asks for."""
     for system in systems.values():
         for entry in (system.scores or {"tasks": {}})["tasks"].values():
@@ -288,7 +288,7 @@ def _variant_masks(run: Path, config: Config) -> dict[str, NeuronMasks]:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Training pairs of each direction, from what preparing the text wrote; empty where that is not there."""
+    """Training sentences of each direction, from what preparing the text wrote; empty where that is not there."""
     counts = _dictionary(path).get("counts") if path.is_file() else None
     train = counts.get("train") if isinstance(counts, dict) else None
     if not isinstance(train, dict):
@@ -316,7 +316,7 @@ def _stages(run: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (place(record["folder"]), str(record.get("stage", ""))))
 
 
-def _missing(run: Path, systems: dict[str, System], masks: object, config: Config) -> list[str]:
+def _missing(run: Path, systems: dict[str, SystemData], masks: object, config: Config) -> list[str]:
     """What a whole run has and this one has not yet, in the order in which it is made."""
     missing = [] if (run / "prepared" / "meta.json").is_file() else ["the prepared text"]
     wanted = system_names(config)  # what another system only needs, as LaSS does the fine-tuned models, has no scores

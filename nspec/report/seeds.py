@@ -22,7 +22,7 @@ from nspec.report.words import METRICS, arrow, group_name, metric_names
 from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
-_LEVEL = 0.95
+_CONFIDENCE = 0.95
 # Systems are compared by name instead, so that a run with one more system can be a part.
 _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
 
@@ -242,19 +242,19 @@ def _adjusted(results: Sequence[SeedResult]) -> list[SeedResult]:
 
 
 def tested_together(average: str) -> str:
-    """What names the averages whose p values are adjusted together: all levels (of a side of the pivot), all families.
+    """What names the averages whose p values are adjusted together: all levels (from or to the pivot), all families.
 
     Another average stands for itself: its p values are adjusted over systems alone.
     """
-    kind, _, side = kind_of_group(average)
-    return f"{kind}/{side}" if kind else average
+    kind, _, half = kind_of_group(average)
+    return f"{kind}/{half}" if kind else average
 
 
 def _difference(values: Floats, tests: Sequence[Mapping[str, object]], metric: str) -> Difference:
     """The statistics of paired differences float64 [seeds]; not yet adjusted for the number of systems."""
     freedom, mean, error = len(values) - 1, float(values.mean()), float(stats.sem(values))
     t = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    p, reach = 2 * float(stats.t.sf(abs(t), freedom)), float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * error
+    p, reach = 2 * float(stats.t.sf(abs(t), freedom)), float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom)) * error
     arrows = [arrow(test, metric) for test in tests]
     counts = len(arrows), arrows.count("▲"), arrows.count("▼")
     return Difference(tuple(values.tolist()), mean, mean - reach, mean + reach, t, p, p, *counts)

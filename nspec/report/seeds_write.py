@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.files import write_text
-from nspec.mt.scoring.averages import KINDS, LEVEL, kind_of_group
+from nspec.mt.scoring.averages import AVERAGED_BY, LEVEL, kind_of_group
 from nspec.report import drawing
 from nspec.report.seeds import COSTS, Difference, SeedComparison, SeedResult
 from nspec.report.tables import write_tsv
@@ -96,7 +96,7 @@ def markdown(comparison: SeedComparison) -> str:
 
 
 def _average_lines(comparison: SeedComparison) -> list[str]:
-    """A table for each average over all directions or a side of the pivot, then one for all levels, and all families."""
+    """A table for each average over all directions, from or to the pivot, then one for all levels, and all families."""
     lines = []
     for group in comparison.groups:
         if kind_of_group(group)[0]:
@@ -107,7 +107,7 @@ def _average_lines(comparison: SeedComparison) -> list[str]:
             for system in comparison.systems
         ]
         lines += ["", f"## Average of {group_name(group)}", "", *_table(["system", *heads], rows)]
-    for kind in KINDS:
+    for kind in AVERAGED_BY:
         lines += _group_lines(comparison, kind)
     return lines
 

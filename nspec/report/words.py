@@ -8,11 +8,10 @@ from typing import Any
 
 from nspec.analysis.languages import Grouping
 from nspec.mt.config import SelectConfig
-from nspec.mt.scoring.averages import LEVEL as LEVEL_GROUP
-from nspec.mt.scoring.averages import kind_of_group
+from nspec.mt.scoring.averages import LEVEL, kind_of_group
 from nspec.run.systems import SELECT_USES, Variant
 
-LEVEL = 0.05
+ALPHA = 0.05
 
 SYSTEMS = {
     "dense": ("Dense", "one multilingual model, all neurons for every direction"),
@@ -146,8 +145,8 @@ def bare_p(p: float) -> str:
 
 
 def verdict(delta: float, p: float) -> str:
-    """What a test says at the 5 % level."""
-    if p >= LEVEL:
+    """What a test says at 5 %."""
+    if p >= ALPHA:
         return "not significant"
     return "significantly better" if delta > 0 else "significantly worse"
 
@@ -163,8 +162,8 @@ def arrow(test: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def sign(delta: float, p: float) -> str:
-    """▲ or ▼ for a difference that is significant at the 5 % level, else nothing."""
-    return "" if p >= LEVEL or delta == 0 else "▲" if delta > 0 else "▼"
+    """▲ or ▼ for a difference that is significant at 5 %, else nothing."""
+    return "" if p >= ALPHA or delta == 0 else "▲" if delta > 0 else "▼"
 
 
 def group_name(group: str) -> str:
@@ -172,12 +171,12 @@ def group_name(group: str) -> str:
 
     Of the groups that a run makes itself, ``level:high`` is ``high-resource`` and ``family:Germanic`` ``Germanic``.
     """
-    name, slash, side = group.rpartition("/")
+    name, slash, half = group.rpartition("/")
     if slash:
-        return f"{name}, {group_name(side)}"
+        return f"{name}, {group_name(half)}"
     kind, name, _ = kind_of_group(group)
     if kind:
-        return f"{name}-resource" if kind == LEVEL_GROUP else name
+        return f"{name}-resource" if kind == LEVEL else name
     if group.startswith("from_"):
         return f"{group[5:]}→x"
     if group.startswith("to_"):

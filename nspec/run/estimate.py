@@ -161,7 +161,7 @@ def measure(config: Config, data: PreparedData) -> Speed:
     from nspec.mt.model import build_model
     from nspec.mt.text.batches import TaskBatchSampler
     from nspec.mt.text.collate import collate
-    from nspec.mt.text.prepared import PairDataset
+    from nspec.mt.text.prepared import Examples
     from nspec.mt.training.precision import resolve_precision
     from nspec.processes import resolve_device
 
@@ -174,7 +174,7 @@ def measure(config: Config, data: PreparedData) -> Speed:
             resolve_precision(train.precision, device, int(getattr(model.config, "hidden_size", 0)))
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-        pairs = PairDataset(data, "train")
+        examples = Examples(data, "train")
         sampler = TaskBatchSampler(
             data, "train", train.batch_tokens, train.temperature, 1 + _MICRO_BATCHES, config.run.seed
         )
@@ -186,7 +186,7 @@ def measure(config: Config, data: PreparedData) -> Speed:
 
         micro_batches, steps, padded = [], [], 0
         for batch in sampler:
-            inputs = collate([pairs[key] for key in batch])
+            inputs = collate([examples[key] for key in batch])
             inputs.pop("task")
             inputs = {name: value.to(device) for name, value in inputs.items()}
             micro_batches.append(timed(functools.partial(passes, inputs)))
@@ -216,10 +216,10 @@ def _translate(model: Any, config: Config, data: PreparedData, device: torch.dev
     import torch
 
     from nspec.mt.text.collate import collate
-    from nspec.mt.text.prepared import PairDataset
+    from nspec.mt.text.prepared import Examples
 
-    pairs, task = PairDataset(data, "valid"), data.tasks[0]
-    few = [pairs[0, number % data.size("valid", task)] for number in range(_SENTENCES)]
+    examples, task = Examples(data, "valid"), data.tasks[0]
+    few = [examples[0, number % data.size("valid", task)] for number in range(_SENTENCES)]
     inputs = collate(few)
     length = max(1, round(float((inputs["labels"] >= 0).sum()) / _SENTENCES))
     with torch.no_grad():

@@ -91,12 +91,12 @@ def _tuned_by(config: TuningConfig, method: str) -> tuple[str, ...]:
     return (*(f"tune.{name}" for name in shared), *mine, *saved)
 
 
-class Tuning:
+class TuningRun:
     """The stages of a run of fine-tuning. Use as a context: it locks the run folder.
 
     Args:
         config: a validated configuration.
-        redo: stages (or groups: ``tune``) whose folders are moved away first, with all that follows from them.
+        redo: stages (or all of a kind: ``tune``) whose folders are moved away first, with all that follows from them.
         display: where progress is shown.
 
     Raises:
@@ -111,7 +111,7 @@ class Tuning:
         self._redo = redo
         self._taken: dict[str, list[float]] = {}  # seconds of the fine-tunings done, by method
 
-    def __enter__(self) -> Tuning:
+    def __enter__(self) -> TuningRun:
         if self.run.world.size > 1:
             raise ValueError(
                 f"`nspec finetune` is one process, and was started as {self.run.world.size}: start it without torchrun"

@@ -120,7 +120,7 @@ class Run:
         """Enters, and makes the folder ready for work: what is to be made anew stands aside, ``config.yaml`` is written.
 
         Args:
-            redo: stages (or groups) that are made anew, with all that follows from them.
+            redo: stages (or all of a kind) that are made anew, with all that follows from them.
             tell: is told where old results are kept.
 
         Raises:

@@ -53,7 +53,7 @@ class Pipeline:
 
     Args:
         config: a validated configuration.
-        redo: stages (or groups: ``specialize``) whose folders are moved away first, with all that follows from them.
+        redo: stages (or all of a kind: ``specialize``) whose folders are moved away first, with all that follows from them.
         display: where progress is shown.
 
     Raises:
@@ -303,7 +303,7 @@ class Pipeline:
                 write_json(record_of(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 
     def _score(self, system: str, folder: Path) -> None:
-        from nspec.analysis.blocks import families_of, grouping_of
+        from nspec.analysis.bands import families_of, grouping_of
         from nspec.analysis.languages import why_no_families
         from nspec.mt.scoring.averages import run_groups
         from nspec.mt.scoring.scores import score_system

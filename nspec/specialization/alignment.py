@@ -23,7 +23,7 @@ class Alignment:
         self.alone: dict[str, Tensor] = {}
         self.sentence = 0
 
-    def place(self, pair: FeedForward, x: Tensor, mask: TokenMask) -> Tensor | None:
+    def place(self, block: FeedForward, x: Tensor, mask: TokenMask) -> Tensor | None:
         """``mask`` in the shape of the leading dimensions of ``x [..., d_in]``; None where its order cannot be told.
 
         Raises:
@@ -33,10 +33,10 @@ class Alignment:
         orders = {swapped: part.reshape(leading) for swapped, part in _orders(real) if _fits(part, leading)}
         if not orders:
             raise ValueError(
-                f"{pair.name}: {mask.name} gives a mask of shape {list(real.shape)}, the activations have "
+                f"{block.name}: {mask.name} gives a mask of shape {list(real.shape)}, the activations have "
                 f"{list(leading)}; give valid= for this model, or padding='include'"
             )
-        key = (pair.name, None if mask.batch_first else mask.name)
+        key = (block.name, None if mask.batch_first else mask.name)
         if len(orders) == 1:
             [(swapped, placed)] = orders.items()
             if real.dim() == 2:
@@ -44,21 +44,21 @@ class Alignment:
             return placed
         if torch.equal(orders[False], orders[True]):
             return orders[False]
-        known = self._swapped.get(key) or self._by_class(pair, mask) or self._by_sentence(pair, x, mask)
+        known = self._swapped.get(key) or self._by_class(block, mask) or self._by_sentence(block, x, mask)
         if len(known) != 1:
             return None
         self._swapped[key] = known
         return orders[next(iter(known))]
 
     @staticmethod
-    def _by_class(pair: FeedForward, mask: TokenMask) -> set[bool]:
-        if mask.batch_first and isinstance(pair.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            return {not pair.parent.self_attn.batch_first}
+    def _by_class(block: FeedForward, mask: TokenMask) -> set[bool]:
+        if mask.batch_first and isinstance(block.parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            return {not block.parent.self_attn.batch_first}
         return set()
 
-    def _by_sentence(self, pair: FeedForward, x: Tensor, mask: TokenMask) -> set[bool]:
+    def _by_sentence(self, block: FeedForward, x: Tensor, mask: TokenMask) -> set[bool]:
         """Compares with the sentence that was run by itself: by shape, else by which rows are the same."""
-        alone = self.alone.get(pair.name)
+        alone = self.alone.get(block.name)
         if alone is None or not bool(mask.real[self.sentence].any()):
             return set()
         sentences, length = mask.real.shape

@@ -1,4 +1,4 @@
-"""What to say of linear layers that are not found as a feed-forward block: pairs that may be meant, experts not taken."""
+"""What to say of linear layers that are not found as a feed-forward block: layers that may be meant, experts not taken."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from nspec.nn.task_layers import TaskLayer
 from .alignment import Alignment
 from .between import Between, Sample
 from .feed_forward import FeedForward, is_transposed
-from .passes import Masks, Pass, Tally
+from .passes import Pass, Tally, TokenMasks
 from .routing import Routing
 
 
@@ -49,16 +49,16 @@ class Counters(Tally):
         Raises:
             ValueError: a layer whose fc2 did not get what fc1 gave.
         """
-        for pair in self._pairs:
-            count = self._totals.get(pair.name)
-            if count is not None and not self._between[pair.name].passed and bool(count.any()):
+        for block in self._blocks:
+            count = self._totals.get(block.name)
+            if count is not None and not self._between[block.name].passed and bool(count.any()):
                 raise ValueError(
-                    f"{pair.name}: fc2 did not get the activations of fc1 in task {self._task}, so nothing shows what the "
+                    f"{block.name}: fc2 did not get the activations of fc1 in task {self._task}, so nothing shows what the "
                     "block computes; choose layers with layers=[...]"
                 )
         return super().totals()
 
-    def _run(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> _Pass:
+    def _run(self, run: Callable[[], Any], masks: TokenMasks, wanted: set[str]) -> _Pass:
         seen = self._once(run, masks, wanted)
         if strange := {layer for layer, total in seen.sums.items() if not math.isfinite(float(total))}:
             # Padding may be anything: look at what is counted, in this batch and from now on.
@@ -66,9 +66,9 @@ class Counters(Tally):
             self._once(run, masks, strange)
         return seen
 
-    def _once(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> _Pass:
+    def _once(self, run: Callable[[], Any], masks: TokenMasks, wanted: set[str]) -> _Pass:
         seen = _Pass(self._alignment, self._routing, self._between, masks, wanted, self._suspect, self._where())
-        with seen.attached(self._pairs), self._routing.attached():
+        with seen.attached(self._blocks), self._routing.attached():
             run()
         return seen
 
@@ -81,7 +81,7 @@ class _Pass(Pass):
         alignment: Alignment,
         routing: Routing,
         between: Mapping[str, Between],
-        masks: Masks,
+        masks: TokenMasks,
         wanted: set[str],
         suspect: set[str],
         where: str,
@@ -94,91 +94,91 @@ class _Pass(Pass):
         self._ups: dict[str, Sample] = {}
 
     @contextlib.contextmanager
-    def attached(self, pairs: Sequence[FeedForward]) -> Iterator[None]:
+    def attached(self, blocks: Sequence[FeedForward]) -> Iterator[None]:
         """The hooks are on the layers within the block, and gone after it."""
         with contextlib.ExitStack() as hooks:
-            for pair in pairs:
-                if pair.name not in self._wanted:
+            for block in blocks:
+                if block.name not in self._wanted:
                     continue
-                between = self._between[pair.name]
-                hooked = bool(pair.fc1._forward_hooks)
-                if between.relu and not hooked and _is_plain(pair.fc1):
-                    pair.fc1.forward = functools.partial(self._fused, pair)
-                    hooks.callback(delattr, pair.fc1, "forward")
+                between = self._between[block.name]
+                hooked = bool(block.fc1._forward_hooks)
+                if between.relu and not hooked and _is_plain(block.fc1):
+                    block.fc1.forward = functools.partial(self._fused, block)
+                    hooks.callback(delattr, block.fc1, "forward")
                 else:
-                    hook = functools.partial(self._returned, pair)
-                    hooks.callback(pair.fc1.register_forward_hook(hook, with_kwargs=True).remove)
-                if hooked or not all(_is_plain(layer) or is_transposed(layer) for layer in (pair.fc1, pair.fc2)):
-                    self._suspect.add(pair.name)
-                if pair.up is not None and not between.shown:
-                    up = functools.partial(self._up_returned, pair.name)
-                    hooks.callback(pair.up.register_forward_hook(up).remove)
-                before = functools.partial(self._before_fc2, pair)
-                hooks.callback(pair.fc2.register_forward_pre_hook(before, with_kwargs=True).remove)
-                if pair.name not in self._suspect:
-                    after = functools.partial(self._after_fc2, pair)
-                    hooks.callback(pair.fc2.register_forward_hook(after).remove)
+                    hook = functools.partial(self._returned, block)
+                    hooks.callback(block.fc1.register_forward_hook(hook, with_kwargs=True).remove)
+                if hooked or not all(_is_plain(layer) or is_transposed(layer) for layer in (block.fc1, block.fc2)):
+                    self._suspect.add(block.name)
+                if block.up is not None and not between.shown:
+                    up = functools.partial(self._up_returned, block.name)
+                    hooks.callback(block.up.register_forward_hook(up).remove)
+                before = functools.partial(self._before_fc2, block)
+                hooks.callback(block.fc2.register_forward_pre_hook(before, with_kwargs=True).remove)
+                if block.name not in self._suspect:
+                    after = functools.partial(self._after_fc2, block)
+                    hooks.callback(block.fc2.register_forward_hook(after).remove)
             yield
 
-    def _fused(self, pair: FeedForward, input: Tensor) -> Tensor:
+    def _fused(self, block: FeedForward, input: Tensor) -> Tensor:
         """In place of fc1: the layer's own ReLU changes nothing of what this returns."""
-        weight: Any = pair.fc1.weight
-        bias: Any = pair.fc1.bias
-        placed, valid = self._place(pair, input)
+        weight: Any = block.fc1.weight
+        bias: Any = block.fc1.bias
+        placed, valid = self._place(block, input)
         if not placed:
             return nn.functional.linear(input, weight, bias)
         h, count = linear_relu_count(input, weight, bias, valid=valid)
-        self._add(pair, h, valid, count)
-        self._rectified[pair.name] = h
+        self._add(block, h, valid, count)
+        self._rectified[block.name] = h
         return h
 
     def _returned(
-        self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        self, block: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        placed, valid = self._place(pair, args[0] if args else next(iter(kwargs.values())))
+        placed, valid = self._place(block, args[0] if args else next(iter(kwargs.values())))
         if not placed:
             return
-        z = output[..., : pair.d_ff]
+        z = output[..., : block.d_ff]
         valid = None if valid is None else valid.to(z.device)
         fired = z > 0 if valid is None else (z > 0) & valid.unsqueeze(-1)
-        self._add(pair, z, valid, fired.reshape(-1, pair.d_ff).sum(0))
-        if not self._between[pair.name].shown:
-            self._samples[pair.name] = Sample(z)
-            if pair.fused:
-                self._ups[pair.name] = Sample(output[..., pair.d_ff :])
+        self._add(block, z, valid, fired.reshape(-1, block.d_ff).sum(0))
+        if not self._between[block.name].shown:
+            self._samples[block.name] = Sample(z)
+            if block.fused:
+                self._ups[block.name] = Sample(output[..., block.d_ff :])
 
     def _up_returned(self, layer: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._ups[layer] = Sample(output)
 
-    def _add(self, pair: FeedForward, h: Tensor, valid: Tensor | None, count: Tensor) -> None:
-        if pair.name in self._suspect:
+    def _add(self, block: FeedForward, h: Tensor, valid: Tensor | None, count: Tensor) -> None:
+        if block.name in self._suspect:
             counted = torch.relu(h if valid is None else h[valid])  # minus infinity has not fired
             if not bool(torch.isfinite(counted).all()):
                 nan, all_values = int(torch.isnan(counted).sum()), counted.numel()
                 raise ValueError(
-                    f"{pair.name}: activations are not finite in {self._where}: of {all_values}, {nan} are NaN and "
+                    f"{block.name}: activations are not finite in {self._where}: of {all_values}, {nan} are NaN and "
                     f"{int(torch.isinf(counted).sum())} infinite. Look at the weights, the inputs and the dtype"
                 )
-        self._sum(pair.name, count, torch.tensor(h[..., 0].numel()) if valid is None else valid.sum())
+        self._sum(block.name, count, torch.tensor(h[..., 0].numel()) if valid is None else valid.sum())
 
-    def _before_fc2(self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before_fc2(self, block: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Checks what comes between the layers; done for good once that could be seen of a value that is not 0."""
-        between, layer = self._between[pair.name], pair.name
+        between, layer = self._between[block.name], block.name
         h, z, up = self._rectified.pop(layer, None), self._samples.pop(layer, None), self._ups.pop(layer, None)
         if between.shown or (h is None and z is None):
             return
         got = args[0] if args else next(iter(kwargs.values()))
         if h is not None:
             between.see_rectified(h, got)
-        elif z is not None and (up is not None or not pair.gated):
+        elif z is not None and (up is not None or not block.gated):
             between.see(z, up, got)
 
-    def _after_fc2(self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _after_fc2(self, block: FeedForward, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """NaN and infinity of an activation are in every output of its token: a look at fc2's is a quarter of the work."""
         half = output.dtype in (torch.float16, torch.bfloat16)
         total = output.sum(dtype=torch.float32 if half else None)
-        earlier = self.sums.get(pair.name)
-        self.sums[pair.name] = total if earlier is None else earlier + total
+        earlier = self.sums.get(block.name)
+        self.sums[block.name] = total if earlier is None else earlier + total
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def find_blocks(model: nn.Module, layers: Iterable[Layer] | None = None) -> list
             its first name.
 
     Raises:
-        ValueError: nothing was found (the message lists pairs of layers that may be meant), a name that is not there,
+        ValueError: nothing was found (the message lists layers that may be meant), a name that is not there,
             layers that do not fit together, one with an adapter, or a weight that is shared with another module.
         TypeError: ``layers`` is one text, or has something else than names and tuples of two or three.
 

@@ -15,7 +15,7 @@ from .feed_forward import FeedForward
 from .padding import TokenMask
 from .routing import Routing
 
-Masks = Mapping[str, "TokenMask | Tensor | None"]
+TokenMasks = Mapping[str, "TokenMask | Tensor | None"]
 """For each layer the real tokens; a tensor is in the shape of the activations' leading dimensions. None: all count."""
 
 
@@ -33,7 +33,7 @@ class Tally:
     """Of the sums."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[FeedForward]) -> None:
-        self._pairs = blocks
+        self._blocks = blocks
         self._alignment, self._routing = Alignment(), Routing(model, blocks)
         self._tokens: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ class Tally:
         """Begins a task."""
         self._task, self._batch, self._totals, self._tokens = task, 0, {}, {}
 
-    def count(self, run: Callable[[], Any], masks: Masks, alone: Callable[[int, int], None] | None) -> None:
+    def count(self, run: Callable[[], Any], masks: TokenMasks, alone: Callable[[int, int], None] | None) -> None:
         """Runs a batch and adds up what fires in it.
 
         Args:
@@ -60,7 +60,7 @@ class Tally:
                 activation function comes before fc2.
         """
         self._batch += 1
-        unsettled = self._pass(run, masks, {pair.name for pair in self._pairs})
+        unsettled = self._pass(run, masks, {block.name for block in self._blocks})
         if unsettled:
             try:
                 self._run_alone(unsettled, masks, alone)
@@ -76,23 +76,23 @@ class Tally:
         A layer that did not run has 0 tokens.
         """
         sums = {
-            pair.name: self._totals[pair.name].cpu()
-            if pair.name in self._totals
-            else torch.zeros(pair.d_ff, dtype=self._DTYPE)
-            for pair in self._pairs
+            block.name: self._totals[block.name].cpu()
+            if block.name in self._totals
+            else torch.zeros(block.d_ff, dtype=self._DTYPE)
+            for block in self._blocks
         }
         return sums, {name: int(self._tokens.get(name, 0)) for name in sums}
 
     def did_not_run(self) -> list[str]:
         """The layers that got nothing since :meth:`start`, but for experts, to which nothing may have been sent."""
-        names = [pair.name for pair in self._pairs]
+        names = [block.name for block in self._blocks]
         return [name for name in names if name not in self._totals and name not in self._routing]
 
-    def _run(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> Pass:
+    def _run(self, run: Callable[[], Any], masks: TokenMasks, wanted: set[str]) -> Pass:
         """Runs a batch and looks at the layers ``wanted``."""
         raise NotImplementedError
 
-    def _pass(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> set[str]:
+    def _pass(self, run: Callable[[], Any], masks: TokenMasks, wanted: set[str]) -> set[str]:
         """Runs a batch and adds up ``wanted`` layers; those whose mask cannot be placed are given back without."""
         seen = self._run(run, masks, wanted)
         self.leading |= seen.leading
@@ -105,7 +105,7 @@ class Tally:
     def _where(self) -> str:
         return f"batch {self._batch} of task {self._task}"
 
-    def _run_alone(self, layers: set[str], masks: Masks, alone: Callable[[int, int], None] | None) -> None:
+    def _run_alone(self, layers: set[str], masks: TokenMasks, alone: Callable[[int, int], None] | None) -> None:
         """Runs one sentence by itself: its rows show in which order a layer has those of the batch."""
         mask = masks[min(layers)]
         assert isinstance(mask, TokenMask)
@@ -113,16 +113,16 @@ class Tally:
             raise self._cannot_tell(layers, masks)
         self._alignment.sentence = int(mask.real.sum(1).argmax())
         with contextlib.ExitStack() as hooks:
-            for pair in self._pairs:
-                if pair.name in layers:
-                    take = functools.partial(_take, self._alignment.alone, pair.name)
-                    hooks.callback(pair.fc1.register_forward_pre_hook(take, with_kwargs=True).remove)
+            for block in self._blocks:
+                if block.name in layers:
+                    take = functools.partial(_take, self._alignment.alone, block.name)
+                    hooks.callback(block.fc1.register_forward_pre_hook(take, with_kwargs=True).remove)
             try:
                 alone(self._alignment.sentence, len(mask.real))
             except Exception as error:  # of the model: its batches cannot be cut into sentences
                 raise self._cannot_tell(layers, masks) from error
 
-    def _cannot_tell(self, layers: set[str], masks: Masks) -> ValueError:
+    def _cannot_tell(self, layers: set[str], masks: TokenMasks) -> ValueError:
         layer = min(layers)
         mask = masks[layer]
         assert isinstance(mask, TokenMask)
@@ -145,7 +145,7 @@ class Pass:
         leading: for each layer the leading dimensions of its activations.
     """
 
-    def __init__(self, alignment: Alignment, routing: Routing, masks: Masks, wanted: set[str]) -> None:
+    def __init__(self, alignment: Alignment, routing: Routing, masks: TokenMasks, wanted: set[str]) -> None:
         self.values: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
         self.unsettled: set[str] = set()
@@ -159,29 +159,29 @@ class Pass:
         self.values[layer] = value if first else self.values[layer] + value
         self.tokens[layer] = tokens if first else self.tokens[layer] + tokens.to(self.tokens[layer].device)
 
-    def _place(self, pair: FeedForward, x: Tensor) -> tuple[bool, Tensor | None]:
+    def _place(self, block: FeedForward, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether the mask of real tokens can be placed, and where they are in ``x [..., d_in]``; None: everywhere."""
-        mask = self._masks[pair.name]
-        self.leading[pair.name] = x.shape[:-1]
+        mask = self._masks[block.name]
+        self.leading[block.name] = x.shape[:-1]
         if mask is None:
             return True, None
-        lay = functools.partial(self._lay, pair, mask)
-        if pair.name in self._routing:
-            placed, valid = self._routing.place(pair, x, lay)
+        lay = functools.partial(self._lay, block, mask)
+        if block.name in self._routing:
+            placed, valid = self._routing.place(block, x, lay)
         else:
             valid = lay(x)
             placed = valid is not None
         if not placed:
-            self.unsettled.add(pair.name)
+            self.unsettled.add(block.name)
         return placed, valid
 
-    def _lay(self, pair: FeedForward, mask: TokenMask | Tensor, x: Tensor) -> Tensor | None:
+    def _lay(self, block: FeedForward, mask: TokenMask | Tensor, x: Tensor) -> Tensor | None:
         """The mask in the shape of the leading dimensions of ``x``; None where their order cannot be told."""
         if isinstance(mask, TokenMask):
-            return self._alignment.place(pair, x, mask)
+            return self._alignment.place(block, x, mask)
         if mask.shape != x.shape[:-1]:
             raise ValueError(
-                f"{pair.name}: valid gave a mask of shape {list(mask.shape)}, expected that of the leading dimensions of "
+                f"{block.name}: valid gave a mask of shape {list(mask.shape)}, expected that of the leading dimensions of "
                 f"the activations, {list(x.shape[:-1])}"
             )
         return mask.to(x.device)

@@ -22,7 +22,7 @@ from .layers import computes_linear, find_blocks, without_fast_path
 from .losses import LossOf, SummedLoss
 from .naming import Layer
 from .padding import RealTokens, check_tensor, rows_are_samples
-from .passes import Masks
+from .passes import TokenMasks
 from .scores import NeuronScores, Score, check_score
 from .scoring import Scorers
 from .tasks import task as switched_to
@@ -153,7 +153,7 @@ def profile(
             if real.follows_transformers:
                 for name, value in real.named(batch).items():
                     check_tensor(name, value)
-            masks: Masks = dict.fromkeys(names)
+            masks: TokenMasks = dict.fromkeys(names)
             if padding == "exclude":
                 masks = real.masks(names, batch) if valid is None else _given(valid, names, batch)
             gradients = _gradients() if score == "gradient" else torch.no_grad()
@@ -230,7 +230,7 @@ def _several(task: str, batches: Any) -> Iterable[Any]:
     )
 
 
-def _given(valid: Callable[[str, Any], Tensor | None], names: Sequence[str], batch: Any) -> Masks:
+def _given(valid: Callable[[str, Any], Tensor | None], names: Sequence[str], batch: Any) -> TokenMasks:
     masks = {name: valid(name, batch) for name in names}
     for name, mask in masks.items():
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):

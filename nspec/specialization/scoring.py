@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .alignment import Alignment
 from .feed_forward import FeedForward
-from .passes import Masks, Pass, Tally
+from .passes import Pass, Tally, TokenMasks
 from .routing import Routing
 
 
@@ -34,9 +34,9 @@ class Scorers(Tally):
         super().__init__(model, blocks)
         self._model, self._gradient = model, gradient
 
-    def _run(self, run: Callable[[], Any], masks: Masks, wanted: set[str]) -> Pass:
+    def _run(self, run: Callable[[], Any], masks: TokenMasks, wanted: set[str]) -> Pass:
         seen = _Pass(self._alignment, self._routing, masks, wanted, self._gradient, self._where())
-        with _frozen(self._model), seen.attached(self._pairs), self._routing.attached():
+        with _frozen(self._model), seen.attached(self._blocks), self._routing.attached():
             loss_of = run()
             seen.check_passed()
             if self._gradient:
@@ -61,7 +61,7 @@ class _Pass(Pass):
     """One run of the model, with the activations of its blocks."""
 
     def __init__(
-        self, alignment: Alignment, routing: Routing, masks: Masks, wanted: set[str], gradient: bool, where: str
+        self, alignment: Alignment, routing: Routing, masks: TokenMasks, wanted: set[str], gradient: bool, where: str
     ) -> None:
         super().__init__(alignment, routing, masks, wanted)
         self._gradient, self._where = gradient, where
@@ -70,50 +70,50 @@ class _Pass(Pass):
         self._backward = False
 
     @contextlib.contextmanager
-    def attached(self, pairs: Sequence[FeedForward]) -> Iterator[None]:
+    def attached(self, blocks: Sequence[FeedForward]) -> Iterator[None]:
         """The hooks are on the layers within the block, and gone after it."""
         with contextlib.ExitStack() as hooks:
-            for pair in pairs:
-                if pair.name in self._wanted:
-                    first = functools.partial(self._before_fc1, pair)
-                    hooks.callback(pair.fc1.register_forward_pre_hook(first, with_kwargs=True).remove)
-                    second = functools.partial(self._before_fc2, pair)
-                    hooks.callback(pair.fc2.register_forward_pre_hook(second, with_kwargs=True).remove)
+            for block in blocks:
+                if block.name in self._wanted:
+                    first = functools.partial(self._before_fc1, block)
+                    hooks.callback(block.fc1.register_forward_pre_hook(first, with_kwargs=True).remove)
+                    second = functools.partial(self._before_fc2, block)
+                    hooks.callback(block.fc2.register_forward_pre_hook(second, with_kwargs=True).remove)
             yield
 
-    def _before_fc1(self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before_fc1(self, block: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not self._backward:  # a checkpoint computes again what has been seen
-            self._laid[pair.name] = self._place(pair, args[0] if args else next(iter(kwargs.values())))
+            self._laid[block.name] = self._place(block, args[0] if args else next(iter(kwargs.values())))
 
     def _before_fc2(
-        self, pair: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, block: FeedForward, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         h: Tensor = args[0] if args else next(iter(kwargs.values()))
         fresh = self._gradient and not h.requires_grad  # nothing below it is of interest: gradients end here
         if fresh:
             h = h.detach().requires_grad_()
         if not self._backward:
-            self._see(pair, h)
+            self._see(block, h)
         if not fresh:
             return None
         return ((h, *args[1:]), dict(kwargs)) if args else ((), {next(iter(kwargs)): h})
 
-    def _see(self, pair: FeedForward, h: Tensor) -> None:
-        if pair.name not in self._laid:
+    def _see(self, block: FeedForward, h: Tensor) -> None:
+        if block.name not in self._laid:
             raise ValueError(
-                f"{pair.name}: fc2 of this block runs without fc1 before it in {self._where}, so its activations are not "
+                f"{block.name}: fc2 of this block runs without fc1 before it in {self._where}, so its activations are not "
                 "those of the block; choose layers with layers=[...]"
             )
-        placed, valid = self._laid.pop(pair.name)
-        if h.shape != (expected := (*self.leading[pair.name], pair.d_ff)):
-            raise ValueError(f"{pair.name}: fc2 got {list(h.shape)}, expected {list(expected)}, as fc1 gave")
+        placed, valid = self._laid.pop(block.name)
+        if h.shape != (expected := (*self.leading[block.name], block.d_ff)):
+            raise ValueError(f"{block.name}: fc2 got {list(h.shape)}, expected {list(expected)}, as fc1 gave")
         if not placed:
             return
         valid = None if valid is None else valid.to(h.device)
         if self._gradient:
-            self._kept.append((pair, h, valid))
+            self._kept.append((block, h, valid))
         else:
-            self._add(pair, h if valid is None else h[valid])
+            self._add(block, h if valid is None else h[valid])
 
     def check_passed(self) -> None:
         """Raises ValueError where fc1 of a block ran, and fc2 did not."""
@@ -135,26 +135,26 @@ class _Pass(Pass):
                 "(other than -100) in the batch, and the dtype"
             )
         self._backward = True
-        kept = [(pair, h, valid) for pair, h, valid in self._kept if h.numel()]
+        kept = [(block, h, valid) for block, h, valid in self._kept if h.numel()]
         gradients = torch.autograd.grad(loss.reshape(()), [h for _, h, _ in kept], allow_unused=True) if kept else ()
-        for (pair, h, valid), gradient in zip(kept, gradients):
+        for (block, h, valid), gradient in zip(kept, gradients):
             if gradient is None:
                 raise ValueError(
-                    f"{pair.name}: the loss does not depend on what this layer computes in {self._where}, so its neurons "
+                    f"{block.name}: the loss does not depend on what this layer computes in {self._where}, so its neurons "
                     "have no gradient; leave it out with layers=[...]"
                 )
             h, gradient = (v if valid is None else v[valid] for v in (h.detach(), gradient))
             exact = torch.promote_types(h.dtype, torch.float32)
-            self._add(pair, h.to(exact) * gradient.to(exact))
+            self._add(block, h.to(exact) * gradient.to(exact))
         self._kept.clear()
 
-    def _add(self, pair: FeedForward, values: Tensor) -> None:
+    def _add(self, block: FeedForward, values: Tensor) -> None:
         """Adds the absolute values ``[..., d_ff]``, of real tokens."""
-        values = values.detach().reshape(-1, pair.d_ff)
+        values = values.detach().reshape(-1, block.d_ff)
         total = values.abs().sum(0, dtype=torch.float64)
         if not bool(torch.isfinite(total).all()):
             raise ValueError(
-                f"{pair.name}: {'activations or their gradients' if self._gradient else 'activations'} are not finite in "
+                f"{block.name}: {'activations or their gradients' if self._gradient else 'activations'} are not finite in "
                 f"{self._where}. Look at the weights, the inputs and the dtype"
             )
-        self._sum(pair.name, total, torch.tensor(len(values)))
+        self._sum(block.name, total, torch.tensor(len(values)))

@@ -186,7 +186,7 @@ def _about(metadata: Mapping[str, str] | None, path: Path, kind: Kind) -> dict[s
         if kind.entry == "d_ff":
             need(_whole(size, 1), f"d_ff of {_shown_name(layer)}", size, f"a whole number from 1 to {_LARGEST}")
         else:
-            fits = isinstance(size, list) and len(size) == 2 and all(_whole(side, 0) for side in size)
+            fits = isinstance(size, list) and len(size) == 2 and all(_whole(number, 0) for number in size)
             need(fits, f"the shape of {_shown_name(layer)}", size, f"two whole numbers from 0 to {_LARGEST}")
     # Without its digest a file is one of an older version, which wrote these entries only.
     other = sorted(set(about) - _own(kind))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nspec.nn.batch import TaskBatch
 from nspec.nn.recompute import backward_pass
 from nspec.nn.state import Around
-from nspec.nn.switched import Block, Holder, TaskSwitched, count_switch, fetches_ahead, traced
+from nspec.nn.switched import Holder, Switching, TaskSwitched, count_switch, fetches_ahead, traced
 from nspec.nn.task_layers import TaskLayer
 
 from .layers import nearest
@@ -124,7 +124,7 @@ def set_task(
     count_switch(layers)
     for layer in layers:
         layer.set_task(switch)
-    lasting = Block(lasting=True, ahead=fetches_ahead())
+    lasting = Switching(lasting=True, ahead=fetches_ahead())
     for layer in layers:
         if layer._nspec.block is None or layer._nspec.block.lasting:
             layer.hold(None if switch is None else lasting)
@@ -332,7 +332,7 @@ def task_by_layer(model: nn.Module, task_of: Callable[[str], str | None]) -> Ite
 @contextlib.contextmanager
 def _block(layers: Iterable[TaskSwitched]) -> Iterator[None]:
     refuse_other_threads(layers)
-    block = Block(lasting=False)
+    block = Switching(lasting=False)
     block.enter(layers)
     try:
         yield

@@ -332,7 +332,7 @@ def test_a_layer_that_gives_no_hidden_state_is_an_error(output: Any) -> None:
         ({"layers": "layers.0"}, TypeError, "expected a list of names"),
         ({"layers": []}, ValueError, "layers is empty"),
         ({"layers": ["layers"]}, ValueError, "layers is a ModuleList, which cannot hold adapters"),
-        ({"layers": ["layers.0.norm1"]}, ValueError, "'layers.0.norm1' has no feed-forward pair"),
+        ({"layers": ["layers.0.norm1"]}, ValueError, "'layers.0.norm1' has no feed-forward block"),
         ({"model": lambda: nn.Linear(2, 2)}, ValueError, "no feed-forward block.*For adapters, name whole layers"),
         ({"model": lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))}, ValueError, "is a Sequential"),
         ({"model": lambda: "model"}, TypeError, "model is a str, expected an nn.Module"),

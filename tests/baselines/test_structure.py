@@ -11,12 +11,14 @@ from nspec.baselines.adapters import TaskAdapters, adapter_parameters, add_adapt
 from nspec.baselines.structure import layer_around
 
 
-def test_a_feed_forward_pair_in_a_module_of_its_own_needs_the_names_of_whole_layers() -> None:
+def test_a_feed_forward_block_in_a_module_of_its_own_needs_the_names_of_whole_layers() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).double().eval()
-    with pytest.raises(ValueError, match=r"DenseReluDense holds a feed-forward pair alone.*layers=\['encoder.block.0'"):
+    with pytest.raises(
+        ValueError, match=r"DenseReluDense holds a feed-forward block alone.*layers=\['encoder.block.0'"
+    ):
         add_adapters(model, {"en-de": "germanic"}, 4)
     assert not any(isinstance(module, TaskAdapters) for module in model.modules())
     seen: list[Tensor] = []

@@ -174,7 +174,7 @@ def test_release_style_masking_refuses_a_mixed_batch(parts) -> None:
         systems["release, adamw"].step(batches[0], in_turn(masks))
 
 
-def test_model_without_feed_forward_pairs_is_the_dense_one_otherwise(parts) -> None:
+def test_model_without_feed_forward_blocks_is_the_dense_one_otherwise(parts) -> None:
     dense, _, batches, _ = parts
     skipped = System("no feed-forward", dense.model, {}, dtype=torch.float64)
     names = {name for name, _ in dense.model.named_parameters() if ".fc" not in name}

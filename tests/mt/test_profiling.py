@@ -27,7 +27,7 @@ def by_hand(toy: Toy, model: Any, task: str, sentences: int, split: str = "valid
 
         hooks.append(model.get_submodule(f"{layer}.fc2").register_forward_pre_hook(count))
     for i in range(sentences):
-        source, target = (torch.from_numpy(ids)[None] for ids in toy.data.pair(split, task, i))
+        source, target = (torch.from_numpy(ids)[None] for ids in toy.data.ids(split, task, i))
         shifted = torch.cat([target.new_tensor([[2]]), target[:, :-1]], 1)
         with torch.no_grad():
             model(input_ids=source, decoder_input_ids=shifted)

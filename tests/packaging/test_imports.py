@@ -184,3 +184,15 @@ for name in nspec.__all__:
     getattr(nspec, name)
 """
     run(code)
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    files: dict[str, list[str]] = {}
+    for module, path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(module)
+            elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+                files.setdefault(ast.unparse(node.targets[0]), []).append(module)
+    assert {"Side", "Role", "Method"} <= set(files)
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}

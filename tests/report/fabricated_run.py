@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from nspec import NeuronMasks
-from nspec.analysis.blocks import families_of
+from nspec.analysis.bands import families_of
 from nspec.analysis.heads import HeadImportance
 from nspec.files import read_json, write_json, write_text
 from nspec.mt.scoring.averages import kind_of_group, run_groups

@@ -334,7 +334,13 @@ def test_page_of_a_comparison_of_methods_has_every_part_and_stays_whole(tmp_path
     ]:
         assert name in page.words
     labels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)"', page.source)
-    for part in ("published values", "level of training pairs", "against an option", "variants", "Tree of languages"):
+    for part in (
+        "published values",
+        "level of training sentences",
+        "against an option",
+        "variants",
+        "Tree of languages",
+    ):
         assert any(part in label for label in labels), part
     assert "this run (k = 0.95)" in page.words
     assert "published (k = 0.95)" in page.words

@@ -17,14 +17,14 @@ from ..structure import layer_around, within
 def prunable_layers(model: nn.Module) -> list[str]:
     """The linear layers that LaSS prunes: attention and feed-forward matrices of every encoder and decoder layer.
 
-    They are found by structure: every ``nn.Linear`` inside a module that holds a feed-forward pair as its own attributes
+    They are found by structure: every ``nn.Linear`` inside a module that holds a feed-forward block as its own attributes
     (``fc1`` and ``fc2``, see ``nspec.specialization.layers``). Embeddings and the output projection lie outside.
 
     Returns:
         Qualified names, in the order of the model's modules.
 
     Raises:
-        ValueError: no feed-forward pair; a pair in a module of its own inside a larger layer (as in T5), whose attention
+        ValueError: no feed-forward block; a block in a module of its own inside a larger layer (as in T5), whose attention
             would be missed; or ``nn.MultiheadAttention``, whose fused projection is no ``nn.Linear`` and cannot be masked.
     """
     modules = dict(model.named_modules())
@@ -39,7 +39,7 @@ def prunable_layers(model: nn.Module) -> list[str]:
             )
         if whole := layer_around(parent, modules):
             raise ValueError(
-                f"{parent or 'the model'} holds a feed-forward pair alone, and {whole} around it more linear layers: "
+                f"{parent or 'the model'} holds a feed-forward block alone, and {whole} around it more linear layers: "
                 "expected both in one module; name the layers to prune with layers=[...]"
             )
     inside = {name for parent in parents for name in within(parent, linears)}

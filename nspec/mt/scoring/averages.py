@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from nspec.mt.languages import languages_of_task
 
 FACTOR = 2.0
-"""Levels differ by more than this factor in training pairs."""
+"""Levels differ by more than this factor in training sentences."""
 
 LEVEL, FAMILY = "level", "family"
-KINDS = (LEVEL, FAMILY)
+AVERAGED_BY = (LEVEL, FAMILY)
 
 
 def resource_levels(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Directions by level of training pairs, the largest first.
+    """Directions by level of training sentences, the largest first.
 
     Where data come in steps, as in EC30 (5M, 1M, 100k), levels are these: sizes are cut at the two widest gaps of more
     than :data:`FACTOR`; one such gap gives ``high`` and ``low``. Without gaps distinct sizes are cut in three equal parts,
     if the geometric means of neighbouring parts differ by more than the factor.
 
     Args:
-        sizes: training pairs of each direction, positive.
+        sizes: training sentences of each direction, positive.
 
     Returns:
         ``high``, ``medium`` and ``low``, or ``high`` and ``low``, each with its directions in the order given; empty where
@@ -90,7 +90,7 @@ def run_groups(
 
     Args:
         tasks: the directions that are scored.
-        sizes: training pairs of each; a direction without any is in no level.
+        sizes: training sentences of each; a direction without any is in no level.
         pivot: see :func:`families`.
         family_of: see :func:`families`.
 
@@ -107,10 +107,10 @@ def kind_of_group(average: str) -> tuple[str, str, str]:
     """The parts of an average's name: ``level:high/from_en`` is ``("level", "high", "from_en")``.
 
     Returns:
-        Kind, name and side; kind is empty for ``all``, ``from_en`` and names of other making, side for a whole group.
+        Kind, name and half; kind is empty for ``all``, ``from_en`` and names of other making, half for a whole group.
     """
     kind, colon, rest = average.partition(":")
-    if not colon or kind not in KINDS:
+    if not colon or kind not in AVERAGED_BY:
         return "", average, ""
-    name, _, side = rest.partition("/")
-    return kind, name, side
+    name, _, half = rest.partition("/")
+    return kind, name, half

@@ -5,7 +5,7 @@ A folder holds a plain-text file for each direction, UTF-8, a sentence a line (a
 * translations of ``en-de``: ``en-de.hyp.txt`` (as in ``RUN/scores/<system>``), ``en-de.txt`` or ``en-de.de``;
 * references: ``en-de.ref.txt``, ``en-de.txt`` or ``en-de.de``; sources: ``en-de.src.txt``, ``en-de.txt`` or ``en-de.en``;
 * both of the latter also in files that two directions share, with the codes in either order: the text in German,
-  ``de-en.de`` or ``de-en.de.txt``, is the reference of ``en-de`` and the source of ``de-en``. So a folder of Moses pairs
+  ``de-en.de`` or ``de-en.de.txt``, is the reference of ``en-de`` and the source of ``de-en``. So a folder of Moses files
   will do, and ``RUN/prepared/text/test``. Where there is a file with the direction's own order of codes, it is taken.
 
 The first system's files say which directions there are; everyone must have just these. Two files that could both be
@@ -32,7 +32,7 @@ from nspec.terminal import Display
 from nspec.yaml_text import read_lists
 
 _DIRECTION = rf"(?P<source>{FILE_CODE})-(?P<target>{FILE_CODE})"
-_KINDS = {"translations": "hyp", "references": "ref", "sources": "src"}
+_ENDINGS = {"translations": "hyp", "references": "ref", "sources": "src"}
 _LONGEST = 200  # bytes of a system's name; file systems take 255, and a part that is being written has a longer one
 TABLE = "scores.tsv"
 """The file with all scores, beside the folders of systems."""
@@ -208,7 +208,7 @@ def _beside(folder: Path, tasks: Sequence[str], kind: str) -> dict[str, Path]:
     files = {task: _only(folder, task, kind) for task in tasks}
     for name in sorted(path.name for path in folder.iterdir()):
         # A file of a language pair belongs to both directions, of which one may well not be scored.
-        match = re.fullmatch(rf"{_DIRECTION}\.(?:{_KINDS[kind]}\.)?txt(?:\.gz)?", name)
+        match = re.fullmatch(rf"{_DIRECTION}\.(?:{_ENDINGS[kind]}\.)?txt(?:\.gz)?", name)
         if match and name.split(".")[0] not in tasks:
             raise ValueError(
                 f"{option}: {folder / name} is of a direction that the systems have not; they have {', '.join(tasks)}"
@@ -220,7 +220,7 @@ def _names(task: str, kind: str) -> tuple[list[str], list[str]]:
     """What the file of a direction may be called, and what one of the opposite direction is called that fits as well."""
     source, target = languages_of_task(task)
     language = source if kind == "sources" else target
-    own = [f"{task}.{_KINDS[kind]}.txt", f"{task}.txt", f"{task}.{language}"]
+    own = [f"{task}.{_ENDINGS[kind]}.txt", f"{task}.txt", f"{task}.{language}"]
     if kind == "translations":
         return own, []
     shared = f"{target}-{source}.{language}"

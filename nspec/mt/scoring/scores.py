@@ -130,7 +130,7 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
 
     Returns:
         ``all``, ``from_<pivot>`` and ``to_<pivot>`` where there are such directions, and each group. A group with
-        directions on both sides of the pivot is followed by its halves, ``<group>/from_<pivot>`` and
+        directions from and to the pivot is followed by its halves, ``<group>/from_<pivot>`` and
         ``<group>/to_<pivot>``: papers give both, as translation from and into a small language differ.
 
     Raises:
@@ -138,11 +138,11 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
             scored, or the pivot.
     """
     tasks = list(tasks)
-    sides = {}
+    halves = {}
     if pivot:
-        sides[f"from_{pivot}"] = [task for task in tasks if task.startswith(f"{pivot}-")]
-        sides[f"to_{pivot}"] = [task for task in tasks if task.endswith(f"-{pivot}")]
-    found = {"all": tasks} | {side: members for side, members in sides.items() if members}
+        halves[f"from_{pivot}"] = [task for task in tasks if task.startswith(f"{pivot}-")]
+        halves[f"to_{pivot}"] = [task for task in tasks if task.endswith(f"-{pivot}")]
+    found = {"all": tasks} | {half: members for half, members in halves.items() if members}
     languages = sorted({code for task in tasks for code in languages_of_task(task)})
     for group, given in (groups or {}).items():
         names = [_spelled(name, {*languages, *tasks, pivot}) for name in given]
@@ -168,9 +168,9 @@ def average_groups(tasks: Iterable[str], pivot: str, groups: Groups | None = Non
                 )
         members = [task for task in tasks if {task, *languages_of_task(task)} & set(names)]
         found[group] = members
-        halves = {f"{group}/{side}": [task for task in members if task in of] for side, of in sides.items()}
-        if all(halves.values()):
-            found |= halves
+        of_group = {f"{group}/{half}": [task for task in members if task in of] for half, of in halves.items()}
+        if all(of_group.values()):
+            found |= of_group
     return found
 
 
@@ -179,7 +179,7 @@ def _target(task: str) -> str:
 
 
 def _check(who: str, hypotheses: Texts, references: Texts) -> None:
-    """Every direction on both sides, with equally many lines and at least one."""
+    """Every direction in hypotheses and references, with equally many lines and at least one."""
     for task in hypotheses:
         if task not in references:
             raise ValueError(

@@ -164,7 +164,7 @@ def swap(system: Floats, baseline: Floats, trials: int = TRIALS, seed: int = SEE
         seed: of numpy's default generator.
 
     Returns:
-        Two float64 [trials, k], the sums of either side; exact, as the statistics are whole numbers.
+        Two float64 [trials, k], the sums of either system; exact, as the statistics are whole numbers.
     """
     sentences = len(system)
     generator = np.random.default_rng(seed)

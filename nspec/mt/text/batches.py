@@ -1,13 +1,13 @@
-"""Which sentence pairs make which micro-batch: temperature, token budget, similar lengths, one direction or several.
+"""Which sentences make which micro-batch: temperature, token budget, similar lengths, one direction or several.
 
 A micro-batch is one chunk, or several that are drawn alike. The plan is a function of (seed, number of the chunk) alone:
 
-- The directions of chunks are drawn independently, p ~ n^(1/T) with n the number of sentence pairs.
-- A direction's pairs are sorted into cells of similar source and target lengths, the cells into a fixed order, and that
+- The directions of chunks are drawn independently, p ~ n^(1/T) with n the number of sentences.
+- A direction's sentences are sorted into cells of similar source and target lengths, the cells into a fixed order, and that
   sequence cut into batches by the largest lengths of the cells in them. So the cuts hold for every epoch, and the j-th
   chunk of a direction is batch ``j mod b`` of epoch ``j div b``, with b its batches: nothing before it has to be
   computed, which is what makes resuming exact and free.
-- Each epoch shuffles the pairs within their cells and the order of the batches, with Philox keyed by (seed, direction,
+- Each epoch shuffles the sentences within their cells and the order of the batches, with Philox keyed by (seed, direction,
   epoch). Every pair comes once an epoch.
 
 Random numbers are used as uniform doubles and sorted, the most stable part of NumPy's generators.
@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nspec.mt.text.prepared import Ids, PairDataset
+from nspec.mt.text.prepared import Examples, Ids
 
-__all__ = ["LengthSource", "PairDataset", "TaskBatchSampler", "evaluation_batches", "probabilities_of"]
+__all__ = ["Examples", "LengthSource", "TaskBatchSampler", "evaluation_batches", "probabilities_of"]
 
 CELL_RATIO = 1.15
 """Lengths in one cell differ by less than this factor: about 5 % of a batch is padding, and shuffling has room."""
@@ -40,29 +40,29 @@ class LengthSource(Protocol):
     tasks: list[str]
 
     def size(self, split: str, task: str) -> int:
-        """Number of pairs."""
+        """Number of sentences."""
 
     def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
         """Source and target lengths, int64 [n] each."""
 
 
 def probabilities_of(sizes: dict[str, int], temperature: float) -> dict[str, float]:
-    """How often each direction is drawn: p ~ n^(1/T), with n its sentence pairs.
+    """How often each direction is drawn: p ~ n^(1/T), with n its sentences.
 
     Raises:
-        ValueError: a temperature that is not positive, or a direction without pairs.
+        ValueError: a temperature that is not positive, or a direction without sentences.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected more than 0 (1: in proportion, inf: all alike)")
     if empty := [task for task, size in sizes.items() if size < 1]:
-        raise ValueError(f"{empty[0]} has no sentence pairs to sample from")
+        raise ValueError(f"{empty[0]} has no sentences to sample from")
     logs = np.log(list(sizes.values())) / temperature
     weights = np.exp(logs - logs.max())
     return dict(zip(sizes, (weights / weights.sum()).tolist()))
 
 
 class TaskBatchSampler:
-    """A batch sampler for a DataLoader over :class:`nspec.mt.text.prepared.PairDataset`.
+    """A batch sampler for a DataLoader over :class:`nspec.mt.text.prepared.Examples`.
 
     Args:
         data: the prepared text.
@@ -154,7 +154,7 @@ class TaskBatchSampler:
             yield self.batch(number)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """The (task index, pair index) of all pairs in micro-batch ``number`` of the plan, those of a task together."""
+        """(Task index, sentence index) of all sentences in micro-batch ``number`` of the plan, those of a task together."""
         first = number * self.tasks_per_batch
         chunks = sorted(range(first, first + self.tasks_per_batch), key=self.plan.__getitem__)
         return [key for chunk in chunks for key in self._chunk(chunk)]
@@ -199,18 +199,18 @@ class _TaskBatches:
         in_order = np.sort(self.cell)
         self.edges = _cut(longest_source[in_order], longest_target[in_order], budget)
         self.seed, self.task, self.epoch = seed, task, -1
-        self.pairs = self.turns = np.empty(0, dtype=np.int64)
+        self.order = self.turns = np.empty(0, dtype=np.int64)
 
     def get(self, number: int) -> Index:
-        """int64 [sentences], the pairs in batch ``number``."""
+        """int64 [sentences], those in batch ``number``."""
         epoch, turn = divmod(number, len(self.edges) - 1)
         if epoch != self.epoch:
             draws = _uniform(self.seed, self.task, epoch, len(self.cell) + len(self.edges) - 1)
-            self.pairs = np.lexsort((draws[: len(self.cell)], self.cell))
+            self.order = np.lexsort((draws[: len(self.cell)], self.cell))
             self.turns = np.argsort(draws[len(self.cell) :], kind="stable")
             self.epoch = epoch
         batch = int(self.turns[turn])
-        return self.pairs[self.edges[batch] : self.edges[batch + 1]]
+        return self.order[self.edges[batch] : self.edges[batch + 1]]
 
 
 def _uniform(seed: int, what: str, epoch: int, count: int) -> npt.NDArray[np.float64]:
@@ -219,7 +219,7 @@ def _uniform(seed: int, what: str, epoch: int, count: int) -> npt.NDArray[np.flo
 
 
 def _cells(source: Ids, target: Ids) -> tuple[Index, Index, Index]:
-    """Sorts pairs into cells of similar lengths.
+    """Sorts sentences into cells of similar lengths.
 
     Returns:
         int64 [n], the number of each pair's cell; int64 [cells] each, the longest source and target in a cell. Cells
@@ -238,7 +238,7 @@ def _cells(source: Ids, target: Ids) -> tuple[Index, Index, Index]:
 
 
 def _cut(source: Ids, target: Ids, budget: int) -> Index:
-    """Cuts a sequence of pairs into batches as large as the budget allows, from left to right.
+    """Cuts a sequence of sentences into batches as large as the budget allows, from left to right.
 
     Returns:
         int64 [batches + 1], where each begins, and the end.
@@ -250,7 +250,7 @@ def _cut(source: Ids, target: Ids, budget: int) -> Index:
         while True:
             part = slice(begin, begin + width)
             tallest = np.maximum.accumulate(source[part]) + np.maximum.accumulate(target[part])
-            # Grows with the number of pairs, so what fits is a beginning.
+            # Grows with the number of sentences, so what fits is a beginning.
             fitting = int(np.searchsorted(tallest * np.arange(1, len(tallest) + 1), budget, side="right"))
             if fitting < width or begin + width >= len(source):
                 break
@@ -271,7 +271,7 @@ def evaluation_batches(
         task: the direction.
         batch_tokens: most tokens of a batch, padding counted: sentences x (longest source + longest target). A pair
             that is longer comes alone.
-        limit: only the first so many pairs; 0: all.
+        limit: only the first so many sentences; 0: all.
         share: of these, in (0, 1]; evenly spread over them, one at least.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Sentence pairs to the tensors of one micro-batch."""
+"""Sentences and their translations to the tensors of one micro-batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
     """Pads the examples of one direction or several to the longest of them.
 
     Args:
-        examples: as :class:`nspec.mt.text.prepared.PairDataset` gives them.
+        examples: as :class:`nspec.mt.text.prepared.Examples` gives them.
         pad_to_multiple_of: both lengths are rounded up to it.
 
     Returns:
@@ -30,7 +30,7 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
         ValueError: no examples.
     """
     if not examples:
-        raise ValueError("a batch needs at least one sentence pair")
+        raise ValueError("a batch needs at least one sentence")
     tasks = [example.task for example in examples]
     first = examples[0]
     sources, targets = [example.source for example in examples], [example.target for example in examples]

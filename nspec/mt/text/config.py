@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from nspec.mt.languages import normalized_code, normalized_task
 from nspec.options import option
 
+SPLITS = ("train", "valid", "test")
+
 
 @dataclass
 class CorpusConfig:
@@ -27,20 +29,20 @@ class CorpusConfig:
     path: str = option("", "files: a folder with parallel text", path=True)
     name: str = option("", "hub: the name of a dataset")
     subset: str = option("{pair}", "hub: the configuration of a pair; {pair}, {source} and {target} are replaced")
-    train_sentences: int = option(0, "most training pairs of one language pair; 0: all (cldr: 20000)", least=0)
-    valid_sentences: int = option(0, "most validation pairs of one language pair; 0: all (cldr: 200)", least=0)
-    test_sentences: int = option(0, "most test pairs of one language pair; 0: all (cldr: 200)", least=0)
+    train_sentences: int = option(0, "most training sentences of one language pair; 0: all (cldr: 20000)", least=0)
+    valid_sentences: int = option(0, "most validation sentences of one language pair; 0: all (cldr: 200)", least=0)
+    test_sentences: int = option(0, "most test sentences of one language pair; 0: all (cldr: 200)", least=0)
     valid_split: str = option("valid", "the name of the validation split in the corpus")
     test_split: str = option("test", "the name of the test split in the corpus")
     filter_across_pairs: bool = option(
         True,
-        "training pairs with a sentence that is in the validation or test text of another pair are left out, as those "
-        "with one of their own pair's always are",
+        "training sentences that are, in either language, in the validation or test text of another pair are left out, "
+        "as those in that of their own pair always are",
     )
-    deduplicate: bool = option(False, "training pairs that stand there once more are left out")
-    max_tokens: int = option(128, "longer training pairs (tokens, either side) are left out", least=1)
+    deduplicate: bool = option(False, "training sentences that stand there once more are left out")
+    max_tokens: int = option(128, "longer training sentences (tokens, in either language) are left out", least=1)
     max_ratio: float = option(
-        0.0, "training pairs with a larger ratio of lengths in tokens are left out; 0: keep all", least=0
+        0.0, "training sentences with a larger ratio of lengths in tokens are left out; 0: keep all", least=0
     )
 
 

@@ -1,4 +1,4 @@
-"""Which training pairs a run may see: none with a sentence that it is measured on and, where asked for, none twice."""
+"""Which training sentences a run may see: none with a sentence that it is measured on and, where asked for, none twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-Pair = tuple[str, str]
+from nspec.mt.text.corpus.base import Pair
 
 IN_EVALUATION = "in valid or test"
 IN_OTHER_EVALUATION = "in valid or test of another pair"
@@ -14,7 +14,7 @@ DUPLICATE = "duplicate"
 
 
 class TrainingFilter:
-    """Leaves training pairs out, with a count of each reason. Texts are compared as they are, so they must be clean.
+    """Leaves training sentences out, with a count of each reason. Texts are compared as they are, so they must be clean.
 
     A sentence is held out whatever its length: what is measured on must not have been trained on, and a short sentence
     that is in the text of many pairs is no better for it.
@@ -22,24 +22,24 @@ class TrainingFilter:
     Args:
         across_pairs: sentences of valid and test are held out of the training text of all pairs with their language, not
             of that of their own pair alone.
-        deduplicate: of equal pairs the first is kept.
+        deduplicate: of equal ones the first is kept.
     """
 
     def __init__(self, across_pairs: bool, deduplicate: bool) -> None:
         self.across_pairs, self.deduplicate = across_pairs, deduplicate
-        # Digests of sentences, by pair and side, and by language whatever the pair.
+        # Digests of sentences, by pair and language, and by language whatever the pair.
         self._own: dict[Pair, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
         self._any: dict[str, set[int]] = defaultdict(set)
 
     def hold_out(self, pair: Pair, texts: Pair) -> None:
         """Notes a pair of sentences of valid or test; ``pair`` are their languages."""
-        for language, side, text in zip(pair, self._own[pair], texts):
+        for language, known, text in zip(pair, self._own[pair], texts):
             number = _digest(text)
-            side.add(number)
+            known.add(number)
             self._any[language].add(number)
 
     def kept(self, pair: Pair, training: Iterable[Pair], dropped: Counter[str]) -> Iterator[Pair]:
-        """Yields the pairs of ``training`` that may be seen, and counts the others in ``dropped``, by reason.
+        """Yields what of ``training`` may be seen, and counts the others in ``dropped``, by reason.
 
         All of valid and test must have been held out before.
         """

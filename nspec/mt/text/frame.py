@@ -1,4 +1,4 @@
-"""How a model takes a sentence pair: what stands before and behind its tokens, and what starts the decoder.
+"""How a model takes a sentence and its translation: what stands before and behind its tokens, and what starts the decoder.
 
 ======================  =========================  =========================  =============
 models                  source                     target                     decoder start
@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from nspec.mt.language_tags import language_id, languages_of
 from nspec.mt.languages import languages_of_task
-from nspec.mt.text.marian import Side, check_directions, is_marian
+from nspec.mt.text.marian import Role, check_directions, is_marian
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WIDEST = 2
-"""Most tokens that a frame adds to a side: a tag and ``</s>``."""
+"""Most tokens that a frame adds to a source or a target: a tag and ``</s>``."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Frame:
     """See the module's text.
 
     Attributes:
-        marian: no tag before the target, and each side spelled in its own way.
+        marian: no tag before the target, and source and target each spelled in its own way.
         tags: the ids of the languages' tags, by code; none where a Marian model has one target language.
         pad_id: ``<pad>``.
         end_id: ``</s>``.
@@ -93,14 +93,14 @@ class Frame:
         source, target = self.before(task)
         return len(source) + 1, len(target) + 1
 
-    def framed(self, task: str, sides: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def framed(self, task: str, both: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Source and target with their frames, each int64 [tokens], of the ids of their tokens."""
-        source, target = (_whole(before, ids, self.end_id) for before, ids in zip(self.before(task), sides))
+        source, target = (_whole(before, ids, self.end_id) for before, ids in zip(self.before(task), both))
         return source, target
 
-    def spelled(self, side: Side) -> str:
-        """A name for the way in which a side is spelled: the side, or nothing where both are spelled alike."""
-        return side if self.marian else ""
+    def spelled(self, role: Role) -> str:
+        """What names the spelling of sources or of targets: the role, or nothing where both are spelled alike."""
+        return role if self.marian else ""
 
 
 def _whole(before: list[int], ids: Any, end: int) -> npt.NDArray[np.int64]:

@@ -19,8 +19,8 @@ from nspec.mt.languages import is_known, languages_of_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Side = Literal["source", "target"]
-SIDES: tuple[Side, Side] = ("source", "target")
+Role = Literal["source", "target"]
+ROLES: tuple[Role, Role] = ("source", "target")
 _FILES = ("source.spm", "target.spm", "vocab.json")
 
 
@@ -29,29 +29,29 @@ def is_marian(tokenizer: PreTrainedTokenizerBase) -> bool:
     return hasattr(tokenizer, "supported_language_codes")
 
 
-def pieces_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], side: Side) -> list[list[int]]:
+def pieces_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], role: Role) -> list[list[int]]:
     """Token ids of texts as sources or as targets, without ``</s>``; ``>>fra<<`` and its like in them are text.
 
     Args:
         tokenizer: a ``MarianTokenizer``.
         texts: one sentence each.
-        side: by which of the two SentencePiece models.
+        role: by which of the two SentencePiece models.
     """
     marian: Any = tokenizer
     ids, unknown = marian.encoder, marian.unk_token_id
-    lines = _model(tokenizer, side).encode(texts, out_type=str)
+    lines = _model(tokenizer, role).encode(texts, out_type=str)
     return [[ids.get(piece, unknown) for piece in line] for line in lines]
 
 
-def _model(tokenizer: Any, side: Side) -> Any:
-    return tokenizer.spm_source if side == "source" else tokenizer.spm_target
+def _model(tokenizer: Any, role: Role) -> Any:
+    return tokenizer.spm_source if role == "source" else tokenizer.spm_target
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """The two SentencePiece models of a ``MarianTokenizer``, serialised; nothing of others."""
     if not is_marian(tokenizer):
         return []
-    return [_model(tokenizer, side).serialized_model_proto() for side in SIDES]
+    return [_model(tokenizer, role).serialized_model_proto() for role in ROLES]
 
 
 def check_files(folder: Path) -> None:
@@ -60,7 +60,7 @@ def check_files(folder: Path) -> None:
     Raises:
         ValueError: a part is missing, there are two vocabularies, or the ids in ``vocab.json`` are not 0, 1, 2 and so on.
     """
-    if not any((folder / f"{side}.spm").is_file() for side in SIDES):
+    if not any((folder / f"{role}.spm").is_file() for role in ROLES):
         return
     settings = folder / "tokenizer_config.json"
     found = read_json(settings) if settings.is_file() else {}
@@ -104,13 +104,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLi
     marian: Any = tokenizer
     if marian.separate_vocabs:
         raise _separate(folder)
-    for side in SIDES:
-        model = _model(tokenizer, side)
+    for role in ROLES:
+        model = _model(tokenizer, role)
         pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
         known = sum(piece in marian.encoder for piece in pieces)
         if 2 * known < len(pieces):
             raise ValueError(
-                f"{folder}: of the {len(pieces)} pieces of {side}.spm only {known} are in vocab.json; one of the two is of "
+                f"{folder}: of the {len(pieces)} pieces of {role}.spm only {known} are in vocab.json; one of the two is of "
                 "another model: copy the whole model folder again"
             )
 
@@ -142,13 +142,13 @@ def check_directions(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -
             f"one, and {', '.join(tasks)} are into {len(targets)} ({', '.join(targets)}); set corpus.directions to those "
             "into one of them, or take a folder of several target languages"
         )
-    for place, side in enumerate(SIDES):
-        own = getattr(tokenizer, f"{side}_lang", None)
+    for place, role in enumerate(ROLES):
+        own = getattr(tokenizer, f"{role}_lang", None)
         if not own or not is_known(own):  # a group, such as ROMANCE or mul
             continue
         for task in tasks:
             if not same_language(languages_of_task(task)[place], own):
                 raise ValueError(
-                    f"the model does not translate {task}: its tokenizer_config.json says {side}_lang {own}; leave the "
-                    f"direction out of corpus.directions, or, where the model is to learn it, take {side}_lang out of there"
+                    f"the model does not translate {task}: its tokenizer_config.json says {role}_lang {own}; leave the "
+                    f"direction out of corpus.directions, or, where the model is to learn it, take {role}_lang out of there"
                 )

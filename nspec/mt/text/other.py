@@ -14,7 +14,7 @@ from nspec.mt.text.config import CorpusConfig
 from nspec.mt.text.corpus.base import CorpusError, Pair
 from nspec.mt.text.corpus.files import open_files
 from nspec.mt.text.frame import WIDEST
-from nspec.mt.text.marian import SIDES
+from nspec.mt.text.marian import ROLES
 from nspec.mt.text.prepared import Ids, PreparedData
 
 
@@ -77,34 +77,34 @@ class OtherText:
     def __init__(self, profile: ProfileConfig, corpus: CorpusConfig, seed: int, data: PreparedData) -> None:
         self.tasks, self.frame = data.tasks, data.frame
         longest = int(data.meta["max_positions"]) - WIDEST
-        self._sides: dict[tuple[str, str, str], list[Ids]] = {}
+        self._encoded: dict[tuple[str, str, str], list[Ids]] = {}
         for pair, texts in read_other_text(profile, corpus, seed, data.languages, data.tasks):
             for task in (task for task in data.tasks if pair_of_task(task) == pair):
-                for key, side in zip(self._keys(task), SIDES):
-                    if key not in self._sides:
+                for key, role in zip(self._keys(task), ROLES):
+                    if key not in self._encoded:
                         number = languages_of_task(pair).index(key[1])
-                        ids = vocabulary.encode(data.tokenizer, [both[number] for both in texts], side)
-                        self._sides[key] = [np.array(line[:longest], dtype=np.int64) for line in ids]
+                        ids = vocabulary.encode(data.tokenizer, [both[number] for both in texts], role)
+                        self._encoded[key] = [np.array(line[:longest], dtype=np.int64) for line in ids]
 
     def _keys(self, task: str) -> list[tuple[str, str, str]]:
         pair = pair_of_task(task)
-        return [(pair, code, self.frame.spelled(side)) for code, side in zip(languages_of_task(task), SIDES)]
+        return [(pair, code, self.frame.spelled(role)) for code, role in zip(languages_of_task(task), ROLES)]
 
     def _both(self, task: str) -> list[list[Ids]]:
-        return [self._sides[key] for key in self._keys(task)]
+        return [self._encoded[key] for key in self._keys(task)]
 
     def size(self, split: str, task: str) -> int:
-        """Sentence pairs of a direction; there is one part, whatever the split is called."""
+        """Sentences of a direction; there is one part, whatever the split is called."""
         return len(self._both(task)[0])
 
     def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
         """Source and target lengths, each int64 [n], their frames counted."""
         source, target = (
-            np.array([len(ids) + size for ids in side], dtype=np.int64)
-            for side, size in zip(self._both(task), self.frame.sizes(task))
+            np.array([len(ids) + size for ids in texts], dtype=np.int64)
+            for texts, size in zip(self._both(task), self.frame.sizes(task))
         )
         return source, target
 
-    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
-        """Source and target ids of one pair, each int64 [tokens], with their frames."""
-        return self.frame.framed(task, [side[index] for side in self._both(task)])
+    def ids(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
+        """Source and target ids of one sentence, each int64 [tokens], with their frames."""
+        return self.frame.framed(task, [texts[index] for texts in self._both(task)])

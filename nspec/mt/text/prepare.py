@@ -1,4 +1,4 @@
-"""From a corpus to a folder of token ids: text is read once, and each side of a pair encoded once."""
+"""From a corpus to a folder of token ids: text is read once, and each language of a pair encoded once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from nspec.mt.language_tags import language_tag
 from nspec.mt.languages import languages_of_task, pair_of_task
 from nspec.mt.model_files import load_config
 from nspec.mt.text import vocabulary
-from nspec.mt.text.config import CorpusConfig, TokenizerConfig
+from nspec.mt.text.config import SPLITS, CorpusConfig, TokenizerConfig
 from nspec.mt.text.corpus.base import Corpus, CorpusError, tasks_of
 from nspec.mt.text.filtering import IN_OTHER_EVALUATION, TrainingFilter
 from nspec.mt.text.frame import WIDEST, Frame
-from nspec.mt.text.marian import SIDES, Side, name_target
-from nspec.mt.text.prepared import FORMAT, SPLITS, summary
+from nspec.mt.text.marian import ROLES, Role, name_target
+from nspec.mt.text.prepared import FORMAT, summary
 from nspec.mt.text.token_arrays import TokenArrays, stem_of
 from nspec.mt.text.tokenizer_fit import token_ids
 from nspec.terminal import Progress
@@ -39,7 +39,7 @@ EMPTY = "no tokens"
 TOO_LONG = "too long"
 RATIO = "length ratio"
 
-_CHUNK = 4096  # sentence pairs that are encoded at once
+_CHUNK = 4096  # sentences of each language that are encoded at once
 _SPOOL = "spool"  # training text between reading and encoding
 
 
@@ -184,14 +184,14 @@ class _Preparation:
         """Text of valid and test to ``text/``."""
         languages = self.pairs[pair]
         for split in ("valid", "test"):
-            sides: tuple[list[str], list[str]] = [], []
+            both: tuple[list[str], list[str]] = [], []
             for texts in self.corpus.read(languages, split):
                 self.filter.hold_out(languages, texts)
-                for side, text in zip(sides, texts):
-                    side.append(_line(text, pair, split))
-            self._must_have(pair, split, len(sides[0]))
-            for language, side in zip(languages, sides):
-                write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in side))
+                for lines, text in zip(both, texts):
+                    lines.append(_line(text, pair, split))
+            self._must_have(pair, split, len(both[0]))
+            for language, lines in zip(languages, both):
+                write_text(self.folder / "text" / split / f"{pair}.{language}.txt", "".join(f"{t}\n" for t in lines))
 
     def _read_training(self, pair: str) -> None:
         """Text of train, without what is in valid and test and what stands there once more, to the spool folder."""
@@ -267,13 +267,13 @@ class _Preparation:
 
     # Encoding
 
-    def _spellings(self, pair: str) -> dict[tuple[str, str], Side]:
-        """What a pair is encoded to: language and way of spelling, and a side that is spelled so."""
-        found: dict[tuple[str, str], Side] = {}
+    def _spellings(self, pair: str) -> dict[tuple[str, str], Role]:
+        """What a pair is encoded to: language and way of spelling, and a role that is spelled so."""
+        found: dict[tuple[str, str], Role] = {}
         for task in self.tasks:
             if pair_of_task(task) == pair:
-                for language, side in zip(languages_of_task(task), SIDES):
-                    found.setdefault((language, self.frame.spelled(side)), side)
+                for language, role in zip(languages_of_task(task), ROLES):
+                    found.setdefault((language, self.frame.spelled(role)), role)
         return found
 
     def _encode(self, pair: str) -> None:
@@ -309,13 +309,13 @@ class _Preparation:
         return RATIO if ratio and unlike else ""
 
     def _encoded(self, pair: str, split: str, paths: list[Path]) -> Iterator[tuple[list[int], ...]]:
-        sides = [_lines(path) for path in paths]
+        files = [_lines(path) for path in paths]
         spellings = self._spellings(pair)
-        while (chunks := [list(islice(side, _CHUNK)) for side in sides])[0]:
+        while (chunks := [list(islice(file, _CHUNK)) for file in files])[0]:
             texts = dict(zip(self.pairs[pair], chunks))
             for language, lines in texts.items():
                 self.characters[language, split].update("".join(lines))
-            encoded = [vocabulary.encode(self.tokenizer, texts[code], side) for (code, _), side in spellings.items()]
+            encoded = [vocabulary.encode(self.tokenizer, texts[code], role) for (code, _), role in spellings.items()]
             yield from zip(*encoded)
 
     def _save(self, pair: str, split: str, arrays: dict[tuple[str, str], TokenArrays]) -> None:
@@ -350,10 +350,10 @@ class _Preparation:
         counts = {split: self.characters[language, split] for split in SPLITS}
         total = sum(counts.values(), Counter[str]())
         lacking: set[str] = set()
-        for side in {
-            side for pair in self.pairs for (code, _), side in self._spellings(pair).items() if code == language
+        for role in {
+            role for pair in self.pairs for (code, _), role in self._spellings(pair).items() if code == language
         }:
-            lacking |= vocabulary.unknown_characters(self.tokenizer, total, side)
+            lacking |= vocabulary.unknown_characters(self.tokenizer, total, role)
         most = sorted(lacking, key=lambda character: (-total[character], character))
         return {
             "characters": {split: found.total() for split, found in counts.items()},
@@ -371,11 +371,11 @@ class _Preparation:
 
     def _example(self, task: str) -> str:
         """The first validation pair of a direction in tokens, so that a person sees a wrong tag."""
-        sides = []
-        for language, side in zip(languages_of_task(task), SIDES):
+        both: list[list[int]] = []
+        for language, role in zip(languages_of_task(task), ROLES):
             path = self.folder / "text" / "valid" / f"{pair_of_task(task)}.{language}.txt"
-            sides += vocabulary.encode(self.tokenizer, [next(_lines(path))], side)
-        framed = self.frame.framed(task, sides)
+            both += vocabulary.encode(self.tokenizer, [next(_lines(path))], role)
+        framed = self.frame.framed(task, both)
         return f"{task}: {' => '.join(' '.join(self.tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in framed)}"
 
 

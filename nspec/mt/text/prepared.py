@@ -19,8 +19,9 @@ import numpy.typing as npt
 from nspec.files import read_json
 from nspec.mt.languages import languages_of_task as languages_of_task
 from nspec.mt.languages import pair_of_task as pair_of_task
+from nspec.mt.text.config import SPLITS
 from nspec.mt.text.frame import Frame
-from nspec.mt.text.marian import SIDES, Side
+from nspec.mt.text.marian import ROLES, Role
 from nspec.mt.text.token_arrays import stem_of
 from nspec.mt.text.vocabulary import folder_sha256, load_tokenizer
 
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
-SPLITS = ("train", "valid", "test")
 
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence pair as the model takes it.
+    """A sentence and its translation as the model takes them.
 
     Attributes:
         task: the direction.
@@ -114,7 +114,7 @@ class PreparedData:
         return load_tokenizer(self.tokenizer_folder)
 
     def size(self, split: str, task: str) -> int:
-        """Sentence pairs of a direction in ``train``, ``valid`` or ``test``.
+        """Sentences of a direction in ``train``, ``valid`` or ``test``.
 
         Raises:
             ValueError: no such split or direction.
@@ -126,28 +126,28 @@ class PreparedData:
         return int(self.meta["counts"][split][task])
 
     def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
-        """Source and target lengths of all pairs of a direction, each int64 [n], their frames counted."""
-        source, target = (self._open(split, task, side)[1] for side in SIDES)
+        """Source and target lengths of all sentences of a direction, each int64 [n], their frames counted."""
+        source, target = (self._open(split, task, role)[1] for role in ROLES)
         more = self.frame.sizes(task)
         return np.diff(source) + more[0], np.diff(target) + more[1]
 
-    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
-        """Source and target ids of one pair, each int64 [tokens], with their frames.
+    def ids(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
+        """Source and target ids of one sentence, each int64 [tokens], with their frames.
 
         Raises:
             IndexError: ``index`` is not in [0, size).
         """
         size = self.size(split, task)
         if not 0 <= index < size:
-            raise IndexError(f"{split} {task} has {size} pairs; there is none at {index}")
-        return self.frame.framed(task, [self._ids(split, task, side, index) for side in SIDES])
+            raise IndexError(f"{split} {task} has {size} sentences; there is none at {index}")
+        return self.frame.framed(task, [self._ids(split, task, role, index) for role in ROLES])
 
-    def _ids(self, split: str, task: str, side: Side, index: int) -> npt.NDArray[Any]:
-        ids, offsets = self._open(split, task, side)
+    def _ids(self, split: str, task: str, role: Role, index: int) -> npt.NDArray[Any]:
+        ids, offsets = self._open(split, task, role)
         return ids[int(offsets[index]) : int(offsets[index + 1])]
 
     def text(self, split: str, task: str) -> tuple[list[str], list[str]]:
-        """Sources and references of ``valid`` or ``test`` as they stand in the corpus, in the order of the pairs.
+        """Sources and references of ``valid`` or ``test`` as they stand in the corpus, in their order.
 
         Raises:
             ValueError: ``train``, whose text is not kept, or see :meth:`size`.
@@ -155,19 +155,19 @@ class PreparedData:
         size = self.size(split, task)
         if split == "train":
             raise ValueError("the training text is not kept; only that of valid and test is")
-        sides = []
+        both = []
         for language in languages_of_task(task):
             path = self.folder / "text" / split / f"{pair_of_task(task)}.{language}.txt"
             # Only "\n" ends a line here: str.splitlines() would also split at characters that text can hold.
             lines = _read(path).split("\n")[:-1]
             if len(lines) != size:
                 raise ValueError(f"{path} has {len(lines)} lines, expected {size}; prepare the text anew")
-            sides.append(lines)
-        return sides[0], sides[1]
+            both.append(lines)
+        return both[0], both[1]
 
-    def _open(self, split: str, task: str, side: Side) -> tuple[npt.NDArray[Any], Ids]:
+    def _open(self, split: str, task: str, role: Role) -> tuple[npt.NDArray[Any], Ids]:
         size, pair = self.size(split, task), pair_of_task(task)
-        language, spelled = languages_of_task(task)[SIDES.index(side)], self.frame.spelled(side)
+        language, spelled = languages_of_task(task)[ROLES.index(role)], self.frame.spelled(role)
         key = (split, pair, language, spelled)
         if key not in self._arrays:
             stem = self.folder / split / stem_of(pair, language, spelled)
@@ -200,26 +200,26 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path} is not there; prepare the text anew") from None
 
 
-class Pairs(Protocol):
-    """What :class:`PairDataset` needs of :class:`PreparedData`, and other text offers too."""
+class TokenIds(Protocol):
+    """What :class:`Examples` needs of :class:`PreparedData`, and other text offers too."""
 
     tasks: list[str]
     frame: Frame
 
     def size(self, split: str, task: str) -> int: ...
 
-    def pair(self, split: str, task: str, index: int) -> tuple[Ids, Ids]: ...
+    def ids(self, split: str, task: str, index: int) -> tuple[Ids, Ids]: ...
 
 
-class PairDataset:
-    """The pairs of a split, by (index of the task in ``data.tasks``, index of the pair); for a DataLoader.
+class Examples:
+    """The sentences of a split, by (index of the task in ``data.tasks``, index of the sentence); for a DataLoader.
 
     Args:
         data: the prepared text.
         split: ``train``, ``valid`` or ``test``.
     """
 
-    def __init__(self, data: Pairs, split: str) -> None:
+    def __init__(self, data: TokenIds, split: str) -> None:
         self.data = data
         self.split = split
         self.sizes = [data.size(split, task) for task in data.tasks]
@@ -229,25 +229,25 @@ class PairDataset:
 
     def __getitem__(self, key: Sequence[int]) -> Example:
         task = self.data.tasks[key[0]]
-        source, target = self.data.pair(self.split, task, int(key[1]))
+        source, target = self.data.ids(self.split, task, int(key[1]))
         return Example(task, source, target, self.data.frame.pad_id, self.data.frame.start_id)
 
 
 def summary(meta: dict[str, Any]) -> list[str]:
-    """What a person should see of ``meta.json``: sizes, what was left out or cut, two pairs as the model gets them."""
+    """What a person should see of ``meta.json``: sizes, what was left out or cut, two sentences as the model gets them."""
     train = sum(sizes["train"] for sizes in meta["pairs"].values())
     lines = [
-        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training pairs, "
+        f"{len(meta['tasks'])} directions between {len(meta['languages'])} languages, {train} training sentences, "
         f"{meta['vocabulary']['size']} tokens in the vocabulary"
     ]
     for pair, reasons in meta["dropped"].items():
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         if listed:
-            lines.append(f"{pair}: training pairs left out: {listed}")
+            lines.append(f"{pair}: training sentences left out: {listed}")
     for pair, splits in meta["truncated"].items():
         listed = ", ".join(f"{count} in {split}" for split, count in splits.items() if count)
         if listed:
-            lines.append(f"{pair}: pairs cut to {meta['max_positions']} tokens for the loss: {listed}")
+            lines.append(f"{pair}: sentences cut to {meta['max_positions']} tokens for the loss: {listed}")
     unknown = [
         f"{language} {', '.join(f'{count} in {split}' for split, count in found['unknown'].items() if count)} "
         f"({found['examples']})"

@@ -60,7 +60,7 @@ def check_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
     names = dict(type(tokenizer).vocab_files_names)
     names.pop("tokenizer_config_file", None)
     if is_marian(tokenizer):
-        names.pop("target_vocab_file", None)  # there is one for both sides
+        names.pop("target_vocab_file", None)  # there is one for source and target
     whole = names.pop("tokenizer_file", "tokenizer.json")
     missing = [name for name in names.values() if not (folder / name).is_file()]
     if not (folder / whole).is_file() and (missing or not names):
@@ -129,8 +129,8 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, config: Any, source: str | Pat
         return
     if (own := getattr(config, "decoder_vocab_size", None) or rows) != rows:
         raise ValueError(
-            f"{source}: config.json says vocab_size {rows} and decoder_vocab_size {own}; expected one vocabulary for both "
-            "sides: take such a model"
+            f"{source}: config.json says vocab_size {rows} and decoder_vocab_size {own}; expected one vocabulary for "
+            "source and target: take such a model"
         )
     folder = Path(source)
     exact = is_ours(tokenizer) and folder.is_dir() and not (folder / RECORD).is_file()  # as older versions wrote it

@@ -42,7 +42,7 @@ from nspec.mt.language_tags import languages_of, tag
 from nspec.mt.model_files import reading
 from nspec.mt.text.config import TokenizerConfig
 from nspec.mt.text.corpus.base import clean
-from nspec.mt.text.marian import Side, check_files, check_vocabulary, is_marian, pieces_ids
+from nspec.mt.text.marian import Role, check_files, check_vocabulary, is_marian, pieces_ids
 from nspec.mt.text.tokenizer_fit import check_tokenizer_files
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no tokenizer, one that is broken or not the one that was saved there
             (:func:`nspec.mt.text.tokenizer_fit.check_tokenizer_files`), or one that is neither made for
-            ``[tag] tokens </s>`` on both sides nor Marian's.
+            ``[tag] tokens </s>`` around source and target nor Marian's.
     """
     from transformers import AutoTokenizer
 
@@ -275,18 +275,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], side: Side = "source") -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], role: Role = "source") -> list[list[int]]:
     """Token ids of texts without tag and ``</s>``.
 
     The text is cleaned first, as all training text is (NFC, single spaces, none at the ends; U+2581 is a space). Special
-    tokens that stand in it are text. What is longer than the model takes is not cut. The side of a pair that they are
+    tokens that stand in it are text. What is longer than the model takes is not cut. Whether they are source or target
     matters to Marian's alone.
     """
     if not texts:
         return []
     texts = [clean(text.replace(_SPACE_SIGN, " ")) for text in texts]
     if is_marian(tokenizer):
-        return pieces_ids(tokenizer, texts, side)
+        return pieces_ids(tokenizer, texts, role)
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -298,11 +298,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], side: Side = "s
 
 
 def unknown_characters(
-    tokenizer: PreTrainedTokenizerBase, characters: Iterable[str], side: Side = "source"
+    tokenizer: PreTrainedTokenizerBase, characters: Iterable[str], role: Role = "source"
 ) -> set[str]:
     """Those of ``characters`` that a text loses: they are ``<unk>`` to the vocabulary."""
     listed = list(characters)
-    return {c for c, ids in zip(listed, encode(tokenizer, listed, side)) if tokenizer.unk_token_id in ids}
+    return {c for c, ids in zip(listed, encode(tokenizer, listed, role)) if tokenizer.unk_token_id in ids}
 
 
 def folder_sha256(folder: str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ class TrainConfig:
     )
     batch_tokens: int = option(
         4096,
-        "most tokens of a micro-batch, padding counted: sentences x longest (both sides)",
+        "most tokens of a micro-batch, padding counted: sentences x longest (source and target)",
         least=1,
         most=10_000_000,
     )
@@ -29,7 +29,7 @@ class TrainConfig:
         most=10_000,
     )
     accumulate: int = option(1, "micro-batches of an update, over all processes", least=1, most=1_000_000)
-    temperature: float = option(5.0, "directions are sampled with p ~ n^(1/T), n in sentence pairs", least=0.01)
+    temperature: float = option(5.0, "directions are sampled with p ~ n^(1/T), n in sentences", least=0.01)
     lr: float = option(5e-4, "highest learning rate", above=0, most=1000)
     warmup: int = option(4000, "updates of linear warm-up, then inverse square root", least=1)
     label_smoothing: float = option(0.1, "share of the probability spread over the vocabulary", least=0, below=1)

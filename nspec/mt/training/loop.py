@@ -29,7 +29,7 @@ from nspec.mt.methods import Method
 from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.text.batches import TaskBatchSampler
 from nspec.mt.text.collate import collate
-from nspec.mt.text.prepared import PairDataset, PreparedData
+from nspec.mt.text.prepared import Examples, PreparedData
 from nspec.mt.training import checkpoints
 from nspec.mt.training.checkpoints import TrainingLog
 from nspec.mt.training.config import TrainConfig
@@ -74,7 +74,7 @@ class Loop:
         self.rank, self.world, self.device = processes.rank(), processes.world(), model.device
         plan = (s.batch_tokens, s.temperature, s.updates * s.accumulate, self.seed)
         self.sampler = TaskBatchSampler(self.data, "train", *plan, tasks_per_batch=s.tasks_per_batch)
-        self.pairs, self.place = PairDataset(self.data, "train"), self.folder / "checkpoints"
+        self.examples, self.place = Examples(self.data, "train"), self.folder / "checkpoints"
         self.optimizer = build_optimizer(model, s)
         self.scheduler = LambdaLR(self.optimizer, lambda done: inverse_square_root(done + 1, s.warmup))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -143,7 +143,7 @@ class Loop:
         """
         progress, method, start = self.progress, self.method, self.progress.step * self.settings.accumulate
         numbers = range(start + self.rank, start + self.settings.accumulate, self.world)
-        batches = [collate([self.pairs[key] for key in self.sampler.batch(number)]) for number in numbers]
+        batches = [collate([self.examples[key] for key in self.sampler.batch(number)]) for number in numbers]
         tasks = [[b["task"]] if isinstance(b["task"], str) else list(dict.fromkeys(b["task"])) for b in batches]
         # Target tokens, and those of both sides, over all processes; not read from the device before all is computed.
         own, read = (sum(int(b[name].sum()) for b in batches) for name in ("decoder_attention_mask", "attention_mask"))

@@ -17,7 +17,7 @@ from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.translate import Translator, decodes_by_task
 from nspec.mt.text.batches import evaluation_batches
 from nspec.mt.text.collate import collate
-from nspec.mt.text.prepared import PairDataset, PreparedData, languages_of_task
+from nspec.mt.text.prepared import Examples, PreparedData, languages_of_task
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import token_losses
 from nspec.mt.training.precision import autocast
@@ -45,7 +45,7 @@ class Validator:
     ) -> None:
         self.model, self.data, self.sentences = model, data, settings.valid_bleu_sentences
         self.by_task, self.precision = decodes_by_task(model), precision
-        self.pairs = PairDataset(data, "valid")
+        self.examples = Examples(data, "valid")
         self.batches = {task: evaluation_batches(data, "valid", task, settings.batch_tokens) for task in data.tasks}
         self.translator = Translator(model, data.tokenizer, replace(decode, beam=1))
 
@@ -81,7 +81,7 @@ class Validator:
             sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
             with nspec.task(self.model, task) if self.by_task else nullcontext():
                 for batch in self.batches[task][processes.rank() :: processes.world()]:
-                    inputs = collate([self.pairs[number, example] for example in batch])
+                    inputs = collate([self.examples[number, example] for example in batch])
                     inputs.pop("task")
                     labels = inputs.pop("labels").to(self.model.device)
                     inputs = {name: value.to(self.model.device) for name, value in inputs.items()}

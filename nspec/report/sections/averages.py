@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nspec.analysis.blocks import families_of, grouping_of
+from nspec.analysis.bands import families_of, grouping_of
 from nspec.analysis.mantel import holm
 from nspec.mt.languages import languages_of_task
 from nspec.mt.scoring.averages import FAMILY, LEVEL, families, kind_of_group, resource_levels
@@ -36,7 +36,7 @@ def section(data: RunData) -> dict[str, Any]:
 
 
 def level_section(data: RunData) -> dict[str, Any]:
-    """Every system against the baseline, by level of training pairs.
+    """Every system against the baseline, by level of training sentences.
 
     Returns:
         ``reason``: why there are no levels, else empty; ``heads``, ``rows`` (mean changes), ``figure`` and ``tested``
@@ -50,13 +50,13 @@ def level_section(data: RunData) -> dict[str, Any]:
         return {"reason": "How much training text a direction has is not known: prepared/meta.json does not say it."}
     levels, between = resource_levels(sizes), words.span(sizes.values())
     if len(set(sizes.values())) == 1:
-        return {"reason": f"All directions have the same {between} training pairs, so there are no levels."}
+        return {"reason": f"All directions have the same {between} training sentences, so there are no levels."}
     if not levels:
-        return {"reason": f"Directions have {between} training pairs, which differ too little for levels."}
+        return {"reason": f"Directions have {between} training sentences, which differ too little for levels."}
     heads = []
     for name, tasks in levels.items():
         head = {"name": name, "range": words.span([sizes[task] for task in tasks]), "directions": len(tasks)}
-        heads.append(head | {"title": f"{head['directions']} directions of {head['range']} training pairs"})
+        heads.append(head | {"title": f"{head['directions']} directions of {head['range']} training sentences"})
     rows = []
     means: dict[str, dict[str, list[float]]] = {}
     for name in compared:
@@ -75,7 +75,7 @@ def level_section(data: RunData) -> dict[str, Any]:
     tested = group_tables(data, LEVEL, heads) if all(f"{LEVEL}:{name}" in there for name in levels) else None
     why = "." if has_groups(data) else f": {HOW_TO.format(what='levels')}."
     how = "" if tested else f"These means carry no test{why}"
-    figure = drawing.render(bars, "Score change by level of training pairs", "levels", data, list(levels), means)
+    figure = drawing.render(bars, "Score change by level of training sentences", "levels", data, list(levels), means)
     return {"reason": "", "heads": heads, "rows": rows, "figure": figure, "tested": tested, "how": how}
 
 
@@ -86,7 +86,7 @@ def bars(data: RunData, names: Sequence[str], means: Mapping[str, Mapping[str, S
     places = np.arange(len(names))
     change = f"change from {words.in_sentence(data.name(data.baseline))}"
     for axes, metric in zip(panels, METRICS):
-        drawing.style(axes, "training pairs", change, data.metric_names[metric])
+        drawing.style(axes, "training sentences", change, data.metric_names[metric])
         for number, (system, values) in enumerate(means.items()):
             at, tint = places + (number - (len(means) - 1) / 2) * width, drawing.colour(system, list(data.systems))
             axes.bar(at, values[metric], width * 0.92, color=tint, label=data.short(system))
@@ -120,17 +120,17 @@ def group_tables(data: RunData, kind: str, heads: Sequence[Mapping[str, Any]]) -
     Holm's method over all tests of the table. Its arrows go by the adjusted values.
 
     Returns:
-        ``heads``; ``parts``, each with ``side`` (such as ``en→x``, empty for whole groups), ``heads`` and ``tables``.
+        ``heads``; ``parts``, each with ``half`` (such as ``en→x``, empty for whole groups), ``heads`` and ``tables``.
     """
     averages = [average for scores in data.scored.values() for average in scores["average"]]
     found = [kind_of_group(average) for average in dict.fromkeys(averages)]
-    sides = dict.fromkeys(side for of, _, side in found if of == kind)
+    halves = dict.fromkeys(half for of, _, half in found if of == kind)
     parts = []
-    for side in sides:
-        columns = [head for head in heads if (kind, head["name"], side) in found]
-        names = [f"{kind}:{head['name']}{f'/{side}' if side else ''}" for head in columns]
+    for half in halves:
+        columns = [head for head in heads if (kind, head["name"], half) in found]
+        names = [f"{kind}:{head['name']}{f'/{half}' if half else ''}" for head in columns]
         tables = [_table(data, metric, names) for metric in METRICS]
-        parts.append({"side": words.group_name(side) if side else "", "heads": columns, "tables": tables})
+        parts.append({"half": words.group_name(half) if half else "", "heads": columns, "tables": tables})
     return {"heads": list(heads), "parts": parts}
 
 
@@ -199,14 +199,14 @@ def transfer_section(data: RunData) -> dict[str, Any] | None:
     means = [[sum(v.values()) / len(v) if (v := found[name, m]) else None for m in METRICS] for name in names]
     rows = [_transfer_row("mean", "", alone["average"]["all"], means)]
     for task in (task for task in data.tasks if task in alone["tasks"]):
-        pairs = words.count(data.sizes[task]) if task in data.sizes else "–"
+        sentences = words.count(data.sizes[task]) if task in data.sizes else "–"
         changes = [[found[name, metric].get(task) for metric in METRICS] for name in names]
-        rows.append(_transfer_row(task, pairs, alone["tasks"][task], changes))
+        rows.append(_transfer_row(task, sentences, alone["tasks"][task], changes))
     return {"heads": [{"name": data.short(name), "title": data.name(name)} for name in names], "rows": rows}
 
 
 def _transfer_row(
-    task: str, pairs: str, alone: Mapping[str, Any], changes: Sequence[Sequence[float | None]]
+    task: str, sentences: str, alone: Mapping[str, Any], changes: Sequence[Sequence[float | None]]
 ) -> dict[str, Any]:
     """BLEU with chrF++ beside it; the sign of a change of BLEU says which of the two it is."""
     cells = []
@@ -216,4 +216,4 @@ def _transfer_row(
             kind = "transfer" if bleu > 0 else "interference" if bleu < 0 else ""
             cells[-1] = {"text": words.signed(bleu), "beside": words.signed(chrf), "kind": kind}
     bilingual = {"text": f"{alone['bleu']:.2f}", "beside": f"{alone['chrf']:.2f}"}
-    return {"task": task, "pairs": pairs, "bilingual": bilingual, "cells": cells}
+    return {"task": task, "sentences": sentences, "bilingual": bilingual, "cells": cells}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nspec.analysis.blocks import block_order
+from nspec.analysis.bands import band_order
 from nspec.analysis.overlap import Floats, mean_pairwise, sort_layers
 from nspec.analysis.proximity import FEWEST, LayerProximity
 from nspec.report import drawing, words
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
     from nspec.analysis.heads import HeadImportance
 
-KINDS = {"encoder self": "Encoder self-attention", "decoder self": "Decoder self-attention", "cross": "Cross-attention"}
+ATTENTION = {
+    "encoder self": "Encoder self-attention",
+    "decoder self": "Decoder self-attention",
+    "cross": "Cross-attention",
+}
 
 
 def section(data: RunData) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def section(data: RunData) -> dict[str, Any]:
 
     Returns:
         ``reason``: how to get it, where nothing has been measured, else empty; ``warning`` (empty or not), ``sentences``,
-        ``strongest``, ``relation``, ``tested``, ``permutations``, ``maps``, ``blocks`` and ``wide`` otherwise.
+        ``strongest``, ``relation``, ``tested``, ``permutations``, ``maps``, ``bands`` and ``wide`` otherwise.
 
     Raises:
         ValueError: what was measured is broken.
@@ -40,17 +44,17 @@ def section(data: RunData) -> dict[str, Any]:
             "much each attention head matters to each direction; the next `nspec report` shows it here."
         }
     importance, sentences, outdated = found
-    tasks, blocks = block_order(importance.tasks, data.pivot)
+    tasks, bands = band_order(importance.tasks, data.pivot)
     maps = []
     for kind, layers in layers_of_kind(importance).items():
         rows = np.concatenate([_shares(importance, layer, tasks) for layer in layers], axis=1)
         alike = float(np.mean([mean_pairwise(importance.similarity(layer)) for layer in layers]))
         key = f"heads_{kind.replace(' ', '_')}"
-        label = f"Importance of heads, {words.in_sentence(KINDS[kind])}"
+        label = f"Importance of heads, {words.in_sentence(ATTENTION[kind])}"
         svg = drawing.render(
             heat, label, key, rows, [len(importance.matrix(layer)[0]) for layer in layers], tasks, data.pivot
         )
-        maps.append({"kind": KINDS[kind], "svg": svg, "alike": f"{alike:.3f}" if len(tasks) > 1 else ""})
+        maps.append({"kind": ATTENTION[kind], "svg": svg, "alike": f"{alike:.3f}" if len(tasks) > 1 else ""})
     relation, tested = _relation(importance, data.pivot)
     return {
         "reason": "",
@@ -61,17 +65,17 @@ def section(data: RunData) -> dict[str, Any]:
         "tested": tested,
         "permutations": words.count(PERMUTATIONS),
         "maps": maps,
-        "blocks": len({block.name for block in blocks}) > 1,
+        "bands": len({band.name for band in bands}) > 1,
         "wide": len(tasks) > 20,
     }
 
 
 def layers_of_kind(importance: HeadImportance) -> dict[str, list[str]]:
-    """The attention modules of each of :data:`KINDS` that there are, from bottom to top."""
+    """The attention modules of each of :data:`ATTENTION` that there are, from bottom to top."""
     from nspec.analysis.heads import attention_kind
 
     layers = sort_layers(importance.layers)
-    found = {kind: [layer for layer in layers if attention_kind(layer) == kind] for kind in KINDS}
+    found = {kind: [layer for layer in layers if attention_kind(layer) == kind] for kind in ATTENTION}
     return {kind: members for kind, members in found.items() if members}
 
 
@@ -96,7 +100,7 @@ def strongest(importance: HeadImportance, tasks: list[str]) -> str:
             if apart > best[0] + 1e-12:
                 share, usual = f"{100 * shares[row, head]:.0f} %", f"{100 * mean[head]:.0f} %"
                 even = f"{100 / shares.shape[1]:.0f} %"
-                where = f"{words.in_sentence(KINDS[kind])}, layer {depth}"
+                where = f"{words.in_sentence(ATTENTION[kind])}, layer {depth}"
                 said = (
                     f"Directions differ most in head {head} of {where}: it has {share} of its layer's importance in "
                     f"{tasks[row]} and {usual} on average over directions (it would be {even} if all heads mattered "
@@ -126,12 +130,12 @@ def _name(row: LayerProximity) -> str:
 
 
 def heat(rows: Floats, heads: list[int], tasks: list[str], pivot: str) -> Figure:
-    """Shares of the importance of a layer, [tasks in the order of blocks, sum of ``heads``], ``heads`` to a layer."""
-    _, blocks = block_order(tasks, pivot)
+    """Shares of the importance of a layer, [tasks in the order of bands, sum of ``heads``], ``heads`` to a layer."""
+    _, bands = band_order(tasks, pivot)
     width = min(11.0, max(4.6, 2.4 + 0.24 * rows.shape[1]))
     figure, panels = drawing.new_figure(width, max(1.8, 0.9 + (0.155 if len(tasks) > 20 else 0.24) * len(tasks)))
     axes = panels[0]
-    drawing.heat_map(figure, axes, rows, tasks, blocks, max(float(rows.max()), 1e-6), vmin=0.0, aspect="auto")
+    drawing.heat_map(figure, axes, rows, tasks, bands, max(float(rows.max()), 1e-6), vmin=0.0, aspect="auto")
     ends = np.cumsum([0, *heads])
     axes.set_xticks((ends[:-1] + ends[1:] - 1) / 2, [f"layer {depth}" for depth in range(len(heads))], fontsize=8.0)
     axes.tick_params(length=0)

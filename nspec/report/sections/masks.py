@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec import analysis
-from nspec.analysis.blocks import block_order
+from nspec.analysis.bands import band_order
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData
 from nspec.report.words import group_name
@@ -53,7 +53,7 @@ def section(data: RunData) -> dict[str, Any] | None:
     """Figures and numbers about the masks; None where there are none."""
     if data.masks is None:
         return None
-    tasks, blocks = block_order(data.masks.tasks, data.pivot)
+    tasks, bands = band_order(data.masks.tasks, data.pivot)
     shares = analysis.density(data.masks, tasks=tasks)
     heats = []
     for side in drawing.SIDES if len(tasks) > 1 else ():
@@ -69,7 +69,7 @@ def section(data: RunData) -> dict[str, Any] | None:
         "masked": drawing.render(masked, "Share of fc1 rows masked by layer, with published values", "masked", data),
         "published": bool(comparable),
         "source": SOURCE,
-        "blocks": len({block.name for block in blocks}) > 1,
+        "bands": len({band.name for band in bands}) > 1,
         "published_iou": beside,
         "published_iou_k": f"{PUBLISHED_IOU_K:g}",
         "selection": words.selection_sentence(data.config.select),
@@ -198,20 +198,20 @@ def mean_iou(data: RunData) -> Figure:
 def heat(data: RunData, side: analysis.overlap.Side) -> Figure:
     """IoU of every two directions, averaged over the layers of one side, with lines between groups of languages."""
     assert data.masks is not None
-    tasks, blocks = block_order(data.masks.tasks, data.pivot)
+    tasks, bands = band_order(data.masks.tasks, data.pivot)
     iou = analysis.layer_iou(data.masks, analysis.side_layers(data.masks, side), tasks).mean(0)
     size = max(5.3, 0.155 * len(tasks) + 1)
     figure, panels = drawing.new_figure(size + 1.3, size)
     axes = panels[0]
     shown = np.where(np.eye(len(tasks), dtype=bool), np.nan, iou)
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    font = drawing.heat_map(figure, axes, shown, tasks, blocks, max(high, low + 1e-6), vmin=low, interpolation="none")
+    font = drawing.heat_map(figure, axes, shown, tasks, bands, max(high, low + 1e-6), vmin=low, interpolation="none")
     axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=font)
     axes.tick_params(length=2)
     axes.set_title(side.capitalize(), fontsize=10, loc="left")
-    for number, block in enumerate(blocks):
-        if block.first:
-            axes.axvline(block.first - 0.5, color="#ffffff", linewidth=drawing.block_line(blocks, number))
+    for number, band in enumerate(bands):
+        if band.first:
+            axes.axvline(band.first - 0.5, color="#ffffff", linewidth=drawing.band_line(bands, number))
     if len(tasks) <= 20:
         for row, column in zip(*np.nonzero(~np.eye(len(tasks), dtype=bool))):
             # not #000000: matplotlib leaves that out, and the text colour of the page would take its place

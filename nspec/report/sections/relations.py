@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nspec.analysis.blocks import OTHER
+from nspec.analysis.bands import OTHER
 from nspec.analysis.languages import Grouping
 from nspec.analysis.overlap import layer_numbers
 from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of
@@ -65,8 +65,8 @@ def _row(found: Proximity, row: LayerProximity, beside: Sequence[Grouping]) -> d
         "layer": _layer(found, row),
         "direction": words.group_name(f"{row.direction}_{found.pivot}"),
         "cells": cells,
-        "sure": bool(row.test) and row.p_holm < words.LEVEL,
-        "sure_partial": bool(row.partial) and row.partial_p_holm < words.LEVEL,
+        "sure": bool(row.test) and row.p_holm < words.ALPHA,
+        "sure_partial": bool(row.partial) and row.partial_p_holm < words.ALPHA,
         "title": row.reason or row.layer,
     }
 

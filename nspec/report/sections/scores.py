@@ -44,7 +44,7 @@ def which_test(data: RunData) -> str:
 
 
 def _averages(data: RunData) -> list[dict[str, Any]]:
-    """A row for every system: average scores over all directions, and BLEU and chrF++ by side of the pivot."""
+    """A row for every system: average scores over all directions, and BLEU and chrF++ from and to the pivot."""
     rows = []
     entries = {name: scores["average"] for name, scores in data.scored.items()}
     for name in data.systems:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nspec.report import drawing, words
-from nspec.report.run_data import RunData, System
+from nspec.report.run_data import RunData, SystemData
 from nspec.report.words import METRICS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _duration(value: Any) -> str:
 def loss(data: RunData) -> Figure:
     """Dense; then training and validation of everything that continues from it, apart because their scales are."""
     names = list(data.systems)
-    dense = data.systems.get("dense", System("dense"))
+    dense = data.systems.get("dense", SystemData("dense"))
     continued = [data.systems[name] for name in continued_systems(data)]
     figure, panels = drawing.new_figure(10.4, 3.4, 3 if continued else 1)
     tint = drawing.colour("dense", names)
@@ -120,7 +120,7 @@ def _legend(panels: Sequence[Axes]) -> dict[str, Any]:
     return {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
 
 
-def _training(axes: Axes, system: System, tint: str, label: str) -> None:
+def _training(axes: Axes, system: SystemData, tint: str, label: str) -> None:
     """Training loss as a thin line; of a long log, means over equal pieces."""
     if system.training:
         points = np.array([(line["step"], line["loss"]) for line in system.training], dtype=float)
@@ -128,7 +128,7 @@ def _training(axes: Axes, system: System, tint: str, label: str) -> None:
         axes.plot(*np.transpose(means), color=tint, linewidth=1.0, label=label)
 
 
-def _validation(axes: Axes, system: System, tint: str, label: str) -> None:
+def _validation(axes: Axes, system: SystemData, tint: str, label: str) -> None:
     """Validation loss as a strong line with a marker for every measurement."""
     if system.validation:
         x, y = zip(*((line["step"], line["valid_loss"]) for line in system.validation))

@@ -46,7 +46,7 @@ def test_a_model_whose_layers_are_not_found_is_refused() -> None:
     apart = nn.Module()
     apart.block = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4), "ffn": nn.Module()})])
     apart.block[0]["ffn"].wi, apart.block[0]["ffn"].wo = nn.Linear(4, 8), nn.Linear(8, 4)
-    with pytest.raises(ValueError, match="block.0.ffn holds a feed-forward pair alone"):
+    with pytest.raises(ValueError, match="block.0.ffn holds a feed-forward block alone"):
         prunable_layers(apart)
 
 

@@ -73,7 +73,7 @@ def test_a_run_has_levels_before_families() -> None:
     sizes = dict(zip(tasks, [1000, 1000, 1000, 1000, 10, 0]))
     assert run_groups(tasks, sizes, "en", family_of) == {
         "level:high": both_ways("de", "nl"),
-        "level:low": ["en-ru"],  # a direction without training pairs is in no level
+        "level:low": ["en-ru"],  # a direction without training sentences is in no level
         "family:Germanic": both_ways("de", "nl"),
     }
     assert run_groups(tasks, dict.fromkeys(tasks, 7), "en", lambda code: "") == {}

@@ -310,7 +310,7 @@ def test_wrong_options_are_errors(change, message):
 
 
 def test_a_task_without_pairs_is_an_error():
-    with pytest.raises(ValueError, match="en-bb has no sentence pairs"):
+    with pytest.raises(ValueError, match="en-bb has no sentences"):
         TaskBatchSampler(invented({"en-aa": 5, "en-bb": 0}), "train", 100, 1.0, 10, 1)
 
 

@@ -1,4 +1,4 @@
-"""Which training pairs a run may see, over random text of several pairs."""
+"""Which training sentences a run may see, over random text of several pairs."""
 
 from __future__ import annotations
 

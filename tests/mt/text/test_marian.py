@@ -28,7 +28,7 @@ from nspec.mt.text.batches import evaluation_batches
 from nspec.mt.text.collate import collate
 from nspec.mt.text.other import OtherText
 from nspec.mt.text.prepare import prepare
-from nspec.mt.text.prepared import PairDataset, PreparedData
+from nspec.mt.text.prepared import Examples, PreparedData
 from nspec.mt.text.tokenizer_fit import check_same
 from nspec.mt.text.vocabulary import encode, load_tokenizer
 from nspec.mt.training.config import TrainConfig
@@ -116,7 +116,7 @@ def test_prepared_pairs_are_what_marians_tokenizer_makes_of_the_text(run: Run) -
         expected = tokenizer(sources, text_target=targets)
         lengths = run.data.lengths("valid", task)
         for index in range(len(sources)):
-            pair = [ids.tolist() for ids in run.data.pair("valid", task, index)]
+            pair = [ids.tolist() for ids in run.data.ids("valid", task, index)]
             assert pair == [expected["input_ids"][index], expected["labels"][index]]
             assert [len(ids) for ids in pair] == [side[index] for side in lengths]
     assert encode(tokenizer, targets, "source") != encode(tokenizer, targets, "target")  # so that a mix-up shows
@@ -125,10 +125,10 @@ def test_prepared_pairs_are_what_marians_tokenizer_makes_of_the_text(run: Run) -
 def test_the_loss_is_that_of_plain_marian(run: Run) -> None:
     plain, tokenizer = run.plain()
     model = build_model(run.config.model, run.data.tokenizer, 1).eval()
-    pairs = PairDataset(run.data, "valid")
+    examples = Examples(run.data, "valid")
     for number, task in enumerate(run.data.tasks):
         batches = evaluation_batches(run.data, "valid", task, 4096)
-        inputs = collate([pairs[number, example] for batch in batches for example in batch])
+        inputs = collate([examples[number, example] for batch in batches for example in batch])
         sources, targets = run.texts(task, "valid")
         theirs = tokenizer(sources, text_target=targets, return_tensors="pt", padding=True)
         labels = theirs.pop("labels")
@@ -233,7 +233,7 @@ def test_text_of_another_folder_gives_the_same_ids(multilingual: Run) -> None:
             s.tolist() for s in data.lengths("valid", task)
         ]
         for index in range(text.size("valid", task)):
-            two = [[ids.tolist() for ids in each.pair("valid", task, index)] for each in (text, data)]
+            two = [[ids.tolist() for ids in each.ids("valid", task, index)] for each in (text, data)]
             assert two[0] == two[1]
 
 

@@ -29,7 +29,7 @@ def test_the_same_text_from_elsewhere_gives_the_same_ids_and_counts(toy: Toy) ->
     for task in data.tasks:
         assert text.size("valid", task) == data.size("valid", task)
         for index in range(text.size("valid", task)):
-            for mine, own in zip(text.pair("valid", task, index), data.pair("valid", task, index)):
+            for mine, own in zip(text.ids("valid", task, index), data.ids("valid", task, index)):
                 assert mine.tolist() == own.tolist()
     model = toy.model().eval()
     counts, own = (profile_tasks(model, each, ProfileConfig(), 256) for each in (text, data))
@@ -38,8 +38,8 @@ def test_the_same_text_from_elsewhere_gives_the_same_ids_and_counts(toy: Toy) ->
 
 def test_another_part_of_the_folder_can_be_meant(toy: Toy) -> None:
     task = toy.data.tasks[0]
-    source, _ = other(toy, toy.folder / "corpus", "test").pair("valid", task, 0)
-    assert source.tolist() == toy.data.pair("test", task, 0)[0].tolist()
+    source, _ = other(toy, toy.folder / "corpus", "test").ids("valid", task, 0)
+    assert source.tolist() == toy.data.ids("test", task, 0)[0].tolist()
 
 
 def test_an_evaluation_set_alone_is_enough(toy: Toy, tmp_path: Path) -> None:

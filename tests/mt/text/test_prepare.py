@@ -108,7 +108,7 @@ def test_decoding_the_arrays_gives_the_text_with_the_tags_of_both_sides(prepared
             segments = list(corpus.segments(tuple(sorted((source, target))), split))
             for index in (0, size - 1):
                 texts = dict(zip(sorted((source, target)), segments[index][1:]))
-                for ids, language in zip(data.pair(split, task, index), (source, target)):
+                for ids, language in zip(data.ids(split, task, index), (source, target)):
                     assert ids[0] == data.tokenizer.convert_tokens_to_ids(f"__{language}__")
                     assert ids[-1] == data.tokenizer.eos_token_id
                     assert data.tokenizer.decode(ids[1:-1]) == texts[language]
@@ -137,7 +137,7 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows_it(prepared, monkeypatch
 
 def test_a_person_is_shown_two_pairs_in_tokens_with_their_tags(prepared):
     lines = summary(PreparedData(prepared).meta)
-    assert lines[0].startswith("5 directions between 4 languages, 600 training pairs, ")
+    assert lines[0].startswith("5 directions between 4 languages, 600 training sentences, ")
     first, last = lines[-2:]
     assert first.startswith("aa-bb: __aa__ ▁")
     assert " </s> => __bb__ ▁" in first
@@ -177,7 +177,7 @@ def test_training_pairs_with_a_side_from_valid_or_test_are_left_out_and_counted(
         data = PreparedData(tmp_path / "prepared")
         assert data.size("train", "aa-bb") == data.size("train", "bb-aa") == SIZES["train"] + 1
         assert data.meta["dropped"]["aa-bb"] == {"in valid or test": 3}
-        assert "aa-bb: training pairs left out: 3 in valid or test" in summary(data.meta)
+        assert "aa-bb: training sentences left out: 3 in valid or test" in summary(data.meta)
         # That text is held out for aa-bb; in aa-cc it is training text where the user wants it.
         assert data.size("train", "aa-cc") == SIZES["train"] + (not across)
         assert data.meta["dropped"]["aa-cc"] == ({"in valid or test of another pair": 1} if across else {})
@@ -202,7 +202,7 @@ def test_duplicates_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
     data = PreparedData(tmp_path / "prepared")
     assert data.size("train", "aa-bb") == SIZES["train"] + 1
     assert data.meta["dropped"] == {"aa-bb": {"duplicate": 2}, "aa-cc": {}, "aa-dd": {}}
-    assert "aa-bb: training pairs left out: 2 duplicate" in summary(data.meta)
+    assert "aa-bb: training sentences left out: 2 duplicate" in summary(data.meta)
 
 
 def test_characters_that_the_vocabulary_lacks_are_counted_by_language_and_said(tmp_path, prepared):
@@ -274,7 +274,7 @@ def test_long_evaluation_pairs_are_cut_for_the_loss_and_counted_and_their_text_i
     assert data.size("valid", "aa-bb") == SIZES["valid"] + 2
     assert data.meta["truncated"]["aa-bb"]["valid"] >= 2
     assert data.text("valid", "aa-bb")[0][-2] == long
-    source, _ = data.pair("valid", "aa-bb", SIZES["valid"])
+    source, _ = data.ids("valid", "aa-bb", SIZES["valid"])
     assert len(source) == 50
     assert source[-1] == data.tokenizer.eos_token_id
     assert any("cut to 50 tokens for the loss" in line for line in summary(data.meta))
@@ -318,7 +318,7 @@ def test_a_pretrained_model_gives_the_vocabulary_and_the_longest_sequence(pretra
     prepare_corpus(Invented(), TASKS, *text_options(config), tmp_path / "prepared")
     data, trained = PreparedData(tmp_path / "prepared"), PreparedData(prepared)
     assert data.tokenizer.get_vocab() == load_tokenizer(prepared / "tokenizer").get_vocab()
-    assert data.pair("valid", "aa-cc", 0)[0].tolist() == trained.pair("valid", "aa-cc", 0)[0].tolist()
+    assert data.ids("valid", "aa-cc", 0)[0].tolist() == trained.ids("valid", "aa-cc", 0)[0].tolist()
     assert data.meta["max_positions"] == 40
 
 

@@ -25,7 +25,7 @@ from nspec.mt.text.collate import collate
 from nspec.mt.text.config import CorpusConfig
 from nspec.mt.text.corpus.base import Corpus, Pair, Segment
 from nspec.mt.text.prepare import prepare_corpus
-from nspec.mt.text.prepared import PairDataset, PreparedData, languages_of_task, pair_of_task
+from nspec.mt.text.prepared import Examples, PreparedData, languages_of_task, pair_of_task
 from nspec.run.config import Config
 
 TASKS = ["en-de", "de-en", "en-ti"]
@@ -78,8 +78,8 @@ def test_tasks_languages_and_sizes_are_those_of_the_corpus(prepared):
 def test_both_directions_read_the_same_arrays(prepared):
     data = PreparedData(prepared)
     for index in range(data.size("valid", "en-de")):
-        english, german = data.pair("valid", "en-de", index)
-        source, target = data.pair("valid", "de-en", index)
+        english, german = data.ids("valid", "en-de", index)
+        source, target = data.ids("valid", "de-en", index)
         assert source[1:].tolist() == german[1:].tolist()
         assert target[1:].tolist() == english[1:].tolist()
         assert english.dtype == german.dtype == np.int64
@@ -87,7 +87,7 @@ def test_both_directions_read_the_same_arrays(prepared):
 
 def test_pairs_are_framed_by_the_tags_that_the_tokenizer_has(prepared):
     data = PreparedData(prepared)
-    source, target = data.pair("train", "en-ti", 3)
+    source, target = data.ids("train", "en-ti", 3)
     assert [source[0], target[0]] == [data.frame.tags["en"], data.frame.tags["ti"]]
     assert data.tokenizer.convert_ids_to_tokens([data.frame.tags["en"], data.frame.tags["ti"]]) == [
         "__en__",
@@ -102,7 +102,7 @@ def test_lengths_are_those_of_the_pairs(prepared):
     for split in SIZES:
         for task in TASKS:
             lengths = data.lengths(split, task)
-            pairs = [data.pair(split, task, index) for index in range(data.size(split, task))]
+            pairs = [data.ids(split, task, index) for index in range(data.size(split, task))]
             for side in (0, 1):
                 assert lengths[side].dtype == np.int64
                 assert lengths[side].tolist() == [len(pair[side]) for pair in pairs]
@@ -117,10 +117,10 @@ def test_text_is_split_at_line_feeds_only(prepared):
 def test_arrays_are_mapped_and_opened_when_first_used(copy):
     shutil.rmtree(copy / "train")
     data = PreparedData(copy)
-    assert len(data.pair("valid", "en-de", 0)) == 2
+    assert len(data.ids("valid", "en-de", 0)) == 2
     assert all(isinstance(array, np.memmap) for arrays in data._arrays.values() for array in arrays)
     with pytest.raises(ValueError, match=r"train/de-en\.en\.ids\.npy is not there; prepare the text anew"):
-        data.pair("train", "en-de", 0)
+        data.ids("train", "en-de", 0)
 
 
 def test_a_pickled_copy_maps_the_arrays_anew(prepared):
@@ -128,13 +128,13 @@ def test_a_pickled_copy_maps_the_arrays_anew(prepared):
     data.lengths("train", "en-de")
     blob = pickle.dumps(data)
     assert len(blob) < 20_000
-    assert pickle.loads(blob).pair("train", "en-de", 5)[0].tolist() == data.pair("train", "en-de", 5)[0].tolist()
+    assert pickle.loads(blob).ids("train", "en-de", 5)[0].tolist() == data.ids("train", "en-de", 5)[0].tolist()
 
 
 def test_sampler_dataset_and_collate_make_task_pure_batches_for_a_data_loader(prepared):
     data = PreparedData(prepared)
     sampler = TaskBatchSampler(data, "train", 150, 5.0, 40, 1)
-    batches = list(DataLoader(PairDataset(data, "train"), batch_sampler=sampler, collate_fn=collate))
+    batches = list(DataLoader(Examples(data, "train"), batch_sampler=sampler, collate_fn=collate))
     assert len(batches) == 40
     assert {batch["task"] for batch in batches} == set(TASKS)
     for number, batch in enumerate(batches):
@@ -149,7 +149,7 @@ def test_sampler_dataset_and_collate_make_task_pure_batches_for_a_data_loader(pr
 
 def test_every_validation_pair_is_in_one_evaluation_batch(prepared):
     data = PreparedData(prepared)
-    dataset = PairDataset(data, "valid")
+    dataset = Examples(data, "valid")
     batches = evaluation_batches(data, "valid", "en-ti", 60)
     assert sorted(index for batch in batches for index in batch) == list(range(SIZES["valid"]))
     tokens = sum(int(collate([dataset[2, i] for i in batch])["attention_mask"].sum()) for batch in batches)
@@ -175,7 +175,7 @@ def test_a_model_learns_from_the_batches_and_writes_the_tag_it_is_told(prepared)
     model = M2M100ForConditionalGeneration(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     sampler = TaskBatchSampler(data, "train", 400, 1.0, 60, 1)
-    batches = list(DataLoader(PairDataset(data, "train"), batch_sampler=sampler, collate_fn=collate))
+    batches = list(DataLoader(Examples(data, "train"), batch_sampler=sampler, collate_fn=collate))
     losses = []
     for batch in [*batches, batches[0]]:
         loss = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
@@ -184,7 +184,7 @@ def test_a_model_learns_from_the_batches_and_writes_the_tag_it_is_told(prepared)
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.85 * losses[0]  # both of the first batch
-    source = torch.from_numpy(data.pair("test", "en-ti", 0)[0])[None]
+    source = torch.from_numpy(data.ids("test", "en-ti", 0)[0])[None]
     out = model.eval().generate(source, forced_bos_token_id=data.frame.tags["ti"], max_new_tokens=3)
     assert out[0, 1] == data.frame.tags["ti"]
 
@@ -196,12 +196,12 @@ def test_prepared_text_is_used_without_babel_and_datasets(prepared):
         "from nspec.mt.text.prepared import PreparedData\n"
         f"data = PreparedData({str(prepared)!r})\n"
         "assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
-        "print(data.pair('train', 'en-de', 0)[0].tolist(), len(data.tokenizer))\n"
+        "print(data.ids('train', 'en-de', 0)[0].tolist(), len(data.tokenizer))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     data = PreparedData(prepared)
-    assert done.stdout.split("\n")[0] == f"{data.pair('train', 'en-de', 0)[0].tolist()} {len(data.tokenizer)}", (
+    assert done.stdout.split("\n")[0] == f"{data.ids('train', 'en-de', 0)[0].tolist()} {len(data.tokenizer)}", (
         done.stderr
     )
 
@@ -232,7 +232,7 @@ def test_a_truncated_array_is_an_error_that_names_the_file(copy, keep):
     path = copy / "valid" / "de-en.de.ids.npy"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"de-en\.de\.(ids|\*)\.npy .*prepare the text anew"):
-        PreparedData(copy).pair("valid", "en-de", 0)
+        PreparedData(copy).ids("valid", "en-de", 0)
 
 
 def test_arrays_that_do_not_belong_together_are_an_error(copy):
@@ -256,10 +256,10 @@ def test_unknown_names_are_errors_that_list_the_known_ones(prepared):
         data.size("dev", "en-de")
     with pytest.raises(ValueError, match="training text is not kept"):
         data.text("train", "en-de")
-    with pytest.raises(IndexError, match="valid en-de has 11 pairs; there is none at 11"):
-        data.pair("valid", "en-de", 11)
+    with pytest.raises(IndexError, match="valid en-de has 11 sentences; there is none at 11"):
+        data.ids("valid", "en-de", 11)
     with pytest.raises(IndexError):
-        data.pair("valid", "en-de", -1)
+        data.ids("valid", "en-de", -1)
 
 
 @pytest.mark.parametrize("task", ["en", "en-", "-de", "en-de-fr", ""])

@@ -14,7 +14,7 @@ import nspec
 from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.text.batches import TaskBatchSampler
 from nspec.mt.text.collate import collate
-from nspec.mt.text.prepared import PairDataset
+from nspec.mt.text.prepared import Examples
 from nspec.mt.training.loop import TrainingDiverged
 from nspec.mt.training.loss import label_smoothed_loss
 from nspec.mt.training.train import train_system
@@ -39,7 +39,7 @@ def test_mixed_micro_batches_give_the_loss_of_their_sentences_with_the_neurons_o
         show=False,
         **run_options(config),
     )
-    train, pairs = config.train, PairDataset(toy.data, "train")
+    train, dataset = config.train, Examples(toy.data, "train")
     keys = [
         key
         for batch in TaskBatchSampler(
@@ -47,7 +47,7 @@ def test_mixed_micro_batches_give_the_loss_of_their_sentences_with_the_neurons_o
         )
         for key in batch
     ]
-    examples = [pairs[key] for key in keys]
+    examples = [dataset[key] for key in keys]
     model = toy.model(config)
     if masks is not None:
         nspec.specialize(model, masks, mode=mode)

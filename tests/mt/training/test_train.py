@@ -63,7 +63,7 @@ def tokens_of(toy: Toy, micro_batches: int) -> int:
     """Real tokens of the first micro-batches."""
     data = toy.data
     keys = [key for batch in plan(toy, micro_batches) for key in batch]
-    return sum(len(ids) for task, i in keys for ids in data.pair("train", data.tasks[task], i))
+    return sum(len(ids) for task, i in keys for ids in data.ids("train", data.tasks[task], i))
 
 
 def plan(toy: Toy, micro_batches: int) -> Any:
@@ -169,7 +169,7 @@ def token_loss(toy: Toy, model: Any, task: str) -> float:
     data = toy.data
     total = tokens = 0.0
     for i in range(data.size("valid", task)):
-        source, target = (torch.from_numpy(ids)[None] for ids in data.pair("valid", task, i))
+        source, target = (torch.from_numpy(ids)[None] for ids in data.ids("valid", task, i))
         with torch.no_grad():
             logits = model(input_ids=source, decoder_input_ids=torch.cat([target.new_tensor([[2]]), target[:, :-1]], 1))
         total -= logits.logits[0].log_softmax(-1)[torch.arange(target.shape[1]), target[0]].sum().item()
@@ -195,11 +195,11 @@ def test_accumulated_micro_batches_give_the_gradient_over_all_their_tokens(toy: 
     folder = toy.folder / "by_hand"
     train_system("x", config.train, toy.data, toy.model(config), folder, show=False, **run_options(config))
     from nspec.mt.text.collate import collate
-    from nspec.mt.text.prepared import PairDataset
+    from nspec.mt.text.prepared import Examples
 
     model, data = toy.model(config), toy.data
-    pairs = PairDataset(data, "train")
-    batches = [collate([pairs[key] for key in batch]) for batch in plan(toy, 3)]
+    examples = Examples(data, "train")
+    batches = [collate([examples[key] for key in batch]) for batch in plan(toy, 3)]
     assert len({batch["task"] for batch in batches}) > 1
     total, count = torch.zeros(()), 0
     for batch in batches:

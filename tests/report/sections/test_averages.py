@@ -20,8 +20,8 @@ def run(tmp_path: Path) -> Path:
     return make_methods_run(tmp_path / "run", variants=[], layers=1)
 
 
-def cells(section: dict, system: str, side: str = "", metric: str = "BLEU") -> list[dict]:
-    (part,) = [part for part in section["parts"] if part["side"] == side]
+def cells(section: dict, system: str, half: str = "", metric: str = "BLEU") -> list[dict]:
+    (part,) = [part for part in section["parts"] if part["half"] == half]
     (table,) = [table for table in part["tables"] if table["metric"] == metric]
     (row,) = [row for row in table["rows"] if row["name"] == system]
     return row["cells"]
@@ -130,7 +130,7 @@ def test_each_level_has_the_mean_change_of_its_directions(tmp_path: Path) -> Non
 def test_equal_data_are_said_in_one_sentence_and_have_no_levels(tmp_path: Path) -> None:
     run = make_methods_run(tmp_path / "run", sizes=dict.fromkeys(SIZES, 700), variants=[])
     section = level_section(load_run(run))
-    assert section == {"reason": "All directions have the same 700 training pairs, so there are no levels."}
+    assert section == {"reason": "All directions have the same 700 training sentences, so there are no levels."}
     (run / "prepared" / "meta.json").write_text("{}")
     assert "is not known" in level_section(load_run(run))["reason"]
 

@@ -9,7 +9,7 @@ from nspec.mt.text.corpus.base import Corpus, CorpusError, pair_of, split_direct
 
 __all__ = ["Corpus", "CorpusError", "open_corpus", "pair_of", "split_direction", "tasks_of"]
 
-KINDS = {
+TYPES = {
     "cldr": ("cldr", "CldrCorpus"),
     "files": ("files", "open_files"),
     "hub": ("hub", "HubCorpus"),
@@ -28,13 +28,13 @@ def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
         ImportError: the library that the type needs (Babel, datasets) is not installed.
         ValueError: an option has a value that it cannot have.
     """
-    if config.type not in KINDS:
-        raise ValueError(f"corpus.type is {config.type!r}; expected one of {', '.join(KINDS)}")
+    if config.type not in TYPES:
+        raise ValueError(f"corpus.type is {config.type!r}; expected one of {', '.join(TYPES)}")
     for option in ("train_sentences", "valid_sentences", "test_sentences"):
         if getattr(config, option) < 0:
             raise ValueError(f"corpus.{option} is {getattr(config, option)}; expected 0 (no limit) or more")
     # By name, so that a corpus needs only the libraries of its own kind.
-    module, name = KINDS[config.type]
+    module, name = TYPES[config.type]
     corpus: Corpus = getattr(importlib.import_module(f"nspec.mt.text.corpus.{module}"), name)(config, seed)
     for pair in dict.fromkeys(pair_of(*split_direction(task)) for task in tasks_of(config, corpus)):
         corpus.check(pair)

@@ -15,7 +15,7 @@ from typing import Any
 
 from nspec.mt.languages import CODE, language_code, languages_of_task, task_of
 from nspec.mt.languages import FILE_CODE as FILE_CODE
-from nspec.mt.text.config import CorpusConfig
+from nspec.mt.text.config import SPLITS, CorpusConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ FINGERPRINTED = (
     *("type", "languages", "pivot", "directions", "name", "subset", "valid_split", "test_split"),
     *("train_sentences", "valid_sentences", "test_sentences"),
 )
-SPLITS = ("train", "valid", "test")
 EMPTY_SIDE = "empty side"
 
 
@@ -127,7 +126,7 @@ class Corpus(ABC):
 
     def explain_missing(self, pair: Pair, split: str) -> str:
         """Why ``pair`` has nothing in ``split``, for the error message."""
-        return "every segment lacks one of the two sides"
+        return "every segment lacks one of the two texts"
 
     def limit(self, split: str) -> int:
         """The most segments of one pair in ``split``; 0: no limit."""

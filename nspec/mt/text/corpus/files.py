@@ -92,9 +92,9 @@ def pair_name(path: Path, config: CorpusConfig) -> PairName | None:
     if end and len(read) == 1:
         return PairName(match["name"], read[0], end)
     parts, last = match["pair"].split("-"), match["end"]
-    side = one_file or match["pair"].startswith(f"{last}-") or match["pair"].endswith(f"-{last}")
+    ends = one_file or match["pair"].startswith(f"{last}-") or match["pair"].endswith(f"-{last}")
     of_a_split = split_of(match["name"], config) in ("valid", "test") or match["name"] == "train"
-    if len(parts) > 2 and side and (of_a_split or sum(map(is_known, parts)) > 1):
+    if len(parts) > 2 and ends and (of_a_split or sum(map(is_known, parts)) > 1):
         raise CorpusError(
             f"{path}: the two languages of {match['pair']} cannot be told; write '_' inside a code, as in "
             f"{match['name']}.en-pt_BR.{last if one_file else 'en'}"
@@ -230,41 +230,41 @@ def _taken_for_training(files: list[str], config: CorpusConfig) -> list[str]:
 
 
 def _add_moses(sources: Sources, config: CorpusConfig, files: list[Path], wanted: list[str]) -> list[str]:
-    groups: dict[tuple[str, Pair], dict[str, Path]] = defaultdict(dict)
+    moses: dict[tuple[str, Pair], dict[str, Path]] = defaultdict(dict)
     bare: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in files:
         if match := pair_name(path, config):
             if wanted and not set(match.pair) <= set(wanted):
                 continue
-            group, code = groups[match.name, match.pair], match.end
+            paths, code = moses[match.name, match.pair], match.end
         elif found := _bare(path, config):
             if wanted and found[1] not in wanted:
                 continue
-            group, code = bare[found[0]], found[1]
-        if code in group:
-            raise CorpusError(f"{group[code]} and {path.name} are both there; keep one")
-        group[code] = path
-    languages = sorted({code for sides in bare.values() for code in sides})
+            paths, code = bare[found[0]], found[1]
+        if code in paths:
+            raise CorpusError(f"{paths[code]} and {path.name} are both there; keep one")
+        paths[code] = path
+    languages = sorted({code for paths in bare.values() for code in paths})
     if languages:
         if len(languages) > 2:
             raise CorpusError(
                 f"{files[0].parent} has files such as train.{languages[0]} in {names(languages)}; without a pair in "
                 "their names there must be two languages: set corpus.languages, or name the files like train.en-de.en"
             )
-        for name, sides in bare.items():
-            code = next(iter(sides))
+        for name, paths in bare.items():
+            code = next(iter(paths))
             pair = (languages[0], languages[-1])
-            if pair[0] == pair[1] or len(sides) == 1:
-                raise CorpusError(f"{sides[code]} has no counterpart {name}.<language> in another language")
-            if (name, pair) in groups:
-                raise CorpusError(f"{groups[name, pair][code]} and {sides[code].name} are both there; keep one")
-            groups[name, pair] = sides
-    for (name, pair), sides in sorted(groups.items()):
+            if pair[0] == pair[1] or len(paths) == 1:
+                raise CorpusError(f"{paths[code]} has no counterpart {name}.<language> in another language")
+            if (name, pair) in moses:
+                raise CorpusError(f"{moses[name, pair][code]} and {paths[code].name} are both there; keep one")
+            moses[name, pair] = paths
+    for (name, pair), paths in sorted(moses.items()):
         for code, other in (pair, pair[::-1]):
-            if code not in sides:
-                raise CorpusError(f"{sides[other]} has no counterpart in {code} ({name}.{'-'.join(pair)}.{code})")
+            if code not in paths:
+                raise CorpusError(f"{paths[other]} has no counterpart in {code} ({name}.{'-'.join(pair)}.{code})")
         if split := split_of(name, config):
-            sources[pair][split].append(MosesSource(sides))
+            sources[pair][split].append(MosesSource(paths))
     return []
 
 

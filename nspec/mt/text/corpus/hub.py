@@ -126,7 +126,7 @@ class HubCorpus(Corpus):
         if pair not in self.subsets:
             return "corpus.languages and corpus.directions do not ask for it"
         if self._part(pair, split) is not None:
-            return f"no row of data set {self.config.name} has text on both sides"
+            return f"no row of data set {self.config.name} has text in both languages"
         has = names(self.loaded[self.subsets[pair]])
         option = "" if split == "train" else f"; corpus.{split}_split names the split"
         return f"subset {self.subsets[pair]!r} of data set {self.config.name} has the splits {has}{option}"

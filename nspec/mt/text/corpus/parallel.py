@@ -29,16 +29,16 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class MosesSource(Source):
-    """Two files with one sentence a line; ``sides`` maps language codes to them."""
+    """Two files with one sentence a line; ``files`` maps language codes to them."""
 
-    sides: dict[str, Path]
+    files: dict[str, Path]
 
     @property
     def paths(self) -> tuple[Path, ...]:  # type: ignore[override]
-        return tuple(self.sides[code] for code in sorted(self.sides))
+        return tuple(self.files[code] for code in sorted(self.files))
 
     def rows(self, pair: Pair) -> Iterator[tuple[int, str, str]]:
-        first, second = (read_lines(self.sides[code]) for code in pair)
+        first, second = (read_lines(self.files[code]) for code in pair)
         number = 0
         for number, text in first:
             other = next(second, None)
@@ -51,7 +51,7 @@ class MosesSource(Source):
 
     def _unequal(self, pair: Pair, first: int, second: int) -> None:
         raise CorpusError(
-            f"{self.sides[pair[0]]} has {first} lines and {self.sides[pair[1]]} has {second}; "
+            f"{self.files[pair[0]]} has {first} lines and {self.files[pair[1]]} has {second}; "
             "line n of one must be the translation of line n of the other"
         )
 
@@ -250,5 +250,5 @@ class PairCorpus(Corpus):
         sources = self.sources.get(pair_of(*pair), {}).get(split, [])
         if sources:
             paths = names(str(path) for source in sources for path in source.paths)
-            return f"{paths} has no segment with text on both sides"
+            return f"{paths} has no segment with text in both languages"
         return self.looked_for(pair, split)

@@ -350,7 +350,7 @@ def test_a_split_without_any_text_is_an_error(tmp_path):
     config = moses(tmp_path, "train", "valid", "test")
     for code in ("de", "en"):
         (tmp_path / f"train.en-de.{code}").write_text("\n\n")
-    with pytest.raises(CorpusError, match="no training data for de-en: .* has no segment with text on both sides"):
+    with pytest.raises(CorpusError, match="no training data for de-en: .* has no segment with text in both languages"):
         open_corpus(config, 1)
 
 

@@ -1,4 +1,4 @@
-"""The order of directions in a figure, in blocks of related languages."""
+"""The order of directions in a figure, in bands of related languages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from nspec.analysis.languages import Grouping, known_group, language
 from nspec.analysis.lineages import EC30_GROUPS
+from nspec.mt.languages import languages_of_task
 
 OTHER = "other"
 
 
 @dataclass(frozen=True)
-class Block:
+class Band:
     """Directions that stand together."""
 
     name: str  # of the group of languages
@@ -32,12 +33,12 @@ def families_of(tasks: Iterable[str], pivot: str) -> Callable[[str], str]:
 
     Args:
         tasks: the directions of the run, whose languages beside the pivot decide on the grouping.
-        pivot: see :func:`block_order`.
+        pivot: see :func:`band_order`.
 
     Returns:
         A function from a language to the name of its group, empty where it is not known.
     """
-    grouping = grouping_of({code for task in tasks for code in task.split("-")} - {pivot})
+    grouping = grouping_of({code for task in tasks for code in languages_of_task(task)} - {pivot})
     return functools.partial(known_group, grouping=grouping)
 
 
@@ -49,7 +50,7 @@ def _place(code: str, grouping: Grouping) -> tuple[int, str, str]:
     return (list(EC30_GROUPS).index(name), "", name) if grouping == "ec30" else (0, language(code).family, name)
 
 
-def block_order(tasks: Iterable[str], pivot: str) -> tuple[list[str], list[Block]]:
+def band_order(tasks: Iterable[str], pivot: str) -> tuple[list[str], list[Band]]:
     """Directions from the pivot, to it, then others, each by the groups of their languages.
 
     A direction without the pivot stands in the group of its source.
@@ -59,23 +60,23 @@ def block_order(tasks: Iterable[str], pivot: str) -> tuple[list[str], list[Block
         pivot: the language that most directions share; empty: none.
 
     Returns:
-        The directions in their order, and the blocks from first to last.
+        The directions in their order, and the bands from first to last.
     """
     tasks = list(tasks)
-    grouping = grouping_of({code for task in tasks for code in task.split("-")} - {pivot})
+    grouping = grouping_of({code for task in tasks for code in languages_of_task(task)} - {pivot})
 
     def key(task: str) -> tuple[int, tuple[int, str, str], str, str]:
-        source, _, target = task.partition("-")
+        source, target = languages_of_task(task)
         part = 0 if pivot and source == pivot else 1 if pivot and target == pivot else 2
         mine, other = (target, source) if part == 0 else (source, target)
         return part, _place(mine, grouping), mine, other
 
     keyed = sorted((key(task), task) for task in tasks)
-    blocks: list[Block] = []
+    bands: list[Band] = []
     for number, ((part, (_, _, name), _, _), _) in enumerate(keyed):
-        if blocks and (blocks[-1].part, blocks[-1].name) == (part, name):
-            last = blocks.pop()
-            blocks.append(Block(name, part, last.first, last.size + 1))
+        if bands and (bands[-1].part, bands[-1].name) == (part, name):
+            last = bands.pop()
+            bands.append(Band(name, part, last.first, last.size + 1))
         else:
-            blocks.append(Block(name, part, number, 1))
-    return [task for _, task in keyed], blocks
+            bands.append(Band(name, part, number, 1))
+    return [task for _, task in keyed], bands
