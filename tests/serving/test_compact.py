@@ -268,6 +268,33 @@ def test_a_block_whose_code_does_not_run_alone_wants_a_batch() -> None:
     assert small.a.out_features < 25
 
 
+class TwoInOne(nn.Module):
+    """Two blocks in the code of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.gate_up_proj, self.down_proj = nn.Linear(8, 48), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc2(torch.sigmoid(self.fc1(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        y: Tensor = self.down_proj(torch.sigmoid(gate) * up)
+        return y
+
+
+def test_blocks_of_one_module_are_told_apart_and_packed_projections_have_biases() -> None:
+    torch.manual_seed(0)
+    model = TwoInOne().double()
+    masks, x = masks_of(model), torch.randn(3, 8, dtype=torch.float64)
+    nspec.specialize(model, masks)
+    small: Any = nspec.merge(model, "a", compact=True)
+    with nspec.task(model, "a"):
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+    kept = int(masks["a"]["gate_up_proj"].sum())
+    assert (small.gate_up_proj.out_features, small.down_proj.in_features) == (2 * kept, kept)
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
