@@ -256,36 +256,6 @@ def test_env_names_versions_and_each_operator(capsys: pytest.CaptureFixture[str]
 # Corpora that cannot be used
 
 
-def test_a_tsv_line_without_its_second_column(tmp_path: Path, fails: Fails) -> None:
-    path = parallel_config(tmp_path, train=b"ein Haus\ta house\n" * 3 + b"ein Baum\n")
-    message = fails("prepare", path)
-    assert message.startswith(f"{tmp_path / 'corpus/train.de-en.tsv'}, line 4: found 1 column, expected 2")
-
-
-def test_a_line_that_is_not_utf8(tmp_path: Path, fails: Fails) -> None:
-    path = parallel_config(tmp_path, valid=b"ein Haus\ta house\nein Caf\xe9\ta cafe\n")
-    message = fails("prepare", path)
-    assert message.startswith(f"{tmp_path / 'corpus/valid.de-en.tsv'}, line 2: not valid UTF-8 (byte 0xe9")
-
-
-def test_an_empty_corpus(tmp_path: Path, fails: Fails) -> None:
-    (tmp_path / "corpus").mkdir()
-    path = config_file(tmp_path, f"corpus: {{type: files, path: {tmp_path / 'corpus'}}}\n")
-    assert str(tmp_path / "corpus") in fails("prepare", path)
-
-
-def test_a_corpus_of_empty_files(tmp_path: Path, fails: Fails) -> None:
-    assert "de-en" in fails("prepare", parallel_config(tmp_path, train=b"", valid=b"", test=b""))
-
-
-def test_a_language_without_test_data(tmp_path: Path, fails: Fails) -> None:
-    path = parallel_config(tmp_path)
-    for split in ("train", "valid"):
-        (tmp_path / f"corpus/{split}.en-fr.tsv").write_text("a house\tune maison\n" * 5)
-    message = fails("prepare", path, "--set", "corpus.languages=[de, fr, en]")
-    assert message.startswith("there is no test data for en-fr")
-
-
 def test_after_a_bad_corpus_is_mended_the_run_goes_on(tmp_path: Path, fails: Fails) -> None:
     path = parallel_config(tmp_path, test=b"ein Haus\n")
     assert "line 1" in fails("prepare", path)
@@ -294,7 +264,7 @@ def test_after_a_bad_corpus_is_mended_the_run_goes_on(tmp_path: Path, fails: Fai
     assert (tmp_path / "run/prepared/stage.json").is_file()
 
 
-def test_an_arrow_says_which_one_comes_before_it(tmp_path: Path, fails: Fails) -> None:
+def test_a_stage_says_which_one_comes_before_it(tmp_path: Path, fails: Fails) -> None:
     message = fails("train", parallel_config(tmp_path))
     assert message == f"train needs prepare, which is not finished in {tmp_path / 'run'}; `nspec run` does every stage"
 

@@ -22,7 +22,6 @@ from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, s
 from nspec.mt.languages import languages_of_task
 
 Direction = Literal["from", "to"]
-DIRECTIONS: tuple[Direction, ...] = ("from", "to")
 FEWEST = 4  # languages of a test; three have six relabellings, so no p value below 1/6
 
 

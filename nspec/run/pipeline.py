@@ -128,7 +128,7 @@ class Pipeline:
         self.world.lead(functools.partial(check_score, self.config))
 
         def work(folder: Path) -> None:
-            from nspec.mt.text.prepare import prepare
+            from nspec.mt.text.prepare import TextOptions, prepare
             from nspec.mt.text.prepared import summary
 
             check_machine(self.config)  # before text is read, and long before anything is trained
@@ -136,7 +136,8 @@ class Pipeline:
                 config = self.config
                 if config.model.pretrained:
                     check_pretrained(config)
-                prepare(config.corpus, config.tokenizer, config.model, config.run.seed, folder, progress=progress)
+                options = TextOptions(config.corpus, config.tokenizer, config.model, config.run.seed)
+                prepare(options, folder, progress)
             for line in summary(read_json(folder / "meta.json")):
                 self.display.line(f"  {line}")
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .storage import Kind, Stacked, reading, save_stacked
+from .storage import Kind
 from .sums import TokenSums
 from .tensors import each
-
-_KIND = Kind("counts", ("I32", "I64"))
 
 
 class ActivationCounts(TokenSums):
@@ -43,7 +40,7 @@ class ActivationCounts(TokenSums):
         (12, [0.08333333333333333, 0.5, 0.25])
     """
 
-    _NOUN = "counts"
+    _KIND = Kind("counts", ("I32", "I64"))
 
     def __init__(
         self, counts: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, int | Mapping[str, int]] | None = None
@@ -66,20 +63,10 @@ class ActivationCounts(TokenSums):
         Raises:
             OSError: the files cannot be written; what was there is unchanged.
         """
-        stacked = {layer: torch.stack([self._by_task[task][layer] for task in self.tasks]) for layer in self.layers}
-        narrow = {
-            layer: count.to(torch.int32) if int(count.max() if count.numel() else 0) < 2**31 else count
-            for layer, count in stacked.items()
+        fired = {
+            task: {layer: total(count) for layer, count in layers.items()} for task, layers in self._by_task.items()
         }
-        widths = {layer: count.shape[1] for layer, count in stacked.items()}
-        readable = {
-            "tasks": self.tasks,
-            "layers": {layer: {"d_ff": width} for layer, width in widths.items()},
-            "activations": {t: {layer: total(self._by_task[t][layer]) for layer in self.layers} for t in self.tasks},
-        }
-        tokens = self._known()
-        more = {"tokens": tokens} if tokens else {}
-        save_stacked(Path(folder), _KIND, Stacked(narrow, self.tasks, widths, more), readable | more)
+        self._save(folder, {"activations": fired}, {})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ActivationCounts:
@@ -90,12 +77,11 @@ class ActivationCounts(TokenSums):
             ValueError: the file is broken, is not one of counts, or holds something else than it says; the message names
                 the file, what was found and what was expected.
         """
-        with reading(Path(folder), _KIND) as (stacked, tasks, _, more):
-            counts = {t: {layer: rows[i] for layer, rows in stacked.items()} for i, t in enumerate(tasks)}
-            try:
-                return cls(counts, more.get("tokens"))
-            except TypeError as error:  # of the numbers of tokens: the tensors are integers
-                raise ValueError(str(error)) from error
+        with cls._reading(folder) as (counts, more):
+            return cls(counts, more.get("tokens"))
+
+    def _stored(self, sums: Tensor) -> Tensor:
+        return sums.to(torch.int32) if int(sums.max()) < 2**31 else sums
 
     def _plus(self, task: str, layer: str, one: Tensor, other: Tensor) -> Tensor:
         both = one + other

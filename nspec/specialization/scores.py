@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .storage import Kind, Stacked, reading, save_stacked
+from .storage import Kind
 from .sums import TokenSums
 from .tensors import each
-
-_KIND = Kind("scores", ("F64",))
 
 Score = Literal["gradient", "magnitude"]
 """``gradient``: ``abs(h * dL/dh)``. ``magnitude``: ``abs(h)``. ``h`` is the activation that fc2 gets."""
@@ -49,7 +46,7 @@ class NeuronScores(TokenSums):
         [0.08333333333333333, 0.5]
     """
 
-    _NOUN = "scores"
+    _KIND = Kind("scores", ("F64",))
 
     def __init__(
         self,
@@ -81,17 +78,10 @@ class NeuronScores(TokenSums):
         Raises:
             OSError: the files cannot be written; what was there is unchanged.
         """
-        stacked = {layer: torch.stack([self._by_task[task][layer] for task in self.tasks]) for layer in self.layers}
-        widths = {layer: sums.shape[1] for layer, sums in stacked.items()}
-        means = self.means()
-        readable = {
-            "score": self.score,
-            "tasks": self.tasks,
-            "layers": {layer: {"d_ff": width} for layer, width in widths.items()},
-            "mean": {t: {layer: float(means[t][layer].mean()) for layer in self.layers} for t in self.tasks},
+        mean = {
+            task: {layer: float(of.mean()) for layer, of in layers.items()} for task, layers in self.means().items()
         }
-        more = {"score": self.score, "tokens": self._known()}
-        save_stacked(Path(folder), _KIND, Stacked(stacked, self.tasks, widths, more), readable | more)
+        self._save(folder, {"mean": mean}, {"score": self.score})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> NeuronScores:
@@ -102,12 +92,8 @@ class NeuronScores(TokenSums):
             ValueError: the file is broken, is not one of scores, or holds something else than it says; the message names
                 the file, what was found and what was expected.
         """
-        with reading(Path(folder), _KIND) as (stacked, tasks, _, more):
-            scores = {t: {layer: rows[i] for layer, rows in stacked.items()} for i, t in enumerate(tasks)}
-            try:
-                return cls(scores, more.get("tokens", {}), more.get("score"))  # type: ignore[arg-type]
-            except TypeError as error:  # of the numbers of tokens: the tensors are of floating point
-                raise ValueError(str(error)) from error
+        with cls._reading(folder) as (scores, more):
+            return cls(scores, more.get("tokens", {}), more.get("score"))  # type: ignore[arg-type]
 
     def _like(self, sums: dict[str, dict[str, Tensor]], tokens: Mapping[str, Mapping[str, int]]) -> NeuronScores:
         return NeuronScores(sums, tokens, self.score)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from .storage import Kind, Stacked, reading, save_stacked
 from .tensors import TaskTensors, check_same_layers, neurons
 
 _Same = TypeVar("_Same", bound="TokenSums")
@@ -27,8 +31,8 @@ class TokenSums(TaskTensors):
         TypeError: a number of tokens that is no whole one.
     """
 
-    _NOUN: ClassVar[str]
-    """What the sums are called in messages, in the plural."""
+    _KIND: ClassVar[Kind]
+    """How they are stored; messages call them by its name, which is a plural."""
 
     def __init__(
         self, sums: dict[str, dict[str, Tensor]], tokens: Mapping[str, int | Mapping[str, int]] | None
@@ -49,8 +53,8 @@ class TokenSums(TaskTensors):
         if unknown := [task for task in self.tasks if task not in self._tokens]:
             kind = type(self).__name__
             raise ValueError(
-                f"how many tokens of {unknown[0]} were counted is not known, as the {self._NOUN} were made or saved "
-                f"without: profile again, or make them with {kind}({self._NOUN}, tokens={{...}})"
+                f"how many tokens of {unknown[0]} were counted is not known, as the {self._KIND.name} were made or saved "
+                f"without: profile again, or make them with {kind}({self._KIND.name}, tokens={{...}})"
             )
         return {
             task: {layer: value.double() / max(1, self._tokens[task][layer]) for layer, value in layers.items()}
@@ -100,9 +104,37 @@ class TokenSums(TaskTensors):
         }
         return self._like({t: {layer: next(values) for layer in layers} for t, layers in self._by_task.items()}, known)
 
-    def _known(self) -> dict[str, int | dict[str, int]]:
-        """The numbers of tokens that are known, as a file holds them."""
-        return {task: number for task, number in self.tokens.items() if number is not None}
+    def _save(self, folder: str | os.PathLike[str], shown: dict[str, Any], own: dict[str, Any]) -> None:
+        """Writes the sums and the numbers of tokens that are known.
+
+        Args:
+            folder: of the two files.
+            shown: what the readable file has instead of the sums.
+            own: what both files say beside.
+        """
+        stacked = {layer: torch.stack([self._by_task[task][layer] for task in self.tasks]) for layer in self.layers}
+        widths = {layer: sums.shape[1] for layer, sums in stacked.items()}
+        known = {task: number for task, number in self.tokens.items() if number is not None}
+        tokens = {"tokens": known} if known else {}
+        readable = own | {"tasks": self.tasks, "layers": {layer: {"d_ff": width} for layer, width in widths.items()}}
+        stored = {layer: self._stored(sums) for layer, sums in stacked.items()}
+        save_stacked(
+            Path(folder), self._KIND, Stacked(stored, self.tasks, widths, own | tokens), readable | shown | tokens
+        )
+
+    @classmethod
+    @contextlib.contextmanager
+    def _reading(cls, folder: str | os.PathLike[str]) -> Iterator[tuple[dict[str, dict[str, Tensor]], dict[str, Any]]]:
+        """The sums and the other entries that :meth:`_save` wrote; errors of what is made of them name the file."""
+        with reading(Path(folder), cls._KIND) as (stacked, tasks, _, more):
+            try:
+                yield {t: {layer: rows[i] for layer, rows in stacked.items()} for i, t in enumerate(tasks)}, more
+            except TypeError as error:  # of the numbers of tokens: the tensors are of the dtypes of the kind
+                raise ValueError(str(error)) from error
+
+    def _stored(self, sums: Tensor) -> Tensor:
+        """The sums of a layer, ``[tasks, d_ff]``, as a file holds them."""
+        return sums
 
     def _like(self: _Same, sums: dict[str, dict[str, Tensor]], tokens: Mapping[str, Mapping[str, int]]) -> _Same:
         """One of the same kind."""
@@ -123,7 +155,7 @@ class TokenSums(TaskTensors):
         """For each task and layer the number of tokens, checked against the sums."""
         if not isinstance(tokens, Mapping):
             raise TypeError(f"tokens is a {type(tokens).__name__}, expected a mapping {{task: number of tokens}}")
-        noun, found = self._NOUN, dict[str, dict[str, int]]()
+        noun, found = self._KIND.name, dict[str, dict[str, int]]()
         for task, given in tokens.items():
             if task not in self._by_task:
                 raise ValueError(f"tokens has task {task!r}, expected those of the {noun}: {', '.join(self._by_task)}")

@@ -45,7 +45,7 @@ def most_false_alarms(runs: int, level: float) -> int:
 
 
 @pytest.mark.parametrize("method", ["pearson", "spearman"])
-def test_a_planted_correlation_is_found(method: module.Method) -> None:
+def test_a_planted_correlation_is_found(method: module.Correlation) -> None:
     for seed in range(5):
         found = mantel(*planted(12, seed), method=method, permutations=999, seed=seed)
         assert found.p == 0.001  # (0 + 1) / (999 + 1)
@@ -127,7 +127,7 @@ def test_exact_p_is_the_share_of_all_relabellings() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.permutations(range(6)), st.sampled_from(["pearson", "spearman"]))
-def test_the_order_of_objects_does_not_matter(seed: int, order: list[int], method: module.Method) -> None:
+def test_the_order_of_objects_does_not_matter(seed: int, order: list[int], method: module.Correlation) -> None:
     x, y = planted(6, seed, 0.5)
     one = mantel(x, y, method=method)
     other = mantel(x[np.ix_(order, order)], y[np.ix_(order, order)], method=method)

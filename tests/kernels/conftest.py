@@ -99,8 +99,9 @@ _ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 @pytest.fixture(params=["reference", "native", pytest.param("triton", marks=_ON_GPU)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Each backend of ``OPERATOR`` of the test's module in turn; those that cannot run are skipped with the reason."""
-    return _place(request.module.OPERATOR, request.param, monkeypatch)
+    """Each backend of ``OPERATOR`` of the test's module, else of its fixture ``operator``; skipped where it cannot run."""
+    operator = getattr(request.module, "OPERATOR", None) or request.getfixturevalue("operator")
+    return _place(operator, request.param, monkeypatch)
 
 
 @pytest.fixture

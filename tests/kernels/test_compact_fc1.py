@@ -277,51 +277,6 @@ def test_schema_fake_and_autograd_pass_opcheck(place: Any, draw: Any) -> None:
     torch.library.opcheck(_compact_fc1, (*tensors[:2], None, active_index(two[0]), None))
 
 
-def test_compiles_to_one_graph_with_changing_sets(place: Any, draw: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: compact_fc1(*a), fullgraph=True, backend="aot_eager")
-    tensors = inputs(draw, 6, 7, 200)
-    for n in (70, 130, 200):
-        active = draw.active(200, n)
-        z, want = compiled(*tensors, active), compact_fc1(*tensors, active, index=active_index(active))
-        assert torch.equal(z, want)
-        for a, b in zip(torch.autograd.grad(z.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
-            assert torch.equal(a, b)
-
-
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(place: Any, draw: Any) -> None:
-    tensors = inputs(draw, 6, 7, 200)
-    with torch.autocast(place.device, dtype=place.low):
-        z = compact_fc1(*tensors, draw.active(200, 70))
-    assert z.dtype == place.low
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(z.float().sum(), tensors))
-
-
-def test_explain_names_the_backend_that_then_runs(place: Any, draw: Any, ran: list[str]) -> None:
-    asked: Any = compact_fc1
-    tensors, active = inputs(draw, 6, 7, 200), draw.active(200, 70)
-    assert asked(*tensors, active, explain=True).backend == place.backend
-    assert ran == []
-    compact_fc1(*tensors, active).sum().backward()
-    assert ran == ["forward", "backward"]
-
-
-def test_torch_func_takes_derivatives_where_the_backend_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NSPEC_BACKEND", raising=False)
-    x, w, b = (torch.randn(s, dtype=torch.float64) for s in ((5, 3), (70, 3), (70,)))
-    active = torch.arange(70) % 3 > 0
-    for layout in LAYOUTS:
-        index = layout(active)
-
-        def total(*tensors: Tensor, index: Tensor = index) -> Tensor:
-            return (compact_fc1(*tensors, active, index=index) ** 2).sum()
-
-        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
-        want = torch.autograd.grad(total(*leaves), leaves)
-        for a, c in zip(torch.func.grad(total, argnums=(0, 1, 2))(x, w, b), want):
-            torch.testing.assert_close(a, c)
-
-
 def test_wrong_arguments_are_named() -> None:
     x, w, b = (torch.zeros(s) for s in ((6, 7), (200, 7), (200,)))
     active = torch.arange(200) < 70

@@ -302,54 +302,6 @@ def test_schema_fake_and_autograd_pass_opcheck(place: Any, draw: Any) -> None:
         torch.library.opcheck(_compact_fc2, (h, None, w, None, index, offsets))
 
 
-def test_compiles_to_one_graph_with_changing_sets(place: Any, draw: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a, index: compact_fc2(*a, index=index), fullgraph=True, backend="aot_eager")
-    for n in (70, 130, 200):
-        active = draw.active(200, n)
-        index = active_index(active)
-        tensors = inputs(draw, index, [6], 200, 4)
-        y, want = compiled(*tensors, active, index=index), compact_fc2(*tensors, active, index=index)
-        assert torch.equal(y, want)
-        for a, b in zip(torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
-            assert torch.equal(a, b)
-
-
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(place: Any, draw: Any) -> None:
-    active = draw.active(200, 70)
-    tensors = inputs(draw, active_index(active), [6], 200, 4)
-    with torch.autocast(place.device, dtype=place.low):
-        y = compact_fc2(*tensors, active)
-    assert y.dtype == place.low
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), tensors))
-
-
-def test_explain_names_the_backend_that_then_runs(place: Any, draw: Any, ran: list[str]) -> None:
-    asked: Any = compact_fc2
-    active = draw.active(200, 70)
-    tensors = inputs(draw, active_index(active), [6], 200, 4)
-    assert asked(*tensors, active, explain=True).backend == place.backend
-    assert ran == []
-    compact_fc2(*tensors, active).sum().backward()
-    assert ran == ["forward", "backward"]
-
-
-def test_torch_func_takes_derivatives_where_the_backend_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NSPEC_BACKEND", raising=False)
-    active = torch.arange(70) % 3 > 0
-    for layout in LAYOUTS:
-        index = layout(active)
-        tensors = [torch.randn(s, dtype=torch.float64) for s in ((5, index.shape[1]), (70,), (4, 70), (4,))]
-
-        def total(*tensors: Tensor, index: Tensor = index) -> Tensor:
-            return (compact_fc2(*tensors, active, index=index) ** 2).sum()
-
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        want = torch.autograd.grad(total(*leaves), leaves)
-        for a, c in zip(torch.func.grad(total, argnums=(0, 1, 2, 3))(*tensors), want):
-            torch.testing.assert_close(a, c)
-
-
 def test_wrong_arguments_are_named() -> None:
     active = torch.arange(200) < 70
     h, c, w, b = (torch.zeros(s) for s in ((6, 128), (200,), (4, 200), (4,)))

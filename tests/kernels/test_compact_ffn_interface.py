@@ -64,35 +64,6 @@ def test_schema_fake_and_autograd_pass_opcheck(place: Any, draw: Any, tensors: l
         torch.library.opcheck(_compact_ffn, (*tensors, active_index(active), offsets))
 
 
-def test_compiles_to_one_graph_with_changing_sets(place: Any, draw: Any, tensors: list[Tensor]) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: compact_ffn(*a), fullgraph=True, backend="aot_eager")
-    for n in (70, 130, 200):
-        active = draw.active(200, n)
-        y, want = compiled(*tensors, active), compact_ffn(*tensors, active)
-        assert torch.equal(y, want)
-        for a, b in zip(torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(want.sum(), tensors)):
-            assert torch.equal(a, b)
-
-
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(
-    place: Any, draw: Any, tensors: list[Tensor]
-) -> None:
-    with torch.autocast(place.device, dtype=place.low):
-        y = compact_ffn(*tensors, draw.active(200, 70))
-    assert y.dtype == place.low
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), tensors))
-
-
-def test_explain_names_the_backend_that_then_runs(place: Any, draw: Any, tensors: list[Tensor], ran: list[str]) -> None:
-    asked: Any = compact_ffn
-    active = draw.active(200, 70)
-    assert asked(*tensors, active, explain=True).backend == place.backend
-    assert ran == []
-    compact_ffn(*tensors, active).sum().backward()
-    assert ran == ["forward", "backward"]
-
-
 def test_offsets_that_do_not_cover_the_tokens_are_named(place: Any, draw: Any, tensors: list[Tensor]) -> None:
     two = torch.stack([draw.active(200, 5), draw.active(200, 6)])
     for offsets in ([0, 7, 6], [0, 3, 5], [1, 3, 6]):

@@ -159,25 +159,6 @@ def test_schema_fake_and_autograd_pass_opcheck(place: Any, draw: Any) -> None:
     torch.library.opcheck(_gated_activation, (gate, up, "silu"))
 
 
-def test_compiles_to_one_graph(place: Any, draw: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: gated_activation(*a, "gelu_tanh"), fullgraph=True, backend="aot_eager")
-    gate, up = (draw.normal(5, 7, seed=i).requires_grad_() for i in range(2))
-    h, want = compiled(gate, up), gated_activation(gate, up, "gelu_tanh")
-    assert torch.equal(h, want)
-    for a, b in zip(torch.autograd.grad(h.sum(), (gate, up)), torch.autograd.grad(want.sum(), (gate, up))):
-        assert torch.equal(a, b)
-
-
-def test_explain_names_the_backend_that_then_runs(place: Any, draw: Any, ran: list[str]) -> None:
-    asked: Any = gated_activation
-    gate, up = (draw.normal(5, 7, seed=i).requires_grad_() for i in range(2))
-    assert asked(gate, up, "silu", explain=True).backend == place.backend
-    assert ran == []
-    gated_activation(gate, up, "silu").sum().backward()
-    assert ran == ["forward", "backward"]
-
-
 def test_wrong_arguments_are_named() -> None:
     one = torch.ones(2, 3)
     with pytest.raises(ValueError, match="kind is 'swish', expected one of silu, gelu, gelu_tanh, relu"):

@@ -256,31 +256,6 @@ def test_schema_fake_and_autograd_pass_opcheck(place: Any, draw: Any) -> None:
     torch.library.opcheck(_linear_relu_count, (x, w, None, draw.mask(6), draw.offsets((2, 4))))
 
 
-def test_it_compiles_to_one_graph(place: Any, draw: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(linear_relu_count, fullgraph=True, backend="aot_eager")
-    x, w, b = (t.requires_grad_() for t in inputs(draw, 6, 4, 9, torch.float32))
-    for a, b_ in zip(compiled(x, w, b), linear_relu_count(x, w, b)):
-        assert torch.equal(a, b_)
-
-
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(place: Any, draw: Any) -> None:
-    tensors = [t.requires_grad_() for t in inputs(draw, 6, 4, 9, torch.float32)]
-    with torch.autocast(place.device, dtype=place.low):
-        h, _ = linear_relu_count(*tensors)
-    assert h.dtype == place.low
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(h.float().sum(), tensors))
-
-
-def test_explain_names_the_backend_that_then_runs(place: Any, draw: Any, ran: list[str]) -> None:
-    x, w, b = inputs(draw, 6, 4, 9, torch.float32)
-    asked: Any = linear_relu_count
-    assert asked(x, w, b, explain=True).backend == place.backend
-    assert ran == []
-    linear_relu_count(x, w, b)
-    assert ran == ["forward"]
-
-
 def test_offsets_that_do_not_cover_the_tokens_are_named(place: Any, draw: Any) -> None:
     x, w, b = inputs(draw, 6, 4, 9, torch.float32)
     for offsets in ([0, 7, 6], [0, 3, 5], [1, 3, 6]):

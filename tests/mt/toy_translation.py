@@ -70,7 +70,7 @@ class Toy:
 
         if not (self.folder / "prepared" / "meta.json").is_file():
             self._write_corpus()
-            prepare(*text_options(self.config()), self.folder / "prepared")
+            prepare(text_options(self.config()), self.folder / "prepared")
         return PreparedData(self.folder / "prepared")
 
     def _write_corpus(self) -> None:
@@ -128,9 +128,11 @@ class Toy:
         return self.folder / name
 
 
-def text_options(config: Config) -> tuple[Any, ...]:
+def text_options(config: Config) -> Any:
     """What :func:`nspec.mt.text.prepare.prepare` takes of the configuration of a run."""
-    return config.corpus, config.tokenizer, config.model, config.run.seed
+    from nspec.mt.text.prepare import TextOptions
+
+    return TextOptions(config.corpus, config.tokenizer, config.model, config.run.seed)
 
 
 def run_options(config: Config) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_run_prepares_for_a_gelu_model(toy: Toy, tmp_path: Path) -> None:
     set_option(run, f"model.pretrained={tmp_path / 'model'}")
     run.run.systems = ["dense", "forward"]
     check_pretrained(run)
-    prepare(*text_options(run), tmp_path / "prepared")
+    prepare(text_options(run), tmp_path / "prepared")
     assert (tmp_path / "prepared").exists()
 
 

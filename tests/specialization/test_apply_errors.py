@@ -126,25 +126,6 @@ def test_specialising_twice_and_undoing_nothing_are_errors() -> None:
         nspec.specialize(m2m100(), masks, mode="both")
 
 
-class Gated(nn.Module):
-    """A block whose up projection is multiplied by a gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 80), nn.Linear(4, 80), nn.Linear(80, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def test_a_gated_block_takes_masks_of_its_gate_in_mode_forward() -> None:
-    model, active, x = Gated(), torch.arange(80) % 2 == 0, torch.randn(3, 4)
-    nspec.specialize(model, nspec.NeuronMasks({"t": {"gate_proj": active}}))
-    with nspec.task(model, "t"):
-        found = model(x)
-    torch.testing.assert_close(found, nspec.merge(model, "t")(x))
-
-
 def test_masks_of_a_plain_model_fit_one_with_wrappers_around_it_and_the_other_way() -> None:
     masks = masks_for(m2m100())
     x = batch()

@@ -36,10 +36,6 @@ def test_it_is_the_definition_in_exact_arithmetic(counts: list[int], thousandths
     assert kept(counts, float(k)) == by_definition(counts, k)
 
 
-def test_the_neuron_that_crosses_the_line_is_kept() -> None:
-    assert kept([5, 3, 2], 0.51) == [0, 1]
-
-
 def test_a_total_reached_exactly_adds_nobody() -> None:
     assert kept([5, 3, 2], 0.5) == [0]
     assert kept([95, 3, 2], 0.95) == [0]
@@ -53,12 +49,6 @@ def test_ties_go_to_the_lower_index() -> None:
 
 def test_k_of_one_keeps_every_neuron_that_fired() -> None:
     assert kept([0, 3, 0, 1], 1.0) == [1, 3]
-
-
-def test_large_counts_are_exact() -> None:
-    big = 2**53
-    assert kept([big, big, 1], 1.0) == [0, 1, 2]
-    assert kept([big + 1, big - 1], 0.5) == [0]
 
 
 @given(st.lists(st.integers(2**62 - 9, 2**63 - 1), min_size=2, max_size=9), st.integers(1, 1000))

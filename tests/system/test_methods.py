@@ -24,7 +24,6 @@ Tiny = Any  # tests/system/conftest.py
 
 SYSTEMS = [name for name in SYSTEMS if not name.startswith("update_")]
 VARIANTS = {
-    "wide": "forward select.k=0.99",
     "tenth": "random profile.share=0.3 select.k=0.6",
     "rows": "update specialize.optimizer=row_sparse_adamw",
     "half": "lass lass.alpha=0.5",

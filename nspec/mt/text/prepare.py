@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,24 +44,31 @@ _CHUNK = 4096  # sentences of each language that are encoded at once
 _SPOOL = "spool"  # training text between reading and encoding
 
 
-def prepare(
-    corpus: CorpusConfig,
-    tokenizer: TokenizerConfig,
-    model: ModelConfig,
-    seed: int,
-    folder: Path,
-    progress: Progress | None = None,
-) -> None:
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text is prepared, and how.
+
+    Attributes:
+        corpus: where the text comes from, its limits and filters.
+        tokenizer: of a new vocabulary.
+        model: ``pretrained``, which brings a vocabulary, and ``max_positions``.
+        seed: of samples of the text.
+    """
+
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    seed: int
+
+
+def prepare(options: TextOptions, folder: Path, progress: Progress | None = None) -> None:
     """Reads a corpus and writes ``folder`` for :class:`nspec.mt.text.prepared.PreparedData`.
 
     Everything is made in a folder beside it and moved in place at the end, ``meta.json`` last: a folder with a
     ``meta.json`` is whole. What a killed attempt left is removed by the next one. Other files in ``folder`` stay.
 
     Args:
-        corpus: which text.
-        tokenizer: of a new vocabulary.
-        model: ``pretrained``, which brings a vocabulary, and ``max_positions``.
-        seed: of samples of the text.
+        options: which text, and how its vocabulary is made.
         folder: ``RUN/prepared``.
         progress: called as ``progress(what, done, total)`` while it works.
 
@@ -71,19 +79,16 @@ def prepare(
     """
     from nspec.mt.text.corpus import open_corpus
 
-    if model.pretrained:
-        load_config(model.pretrained)  # what cannot be read is an error before text is
-    opened = open_corpus(corpus, seed)
-    prepare_corpus(opened, tasks_of(corpus, opened), corpus, tokenizer, model, seed, folder, progress)
+    if options.model.pretrained:
+        load_config(options.model.pretrained)  # what cannot be read is an error before text is
+    corpus = open_corpus(options.corpus, options.seed)
+    prepare_corpus(corpus, tasks_of(options.corpus, corpus), options, folder, progress)
 
 
 def prepare_corpus(
     corpus: Corpus,
     tasks: list[str],
-    limits: CorpusConfig,
-    tokenizer: TokenizerConfig,
-    model: ModelConfig,
-    seed: int,
+    options: TextOptions,
     folder: Path,
     progress: Progress | None = None,
 ) -> None:
@@ -92,10 +97,7 @@ def prepare_corpus(
     Args:
         corpus: with clean text, as all corpora give it.
         tasks: the directions, such as ``en-de``.
-        limits: lengths and filters; which text is not read.
-        tokenizer: see :func:`prepare`.
-        model: see :func:`prepare`.
-        seed: see :func:`prepare`.
+        options: which text they say is not looked at; their limits and filters hold.
         folder: see :func:`prepare`.
         progress: see :func:`prepare`.
     """
@@ -105,7 +107,7 @@ def prepare_corpus(
     part.mkdir(parents=True)
     try:
         quiet: Progress = lambda what, done, total: None
-        meta = _Preparation(corpus, tasks, limits, tokenizer, model, seed, part, progress or quiet).run()
+        meta = _Preparation(corpus, tasks, options, part, progress or quiet).run()
         _move(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -128,20 +130,12 @@ class _Preparation:
     """One run of :func:`prepare_corpus`, with the folder that it works in."""
 
     def __init__(
-        self,
-        corpus: Corpus,
-        tasks: list[str],
-        limits: CorpusConfig,
-        tokenizer: TokenizerConfig,
-        model: ModelConfig,
-        seed: int,
-        folder: Path,
-        progress: Progress,
+        self, corpus: Corpus, tasks: list[str], options: TextOptions, folder: Path, progress: Progress
     ) -> None:
         if not tasks:
             raise ValueError("there is no direction to prepare")
         self.corpus, self.tasks, self.folder, self.progress = corpus, tasks, folder, progress
-        self.limits, self.pieces, self.model, self.seed = limits, tokenizer, model, seed
+        self.options, limits = options, options.corpus
         self.languages = sorted({language for task in tasks for language in languages_of_task(task)})
         self.pairs = {pair_of_task(task): languages_of_task(pair_of_task(task)) for task in sorted(tasks)}
         self.dropped: dict[str, Counter[str]] = {pair: Counter() for pair in self.pairs}
@@ -149,7 +143,7 @@ class _Preparation:
         self.sizes: dict[str, dict[str, int]] = {pair: {} for pair in self.pairs}
         self.filter = TrainingFilter(limits.filter_across_pairs, limits.deduplicate)
         self.characters: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by language and split
-        self.most = model.max_positions
+        self.most = options.model.max_positions
         if limits.max_tokens < 1 or self.most <= WIDEST:
             raise ValueError(
                 f"corpus.max_tokens is {limits.max_tokens} and model.max_positions is {self.most}; expected at "
@@ -158,12 +152,12 @@ class _Preparation:
 
     def run(self) -> dict[str, Any]:
         """Does everything; the result is ``meta.json``, which is the last file that is written."""
-        if self.model.pretrained:  # whose languages are known before the text is read
+        if self.options.model.pretrained:  # whose languages are known before the text is read
             self._take(self._pretrained_tokenizer())
         self._each("read valid and test", self._read_evaluation)
         self._each("read", self._read_training)
         self.progress("vocabulary", 0, 1)
-        if not self.model.pretrained:
+        if not self.options.model.pretrained:
             self._take(self._new_tokenizer())
         self.progress("vocabulary", 1, 1)
         self._each("encode", self._encode)
@@ -223,7 +217,7 @@ class _Preparation:
     # Vocabulary
 
     def _pretrained_tokenizer(self) -> Path:
-        pretrained = self.model.pretrained
+        pretrained = self.options.model.pretrained
         self.most = min(self.most, _positions(pretrained))
         tokenizer = vocabulary.load_tokenizer(pretrained)
         try:
@@ -244,12 +238,12 @@ class _Preparation:
         return self.folder / "tokenizer"
 
     def _new_tokenizer(self) -> Path:
-        options = self.pieces
+        options = self.options.tokenizer
         counts = {
             language: sum(self.sizes[pair]["train"] for pair, two in self.pairs.items() if language in two)
             for language in self.languages
         }
-        chosen = vocabulary.sampled(self._sentences, counts, options.temperature, options.sentences, self.seed)
+        chosen = vocabulary.sampled(self._sentences, counts, options.temperature, options.sentences, self.options.seed)
         model = vocabulary.train_sentencepiece(chosen, options)
         vocabulary.export_tokenizer(model, self.languages, self.folder / "tokenizer", self.most)
         return self.folder / "tokenizer"
@@ -299,10 +293,10 @@ class _Preparation:
 
     def _unfit(self, sizes: list[int]) -> str:
         """Why a training pair with so many tokens, in each way that it is spelled, is left out, or nothing."""
-        ratio = self.limits.max_ratio
+        ratio = self.options.corpus.max_ratio
         if not min(sizes):
             return EMPTY
-        if max(sizes) > min(self.limits.max_tokens, self.most - WIDEST):
+        if max(sizes) > min(self.options.corpus.max_tokens, self.most - WIDEST):
             return TOO_LONG
         # Source and target of a direction stand together.
         unlike = any(max(two) > ratio * min(two) for two in zip(sizes[::2], sizes[1::2]))

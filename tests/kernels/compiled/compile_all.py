@@ -12,12 +12,16 @@ assertion in the compiler ends the process, and is noted as the error of the ker
 Every kernel is compiled for every target, every product with all its block sizes. Kernels that another one covers (no
 bias, one task where several go the same way, float16 beside bfloat16) are compiled for EVERY alone; with
 ``NSPEC_COMPILE_COVERED=1`` the rules of ``test_compiled.py`` are checked for them on the other targets too.
+
+Figures are kept in ``build/compiled.json`` by what they depend on (the code of a kernel and of what it calls, its
+arguments, the target, Triton's version, and this tool), so that only what changed is compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import importlib
 import json
 import os
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
+KNOWN = FOLDER.parents[2] / "build" / "compiled.json"
 TARGETS = ("cuda:80", "cuda:86", "cuda:90", "cuda:100", "hip:gfx942")
 #: One of NVIDIA's and AMD's, for which the kernels that others cover are compiled as well.
 EVERY = ("cuda:90", "hip:gfx942")
@@ -49,6 +54,24 @@ def chosen(target: str, covered: bool) -> list[Any]:
     return [one for one in kernels if one.expect or one != like.get(one.name)]
 
 
+def _source(kernel: Any) -> Any:
+    from triton.compiler import ASTSource
+
+    names = kernel.kernel.arg_names
+    signature = {name: "constexpr" if name in kernel.constants else kernel.signature[name] for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible}
+    return ASTSource(fn=kernel.kernel, signature=signature, constexprs=kernel.constants, attrs=aligned)
+
+
+def _key(kernel: Any, target: str) -> str:
+    """A digest of everything that the figures of a kernel depend on."""
+    import triton
+
+    tool = [(FOLDER / name).read_text(encoding="utf-8") for name in ("compile_all.py", "machine_code.py")]
+    parts = [triton.__version__, target, _source(kernel).hash(), kernel.name, kernel.options, kernel.expect, *tool]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _compile(kernel: Any, target: str) -> dict[str, Any]:
     """The figures of one kernel.
 
@@ -58,13 +81,9 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
     import machine_code
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kind, arch = target.split(":")
-    names = kernel.kernel.arg_names
-    signature = {name: "constexpr" if name in kernel.constants else kernel.signature[name] for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible}
-    source = ASTSource(fn=kernel.kernel, signature=signature, constexprs=kernel.constants, attrs=aligned)
+    source = _source(kernel)
     gpu = GPUTarget("hip", arch, 64) if kind == "hip" else GPUTarget("cuda", int(arch), 32)
     compiled = triton.compile(source, target=gpu, options=kernel.options)
     found: dict[str, Any] = {"shared": compiled.metadata.shared, "expect": sorted(kernel.expect)}
@@ -91,19 +110,22 @@ def _work(share: int, workers: int, only: str, covered: bool, done: set[str]) ->
     """In a process of its own: one line of JSON before and one after each kernel of its share."""
     kernels = [(target, f"{target}/{one.name}", one) for target in TARGETS for one in chosen(target, covered)]
     wanted = [entry for entry in kernels if only in entry[1]]
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     for target, name, kernel in wanted[share::workers]:
         if name in done:
             continue
-        print(json.dumps([name, None]), flush=True)
+        key = _key(kernel, target)
+        if key not in known:
+            print(json.dumps([name, None]), flush=True)
         try:
-            result = _compile(kernel, target)
+            result = known.get(key) or _compile(kernel, target)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:400]}
-        print(json.dumps([name, result]), flush=True)
+        print(json.dumps([name, result, key]), flush=True)
 
 
-def _share(share: int, workers: int, only: str, covered: bool, cache: str) -> dict[str, Any]:
-    """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes."""
+def _share(share: int, workers: int, only: str, covered: bool, cache: str, keys: dict[str, str]) -> dict[str, Any]:
+    """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes; notes their keys."""
     # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = cache
@@ -115,10 +137,11 @@ def _share(share: int, workers: int, only: str, covered: bool, cache: str) -> di
         started = None
         for line in worker.stdout.splitlines():
             if line.startswith('["'):
-                name, result = json.loads(line)
+                name, result, *key = json.loads(line)
                 started = None if result else name
                 if result:
                     found[name] = result
+                    keys.update(dict.fromkeys(key, name))
         if worker.returncode == 0:
             return found
         tail = worker.stderr.strip().splitlines()[-1:]
@@ -130,12 +153,20 @@ def _share(share: int, workers: int, only: str, covered: bool, cache: str) -> di
 def compile_all(only: str = "", covered: bool = False) -> dict[str, dict[str, Any]]:
     """Figures of every kernel, by target and name; ``{"error": ...}`` for one that does not compile."""
     workers = min(os.cpu_count() or 1, 8)
+    keys: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        shares = list(pool.map(lambda share: _share(share, workers, only, covered, cache), range(workers)))
+        shares = list(pool.map(lambda share: _share(share, workers, only, covered, cache, keys), range(workers)))
     figures: dict[str, dict[str, Any]] = {target: {} for target in TARGETS}
     for name, found in sorted(entry for share in shares for entry in share.items()):
         target, kernel = name.split("/", 1)
         figures[target][kernel] = found
+    everything = {name: found for share in shares for name, found in share.items()}
+    others = json.loads(KNOWN.read_text()) if only and KNOWN.exists() else {}
+    kept = {key: everything[name] for key, name in keys.items() if "error" not in everything[name]}
+    KNOWN.parent.mkdir(exist_ok=True)
+    part = KNOWN.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(others | kept))
+    part.replace(KNOWN)
     return figures
 
 

@@ -119,26 +119,6 @@ def test_a_few_sentences_that_differ_are_not_significant(name: str, differ: int)
     assert score > base_score
 
 
-def test_approximate_randomisation_finds_what_is_planted_and_little_else() -> None:
-    references, first = corpus(200, 0.7, seed=3)
-    metric = metrics(references)["chrf"]
-    base_score, base = significance.measure(metric, first)
-
-    def p_value(lines: list[str]) -> float:
-        score, statistics = significance.measure(metric, lines)
-        return significance.randomisation_p_value(differences("chrf", statistics, base, 400), score - base_score)
-
-    drawn = []
-    for seed in range(20):
-        rng = random.Random(100 + seed)
-        drawn.append([" ".join(w if rng.random() < 0.7 else rng.choice(WORDS) for w in r.split()) for r in references])
-    p_values = [p_value(lines) for lines in drawn]
-    assert sum(p < 0.05 for p in p_values) <= 3
-    assert max(p_values) > 0.5, "not one-sided: a difference of nothing is likely"
-    assert p_value([r if i % 5 == 0 else h for i, (r, h) in enumerate(zip(references, first))]) < 0.01
-    assert p_value(list(first)) == 1.0
-
-
 @pytest.mark.parametrize("sentences", [31, 37])
 def test_exchanges_do_not_depend_on_how_many_are_held_in_memory(
     sentences: int, monkeypatch: pytest.MonkeyPatch
@@ -158,27 +138,6 @@ def test_systems_that_say_the_same_are_not_significantly_different() -> None:
     metric = metrics(references)["bleu"]
     samples = significance.bleu(significance.resample(significance.measure(metric, hypotheses)[1], 200))
     assert significance.paired_p_value(samples, samples.copy(), 0.0) == 1.0
-
-
-def test_random_differences_are_rarely_significant_and_a_planted_one_is() -> None:
-    references, first = corpus(200, 0.7, seed=3)
-    metric = metrics(references)["chrf"]
-    drawn = []
-    for seed in range(20):  # 20 systems of the same quality: each word kept with the same probability
-        rng = random.Random(100 + seed)
-        lines = [" ".join(w if rng.random() < 0.7 else rng.choice(WORDS) for w in r.split()) for r in references]
-        drawn.append(significance.measure(metric, lines))
-    base_score, base_statistics = significance.measure(metric, first)
-    base = significance.chrf(significance.resample(base_statistics, 400))
-    p_values = [
-        significance.paired_p_value(significance.chrf(significance.resample(s, 400)), base, score - base_score)
-        for score, s in drawn
-    ]
-    assert sum(p < 0.05 for p in p_values) <= 5
-    better = [r if i % 5 == 0 else h for i, (r, h) in enumerate(zip(references, first))]
-    score, statistics = significance.measure(metric, better)
-    samples = significance.chrf(significance.resample(statistics, 400))
-    assert significance.paired_p_value(samples, base, score - base_score) < 0.01
 
 
 def test_samples_do_not_depend_on_how_many_are_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def made(folder: Path, directions: list[str], tokens: dict[str, str], **settings
     config.corpus.type, config.corpus.path, config.corpus.directions = "files", str(folder / "data"), directions
     config.corpus.languages = sorted({code for task in directions for code in languages_of_task(task)})
     config.model.pretrained = str(folder / "model")
-    prepare(*text_options(config), folder / "prepared")
+    prepare(text_options(config), folder / "prepared")
     return Run(folder / "model", config, PreparedData(folder / "prepared"), tokens)
 
 
@@ -280,7 +280,7 @@ def refused(run: Run, directions: list[str], folder: Path) -> str:
         type="files", path=run.config.corpus.path, languages=codes, directions=directions
     )
     with pytest.raises(ValueError, match="^model.pretrained ") as caught:
-        prepare(*text_options(config), folder / "prepared")
+        prepare(text_options(config), folder / "prepared")
     assert not (folder / "prepared").exists()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -306,7 +306,7 @@ def test_the_language_that_a_folder_does_not_name_is_known_after_the_run(bilingu
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "MarianTokenizer"})
     config = Config(**vars(bilingual.config))
     config.model = ModelConfig(pretrained=str(folder))
-    prepare(*text_options(config), tmp_path / "prepared")
+    prepare(text_options(config), tmp_path / "prepared")
     tokenizer = PreparedData(tmp_path / "prepared").tokenizer
     translator = Translator(build_model(config.model, tokenizer, 1), tokenizer, DecodeConfig(beam=1))
     assert len(list(translator.translate(["haus"], "de-en"))) == 1

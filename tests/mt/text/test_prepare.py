@@ -69,7 +69,7 @@ def config_with(**options: object) -> Config:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "prepared"
-    prepare_corpus(Invented(), TASKS, *text_options(config_with()), folder)
+    prepare_corpus(Invented(), TASKS, text_options(config_with()), folder)
     return folder
 
 
@@ -90,12 +90,6 @@ def test_the_folder_holds_what_the_run_folder_is_said_to_hold(prepared):
                 assert {f"{split}/{pair}.{language}.{kind}.npy" for kind in ("ids", "offsets")} <= names
     assert len(names) == 4 + 3 * 2 * (2 + 6)
     assert not list(prepared.parent.glob(".prepared*"))
-
-
-def test_the_corpus_is_read_once(tmp_path):
-    corpus = Invented()
-    prepare_corpus(corpus, TASKS, *text_options(config_with()), tmp_path / "prepared")
-    assert len(corpus.reads) == len(set(corpus.reads)) == 9
 
 
 def test_decoding_the_arrays_gives_the_text_with_the_tags_of_both_sides(prepared):
@@ -119,9 +113,13 @@ def test_validation_and_test_text_stands_there_as_in_the_corpus(prepared):
     assert PreparedData(prepared).text("test", "dd-aa") == ([s[2] for s in segments], [s[1] for s in segments])
 
 
-def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):
-    prepare_corpus(Invented(), TASKS, *text_options(config_with()), tmp_path / "prepared")
+def test_preparing_twice_gives_the_same_bytes_reads_the_corpus_once_and_tells_its_progress(prepared, tmp_path):
+    corpus, seen = Invented(), []
+    prepare_corpus(corpus, TASKS, text_options(config_with()), tmp_path / "prepared", lambda *step: seen.append(step))
     assert files(tmp_path / "prepared") == files(prepared)
+    assert len(corpus.reads) == len(set(corpus.reads)) == 9
+    assert list(dict.fromkeys(what for what, _, _ in seen)) == ["read valid and test", "read", "vocabulary", "encode"]
+    assert [step for step in seen if step[0] == "encode"] == [("encode", done, 3) for done in range(4)]
 
 
 def test_ids_take_two_bytes_where_the_vocabulary_allows_it(prepared, monkeypatch, tmp_path):
@@ -129,7 +127,7 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows_it(prepared, monkeypatch
     assert np.load(prepared / "train" / "aa-bb.aa.offsets.npy").dtype == np.int64
     # An id beyond two bytes, as language tags of M2M100 have that its length does not count.
     monkeypatch.setattr("nspec.mt.text.prepare.token_ids", lambda tokenizer: [0, 65536])
-    prepare_corpus(Invented(), TASKS, *text_options(config_with()), tmp_path / "prepared")
+    prepare_corpus(Invented(), TASKS, text_options(config_with()), tmp_path / "prepared")
     wide = np.load(tmp_path / "prepared" / "train" / "aa-bb.aa.ids.npy")
     assert wide.dtype == np.uint32
     assert wide.tolist() == np.load(prepared / "train" / "aa-bb.aa.ids.npy").tolist()
@@ -146,19 +144,6 @@ def test_a_person_is_shown_two_pairs_in_tokens_with_their_tags(prepared):
     assert last.endswith(" </s>")
 
 
-def test_progress_names_what_is_done_and_ends_at_the_total(tmp_path):
-    seen = []
-    prepare_corpus(
-        Invented(),
-        TASKS,
-        *text_options(config_with()),
-        tmp_path / "prepared",
-        lambda what, done, total: seen.append((what, done, total)),
-    )
-    assert list(dict.fromkeys(what for what, _, _ in seen)) == ["read valid and test", "read", "vocabulary", "encode"]
-    assert [step for step in seen if step[0] == "encode"] == [("encode", done, 3) for done in range(4)]
-
-
 def test_training_text_does_not_stay_on_the_disk(prepared):
     assert not [name for name in files(prepared) if "spool" in name or name.startswith("text/train")]
 
@@ -173,7 +158,7 @@ def test_training_pairs_with_a_side_from_valid_or_test_are_left_out_and_counted(
     extra = {(("aa", "bb"), "train"): [*leaks, ("kept", "kept")], (("aa", "cc"), "train"): [(valid[1], "кади")]}
     for across in (True, False):
         config = config_with(corpus__filter_across_pairs=across)
-        prepare_corpus(Invented(extra), TASKS, *text_options(config), tmp_path / "prepared")
+        prepare_corpus(Invented(extra), TASKS, text_options(config), tmp_path / "prepared")
         data = PreparedData(tmp_path / "prepared")
         assert data.size("train", "aa-bb") == data.size("train", "bb-aa") == SIZES["train"] + 1
         assert data.meta["dropped"]["aa-bb"] == {"in valid or test": 3}
@@ -192,13 +177,13 @@ def test_a_pair_that_another_one_leaves_nothing_of_names_the_option(tmp_path):
     )
     message = r"no train data \(left out: 9 in valid or test of another pair\); .*corpus\.filter_across_pairs=false"
     with pytest.raises(ValueError, match=message):
-        prepare_corpus(corpus, TASKS, *text_options(config_with()), tmp_path / "prepared")
+        prepare_corpus(corpus, TASKS, text_options(config_with()), tmp_path / "prepared")
 
 
 def test_duplicates_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
     first = next(Invented().segments(("aa", "bb"), "train"))[1:]
     extra = {(("aa", "bb"), "train"): [first, (first[0], "köln"), first]}
-    prepare_corpus(Invented(extra), TASKS, *text_options(config_with(corpus__deduplicate=True)), tmp_path / "prepared")
+    prepare_corpus(Invented(extra), TASKS, text_options(config_with(corpus__deduplicate=True)), tmp_path / "prepared")
     data = PreparedData(tmp_path / "prepared")
     assert data.size("train", "aa-bb") == SIZES["train"] + 1
     assert data.meta["dropped"] == {"aa-bb": {"duplicate": 2}, "aa-cc": {}, "aa-dd": {}}
@@ -213,7 +198,7 @@ def test_characters_that_the_vocabulary_lacks_are_counted_by_language_and_said(t
         (("aa", "bb"), "test"): [("aé \U0001f642", "äe \u0416"), ("lo \u0323", "äe")],
         (("aa", "cc"), "test"): [("ae \U0001f642", "а")],
     }
-    prepare_corpus(Invented(extra), TASKS, *text_options(config_with()), tmp_path / "prepared")
+    prepare_corpus(Invented(extra), TASKS, text_options(config_with()), tmp_path / "prepared")
     data = PreparedData(tmp_path / "prepared")
     found = data.meta["unknown_characters"]
     assert found["aa"]["unknown"] == {"train": 0, "valid": 3, "test": 4}
@@ -231,7 +216,7 @@ def test_characters_that_the_vocabulary_lacks_are_counted_by_language_and_said(t
 def test_notes_of_the_corpus_are_kept(tmp_path):
     corpus = Invented()
     corpus.note("one key was left out")
-    prepare_corpus(corpus, TASKS, *text_options(config_with()), tmp_path / "prepared")
+    prepare_corpus(corpus, TASKS, text_options(config_with()), tmp_path / "prepared")
     assert PreparedData(tmp_path / "prepared").meta["corpus"]["notes"] == ["one key was left out"]
 
 
@@ -246,7 +231,7 @@ def test_too_long_and_too_uneven_training_pairs_are_left_out_and_counted(tmp_pat
     }
     for ratio, expected in [(0.0, {}), (4.0, {"length ratio": 1})]:
         options = {"corpus__max_ratio": ratio, "corpus__max_tokens": 39}
-        prepare_corpus(Invented(extra), TASKS, *text_options(config_with(**options)), tmp_path / "prepared")
+        prepare_corpus(Invented(extra), TASKS, text_options(config_with(**options)), tmp_path / "prepared")
         data = PreparedData(tmp_path / "prepared")
         found = data.meta["dropped"]["aa-bb"]
         long = found.pop("too long")
@@ -259,7 +244,7 @@ def test_too_long_and_too_uneven_training_pairs_are_left_out_and_counted(tmp_pat
 
 def test_training_pairs_that_the_model_cannot_take_are_left_out_whatever_max_tokens_is(tmp_path):
     options = {"corpus__max_tokens": 500, "model__max_positions": 30}
-    prepare_corpus(Invented(), TASKS, *text_options(config_with(**options)), tmp_path / "prepared")
+    prepare_corpus(Invented(), TASKS, text_options(config_with(**options)), tmp_path / "prepared")
     data = PreparedData(tmp_path / "prepared")
     assert data.meta["dropped"]["aa-bb"]["too long"] > 0
     assert max(int(side.max()) for task in TASKS for side in data.lengths("train", task)) <= 30
@@ -269,7 +254,7 @@ def test_long_evaluation_pairs_are_cut_for_the_loss_and_counted_and_their_text_i
     long = " ".join(["aeiklm"] * 60)
     extra = {(("aa", "bb"), "valid"): [(long, "el"), ("el", long)]}
     options = {"model__max_positions": 50}
-    prepare_corpus(Invented(extra), TASKS, *text_options(config_with(**options)), tmp_path / "prepared")
+    prepare_corpus(Invented(extra), TASKS, text_options(config_with(**options)), tmp_path / "prepared")
     data = PreparedData(tmp_path / "prepared")
     assert data.size("valid", "aa-bb") == SIZES["valid"] + 2
     assert data.meta["truncated"]["aa-bb"]["valid"] >= 2
@@ -286,19 +271,19 @@ def test_long_evaluation_pairs_are_cut_for_the_loss_and_counted_and_their_text_i
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_a_direction_without_text_is_an_error_that_names_it(tmp_path, split):
     with pytest.raises(ValueError, match=f"aa-bb and bb-aa: there is no {split} data"):
-        prepare_corpus(Invented(sizes=SIZES | {split: 0}), TASKS, *text_options(config_with()), tmp_path / "prepared")
+        prepare_corpus(Invented(sizes=SIZES | {split: 0}), TASKS, text_options(config_with()), tmp_path / "prepared")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_direction_of_which_nothing_is_left_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"aa-bb and bb-aa: there is no train data \(left out: 200 too long\)"):
-        prepare_corpus(Invented(), TASKS, *text_options(config_with(corpus__max_tokens=1)), tmp_path / "prepared")
+        prepare_corpus(Invented(), TASKS, text_options(config_with(corpus__max_tokens=1)), tmp_path / "prepared")
 
 
 def test_a_line_break_in_a_sentence_is_an_error(tmp_path):
     extra = {(("aa", "bb"), "valid"): [("one\ntwo", "el")]}
     with pytest.raises(ValueError, match="aa-bb valid: a sentence holds a line break: 'one"):
-        prepare_corpus(Invented(extra), TASKS, *text_options(config_with()), tmp_path / "prepared")
+        prepare_corpus(Invented(extra), TASKS, text_options(config_with()), tmp_path / "prepared")
 
 
 # Pretrained vocabularies
@@ -315,7 +300,7 @@ def pretrained(prepared, tmp_path) -> Path:
 
 def test_a_pretrained_model_gives_the_vocabulary_and_the_longest_sequence(pretrained, prepared, tmp_path):
     config = config_with(model__pretrained=str(pretrained))
-    prepare_corpus(Invented(), TASKS, *text_options(config), tmp_path / "prepared")
+    prepare_corpus(Invented(), TASKS, text_options(config), tmp_path / "prepared")
     data, trained = PreparedData(tmp_path / "prepared"), PreparedData(prepared)
     assert data.tokenizer.get_vocab() == load_tokenizer(prepared / "tokenizer").get_vocab()
     assert data.ids("valid", "aa-cc", 0)[0].tolist() == trained.ids("valid", "aa-cc", 0)[0].tolist()
@@ -328,14 +313,14 @@ def test_a_language_that_a_pretrained_vocabulary_lacks_is_an_error(pretrained, t
         path.write_text(path.read_text("utf-8").replace("__dd__", "__zz__"), encoding="utf-8")
     with pytest.raises(ValueError, match="no tag for the language 'dd'; it has aa, bb, cc, zz"):
         prepare_corpus(
-            Invented(), TASKS, *text_options(config_with(model__pretrained=str(pretrained))), tmp_path / "prepared"
+            Invented(), TASKS, text_options(config_with(model__pretrained=str(pretrained))), tmp_path / "prepared"
         )
 
 
 def test_a_pretrained_model_that_is_not_there_is_one_clear_line(tmp_path):
     config = config_with(model__pretrained=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere: there is no such folder") as caught:
-        prepare_corpus(Invented(), TASKS, *text_options(config), tmp_path / "prepared")
+        prepare_corpus(Invented(), TASKS, text_options(config), tmp_path / "prepared")
     assert "\n" not in str(caught.value)
 
 
@@ -348,7 +333,7 @@ def test_an_error_leaves_nothing_behind_and_what_was_there_stays(prepared, tmp_p
     before = files(folder)
     monkeypatch.setattr(module._Preparation, "_encode", lambda self, pair: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare_corpus(Invented(), TASKS, *text_options(config_with()), folder)
+        prepare_corpus(Invented(), TASKS, text_options(config_with()), folder)
     assert files(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
@@ -361,7 +346,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(prepared, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # fails as a full disk does, in the same calls
     try:
         with pytest.raises(OSError, match=r"cannot write .*spool.aa-bb\.aa\.txt: File too large"):
-            prepare_corpus(Invented(), TASKS, *text_options(config_with()), folder)
+            prepare_corpus(Invented(), TASKS, text_options(config_with()), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(folder) == before
@@ -379,7 +364,7 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {patch}
-module.prepare_corpus(t.Invented(), t.TASKS, *text_options(t.config_with()), t.Path({folder!r}))
+module.prepare_corpus(t.Invented(), t.TASKS, text_options(t.config_with()), t.Path({folder!r}))
 """
 
 
@@ -409,7 +394,7 @@ def test_a_killed_preparation_is_not_taken_for_a_whole_one_and_can_be_started_ag
     if not whole:
         with pytest.raises(ValueError, match="no prepared text"):
             PreparedData(folder)
-    prepare_corpus(Invented(), TASKS, *text_options(config_with()), folder)
+    prepare_corpus(Invented(), TASKS, text_options(config_with()), folder)
     assert (folder / "started.json").read_text("utf-8") == "{}"  # others may keep files there
     assert files(folder).keys() - {"started.json"} == files(prepared).keys()
     assert all(files(folder)[name] == content for name, content in files(prepared).items())
