@@ -209,7 +209,7 @@ gpu_tests() {
     parallel=(-n $((workers < 12 ? workers : 12)))
   fi
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu\b' tests)
-  run_python -m pytest -q -m gpu -p bench.gpu.pytest_stand_ins -p no:cacheprovider --tb=short --durations=5 \
+  run_python -m pytest -q -m gpu -p no:cacheprovider --tb=short --durations=5 \
     "${parallel[@]}" "${files[@]}"
 }
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
-from bench.providers.blocks import dense_block
+from bench.providers.block import dense_block
 from bench.rows import Row, Writer, figure
 from bench.timing import in_rounds, paired, spread
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from bench import cli, trouble
-from bench.cases import BATCHES, DTYPES, OPERATORS, Case, cases, target
+from bench.cases import ACTIVATIONS, BATCHES, DTYPES, OPERATORS, Case, cases, target
 from bench.ceilings import ceilings
-from bench.providers import Problem, problem
-from bench.providers.blocks import ACTIVATIONS
+from bench.providers import problem
+from bench.providers.shared import Problem
 from bench.report.cells import per_second
 from bench.rows import Row, Writer, line, timing_fields
 from bench.timing import Call, interleaved, interleaved_on_device, peak_bytes, synchronize
@@ -61,7 +61,7 @@ def rows_of(
     Raises:
         trouble.DeviceLost: after this error nothing more can be measured.
     """
-    case, base, absent = made.case, made.baseline.name, made.absent
+    case, base, absent = made.case, made.providers[0].name, made.absent
     failed: dict[str, str] = {}
 
     def fails(name: str, error: Exception) -> None:

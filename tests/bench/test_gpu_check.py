@@ -337,34 +337,6 @@ def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, cap
     assert "torch.float32: row_sparse_wgrad: db: relative error nan" in capsys.readouterr().out
 
 
-def test_the_gpu_tests_are_collected_without_hypothesis_and_pytest_timeout(tmp_path: Path) -> None:
-    (tmp_path / "test_one.py").write_text(
-        "import pytest\nfrom hypothesis import HealthCheck, given, settings\nfrom hypothesis import strategies as st\n\n"
-        "@given(n=st.integers(1, 9).map(abs))\n@settings(suppress_health_check=[HealthCheck.too_slow])\n"
-        "def test_drawn(n): raise AssertionError\n\ndef test_plain(): pass\n"
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntimeout = 300\n")
-    blocked = """
-import importlib.util, sys
-find, absent = importlib.util.find_spec, ("hypothesis", "pytest_timeout")
-importlib.util.find_spec = lambda name, *package: None if name in absent else find(name, *package)
-import pytest
-sys.exit(pytest.main(["-p", "no:timeout", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:benchmark",
-                      "-p", "bench.gpu.pytest_stand_ins", "-rs", "-W", "error", "test_one.py"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", blocked],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed, 1 skipped" in done.stdout
-    assert "hypothesis is not installed" in done.stdout
-
-
 def test_synthetic_text_is_the_same_again_and_its_splits_share_no_sentence(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         synthetic_text.write(tmp_path / name, train=300, valid=40, test=30, seed=seed)

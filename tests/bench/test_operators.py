@@ -11,8 +11,8 @@ import torch
 
 from bench import cases, operators
 from bench.cases import Case
-from bench.providers import Problem, problem
-from bench.providers.shared import CHECK, backend, noise, random_sets, same
+from bench.providers import problem
+from bench.providers.shared import CHECK, Problem, backend, noise, random_sets, same
 from bench.report import __main__ as report
 from bench.report import summary
 from bench.rows import Row, Writer, read
@@ -95,14 +95,10 @@ def test_a_provider_that_computes_for_other_neurons_is_not_timed(
 
     def call(number: int) -> object:
         answer = right(number)
-        if isinstance(answer, tuple):
-            return tuple(t if t is None else torch.where(t == t.max(), t * 1.5 + 1, t) for t in answer)
-
-        def off_by_a_step(lists, steps):  # AdamW answers with the step itself, to run on clones
-            answer(lists, steps)
-            lists[0][0][0].add_(0.05)
-
-        return off_by_a_step
+        if isinstance(answer[0], list):  # of AdamW: the parameters, which it has changed in place
+            answer[0][0][0].add_(0.05)
+            return answer
+        return tuple(t if t is None else torch.where(t == t.max(), t * 1.5 + 1, t) for t in answer)
 
     wrong.call = call
     with pytest.raises(AssertionError, match=wrong.name):
@@ -149,11 +145,11 @@ def test_without_a_baseline_nothing_is_timed_and_every_provider_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = problem(SMOKE[0], CPU)
-    made.baseline.results = lambda answer: {}
+    made.providers[0].results = lambda answer: {}
     found, said = _measured(made, tmp_path, monkeypatch)
     assert {row["kind"] for row in found.values()} == {"absent"}
-    assert found[made.baseline.name]["reason"].startswith("WRONG: ")
-    assert found["ours"]["reason"] == f"the baseline, {made.baseline.name}, gives nothing to compare with"
+    assert found[made.providers[0].name]["reason"].startswith("WRONG: ")
+    assert found["ours"]["reason"] == f"the baseline, {made.providers[0].name}, gives nothing to compare with"
     assert "gives no result to check" in said
 
 
@@ -224,7 +220,7 @@ def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
 def test_a_gated_block_that_leaves_inactive_rows_of_up_a_gradient_is_wrong() -> None:
     made = problem(Case("block", 32, 16, 64, "float32", 0.5, compiled=False, activation="swiglu"), CPU)
     update = next(provider for provider in made.providers if provider.name == "mode update")
-    dense = made.baseline.call
+    dense = made.providers[0].call
     made.providers = [replace(update, call=dense)]
     with pytest.raises(AssertionError, match=r"32 inactive rows of gate_proj\.weight have a gradient"):
         made.check()
