@@ -11,20 +11,18 @@ Of several measurements of a case on one device the newest is shown. A page has 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from bench.machine import ROOT
 from bench.report import figures, tables
 from bench.report.cells import Lines
-from bench.report.headline import headline
 from bench.report.summary import KINDS, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
@@ -64,15 +62,12 @@ _MEASURED = {
     "profiling": "Profiling was",
     "probe": "Kernel by kernel nothing was",
 }
-_operators: Callable[..., Any] = lambda **how: functools.partial(tables.operators, **how)
 PARTS: dict[str, Part] = {
     "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
     "losses": Part("Where something else is faster", "operator", tables.losses, "Nothing was faster than ours."),
     "operators": Part("Operators", "operator", tables.operators),
-    "providers": Part(
-        "Operators, every provider", "operator", functools.partial(tables.operators, spread=True, all_providers=True)
-    ),
-    "step-spread": Part("Training steps", "step", functools.partial(tables.steps, spread=True)),
+    "providers": Part("Operators, every provider", "operator", partial(tables.operators, spread=True, every=True)),
+    "step-spread": Part("Training steps", "step", partial(tables.steps, spread=True)),
     "step-parts": Part("Training steps by part", "step", tables.step_parts),
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
@@ -84,10 +79,7 @@ PARTS: dict[str, Part] = {
 """The parts of the report in their order, the last two where a GPU was probed; a page may have each."""
 _ON_PAGES = {
     "block": Part(
-        "A feed-forward block",
-        "operator",
-        _operators(only=("block",), all_providers=True),
-        "The block was not measured.",
+        "A block", "operator", partial(tables.operators, only="block", every=True), "The block was not measured."
     ),
     "steps": Part("Training steps", "step", tables.steps),
 }
@@ -143,7 +135,7 @@ class Report:
         # Those of the host's part, on one thread, are of no device that anything else was measured on.
         self.hosts = by_device(of_kind(self.rows, "host"))
         self.devices = by_device(row for row in self.rows if row["kind"] != "host")
-        self.drawing = functools.cache(lambda name: figures.draw(name, self.devices))
+        self.drawing = cache(lambda name: figures.draw(name, self.devices))
 
     def command(self) -> str:
         """What writes the pages from the files, as seen from the checkout's root."""
@@ -163,7 +155,7 @@ class Report:
         elif name == "machine":
             lines = machines(self.devices)
         elif name == "headline":
-            lines = [line for rows in self.devices.values() for line in headline(rows)] or ["Not measured."]
+            lines = [line for rows in self.devices.values() for line in tables.headline(rows)] or ["Not measured."]
         elif part := (PARTS | _ON_PAGES).get(name):
             lines = section(part, self.devices)
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -109,15 +108,6 @@ def test_it_goes_on_after_a_failing_part_and_says_last_how_to_run_it_again(tmp_p
     assert "wrong\n" in log, "what a part writes to standard error is in the log"
 
 
-def test_what_is_compiled_is_kept_outside_the_temporary_folder(tmp_path: Path) -> None:
-    python = interpreter(tmp_path, PRETEND.format(operators="true"))
-    check(tmp_path / "out", python, "--only", "environment")
-    kept = tmp_path / "cache" / "nspec-gpu-check"
-    assert (tmp_path / "calls.caches").read_text().split() == [str(kept / "triton"), str(kept / "inductor")]
-    check(tmp_path / "again", python, "--only", "environment", TRITON_CACHE_DIR="/mine")
-    assert (tmp_path / "calls.caches").read_text().split()[0] == "/mine"
-
-
 @pytest.mark.parametrize("call", ["2", "3"])
 def test_a_later_call_has_its_own_parts(call: str, tmp_path: Path) -> None:
     done = check(tmp_path / "out", interpreter(tmp_path, PRETEND.format(operators="true")), "--call", call)
@@ -183,16 +173,6 @@ def test_ctrl_c_leaves_the_statuses_the_report_and_the_command_for_the_rest(tmp_
     assert "what it was doing" in said
     assert (tmp_path / "out/report.md").is_file()
     assert said.splitlines()[-1].endswith("--only compact_ffn,training")
-
-
-def test_what_small_calls_say_side_by_side_is_printed_one_after_the_other(tmp_path: Path) -> None:
-    speaking = '#!/bin/bash\nfor n in 1 2 3 4; do printf \'%s\' "${@: -1}"; sleep 0.1; echo " $n"; done\n'
-    done = check(tmp_path / "out", interpreter(tmp_path, speaking), "--only", "small_calls")
-    said = [line.split() for line in done.stdout.splitlines() if re.fullmatch(r"\w+ [1-4]", line)]
-    count = len(OPERATORS)
-    assert len(said) == 4 * count
-    assert [n for _, n in said] == ["1", "2", "3", "4"] * count
-    assert len({operator for operator, _ in said}) == count
 
 
 def test_benchmarks_are_asked_for_the_device_and_write_into_one_file(tmp_path: Path) -> None:
@@ -351,16 +331,3 @@ def test_synthetic_text_is_the_same_again_and_its_splits_share_no_sentence(tmp_p
         assert len(own) == len(set(own)) == len(first[f"{split}.qaa-{code}.qaa"].splitlines()) == size
         rest = (first[f"{name}.qaa-{code}.{code}"].splitlines() for name in ("train", "valid", "test") if name != split)
         assert not set(own) & {line for lines in rest for line in lines}
-
-
-def test_a_synthetic_sentence_has_the_order_and_endings_of_its_language() -> None:
-    chance = random.Random(0)
-    said = [synthetic_text.meaning(chance) for _ in range(500)]
-    thing = synthetic_text.Thing
-    one = synthetic_text.Meaning(thing(3, 2, True), 4, True, thing(9, -1, False), (1, 0), 0)
-    verb_at = {}
-    for language in (synthetic_text.PIVOT, *synthetic_text.LANGUAGES):
-        assert len({language.say(one) for one in said}) == len(set(said)), "different meanings are different sentences"
-        past, now = (language.say(one._replace(past=past)).rstrip(".").split() for past in (True, False))
-        (verb_at[language.code],) = (place for place, (a, b) in enumerate(zip(past, now, strict=True)) if a != b)
-    assert verb_at == {"qaa": 3, "qab": 4, "qac": 1, "qad": 2}  # behind time, perhaps adjective and subject, object

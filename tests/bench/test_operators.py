@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from bench import cases, operators
 from bench.cases import Case
 from bench.providers import problem
-from bench.providers.shared import CHECK, Problem, backend, noise, random_sets, same
+from bench.providers.shared import CHECK, Problem, same
 from bench.report import __main__ as report
 from bench.report import summary
 from bench.rows import Row, Writer, read
@@ -47,18 +46,6 @@ def test_what_is_measured_can_be_narrowed() -> None:
     assert {case.density for case in found} == {0.5, 0.78, 1.0}
     assert "block swiglu 4096x512x1376 float32 0.50" in [case.label for case in found]
     assert all(case.activation == "relu" for case in cases.cases("quick", "cpu", activations=["relu"]))
-
-
-def test_batches_of_several_tasks_and_the_grouped_product_can_be_chosen() -> None:
-    several = cases.cases("quick", "cuda", batches="several", grouped=False)
-    assert several
-    assert all(case.tasks > 1 and not case.grouped for case in several)
-    one = cases.cases("quick", "cuda", batches="one")
-    assert all(case.tasks == 1 and case.grouped for case in one)
-    assert len(one) + len(several) == len(cases.cases("quick", "cuda"))
-    small = [replace(case, tokens=96, d_model=32, d_ff=128, dtype="float32", compiled=False) for case in several]
-    for case in small[:1] + small[-1:]:
-        assert not [provider.name for provider in problem(case, CPU).providers if "grouped" in provider.name]
 
 
 def test_targets_hold_at_full_size_and_for_one_task() -> None:
@@ -185,36 +172,6 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     found = list(operators.rows_of(made, CPU, rounds=3, most_seconds=0.01))
     absent = {row["provider"]: row["reason"] for row in found if row["kind"] == "absent"}
     assert absent["dense, compiled"] == "torch.compile: no C++ compiler"
-
-
-def test_a_forced_backend_is_the_one_that_runs_and_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NSPEC_BACKEND", "row_sparse_wgrad=reference")
-    with backend("reference"):
-        assert os.environ["NSPEC_BACKEND"] == "reference"
-    assert os.environ["NSPEC_BACKEND"] == "row_sparse_wgrad=reference"
-    monkeypatch.delenv("NSPEC_BACKEND")
-    made = problem(Case("row_sparse_wgrad", 32, 16, 64, "float32", 0.5, compiled=False), CPU)
-    names = [provider.name for provider in made.providers if provider.ours]
-    assert names[0] == "ours"
-    assert "ours: reference" in names or made.providers[-1].backend == "reference"
-    assert "NSPEC_BACKEND" not in os.environ
-
-
-def test_drawn_inputs_are_normal_and_no_two_are_alike_and_sets_have_the_size_that_was_asked_for() -> None:
-    first, second = noise(3, 2**21, device=CPU), noise(3, 2**21, device=CPU)
-    assert first.shape == (3, 2**21)
-    assert not torch.equal(first, second)
-    assert abs(float(first.mean())) < 0.01
-    assert abs(float(first.std()) - 1) < 0.01
-    found = random_sets(5, 64, 13, CPU)
-    assert found.sum(1).tolist() == [13] * 5
-    assert not torch.equal(found[0], found[1])
-
-
-def test_dense_work_does_not_depend_on_density_and_ours_does() -> None:
-    small, large = (problem(Case("compact_ffn", 32, 16, 64, "float32", p, compiled=False), CPU) for p in (0.25, 0.5))
-    assert small.work("all") == large.work("all")
-    assert 2 * small.work("active")[0] == large.work("active")[0] == 12 * 32 * 16 * 32
 
 
 def test_a_gated_block_that_leaves_inactive_rows_of_up_a_gradient_is_wrong() -> None:

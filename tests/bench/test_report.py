@@ -116,12 +116,6 @@ def test_the_report_has_every_part_for_both_devices(both: Path, tmp_path: Path, 
         assert (tmp_path / f"bench-{name}.svg").is_file()
 
 
-def test_without_a_gpu_the_report_says_so_and_nothing_else_of_it(tmp_path: Path) -> None:
-    text = report.Report([written(tmp_path / "rows.jsonl", fabricated(CPU))]).markdown(None)
-    assert text.count(report.GPU_MISSING) == 1
-    assert "GPU" not in text.replace(report.GPU_MISSING, "")
-
-
 def test_rows_of_the_host_are_a_table_of_their_own_beside_other_rows_and_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
