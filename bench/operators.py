@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--operators", nargs="+", choices=OPERATORS)
     add("--activations", nargs="+", choices=ACTIVATIONS, help="blocks with these; relu: the operators too")
     add("--dtypes", nargs="+", choices=DTYPES)
-    add("--densities", type=float, nargs="+")
+    add("--densities", type=cli.share, nargs="+")
     add("--shapes", type=_shape, nargs="+", metavar="TOKENSxD_MODELxD_FF[xTASKS]")
     add("--batches", choices=BATCHES, default="all", help="of one task, of several, or all")
     add("--no-compile", action="store_true", help="without the torch.compile providers")

@@ -36,7 +36,8 @@ _STEP = "training step"
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "row_sparse_adamw": "row-sparse AdamW"}
 
 
-def _style(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["x", "y"] = "y") -> None:
+def style(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["x", "y"] = "y") -> None:
+    """Title, labels and frame of a panel."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -163,7 +164,7 @@ def speed(devices: Devices) -> Figure | None:
         keys = {"operators": _operator_keys(drawn, shapes) if drawn else [], _STEP: []}
         for axes, (name, rows) in zip(places, found.items()):
             over = ", ".join(dict.fromkeys(str(row["baseline"]) for row in rows if row.get("baseline")))
-            _style(axes, name, "density: share of active neurons", f"speed-up over {over}")
+            style(axes, name, "density: share of active neurons", f"speed-up over {over}")
             densities = values(rows, "density")
             x = np.linspace(min(densities), 1, 100)
             axes.plot(x, 1 / x, **_IDEAL)
@@ -216,7 +217,7 @@ def roofline(devices: Devices) -> Figure | None:
         named = [row for row in of_kind(devices[device], "ceiling") if row.get("per_second")]
         names = [" ".join(filter(None, (row["what"], row.get("dtype"), cells.per_second(row)))) for row in named]
         note = "\n".join(textwrap.wrap("measured ceilings: " + "; ".join(names), 100))
-        _style(axes, "", f"time that flops and bytes take at the ceilings / time taken\n{note}", grid="x")
+        style(axes, "", f"time that flops and bytes take at the ceilings / time taken\n{note}", grid="x")
         place, ticks, longest = 0, [], 1.0
         for operator, cases in found.items():
             ticks.append((place, operator, True))
@@ -272,7 +273,7 @@ def parts(devices: Devices) -> Figure | None:
         for axes, members in zip(places, found.values()):
             model = f"{cells.model_name(members[0]).split(' (')[0]}, {members[0].get('dtype')}"
             tokens = f", {members[0]['tokens']} tokens" if members[0].get("tokens") else ""
-            _style(axes, f"{model}\n{cells.batch_name(members[0])} a batch{tokens}", "ms", grid="x")
+            style(axes, f"{model}\n{cells.batch_name(members[0])} a batch{tokens}", "ms", grid="x")
             used |= _stack(axes, members)
     figure.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used), fontsize=9)
     return figure

@@ -63,13 +63,6 @@ def test_what_is_no_change_however_sure() -> None:
         assert changes({"a": [0.5] * 3}, {"a": [head] * 3})["a"].verdict == verdict
 
 
-def test_sides_that_do_not_match_are_refused() -> None:
-    with pytest.raises(ValueError, match="other cases"):
-        changes({"a": [1.0, 2.0]}, {"b": [1.0, 2.0]})
-    with pytest.raises(ValueError, match="a: 1 and 1 blocks; expected the same number, two or more"):
-        changes({"a": [1.0]}, {"a": [1.0]})
-
-
 def test_sides_alternate_so_that_a_linear_drift_cancels() -> None:
     assert compare.order(4) == [0, 1, 1, 0, 0, 1, 1, 0]
     places = {side: [i for i, found in enumerate(compare.order(6)) if found == side] for side in (0, 1)}
@@ -217,13 +210,9 @@ def test_what_is_timed_runs(operator: str) -> None:
         call(1)
 
 
-def test_errors_of_the_command_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main(["HEAD", "--blocks", "2"]) == 2
+def test_an_unknown_case_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["HEAD", "--device", "cpu", "--cases", "nothing"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == "error: --blocks 2: at least 3, or no noise can be told"
-    assert errors[1].startswith("error: --cases 'nothing' is in no label; the first is")
-    assert len(errors) == 2
+    assert capsys.readouterr().err.startswith("error: --cases 'nothing' is in no label; the first is")
 
 
 @pytest.mark.slow
