@@ -57,9 +57,6 @@ def rows_of(
         memory: measure peak memory too.
         again: makes the inputs anew for the second half of the rounds. Where memory lies decides how fast a product
             runs, for as long as it lies there.
-
-    Raises:
-        trouble.DeviceLost: after this error nothing more can be measured.
     """
     case, base, absent = made.case, made.providers[0].name, made.absent
     failed: dict[str, str] = {}
@@ -68,7 +65,7 @@ def rows_of(
         wrong = isinstance(error, AssertionError)  # a wrong result: where it was noticed says nothing
         if wrong:
             print(f"error: not timed: {error}", file=sys.stderr, flush=True)
-        said = "" if wrong else trouble.report(f"not timed: {case.label}, {name}", error, device)
+        said = "" if wrong else trouble.report(f"not timed: {case.label}, {name}", error)
         failed[name] = f"WRONG: {error}" if wrong else said
 
     for name, error in made.wrong().items():
@@ -182,22 +179,10 @@ def measure(
         except Exception as error:
             wrong += 1
             provider = f"all but {', '.join(row['provider'] for row in done)}" if done else WHOLE_CASE
-            lost = False
-            try:
-                reason = trouble.report(f"not timed: {case.label}", error, device)
-            except trouble.DeviceLost as end:
-                lost, reason = True, trouble.in_a_line(error) if end.__cause__ is error else str(end)
-            show(write(_lost(case, reason, provider)))
-            if lost:
-                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-                for other in chosen[number + 1 :]:
-                    write(_lost(other, "an error before it ended the use of the GPU"))
-                return wrong + len(chosen) - number - 1
+            lost = {"kind": "absent", **fields_of(case), "provider": provider, "failed": True}
+            show(write(lost | {"reason": trouble.report(f"not timed: {case.label}", error)}))
+    return wrong + len(chosen) - number - 1
     return wrong
-
-
-def _lost(case: Case, reason: str, provider: str = WHOLE_CASE) -> Row:
-    return {"kind": "absent", **fields_of(case), "provider": provider, "reason": reason, "failed": True}
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:

@@ -165,9 +165,6 @@ class Lab:
             moved: bytes that have to be moved at least.
             right: says what is wrong with the result, if anything; called first.
             note: beside it.
-
-        Raises:
-            trouble.DeviceLost: after this error nothing more can be measured.
         """
         row: Row = {"kind": "probe", "experiment": experiment, "name": name, "of": of, "flops": flops, "bytes": moved}
         row |= {"microseconds": None, "roof_share": None, "note": note, "reason": None, "small": self.small}
@@ -180,7 +177,7 @@ class Lab:
                 row["interpreted"] = bool(launches(self.device, lambda: times.append(microseconds())))
             found = times[0] if times else microseconds()
         except Exception as error:
-            return row | {"reason": trouble.report(f"{experiment}, {name}", error, self.device)}
+            return row | {"reason": trouble.report(f"{experiment}, {name}", error)}
         asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
         compared = of == "device" and not self.small  # tiny sizes are all start and end
         share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None
@@ -205,8 +202,7 @@ def expected(experiment: str, name: str) -> Row:
 
 def not_made(experiment: str, done: Collection[str], reason: str, small: bool) -> list[Row]:
     """A row for each measurement of an experiment that was predicted and is not among those done."""
-    common: Row = {"kind": "probe", "experiment": experiment, "of": None, "microseconds": None, "roof_share": None}
-    common |= {"note": "", "reason": reason, "small": small}
+    common: Row = {"kind": "probe", "experiment": experiment, "microseconds": None, "reason": reason, "small": small}
     names = [name for one, name in PREDICTIONS if one == experiment and name not in done]
     return [{**common, "name": name, **expected(experiment, name)} for name in names]
 

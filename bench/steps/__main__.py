@@ -188,7 +188,7 @@ class Group:
                 step(provider)(0)
                 synchronize(self.device)
             except Exception as error:
-                self.failed[provider.key] = trouble.report(f"not timed: {provider.key}", error, self.device)
+                self.failed[provider.key] = trouble.report(f"not timed: {provider.key}", error)
         self.providers = [provider for provider in self.providers if provider.key not in self.failed]
         half = len(self.providers) // 2
         calls: dict[str, Call] = {BASELINE: dense}
@@ -285,19 +285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "number of tasks": (growing, chosen.growing if chosen.counts else ()),
     }
     todo = [(what, measure, *one) for what, (measure, several) in measured.items() for one in several]
-    try:
-        for what, measure, name, dtype in todo:
-            shape, started = models.shape_for(name, options.set, device), time.perf_counter()
-            print(f"\n{what}: {model_name(shape.fields())}, {dtype}, {shape.tokens} tokens", flush=True)
-            try:
-                measure(shape, DTYPES[dtype])
-            except Exception as error:
-                failed[f"{what}, {name}"] = trouble.report(f"not measured: {what}, {name}, {dtype}", error, device)
-            print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-            free(device)
-    except trouble.DeviceLost:
-        print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-        return 1
+    for what, measure, name, dtype in todo:
+        shape, started = models.shape_for(name, options.set, device), time.perf_counter()
+        print(f"\n{what}: {model_name(shape.fields())}, {dtype}, {shape.tokens} tokens", flush=True)
+        try:
+            measure(shape, DTYPES[dtype])
+        except Exception as error:
+            failed[f"{what}, {name}"] = trouble.report(f"not measured: {what}, {name}, {dtype}", error)
+        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+        free(device)
     print(f"\n{time.perf_counter() - began:.0f} s")
     return 1 if failed else 0
 
