@@ -18,7 +18,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from bench.providers import problem
 from bench.providers.shared import Problem
 from bench.report.cells import per_second
 from bench.rows import Row, Writer, line, timing_fields
-from bench.timing import Call, interleaved, interleaved_on_device, peak_bytes, synchronize
+from bench.timing import interleaved, interleaved_on_device, peak_bytes
 
 WHOLE_CASE = "every provider"
 """In the place of a provider, in the row of a case that could not be measured."""
@@ -47,7 +47,7 @@ def rows_of(
 ) -> Iterator[Row]:
     """Checks and times the providers of a case: one row each, and one for each that cannot run, raises or is wrong.
 
-    Without a baseline, which all ratios are over, nothing is timed.
+    Without a baseline, which all ratios are over, nothing is timed. What raises when it is timed ends the case.
 
     Args:
         made: the case with its inputs.
@@ -61,40 +61,27 @@ def rows_of(
     case, base, absent = made.case, made.providers[0].name, made.absent
     failed: dict[str, str] = {}
 
-    def fails(name: str, error: Exception) -> None:
+    for name, error in made.wrong().items():
         wrong = isinstance(error, AssertionError)  # a wrong result: where it was noticed says nothing
         if wrong:
             print(f"error: not timed: {error}", file=sys.stderr, flush=True)
-        said = "" if wrong else trouble.report(f"not timed: {case.label}, {name}", error)
-        failed[name] = f"WRONG: {error}" if wrong else said
-
-    for name, error in made.wrong().items():
-        fails(name, error)
+        failed[name] = f"WRONG: {error}" if wrong else trouble.report(f"not timed: {case.label}, {name}", error)
     times: dict[str, list[float]] = {}
     on_device: dict[str, list[float]] = {}
     gpu = device.type == "cuda"
     halves = 1 if again is None else 2
-    for half in range(halves):
+    share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
+    for half in range(halves if base not in failed else 0):
         if half == 1 and again is not None:
             del made  # before the next, so that both need not fit
             made = again()
-        share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
-        while base not in failed:
-            calls = {one.name: one.call for one in made.providers if one.name not in failed}
-            try:
-                part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
-                queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share) if gpu else {}
-            except Exception:
-                if not (found := raising(calls, device)):
-                    raise
-                for name, error in found.items():
-                    fails(name, error)
-                continue  # the others once more, so that all rounds have the same providers
-            done = max(map(len, queued.values()), default=0)
-            for name, values in part.items():
-                times.setdefault(name, []).extend(values)
-                on_device.setdefault(name, []).extend(queued.get(name, [math.nan] * done))
-            break
+        calls = {one.name: one.call for one in made.providers if one.name not in failed}
+        part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
+        queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share) if gpu else {}
+        done = max(map(len, queued.values()), default=0)
+        for name, values in part.items():
+            times.setdefault(name, []).extend(values)
+            on_device.setdefault(name, []).extend(queued.get(name, [math.nan] * done))
     common = {**fields_of(case), "baseline": base}
     if base in failed:
         others = (one.name for one in made.providers if one.name not in failed)
@@ -128,18 +115,6 @@ def fields_of(case: Case) -> Row:
     """What a row says of its case."""
     named = ("operator", "activation", "tokens", "d_model", "d_ff", "tasks", "dtype", "density", "active")
     return {name: getattr(case, name) for name in named}
-
-
-def raising(calls: Mapping[str, Call], device: torch.device) -> dict[str, Exception]:
-    """Those of some calls that raise, each made once, and what they raise."""
-    found: dict[str, Exception] = {}
-    for name, call in calls.items():
-        try:
-            call(0)
-            synchronize(device)
-        except Exception as error:
-            found[name] = error
-    return found
 
 
 def show(row: Row) -> None:

@@ -7,7 +7,6 @@ that both sides are measured the same way.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,8 +15,8 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.machine import ROOT, commit
 
@@ -28,11 +27,8 @@ class NotPossible(Exception):
     """A comparison cannot be made; the message is one line with the reason and what to do."""
 
 
-@dataclass(frozen=True)
-class Tree:
-    """One side: ``folder`` holds ``nspec/``, ``kernels/`` and ``bench/``; ``name`` is a commit's short name, perhaps
-    ``-dirty``.
-    """
+class Tree(NamedTuple):
+    """One side: ``folder`` holds ``nspec/``, ``kernels/`` and ``bench/``; ``name`` is a commit's, perhaps ``-dirty``."""
 
     name: str
     folder: Path
@@ -45,13 +41,12 @@ def git(checkout: Path, *arguments: str) -> bytes:
         NotPossible: it failed, or there is no git.
     """
     try:
-        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True)
+        return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, check=True).stdout
     except OSError as error:
         raise NotPossible(f"git cannot be run ({error.strerror}); two commits are compared in a git checkout") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-        raise NotPossible(f"`git {' '.join(arguments)}` in {checkout}: {lines[0]}")
-    return done.stdout
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        raise NotPossible(f"`git {' '.join(arguments)}` in {checkout}: {lines[0]}") from None
 
 
 def resolve(checkout: Path, revision: str) -> str:
@@ -109,16 +104,16 @@ def trees(revisions: Sequence[str | None], checkout: Path = ROOT) -> Iterator[li
 
 
 def _sources(folder: Path) -> list[Path]:
-    return [folder / "CMakeLists.txt", *sorted(p for p in (folder / "kernels" / "csrc").rglob("*") if p.is_file())]
+    found = [folder / "CMakeLists.txt", *sorted((folder / "kernels" / "csrc").rglob("*"))]
+    return [path for path in found if path.is_file()]
 
 
 def sources_digest(folder: Path) -> str:
     """Of everything that the native library is made from, but PyTorch and the compiler; empty where there is nothing."""
-    files = _sources(folder)
-    if not all(path.is_file() for path in files) or len(files) < 2:
-        return ""
-    named = (f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode() for path in files)
-    return hashlib.sha256(b"".join(name + path.read_bytes() for name, path in zip(named, files))).hexdigest()
+    made = hashlib.sha256()
+    for path in (files := _sources(folder)):
+        made.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return made.hexdigest() if files else ""
 
 
 def usable(library: Path, folder: Path) -> bool:
@@ -132,20 +127,17 @@ def add_library(tree: Tree, others: Sequence[Path] = (ROOT,)) -> str:
     Raises:
         NotPossible: it has to be built and cannot be.
     """
-    digest = sources_digest(tree.folder)
-    if not digest:
+    if not (digest := sources_digest(tree.folder)):
         return "has no native library"
     for other in others:
         if sources_digest(other) == digest and usable(other / LIBRARY, other):
             shutil.copy2(other / LIBRARY, tree.folder / LIBRARY)
             return "native library taken over: the same sources"
-    without = "NSPEC_NATIVE=0 does without it"
-    if importlib.util.find_spec("setuptools") is None:
-        raise NotPossible(f"the native library has to be built, and setuptools is not installed; {without}")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     env = os.environ | {"NSPEC_BUILD_NATIVE": "1"}
     done = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True)
     if done.returncode or not (tree.folder / LIBRARY).is_file():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
+        without = "NSPEC_NATIVE=0 does without it"
         raise NotPossible(f"{tree.name}: the native library was not built ({without}): {lines[-1]}")
     return "native library built"

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,15 +137,6 @@ def test_a_call_that_takes_another_path_while_it_is_watched_is_an_error() -> Non
 
     with pytest.raises(RuntimeError, match="while kernels are counted"):
         host.counts(call, fake)
-
-
-def test_every_call_is_timed_once_a_round_after_calls_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_switches", lambda: 0)
-    seen: list[str] = []
-    note: Callable[[str], Callable[[], None]] = lambda name: lambda: seen.append(name)
-    times = host.processor_seconds([note("a"), note("b")], rounds=4, warmup=0)
-    assert [len(one) for one in times] == [4, 4]
-    assert "".join(seen) == "".join(name * host.CALLS for name in "abbaabba")
 
 
 def test_a_sample_in_which_another_program_had_the_core_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:

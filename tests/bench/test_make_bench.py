@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,13 +96,3 @@ def test_pytest_benchmark_runs_the_declared_cases_checked_and_described(tmp_path
         providers = [one["extra_info"]["provider"] for one in found if one["group"] == label]
         assert "ours" in providers
         assert len(providers) == len(set(providers)) >= 3
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_bench_runs_the_suite_in_the_size_that_is_asked_for() -> None:
-    for arguments, expected in ((["bench"], "quick"), (["bench", "BENCH=smoke"], "smoke")):
-        # Quiet about folders, which it announces where the tests themselves were started by make.
-        command = ["make", "-n", "--no-print-directory", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].strip().endswith(f"-m bench --set {expected}")
