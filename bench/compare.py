@@ -17,17 +17,22 @@ be compared.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,9 +40,8 @@ from torch import nn
 from bench import cases as declared
 from bench import cli
 from bench.cases import Case
-from bench.machine import ROOT, pick_device
+from bench.machine import ROOT, commit, pick_device
 from bench.timing import Call, interleaved
-from bench.trees import NotPossible, Tree, add_library, trees
 
 Block = Mapping[str, Mapping[str, Any]]
 """What a process found, by label of the case (:func:`measure_block`)."""
@@ -49,6 +53,102 @@ LEAST = 0.02
 number of blocks averages away."""
 STEP = "training step, mode "
 """Begins the name of an operator that is a whole training step of a feed-forward block: ``STEP + mode``."""
+LIBRARY = Path("kernels/common/libnspec_cpu.so")
+SOURCES = ("CMakeLists.txt", "kernels/csrc")
+"""Of the native library."""
+
+
+class NotPossible(Exception):
+    """A comparison cannot be made; the message is one line with the reason and what to do."""
+
+
+# The two sides, as source trees.
+
+
+class Tree(NamedTuple):
+    """One side: ``folder`` holds ``nspec/``, ``kernels/`` and ``bench/``; ``name`` is a commit's, perhaps ``-dirty``."""
+
+    name: str
+    folder: Path
+
+
+def ran(command: Sequence[str], folder: Path, what: str, **environment: str) -> bytes:
+    """What a command prints.
+
+    Raises:
+        NotPossible: it failed; the message is ``what`` and the last line that it wrote.
+    """
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()
+        raise NotPossible(f"{what}: {said[-1] if said else f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+@contextmanager
+def trees(revisions: Sequence[str | None], checkout: Path = ROOT) -> Iterator[list[Tree]]:
+    """A tree of each revision (None: the working tree), removed when the block is left, by an error too.
+
+    Each is a plain copy with the ``bench/`` of this checkout, so that both sides are measured the same way.
+
+    Raises:
+        NotPossible: a revision is unknown, or the folder is no git checkout.
+    """
+    with tempfile.TemporaryDirectory(prefix="nspec-compare-") as top:
+        made = []
+        for number, revision in enumerate(revisions):
+            folder = Path(top) / f"side{number}"  # paths of one length: that of the environment shifts the stack
+            name, no_bench = commit(checkout), shutil.ignore_patterns("__pycache__", "results")
+            if revision is None:
+                for part in ("nspec", "kernels", *SOURCES, "setup.py", "pyproject.toml", "README.md"):
+                    if (source := checkout / part).is_dir():
+                        shutil.copytree(source, folder / part, ignore=no_bench, dirs_exist_ok=True)
+                    elif source.is_file():
+                        shutil.copy2(source, folder / part)
+            else:
+                asked = ["git", "rev-parse", "--short=12", "--verify", "--end-of-options", f"{revision}^{{commit}}"]
+                name = ran(asked, checkout, f"no commit {revision!r} in {checkout}").decode().strip()
+                files = ran(["git", "archive", "--format=tar", name], checkout, "git archive")  # leaves nothing in .git
+                with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+                    archive.extractall(folder, filter="data")
+            if not (folder / "nspec" / "__init__.py").is_file():
+                raise NotPossible(f"{revision or 'the working tree'} holds no nspec/__init__.py: nothing to measure")
+            shutil.rmtree(folder / "bench", ignore_errors=True)
+            shutil.copytree(ROOT / "bench", folder / "bench", ignore=no_bench)
+            made.append(Tree(name, folder))
+        yield made
+
+
+def sources(folder: Path) -> dict[Path, bytes]:
+    """Everything that the native library is made from, but PyTorch and the compiler, by path in the folder."""
+    found = (path for part in SOURCES for path in (folder / part, *(folder / part).rglob("*")))
+    return {path.relative_to(folder): path.read_bytes() for path in found if path.is_file()}
+
+
+def usable(library: Path, folder: Path) -> bool:
+    """Whether a library was built after the last change of the sources in that folder. It serves every PyTorch."""
+    newest = max(((folder / path).stat().st_mtime for path in sources(folder)), default=0.0)
+    return library.is_file() and library.stat().st_mtime >= newest
+
+
+def add_library(tree: Tree, others: Sequence[Path] = (ROOT,)) -> str:
+    """Puts the native library into a tree, that of one of ``others`` with the same sources or a new build; in words.
+
+    Raises:
+        NotPossible: it has to be built and cannot be.
+    """
+    if not (own := sources(tree.folder)):
+        return "has no native library"
+    for other in others:
+        if sources(other) == own and usable(other / LIBRARY, other):
+            shutil.copy2(other / LIBRARY, tree.folder / LIBRARY)
+            return "native library taken over: the same sources"
+    (tree.folder / LIBRARY).unlink(missing_ok=True)
+    what = f"{tree.name}: the native library was not built (NSPEC_NATIVE=0 does without it)"
+    ran([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree.folder, what, NSPEC_BUILD_NATIVE="1")
+    if not (tree.folder / LIBRARY).is_file():
+        raise NotPossible(what)
+    return "native library built"
 
 
 # What is measured, in a process of its own that runs in the tree of a commit.
@@ -189,12 +289,9 @@ def run_block(tree: Tree, chosen: Sequence[Case], device: str, threads: int, sec
     request = json.dumps(asked | {"cases": [asdict(case) for case in chosen]})
     # From the folder and by PYTHONPATH: both come before an installed nspec, of whichever kind.
     paths = [str(tree.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NSPEC_COMMIT": tree.name}
     command = [sys.executable, "-c", "import sys; from bench.compare import block_process; block_process(sys.argv[1])"]
-    done = subprocess.run([*command, request], cwd=tree.folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        raise NotPossible(f"{tree.name}: measuring failed: {lines[-1]}")
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "NSPEC_COMMIT": tree.name}
+    ran([*command, request], tree.folder, f"{tree.name}: measuring failed", **environment)
     found: Block = json.loads(out.read_text(encoding="utf-8"))
     return found
 

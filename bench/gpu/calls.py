@@ -114,24 +114,24 @@ def graphs(lab: Lab) -> Iterator[Row]:
                 yield lab.absent("E8", name)
                 continue
             o = lab.operands(shape, density or 0.5)
-            call = dense(o) if density is None else public(o)
+            replayed = functools.partial(_replayed, lab, dense(o) if density is None else public(o))
+            yield lab.row("E8", name, replayed, flops=12 * lab.tokens * d * round((density or 1.0) * d_ff), moved=0)
 
-            def replayed(call: Callable[[], Any] = call) -> float:
-                side = torch.cuda.Stream(lab.device)
-                side.wait_stream(torch.cuda.current_stream(lab.device))
-                with torch.cuda.stream(side):  # what is compiled and loaded at first use must not fall into the capture
-                    for _ in range(3):
-                        call()
-                torch.cuda.current_stream(lab.device).wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    kept = call()
-                taken = lab.device_microseconds(graph.replay)
-                del kept
-                return taken
 
-            flops = 12 * lab.tokens * d * round((density or 1.0) * d_ff)
-            yield lab.row("E8", name, replayed, flops=flops, moved=0)
+def _replayed(lab: Lab, call: Callable[[], Any]) -> float:
+    """Microseconds of a call that is captured and replayed."""
+    side, main = torch.cuda.Stream(lab.device), torch.cuda.current_stream(lab.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # what is compiled and loaded at first use must not fall into the capture
+        for _ in range(3):
+            call()
+    main.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    taken = lab.device_microseconds(graph.replay)
+    del kept
+    return taken
 
 
 def mixed(lab: Lab) -> Iterator[Row]:
