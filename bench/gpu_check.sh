@@ -229,35 +229,27 @@ report() {
 
 export -f "${!shares[@]}" run_python probing benchmark operators kernels tool
 
-# The report has its share whatever the parts before it took.
-kept=$((shares[report] * budget / total))
-((kept > 0)) || kept=1
-
 statuses=() times=() lost=()
-status=0 stopped=0
+status=0 stopped=0 shared=0
 for number in "${!parts[@]}"; do
-  part=${parts[number]} later=0
-  for after in "${parts[@]:number+1}"; do ((later += shares[$after])); done
-  left=$((budget - SECONDS))
-  if [ "$part" = report ]; then
-    limit=$((left > kept ? left : kept))
-  else
-    left=$((left - kept))
-    limit=$((left - later * budget / total + kept)) # of what comes later, the report's share has been taken
-    share=$((shares[$part] * budget / total))
-    ((limit >= share)) || limit=$((share < left ? share : left))
-    ((limit > 0)) || limit=0
+  part=${parts[number]}
+  # Each ends when the shares up to its own have passed; the report has its share whatever the parts before it took.
+  ((shared += shares[$part]))
+  limit=$(((shared * budget + total - 1) / total - SECONDS))
+  if [ "$part" = report ] && ((limit < 1 + shares[report] * budget / total)); then
+    limit=$((1 + shares[report] * budget / total))
   fi
   # Of the limit, a part that is interrupted has these tenths of a second to end in.
   grace=$((limit < 40 ? limit * 10 / 4 : 100)) told=$((limit * 10))
   ((told -= grace))
   ((stopped = interrupted))
   began=${EPOCHREALTIME/[.,]/}
+  printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
   if ((stopped)) && [ "$part" != report ]; then
     code=-2
-    printf '\n== %s\n' "$part"
-  elif ((limit > 0)); then
-    printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
+  elif ((limit <= 0)); then
+    code=-1
+  else
     timeout --signal=INT --kill-after="$((grace / 10)).$((grace % 10))" "$((told / 10)).$((told % 10))" \
       bash -c "$part" < /dev/null &
     child=$!
@@ -271,9 +263,6 @@ for number in "${!parts[@]}"; do
     kill -KILL -- "-$child" 2> /dev/null  # its process group: what is left of a part would hold memory, and pipes
     child=''
     ((interrupted == stopped)) || code=-2
-  else
-    code=-1
-    printf '\n== %s, %d s after the start\n' "$part" "$SECONDS"
   fi
   elapsed=$(((${EPOCHREALTIME/[.,]/} - began) / 100000)) # tenths of a second
   case $code in
@@ -292,13 +281,12 @@ done
 
 # A line a part, so that it can be read with the eye too.
 {
-  printf '{"device": "%s", "set": "%s", "commit": "%s", "seconds": %d, "parts": [\n' "$device" "$set" "$NSPEC_COMMIT" "$SECONDS"
+  printf '{"device": "%s", "set": "%s", "commit": "%s", "seconds": %d, "parts": [' "$device" "$set" "$NSPEC_COMMIT" "$SECONDS"
   for number in "${!parts[@]}"; do
-    ((number + 1 < ${#parts[@]})) && comma=, || comma=
-    printf '  {"part": "%s", "status": "%s", "seconds": %s}%s\n' "${parts[number]}" "${statuses[number]}" \
-      "${times[number]}" "$comma"
+    ((number == 0)) || printf ,
+    printf '\n  {"part": "%s", "status": "%s", "seconds": %s}' "${parts[number]}" "${statuses[number]}" "${times[number]}"
   done
-  echo ']}'
+  printf '\n]}\n'
 } > "$folder/summary.json"
 
 most=$((16 * 1000 * 1000 - 1000))
