@@ -35,6 +35,13 @@ def share(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    """A whole number of 1 or more, as an option's type."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
 def device_of(made: argparse.ArgumentParser, args: argparse.Namespace) -> torch.device:
     """The device that is asked for, which has to be there."""
     if args.threads:

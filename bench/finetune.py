@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--shape", choices=SHAPES, help="default: small on a CPU, large on a GPU")
     add("--shares", type=cli.share, nargs="+", default=list(SHARES), help="of neurons (default: 0.002 0.01 0.05)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    add("--rounds", type=int, default=21, help="at least so many (default: 21)")
+    add("--rounds", type=cli.count, default=21, help="at least so many (default: 21)")
     add("--seconds", type=float, default=180, help="no round begins after so many (default: 180)")
     add("--figure", type=Path, metavar="FILE", help="draws speed and memory against the trained share")
     args = made.parse_args(arguments)

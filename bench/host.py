@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 2 where the GPU path cannot run."""
     parser = cli.parser("bench.host", __doc__, "", "set", "device", "threads")
     add = parser.add_argument
-    add("--rounds", type=int, default=200, help="of each row and the dense block (default: 200)")
+    add("--rounds", type=cli.count, default=200, help="of each row and the dense block (default: 200)")
     add("--dtype", choices=DTYPES, default="float16", help="(default: float16)")
     add("--only", metavar="TEXT", default="", help="rows whose name contains this")
     add("-v", "--names", action="store_true", help="name what is counted")
@@ -319,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instead.add_argument("--counts", action="store_true", help="print the counts alone, as the test holds them")
     instead.add_argument("--profile", metavar="NAME", help="profile the row of this name")
     args = parser.parse_args(arguments)
+    if args.json is not None and (args.counts or args.profile is not None):
+        parser.error("--json takes rows with their times; --counts and --profile measure none: leave it out")
     try:
         fake = install()
     except RuntimeError as error:

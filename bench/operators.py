@@ -156,7 +156,6 @@ def measure(
             provider = f"all but {', '.join(row['provider'] for row in done)}" if done else WHOLE_CASE
             lost = {"kind": "absent", **fields_of(case), "provider": provider, "failed": True}
             show(write(lost | {"reason": trouble.report(f"not timed: {case.label}", error)}))
-    return wrong + len(chosen) - number - 1
     return wrong
 
 
@@ -181,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--no-grouped", action="store_true", help="without those that call PyTorch's grouped product")
     add("--no-memory", action="store_true", help="without peak memory")
     add("--no-ceilings", action="store_true", help="without the device's best speeds")
-    add("--rounds", type=int, default=15, help="as many as fit into --seconds, at most about these")
+    add("--rounds", type=cli.count, default=15, help="as many as fit into --seconds, at most about these")
     add("--seconds", type=float, help="longest time for the rounds of one case")
     args = parser.parse_args(arguments)
     device, write = cli.started(parser, args)

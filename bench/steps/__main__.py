@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizers", nargs="+", choices=OPTIMIZERS, help="of the systems beside dense")
     add("--batches", nargs="+", choices=BATCHES, help="pure: of one task, mixed: of several")
     add("--tasks", nargs="+", type=int, metavar="N", help="numbers of tasks of the second part; 0: leave it out")
-    add("--rounds", type=int, help="at least so many, however long they take")
+    add("--rounds", type=cli.count, help="at least so many, however long they take")
     add("--seconds", type=float, help="no round of a shape is begun after so many; three are done anyway")
     add("--no-memory", action="store_true", help="without peak memory")
     return parser

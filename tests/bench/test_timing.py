@@ -121,10 +121,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 
 
 def test_as_called_is_the_host_s_time_and_of_the_device_the_kernels(gpu: Pretended) -> None:
-    calls = {
-        "many kernels": lambda _: gpu.work(5e-4, 1e-4),
-        "one kernel": lambda _: gpu.work(1e-5, 4e-4),
-    }
+    calls = {"many kernels": lambda _: gpu.work(5e-4, 1e-4), "one kernel": lambda _: gpu.work(1e-5, 4e-4)}
     called = timing.interleaved(calls, DEVICE, rounds=4, least_seconds=0.0)
     alone = timing.interleaved_on_device(calls, DEVICE, rounds=4)
     assert called["many kernels"] == pytest.approx([5e-4] * 4, rel=0.05)
