@@ -81,7 +81,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         return joined
 
     def own(*tensors: Tensor, sets_of: Tensor = chosen, **options: Any) -> Tensor:
-        return compact_ffn(*tensors, sets_of, task_offsets=offsets, **options)  # type: ignore[call-arg, misc]
+        return compact_ffn(*tensors, sets_of, task_offsets=offsets, **options)  # type: ignore[misc]
 
     def expected(computes: Computes) -> Results:
         wide = [t.detach().double().requires_grad_() for t in check]
@@ -111,7 +111,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     made.add("index_select", _step(by_task(_selected, list(rows))))
     made.compiled("dense", _dense, "all", of=_step)
     if offsets is None:
-        made.compiled("weight x mask", lambda *t: _masked(*t, masks[0]), of=_step)
+        made.compiled("weight x mask", _masked, of=lambda one: _step(by_task(one, [(masks[0],)])))
     elif case.grouped:
         made.attempt("grouped_mm", _step(grouped))
     step = _step(lambda *t: own(*t, index=index))
