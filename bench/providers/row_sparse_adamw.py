@@ -26,8 +26,9 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 def torch_adamw(lists: Lists, steps: list[Tensor], fused: bool = True) -> Lists:
     """PyTorch's step, with the options of ours."""
-    betas = {"beta1": BETAS[0], "beta2": BETAS[1]}
-    adamw(*lists, [], steps, foreach=not fused, fused=fused, amsgrad=False, maximize=False, **betas, **OPTIONS)
+    params, grads, first, second = lists
+    options: dict[str, Any] = {**OPTIONS, "beta1": BETAS[0], "beta2": BETAS[1], "foreach": not fused, "fused": fused}
+    adamw(params, grads, first, second, [], steps, amsgrad=False, maximize=False, **options)
     return lists
 
 

@@ -42,8 +42,9 @@ def problem(case: Case, device: torch.device) -> Problem:
 
     def expected(computes: Computes) -> Results:
         sets_of = chosen if computes == "active" else torch.ones_like(chosen)
+        dh, x = (t.double() for t in take(shared.CHECK))
         with shared.backend("reference"):
-            return results(row_sparse_wgrad(*(t.double() for t in take(shared.CHECK)), sets_of, task_offsets=offsets))
+            return results(row_sparse_wgrad(dh, x, sets_of, task_offsets=offsets))
 
     def work(computes: Computes) -> Work:
         share = case.active if computes == "active" else d_ff
