@@ -45,7 +45,7 @@ def test_what_render_writes_is_read_as_it_was() -> None:
         ("model.heads=5", r"model\.d_model: expected a multiple of twice model\.heads"),
         (
             "tune.lr=1",
-            r"unknown option tune\.lr in --set; did you mean model\.lr",
+            r"unknown option tune\.lr in --set; did you mean tune\.lr_neurons or tune\.lr_lora or tune\.lr_full",
         ),
         ("train.lr=1", r"unknown option train\.lr"),
     ],
