@@ -186,11 +186,15 @@ class TunedLayer(TaskSwitched):
         return use, batch
 
     def _trains_untold(self) -> bool:
-        kept: Any = self._nspec
-        if kept.shared.told or len(kept.sets) < 2 or kept.task is not None or not self.training:  # type: ignore[attr-defined]
+        if self._nspec.shared.told or not self.training:  # type: ignore[attr-defined, union-attr]
             return False
+        return self.is_untold() and torch.is_grad_enabled() and backward_pass() < 0
+
+    def is_untold(self) -> bool:
+        """Whether the model has neurons of several tasks, and nobody has said which, or that the base, is meant."""
+        kept = self._nspec
         held = kept.block is not None and kept.block.open
-        return torch.is_grad_enabled() and not held and backward_pass() < 0
+        return len(kept.sets) > 1 and kept.task is None and not held
 
     def of(self, use: NeuronSet | None) -> tuple[NeuronSet | None, Any, Any]:
         """The set of a task, the parameter of its rows, and that of its biases."""

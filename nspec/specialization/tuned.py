@@ -20,8 +20,8 @@ TRAINED = "_nspec_trained"
 """On a module of which parameters were frozen: their names."""
 
 
-class EmbeddingHook:
-    """A forward hook of an embedding; see :func:`nspec.finetune`."""
+class TuningHook:
+    """A forward hook that fine-tuning put on a module; see :func:`nspec.finetune`."""
 
 
 def is_tuned(model: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def take_off(model: nn.Module, task: str | None = None) -> nn.Module:
             rebind(module)
         for name in module.__dict__.pop(TRAINED, ()):
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, EmbeddingHook)]:
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, TuningHook)]:
             del module._forward_hooks[key]
     restore_modules(model.modules())
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,8 +15,9 @@ from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import matches, nearest
 from nspec.specialization.tasks import specialized_layers
-from nspec.specialization.tuned import TRAINED, EmbeddingHook, is_tuned
+from nspec.specialization.tuned import TRAINED, is_tuned
 
+from .hooks import add_hooks
 from .layers import (
     GATED,
     PLAIN,
@@ -111,7 +111,7 @@ def finetune(
         values = {b.name: initial(b, chosen[b.name], index[b.name], biases, dtype) for b in used if len(index[b.name])}
         attach(model, used, task, index, values, tuning, trained=True)
     default_task(model, masks.tasks)
-    hook_embeddings(model)
+    add_hooks(model)
     if not quiet and not (torch.distributed.is_available() and torch.distributed.is_initialized() and _rank() > 0):
         print(summary(model, masks.tasks, tuning))
     return model
@@ -225,42 +225,6 @@ def default_task(model: nn.Module, tasks: Sequence[str]) -> None:
     """Has a model that has neurons of one task compute with them, and one that has several with the base."""
     for layer in tuned_layers(model):
         layer.set_task(tasks[0] if len(tasks) == 1 else None)
-
-
-class _ForReentrance(EmbeddingHook):
-    """Has the output of an embedding require a gradient where a reentrant checkpoint follows.
-
-    That leaves the parameters within it without gradients unless one of its inputs requires one, and all below is frozen.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForReentrance:
-        return _ForReentrance(memo.get(id(self.model)))  # a copy of the embedding alone is in no model
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
-            return
-        if self.model is None:
-            return
-        if not output.requires_grad and output.is_floating_point() and any(map(_reenters, self.model.modules())):
-            output.requires_grad_(True)
-
-
-def _reenters(module: nn.Module) -> bool:
-    if not getattr(module, "gradient_checkpointing", False):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    keywords = function.keywords if isinstance(function, functools.partial) else {}
-    return bool(keywords.get("use_reentrant", True))
-
-
-def hook_embeddings(model: nn.Module) -> None:
-    """Has checkpoints of Transformers work with reentrance too."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(_ForReentrance(model))
 
 
 def summary(model: nn.Module, tasks: Sequence[str], tuning: Tuning) -> str:

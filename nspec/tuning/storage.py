@@ -30,7 +30,8 @@ from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import alike, nearest
 
-from .finetune import check_layers, default_task, freeze, hook_embeddings, tunable
+from .finetune import check_layers, default_task, freeze, tunable
+from .hooks import add_hooks
 from .layers import (
     Tuning,
     Values,
@@ -255,7 +256,7 @@ def load_neurons(
     if not present:
         freeze(model)
         prepare(model, blocks, tuning)
-        hook_embeddings(model)
+        add_hooks(model)
     for name, one in stored.items():
         empty = torch.empty(0, dtype=torch.int64)
         index = {mine[block]: one.neurons.get(block, empty) for block in names}

@@ -339,6 +339,26 @@ def test_training_several_sets_without_a_task_is_warned_of() -> None:
         output(LLAMA, model, inputs(LLAMA))
 
 
+@pytest.mark.filterwarnings("ignore:.*a training pass runs without a task")
+def test_the_gradient_of_a_loss_without_a_task_says_so_and_the_loss_is_that_of_the_base() -> None:
+    base, model = tuned(tasks=("a", "b"))
+    given = inputs(LLAMA) | {"labels": inputs(LLAMA)["input_ids"]}
+    loss = model.train()(**given).loss
+    assert torch.equal(loss, base.train()(**given).loss)
+    with pytest.raises(
+        RuntimeError, match=r"neurons of a, b, and none of these tasks was switched on .*TaskTrainerMixin"
+    ):
+        loss.backward()
+    with nspec.task(model, "a"):
+        gain = model(**given).loss - model(**given).loss.detach()
+    (gain + model(**given).loss).backward()  # beside another loss that has a part of the neurons it is a constant
+    assert any(parameter.grad is not None for parameter in own(model).values())
+    with nspec.task(model, None):
+        assert not model(**given).loss.requires_grad  # the base is meant
+    nspec.despecialize(model)
+    assert not model._forward_hooks
+
+
 def test_numbers_are_trained_in_the_dtype_that_is_asked_for() -> None:
     base = make(LLAMA).float()
     model = nspec.finetune(base, masks_of(base), dtype=torch.bfloat16, quiet=True)
