@@ -47,8 +47,8 @@ def read_lines_of(config: LinesConfig, seed: int) -> Iterator[tuple[str, Lines]]
         train = [line for line in found.train if line not in held]
         if found.train and not train:
             raise ValueError(
-                f"all {len(found.train):,} training lines of {code} in {_place(config, code)} are in its held-out text too, "
-                "and no line is both: expected other text in one of them"
+                f"all {len(found.train):,} training lines of {code} in {_place(config, code)} are in its held-out "
+                "text too, and no line is both: expected other text in one of them"
             )
         for side, lines, option in (("training", train, "train_lines"), ("held-out", found.test, "test_lines")):
             if not lines:

@@ -283,7 +283,13 @@ class TunedLayer(TaskSwitched):
         if self.in_place() and torch.is_grad_enabled():
             y: Tensor = _InPlace.apply(x, None, None, self, None)
             return y
-        return self.plain_forward(x)
+        y = self.plain_forward(x)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.qualified_name}: no gradient goes through this {type(self).__name__}, so that what lies below it "
+                "would be trained on a part of its own: its library computes this pass for inference alone"
+            )
+        return y
 
     # What copies, state dicts and replicas need.
 
@@ -337,9 +343,10 @@ def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
         shared: what the layers of the model have in common.
     """
     plain: Any = type(layer)
+    around = layer.__dict__.get("_nspec")
     layer.__class__ = tuned_class(plain)
     layer._nspec = TunedState(name, outputs, int(outputs == layer.transposed))
-    layer._nspec.shared = shared
+    layer._nspec.shared, layer._nspec.around = shared, around
     layer.neurons, layer.neuron_biases = Parameters(), Parameters()
     turned: TunedLayer = layer
     return turned
@@ -348,5 +355,8 @@ def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
 def untuned(layer: TunedLayer) -> None:
     """The layer as it was before; its weight holds what it holds now."""
     plain, module = plain_class(layer, TunedLayer), layer  # type: Any, Any
+    around = module._nspec.around
     del module.neurons, module.neuron_biases, module._nspec
+    if around is not None:
+        module._nspec = around
     module.__class__ = plain

@@ -60,7 +60,7 @@ def _languages(config: Config) -> None:
         for language in (source, target):
             if known and language not in known:
                 raise ValueError(
-                    f"corpus.directions: {direction} needs {language}, which is neither in corpus.languages nor corpus.pivot"
+                    f"corpus.directions: {direction} needs {language}, neither in corpus.languages nor corpus.pivot"
                 )
     if corpus.type == "files" and not corpus.path:
         raise ValueError("corpus.path: a corpus of type files needs the folder with the text; give corpus.path")

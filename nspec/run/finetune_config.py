@@ -120,9 +120,7 @@ def _check_new_model(config: TuningConfig) -> None:
             f"model.d_model: expected a multiple of twice model.heads ({model.heads}), found {model.d_model}"
         )
     if own.parts and not set(own.parts) <= _PARTS[0]:
-        raise ValueError(
-            f"neurons.parts: the new model has gate, up and down, expected some of them, found {show(own.parts)}"
-        )
+        raise ValueError(f"neurons.parts: expected some of gate, up, down of the new model, found {show(own.parts)}")
     neurons = model.layers * model.d_ff
     if "lape" in config.tune.methods and not round(own.rate * neurons):
         raise ValueError(f"neurons.rate: {own.rate} of {neurons} neurons is less than one: take a higher rate")

@@ -1,4 +1,4 @@
-"""Which command a configuration is for, told by its sections. Importing this module loads neither torch nor transformers."""
+"""Which command a configuration is for, told by its sections. Importing this module does not load torch."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from nspec.nn.state import Around
 from nspec.nn.tuned_block import TunedBlock, untuned_block
 from nspec.nn.tuned_linear import TunedLayer, untuned
 
+from .quantised import kind_of
 from .tasks import calls_its_class, refuse_other_threads
 
 TRAINED = "_nspec_trained"
@@ -68,7 +69,8 @@ def fold(model: nn.Module, task: str) -> nn.Module:
         if layer._nspec.sets[task] is not None and not layer.is_writable():
             raise ValueError(
                 f"the weight of {layer.qualified_name} is {_kind(layer)}, and rows cannot be written into it: save the "
-                "neurons (nspec.save_neurons), load the base in floating point, nspec.load_neurons there, and merge"
+                "neurons (nspec.save_neurons), load the base in floating point, put them there (nspec.load_neurons(base, "
+                "folder, verify=False)), and merge that"
             )
     return take_off(copy.deepcopy(model), task)
 
@@ -103,4 +105,4 @@ def _check_undoable(layer: Any) -> None:
 
 def _kind(layer: Any) -> str:
     weight = layer.weight
-    return "sharded" if hasattr(weight, "placements") else "elsewhere (meta)" if weight.is_meta else f"{weight.dtype}"
+    return "sharded" if hasattr(weight, "placements") else "elsewhere (meta)" if weight.is_meta else kind_of(layer)

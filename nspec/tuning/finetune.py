@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nspec.specialization.apply import check_plain, fitting
-from nspec.specialization.feed_forward import FeedForward
+from nspec.specialization.feed_forward import FeedForward, features, is_linear
 from nspec.specialization.layers import find_blocks
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import matches, nearest
+from nspec.specialization.quantised import check_differentiable, is_packed
 from nspec.specialization.tasks import specialized_layers
 from nspec.specialization.tuned import TRAINED, is_tuned
 
@@ -26,7 +28,6 @@ from .layers import (
     attach,
     base_values,
     index_in,
-    is_packed,
     layer_of,
     parameters_of,
     parts_of,
@@ -79,8 +80,8 @@ def finetune(
 
     Raises:
         ValueError: masks of another model or without a neuron; parts that no block has; a model that is specialised or
-            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; ``also``
-            that matches nothing; a dtype that is not floating.
+            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; a 4-bit weight
+            that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -100,6 +101,7 @@ def finetune(
         raise ValueError(f"masks have no neuron of {', '.join(masks.tasks)}: there is nothing to train")
     chosen = chosen_parts(used, parts)
     check_layers(model, used, chosen)
+    check_differentiable(model)
     found = _found(model, also)
     tuning = Tuning(chosen, biases)
     freeze(model)
@@ -233,6 +235,8 @@ def summary(model: nn.Module, tasks: Sequence[str], tuning: Tuning) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    # Packed weights hold several numbers in one, or one in several.
+    base += sum(math.prod(features(m)) - m.weight.numel() for m in model.modules() if is_linear(m) and is_packed(m))
     neurons = ", ".join(f"{sum(map(len, tuning.index[task].values())):,} of {task}" for task in tasks)
     also = f", and {others:,} of other modules" if others else ""
     return (

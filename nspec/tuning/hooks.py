@@ -48,7 +48,7 @@ def _reenters(module: nn.Module) -> bool:
 class _ForTask(TuningHook):
     """Has the gradient of a loss that no neuron has a part in say that no task was switched on.
 
-    PyTorch's own error says that a tensor requires no gradient. The forward pass stays as it is: a loss may be wanted alone.
+    PyTorch's own error says that a tensor requires no gradient. The forward pass stays: a loss may be wanted alone.
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -81,8 +81,8 @@ class _Untrained(torch.autograd.Function):
             reached = any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in ctx.trained)
         if not reached:
             raise RuntimeError(
-                f"nothing is trained by this loss: the model has neurons of {', '.join(ctx.tasks)}, and none of these tasks "
-                "was switched on in the forward pass. Wrap it in nspec.task(model, name), name the task of each sentence "
+                f"nothing is trained by this loss: the model has neurons of {', '.join(ctx.tasks)}, and none of them was "
+                "switched on in the forward pass. Wrap it in nspec.task(model, name), name the task of each sentence "
                 "(nspec.task(model, [names])), or, in a Trainer of Transformers, use nspec.TaskTrainerMixin and a column "
                 "with the task"
             )

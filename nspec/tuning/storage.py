@@ -29,6 +29,7 @@ from nspec.specialization.layers import find_blocks
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import alike, nearest
+from nspec.specialization.quantised import check_differentiable, is_packed
 
 from .finetune import check_layers, default_task, freeze, tunable
 from .hooks import add_hooks
@@ -38,7 +39,6 @@ from .layers import (
     attach,
     base_values,
     index_in,
-    is_packed,
     layer_of,
     parts_of,
     prepare,
@@ -250,6 +250,8 @@ def load_neurons(
         tunable(model, NeuronMasks({"all": every}), layers)
         check_layers(model, blocks, parts)
         tuning = Tuning(parts, bool(first.about["biases"]))
+    if trained:
+        check_differentiable(model)
     if verify:
         for one in stored.values():
             _check_base(one, mine, known)
