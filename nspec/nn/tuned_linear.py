@@ -186,7 +186,7 @@ class TunedLayer(TaskSwitched):
         return use, batch
 
     def _trains_untold(self) -> bool:
-        if self._nspec.shared.told or not self.training:  # type: ignore[attr-defined, union-attr]
+        if self._nspec.shared.told or not self.training:  # type: ignore[attr-defined]
             return False
         return self.is_untold() and torch.is_grad_enabled() and backward_pass() < 0
 

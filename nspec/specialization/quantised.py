@@ -32,6 +32,11 @@ def is_packed(layer: Any) -> bool:
     return not (plain and weight.is_floating_point() and weight.dim() == 2)
 
 
+def computes_itself(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that does what operators do, as those of torchao, which call themselves floating."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def check_differentiable(model: nn.Module) -> None:
     """Raises ValueError where a weight is packed such that no gradient goes through it; see ``PACKS``."""
     for name, module in model.named_modules():

@@ -15,7 +15,7 @@ from nspec.specialization.layers import find_blocks
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import matches, nearest
-from nspec.specialization.quantised import check_differentiable, is_packed
+from nspec.specialization.quantised import check_differentiable, computes_itself, is_packed
 from nspec.specialization.tasks import specialized_layers
 from nspec.specialization.tuned import TRAINED, is_tuned
 
@@ -195,8 +195,9 @@ def _found(model: nn.Module, also: Iterable[str]) -> list[nn.Parameter]:
         if not mine:
             names = [name for name, _ in model.named_modules() if name]
             raise ValueError(f"also has {pattern!r}, which matches no parameter; {nearest(pattern, names)}")
-        if packed := [p for p in mine if not p.is_floating_point()]:
-            raise ValueError(f"also has {pattern!r}, which matches a weight in {packed[0].dtype}: it cannot be trained")
+        if packed := [p for p in mine if not p.is_floating_point() or computes_itself(p)]:
+            what = type(packed[0]).__name__ if computes_itself(packed[0]) else packed[0].dtype
+            raise ValueError(f"also has {pattern!r}, which matches a weight in {what}: it cannot be trained")
         found += mine
     return found
 

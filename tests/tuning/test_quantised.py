@@ -226,6 +226,16 @@ def test_the_trainer_takes_a_base_of_4_bits_that_does_not_say_it_is_quantised(tm
     assert moved == set(own(model))
 
 
+def test_a_quantised_module_is_not_trained_in_full() -> None:
+    base = small()
+    base.lm_head = KINDS["torchao int8"]()(base.lm_head)
+    with pytest.raises(
+        ValueError, match=r"also has 'lm_head', which matches a weight in Int8Tensor: it cannot be trained"
+    ):
+        nspec.finetune(base, masks_of(base), also=["lm_head"], quiet=True)
+    nspec.finetune(base, masks_of(base), also=["norm"], quiet=True)  # others can
+
+
 class Rectified(nn.Linear):
     """A quantised layer that does more than multiply."""
 
