@@ -236,8 +236,8 @@ def summary(model: nn.Module, tasks: Sequence[str], tuning: Tuning) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    # Packed weights hold several numbers in one, or one in several.
-    base += sum(math.prod(features(m)) - m.weight.numel() for m in model.modules() if is_linear(m) and is_packed(m))
+    packed: list[Any] = [module for module in model.modules() if is_linear(module) and is_packed(module)]
+    base += sum(math.prod(features(layer)) - layer.weight.numel() for layer in packed)  # four bits: two numbers in one
     neurons = ", ".join(f"{sum(map(len, tuning.index[task].values())):,} of {task}" for task in tasks)
     also = f", and {others:,} of other modules" if others else ""
     return (
