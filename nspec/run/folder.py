@@ -17,7 +17,6 @@ Stages that only derive files from others in seconds (scores, the report) are ma
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import os
 import platform
@@ -36,6 +35,7 @@ from nspec.run.records import (
     holds_only_parts,
     is_gone,
     move_aside,
+    no_such_stage,
     read_record,
     redo_hint,
     started_name,
@@ -304,23 +304,12 @@ class Run:
         for name in names:
             found = {stage for stage in self.stages if stage == name or stage.startswith(f"{name}:")}
             if not found:
-                raise ValueError(f"--redo {name}: there is no such stage{self._hint(name)}")
+                raise ValueError(no_such_stage(name, self.stages))
             chosen |= found
         for stage in self.stages.values():  # in order, so that one pass reaches all that follow
             if chosen.intersection(stage.after):
                 chosen.add(stage.name)
         return [name for name in self.stages if name in chosen]
-
-    def _hint(self, name: str) -> str:
-        """The stages that are called alike, and all that there are: of those of a group how many, and the first."""
-        groups: dict[str, list[str]] = {}
-        for stage in self.stages:
-            groups.setdefault(stage.partition(":")[0], []).append(stage)
-        near = difflib.get_close_matches(name, dict.fromkeys([*groups, *self.stages]), n=3, cutoff=0.7)
-        shown = [
-            mine[0] if len(mine) == 1 else f"{group} ({len(mine)}: {mine[0]}, ...)" for group, mine in groups.items()
-        ]
-        return f"{'; did you mean ' + ' or '.join(near) + '? T' if near else '; t'}here are {', '.join(shown)}"
 
     def set_aside(self, names: Iterable[str]) -> list[Path]:
         """Moves the folders of stages to ``<folder>.old-N``, so that they are made anew; nothing is deleted.
