@@ -57,6 +57,8 @@ EXTRAS = {
         "mypy>=1.11",
         "types-PyYAML",
         "trl>=1.0",  # its SFTTrainer is one of those that the mixin is for
+        "torchao>=0.18",  # bases and optimisers of few bits
+        "bitsandbytes>=0.50; platform_system == 'Linux'",
     ],
     "bench": ["pytest-benchmark>=4.0", "peft>=0.18"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],

@@ -60,10 +60,10 @@ SystemOption = Annotated[
 
 def _pipeline(config: str, overrides: list[str] | None, redo: list[str] | None) -> Pipeline:
     from nspec.run.checks import load
+    from nspec.run.kinds import find_config_for
     from nspec.run.pipeline import Pipeline
-    from nspec.run.yaml import find_config
 
-    return Pipeline(load(find_config(config), overrides or ()), tuple(redo or ()))
+    return Pipeline(load(find_config_for("run", config), overrides or ()), tuple(redo or ()))
 
 
 @app.command()
@@ -99,13 +99,14 @@ def _seeds(text: str) -> list[int]:
 def _run_seeds(config: str, overrides: list[str], redo: list[str] | None, seeds: list[int]) -> None:
     """A run for each seed in a folder of its own; then ``FOLDER/seeds`` with what they have in common."""
     from nspec.run.checks import load
-    from nspec.run.yaml import find_config
+    from nspec.run.kinds import find_config_for
 
-    base = Path(load(find_config(config), overrides).run.folder)
+    path = find_config_for("run", config)
+    base = Path(load(path, overrides).run.folder)
     folders = [base / f"seed-{seed}" for seed in seeds]
     changes = [[*overrides, f"run.seed={seed}", f"run.folder={folder}"] for seed, folder in zip(seeds, folders)]
     for change in changes:  # a wrong seed shows before the runs of the others
-        load(find_config(config), change)
+        load(path, change)
     for change in changes:
         with _pipeline(config, change, redo) as pipeline:
             page = pipeline.all()
@@ -168,10 +169,10 @@ def finetune(config: ConfigArgument, set_: SetOption = None, redo: RedoOption = 
     """
     from nspec.run.finetune import TuningRun
     from nspec.run.finetune_config import load
-    from nspec.run.yaml import find_config
+    from nspec.run.kinds import find_config_for
     from nspec.terminal import show
 
-    with TuningRun(load(find_config(config), set_ or ()), tuple(redo or ())) as tuning:
+    with TuningRun(load(find_config_for("finetune", config), set_ or ()), tuple(redo or ())) as tuning:
         page = tuning.all()
         from nspec.report.finetuned import summary_table
 

@@ -279,14 +279,15 @@ def env() -> None:
 def config(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help=f"{CONFIG_HELP} The defaults if not given.")] = "",
     set_: SetOption = None,
-    finetune: Annotated[bool, typer.Option("--finetune", help="One of `nspec finetune`, not of `nspec run`.")] = False,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="The defaults of `nspec finetune`; a file tells by itself.")
+    ] = False,
 ) -> None:
     """Prints a configuration with every option explained."""
-    from nspec.run import checks, finetune_config
-    from nspec.run.yaml import find_config, render
+    from nspec.run.kinds import load_any
+    from nspec.run.yaml import render
 
-    path = find_config(config) if config else None
-    print(render(finetune_config.load(path, set_ or ()) if finetune else checks.load(path, set_ or ())), end="")
+    print(render(load_any(config, set_ or (), finetune)), end="")
 
 
 @tools.command()

@@ -187,7 +187,7 @@ def test_exit_codes(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("nspec.run.yaml.find_config", fail)
+    monkeypatch.setattr("nspec.run.kinds.find_config_for", fail)
     assert cli.main(["run", "cldr8"]) == code
     written = capsys.readouterr().err
     assert written.splitlines()[-1] == last

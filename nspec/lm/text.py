@@ -45,6 +45,11 @@ def read_lines_of(config: LinesConfig, seed: int) -> Iterator[tuple[str, Lines]]
     for code, found in kinds[config.type](config, seed):
         held = set(found.test)
         train = [line for line in found.train if line not in held]
+        if found.train and not train:
+            raise ValueError(
+                f"all {len(found.train):,} training lines of {code} in {_place(config, code)} are in its held-out "
+                "text too, and no line is both: expected other text in one of them"
+            )
         for part, lines, option in (("training", train, "train_lines"), ("held-out", found.test, "test_lines")):
             if not lines:
                 raise ValueError(

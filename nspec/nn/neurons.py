@@ -54,6 +54,7 @@ class TunedState(LayerState):
         routed: whether a router chooses the tokens of the layer.
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.
+        around: what was kept on the layer before.
     """
 
     def __init__(self, name: str, outputs: bool, dim: int) -> None:
@@ -63,6 +64,7 @@ class TunedState(LayerState):
         self.content: str | None = None
         self.routed, self.flattens = False, False
         self.batch_dim: int | None = None
+        self.around: Any = None
 
 
 def key_of(task: str) -> str:

@@ -35,6 +35,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
     Parameters may be replicated (``DistributedDataParallel``) or sharded (``torch.distributed.fsdp.fully_shard``, for
     which the optimiser is made after sharding, as always): each process steps its shard.
 
+    ``Conv1D``, the linear layer of GPT-2, has its neurons in the columns of its weight, and is refused: take
+    ``torch.optim.AdamW`` there.
+
     A step cannot be captured in a CUDA graph, which would replay its step count, learning rate and rows: capture forward
     and backward pass, and step outside.
 

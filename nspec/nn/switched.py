@@ -67,7 +67,7 @@ class Switching:
         layers = list(layers)
         count_switch(layers)
         for layer in layers:
-            self.before[id(layer)] = layer, layer.state(), layer._nspec.block
+            self.before[id(layer)] = layer, layer.switched_to(), layer._nspec.block
             layer.hold(self)
 
     def leave(self) -> None:
@@ -214,10 +214,10 @@ class TaskSwitched:
         """Switches to what a task, a batch or an earlier state says."""
         self._nspec.switch(to)
 
-    def state(self) -> SwitchedTo:
-        """What the layer is switched to, for :meth:`switch`."""
-        state: SwitchedTo = self._nspec.switched_to()
-        return state
+    def switched_to(self) -> SwitchedTo:
+        """What the layer is switched to, for :meth:`switch`; layers of bitsandbytes have a ``state``."""
+        to: SwitchedTo = self._nspec.switched_to()
+        return to
 
     def hold(self, block: Switching | None) -> None:
         """Notes the block that switches the layer now; None: nobody does."""

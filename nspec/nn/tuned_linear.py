@@ -186,11 +186,15 @@ class TunedLayer(TaskSwitched):
         return use, batch
 
     def _trains_untold(self) -> bool:
-        kept: Any = self._nspec
-        if kept.shared.told or len(kept.sets) < 2 or kept.task is not None or not self.training:  # type: ignore[attr-defined]
+        if self._nspec.shared.told or not self.training:  # type: ignore[attr-defined]
             return False
+        return self.is_untold() and torch.is_grad_enabled() and backward_pass() < 0
+
+    def is_untold(self) -> bool:
+        """Whether the model has neurons of several tasks, and nobody has said which, or that the base, is meant."""
+        kept = self._nspec
         held = kept.block is not None and kept.block.open
-        return torch.is_grad_enabled() and not held and backward_pass() < 0
+        return len(kept.sets) > 1 and kept.task is None and not held
 
     def of(self, use: NeuronSet | None) -> tuple[NeuronSet | None, Any, Any]:
         """The set of a task, the parameter of its rows, and that of its biases."""
@@ -279,7 +283,13 @@ class TunedLayer(TaskSwitched):
         if self.in_place() and torch.is_grad_enabled():
             y: Tensor = _InPlace.apply(x, None, None, self, None)
             return y
-        return self.plain_forward(x)
+        y = self.plain_forward(x)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.qualified_name}: no gradient goes through this {type(self).__name__}, so that what lies below it "
+                "would be trained on a part of its own: its library computes this pass for inference alone"
+            )
+        return y
 
     # What copies, state dicts and replicas need.
 
@@ -333,9 +343,10 @@ def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
         shared: what the layers of the model have in common.
     """
     plain: Any = type(layer)
+    around = layer.__dict__.get("_nspec")
     layer.__class__ = tuned_class(plain)
     layer._nspec = TunedState(name, outputs, int(outputs == layer.transposed))
-    layer._nspec.shared = shared
+    layer._nspec.shared, layer._nspec.around = shared, around
     layer.neurons, layer.neuron_biases = Parameters(), Parameters()
     turned: TunedLayer = layer
     return turned
@@ -344,5 +355,8 @@ def tuned(layer: Any, name: str, outputs: bool, shared: Shared) -> TunedLayer:
 def untuned(layer: TunedLayer) -> None:
     """The layer as it was before; its weight holds what it holds now."""
     plain, module = plain_class(layer, TunedLayer), layer  # type: Any, Any
+    around = module._nspec.around
     del module.neurons, module.neuron_biases, module._nspec
+    if around is not None:
+        module._nspec = around
     module.__class__ = plain

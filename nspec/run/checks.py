@@ -52,14 +52,16 @@ def _languages(config: Config) -> None:
                 f"{name}: expected language codes such as de or pt_BR (a hyphen separates the two languages "
                 f"of a direction), found {show(language)}"
             )
-    known = set(corpus.languages)
+    known = {*corpus.languages, corpus.pivot} if corpus.languages else set()
     for direction in corpus.directions:
         source, hyphen, target = direction.partition("-")
         if not (hyphen and _LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target) and source != target):
             raise ValueError(f"corpus.directions: expected source-target such as en-de, found {show(direction)}")
         for language in (source, target):
             if known and language not in known:
-                raise ValueError(f"corpus.directions: {direction} needs {language}, which is not in corpus.languages")
+                raise ValueError(
+                    f"corpus.directions: {direction} needs {language}, neither in corpus.languages nor corpus.pivot"
+                )
     if corpus.type == "files" and not corpus.path:
         raise ValueError("corpus.path: a corpus of type files needs the folder with the text; give corpus.path")
     if corpus.valid_split == corpus.test_split:

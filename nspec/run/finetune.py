@@ -158,11 +158,17 @@ class TuningRun:
             step, *of = name.split(":")
             if step != "report":
                 seconds = self._do(name, functools.partial(steps[step], *of))
+                if step == "base" and seconds is None and self._to_tune():
+                    work.check()  # other methods or parts than those that the base was made for
                 if seconds is not None and step == "tune":
                     self._taken.setdefault(of[0], []).append(seconds)
                 self._tell(name, seconds)
         self._do("report", work.report)
         return self.folder / "report" / "index.html"
+
+    def _to_tune(self) -> bool:
+        """Whether a fine-tuning is to come."""
+        return any(name.startswith("tune:") and not self.run.finished(name) for name in self.run.stages)
 
     def _tell(self, name: str, seconds: float | None) -> None:
         if seconds is not None:

@@ -100,15 +100,27 @@ def validate(config: TuningConfig) -> None:
         raise ValueError(f"text.path: {text.path} is no folder; expected one with CODE.txt for each language")
     if text.type == "hub" and not text.name:
         raise ValueError("text.name: text of type hub needs the name of a dataset; give text.name")
-    if not model.pretrained and model.d_model % (2 * model.heads):
-        raise ValueError(
-            f"model.d_model: expected a multiple of twice model.heads ({model.heads}), found {model.d_model}"
-        )
     parts = config.neurons.parts
     if parts and not any(set(parts) <= allowed for allowed in _PARTS):
         raise ValueError(f"neurons.parts: expected some of gate, up, down, or of fc1, fc2, found {show(parts)}")
+    if not model.pretrained:
+        _check_new_model(config)
     if "lora" in methods and importlib.util.find_spec("peft") is None:
         raise ImportError(
             "tune.methods: lora needs the peft library, which is not installed: pip install 'nspec[tuning]', or take lora "
             "out of tune.methods"
         )
+
+
+def _check_new_model(config: TuningConfig) -> None:
+    """What is known of a new model before it is made."""
+    model, own = config.model, config.neurons
+    if model.d_model % (2 * model.heads):
+        raise ValueError(
+            f"model.d_model: expected a multiple of twice model.heads ({model.heads}), found {model.d_model}"
+        )
+    if own.parts and not set(own.parts) <= _PARTS[0]:
+        raise ValueError(f"neurons.parts: expected some of gate, up, down of the new model, found {show(own.parts)}")
+    neurons = model.layers * model.d_ff
+    if "lape" in config.tune.methods and not round(own.rate * neurons):
+        raise ValueError(f"neurons.rate: {own.rate} of {neurons} neurons is less than one: take a higher rate")

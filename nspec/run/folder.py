@@ -35,6 +35,7 @@ from nspec.run.records import (
     holds_only_parts,
     is_gone,
     move_aside,
+    no_such_stage,
     read_record,
     redo_hint,
     started_name,
@@ -303,7 +304,7 @@ class Run:
         for name in names:
             found = {stage for stage in self.stages if stage == name or stage.startswith(f"{name}:")}
             if not found:
-                raise ValueError(f"--redo {name}: there is no such stage; there are {', '.join(self.stages)}")
+                raise ValueError(no_such_stage(name, self.stages))
             chosen |= found
         for stage in self.stages.values():  # in order, so that one pass reaches all that follow
             if chosen.intersection(stage.after):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,18 @@ _PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu"
 def redo_hint(stage: Stage) -> str:
     """How to make a stage anew, for a message."""
     return f"--redo {stage.name} to make it and all that follows from it anew (the old folders are kept as *.old-N)"
+
+
+def no_such_stage(name: str, stages: Iterable[str]) -> str:
+    """Which stages are called alike, and all that there are: of those of a group how many, and the first."""
+    groups: dict[str, list[str]] = {}
+    for stage in stages:
+        groups.setdefault(stage.partition(":")[0], []).append(stage)
+    every = dict.fromkeys([*groups, *(stage for mine in groups.values() for stage in mine)])
+    near = difflib.get_close_matches(name, every, n=3, cutoff=0.7)
+    shown = [mine[0] if len(mine) == 1 else f"{group} ({len(mine)}: {mine[0]}, ...)" for group, mine in groups.items()]
+    hint = f"did you mean {' or '.join(near)}? There" if near else "there"
+    return f"--redo {name}: there is no such stage; {hint} are {', '.join(shown)}"
 
 
 def read_record(path: Path) -> dict[str, Any]:

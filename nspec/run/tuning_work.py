@@ -53,17 +53,16 @@ class Work:
 
     def base(self, folder: Path) -> None:
         """The model that everything starts from: ``base/model``, or a note of the one that was given."""
-        from nspec.lm.model import longest, new_model, train_tokenizer
+        from nspec.lm.model import new_model, train_tokenizer
         from nspec.lm.train import Recipe, train
+        from nspec.run.tuning_checks import check_tokens
 
         own, length, seed = self.config.model, self.config.text.length, self.config.run.seed
         if own.pretrained:
-            model, _ = self._model()
-            if 0 < longest(model) < length:
-                raise ValueError(
-                    f"text.length: expected at most {longest(model)}, the longest sequence of {own.pretrained}, found "
-                    f"{length}"
-                )
+            model, tokenizer = self.check()
+            codes = self.config.text.languages
+            for split in ("train", "test"):
+                check_tokens(self.config, model, [p for code in codes for p in self._sequences(code, split, tokenizer)])
             facts: dict[str, Any] = {"name": own.pretrained, "new": False}
         else:
             lines = [line for code in self.config.text.languages for line in self._lines(code, "train")]
@@ -82,6 +81,14 @@ class Work:
         facts["kind"] = str(model.config.model_type)
         write_json(folder / "base.json", facts)
         self.display.line(f"  {facts['name']}: {facts['kind']}, {facts['parameters']:,} parameters")
+
+    def check(self) -> tuple[Any, Any]:
+        """The base and its tokenizer, once it is sure that every method suits it."""
+        from nspec.run.tuning_checks import check_model
+
+        model, tokenizer = self._model()
+        check_model(self.config, model)
+        return model, tokenizer
 
     def base_perplexity(self, folder: Path) -> None:
         """What the base makes of the held-out text of every language."""
@@ -216,23 +223,9 @@ class Work:
             own = self.config.neurons
             return nspec.finetune(model, mine, parts=own.parts or None, biases=own.biases, quiet=True)
         if method == "lora":
-            from peft import LoraConfig, get_peft_model
+            from nspec.lm.lora import add_lora
 
-            tune = self.config.tune
-            alpha: Any = tune.lora_alpha
-            lora = LoraConfig(
-                r=tune.lora_rank,
-                lora_alpha=alpha,
-                lora_dropout=tune.lora_dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
-            import torch
-
-            torch.manual_seed(self.config.run.seed)  # of its random factor
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers renames
-                return get_peft_model(model, lora)
+            return add_lora(model, self.config.tune, self.config.run.seed)
         return model.float()  # all parameters, with a float32 copy of each where they are saved in less
 
     def _save(self, method: str, model: Any, folder: Path, trained: int) -> int:

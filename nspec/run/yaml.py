@@ -59,13 +59,14 @@ def _check_name(name: str, where: str, root: type[Sections]) -> None:
     section, key, name, shown = cut(section), cut(key), cut(name), bare(name)
     if not key:  # a section, or an option whose section was forgotten
         nearest = difflib.get_close_matches(section, known, n=1)
-        nearest = nearest or [option for option in options if option.endswith(f".{section}")]
-    elif section in known:  # the same section first, then the same option of another one
+        nearest = nearest or [option for option in options if option.endswith(f".{section}")][:1]
+    elif section in known:  # the same section first, also what goes on from there, then the same option of another one
         nearest = [f"{section}.{near}" for near in difflib.get_close_matches(key, known[section], n=1, cutoff=0.7)]
-        nearest = nearest or [option for option in options if option.endswith(f".{key}")]
+        nearest = nearest or [f"{section}.{longer}" for longer in known[section] if longer.startswith(f"{key}_")]
+        nearest = nearest or [option for option in options if option.endswith(f".{key}")][:1]
     else:
         nearest = difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "`nspec config` shows every option"
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`nspec config` shows every option"
     raise ValueError(f"unknown option {shown}{where}; {hint}")
 
 

@@ -13,6 +13,7 @@ from .candidates import what_there_is
 from .feed_forward import FeedForward, features, is_linear, is_transposed
 from .naming import Layer, check_no_adapter, chosen
 from .patterns import nearest as nearest
+from .quantised import PACKS
 
 # Attribute names of the linear layers of a block, as they are found in the field. A first layer of twice the width of the
 # second's input computes gate and up behind one another.
@@ -316,7 +317,8 @@ def is_relu(activation: Any) -> bool:
 def fast_paths(model: nn.Module, blocks: Sequence[FeedForward]) -> list[tuple[nn.Module, str, Any]]:
     """What keeps ``nn.TransformerEncoder`` from its fused inference path, which would not call fc1 and fc2.
 
-    Modules, each with an attribute and the value that does it; nested tensors are of that path too.
+    Modules, each with an attribute and the value that does it; nested tensors are of that path too. And what keeps 4-bit
+    weights from being packed for inference, for good.
     """
     parents = {id(block.parent) for block in blocks if isinstance(block.parent, nn.TransformerEncoderLayer)}
     found: list[tuple[nn.Module, str, Any]] = []
@@ -325,6 +327,8 @@ def fast_paths(model: nn.Module, blocks: Sequence[FeedForward]) -> list[tuple[nn
             found.append((module, "activation_relu_or_gelu", 0))
         if isinstance(module, nn.TransformerEncoder) and any(id(layer) in parents for layer in module.layers):
             found.append((module, "use_nested_tensor", False))
+        if module.__dict__.get(PACKS):
+            found.append((module, PACKS, False))
     return found
 
 

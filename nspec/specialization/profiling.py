@@ -23,6 +23,7 @@ from .losses import LossOf, SummedLoss
 from .naming import Layer
 from .padding import RealTokens, check_tensor, rows_are_samples
 from .passes import TokenMasks
+from .quantised import computes_affine, is_packed
 from .scores import NeuronScores, Score, check_score
 from .scoring import Scorers
 from .tasks import task as switched_to
@@ -202,7 +203,7 @@ def _check_countable(block: FeedForward) -> None:
     for layer in (block.fc1, block.up, block.fc2):
         if layer is None or isinstance(layer, TaskLayer):
             continue
-        if why := computes_linear(layer):
+        if why := computes_affine(layer) if is_packed(layer) else computes_linear(layer):
             raise ValueError(
                 f"{block.name}: {'fc2' if layer is block.fc2 else 'up' if layer is block.up else 'fc1'} of this block is a "
                 f"{type(layer).__name__}, expected one that computes what nn.Linear does: {why}"

@@ -360,14 +360,14 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
     layers = specialized_layers(model)
 
     def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _switched(layers, [layer.state() for layer in layers])
+        return contextlib.nullcontext(), _switched(layers, [layer.switched_to() for layer in layers])
 
     return contexts
 
 
 @contextlib.contextmanager
 def _switched(layers: list[TaskSwitched], states: list[Any]) -> Iterator[None]:
-    before = [layer.state() for layer in layers]
+    before = [layer.switched_to() for layer in layers]
     for layer, state in zip(layers, states):
         layer.switch(state._replace(set_in=backward_pass()))
     try:

@@ -14,14 +14,15 @@ from nspec.nn.state import Around
 from nspec.nn.tuned_block import TunedBlock, untuned_block
 from nspec.nn.tuned_linear import TunedLayer, untuned
 
+from .quantised import kind_of
 from .tasks import calls_its_class, refuse_other_threads
 
 TRAINED = "_nspec_trained"
 """On a module of which parameters were frozen: their names."""
 
 
-class EmbeddingHook:
-    """A forward hook of an embedding; see :func:`nspec.finetune`."""
+class TuningHook:
+    """A forward hook that fine-tuning put on a module; see :func:`nspec.finetune`."""
 
 
 def is_tuned(model: nn.Module) -> bool:
@@ -52,7 +53,7 @@ def take_off(model: nn.Module, task: str | None = None) -> nn.Module:
             rebind(module)
         for name in module.__dict__.pop(TRAINED, ()):
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, EmbeddingHook)]:
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, TuningHook)]:
             del module._forward_hooks[key]
     restore_modules(model.modules())
     return model
@@ -68,7 +69,8 @@ def fold(model: nn.Module, task: str) -> nn.Module:
         if layer._nspec.sets[task] is not None and not layer.is_writable():
             raise ValueError(
                 f"the weight of {layer.qualified_name} is {_kind(layer)}, and rows cannot be written into it: save the "
-                "neurons (nspec.save_neurons), load the base in floating point, nspec.load_neurons there, and merge"
+                "neurons (nspec.save_neurons), load the base in floating point, put them there (nspec.load_neurons(base, "
+                "folder, verify=False)), and merge that"
             )
     return take_off(copy.deepcopy(model), task)
 
@@ -103,4 +105,4 @@ def _check_undoable(layer: Any) -> None:
 
 def _kind(layer: Any) -> str:
     weight = layer.weight
-    return "sharded" if hasattr(weight, "placements") else "elsewhere (meta)" if weight.is_meta else f"{weight.dtype}"
+    return "sharded" if hasattr(weight, "placements") else "elsewhere (meta)" if weight.is_meta else kind_of(layer)

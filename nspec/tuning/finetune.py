@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from nspec.specialization.apply import check_plain, fitting
-from nspec.specialization.feed_forward import FeedForward
+from nspec.specialization.feed_forward import FeedForward, features, is_linear
 from nspec.specialization.layers import find_blocks
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import matches, nearest
+from nspec.specialization.quantised import check_differentiable, computes_itself, is_packed
 from nspec.specialization.tasks import specialized_layers
-from nspec.specialization.tuned import TRAINED, EmbeddingHook, is_tuned
+from nspec.specialization.tuned import TRAINED, is_tuned
 
+from .hooks import add_hooks
 from .layers import (
     GATED,
     PLAIN,
@@ -26,7 +28,6 @@ from .layers import (
     attach,
     base_values,
     index_in,
-    is_packed,
     layer_of,
     parameters_of,
     parts_of,
@@ -79,8 +80,8 @@ def finetune(
 
     Raises:
         ValueError: masks of another model or without a neuron; parts that no block has; a model that is specialised or
-            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; ``also``
-            that matches nothing; a dtype that is not floating.
+            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; a 4-bit weight
+            that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -100,6 +101,7 @@ def finetune(
         raise ValueError(f"masks have no neuron of {', '.join(masks.tasks)}: there is nothing to train")
     chosen = chosen_parts(used, parts)
     check_layers(model, used, chosen)
+    check_differentiable(model)
     found = _found(model, also)
     tuning = Tuning(chosen, biases)
     freeze(model)
@@ -111,7 +113,7 @@ def finetune(
         values = {b.name: initial(b, chosen[b.name], index[b.name], biases, dtype) for b in used if len(index[b.name])}
         attach(model, used, task, index, values, tuning, trained=True)
     default_task(model, masks.tasks)
-    hook_embeddings(model)
+    add_hooks(model)
     if not quiet and not (torch.distributed.is_available() and torch.distributed.is_initialized() and _rank() > 0):
         print(summary(model, masks.tasks, tuning))
     return model
@@ -193,8 +195,9 @@ def _found(model: nn.Module, also: Iterable[str]) -> list[nn.Parameter]:
         if not mine:
             names = [name for name, _ in model.named_modules() if name]
             raise ValueError(f"also has {pattern!r}, which matches no parameter; {nearest(pattern, names)}")
-        if packed := [p for p in mine if not p.is_floating_point()]:
-            raise ValueError(f"also has {pattern!r}, which matches a weight in {packed[0].dtype}: it cannot be trained")
+        if packed := [p for p in mine if not p.is_floating_point() or computes_itself(p)]:
+            what = type(packed[0]).__name__ if computes_itself(packed[0]) else packed[0].dtype
+            raise ValueError(f"also has {pattern!r}, which matches a weight in {what}: it cannot be trained")
         found += mine
     return found
 
@@ -227,48 +230,14 @@ def default_task(model: nn.Module, tasks: Sequence[str]) -> None:
         layer.set_task(tasks[0] if len(tasks) == 1 else None)
 
 
-class _ForReentrance(EmbeddingHook):
-    """Has the output of an embedding require a gradient where a reentrant checkpoint follows.
-
-    That leaves the parameters within it without gradients unless one of its inputs requires one, and all below is frozen.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForReentrance:
-        return _ForReentrance(memo.get(id(self.model)))  # a copy of the embedding alone is in no model
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
-            return
-        if self.model is None:
-            return
-        if not output.requires_grad and output.is_floating_point() and any(map(_reenters, self.model.modules())):
-            output.requires_grad_(True)
-
-
-def _reenters(module: nn.Module) -> bool:
-    if not getattr(module, "gradient_checkpointing", False):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    keywords = function.keywords if isinstance(function, functools.partial) else {}
-    return bool(keywords.get("use_reentrant", True))
-
-
-def hook_embeddings(model: nn.Module) -> None:
-    """Has checkpoints of Transformers work with reentrance too."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(_ForReentrance(model))
-
-
 def summary(model: nn.Module, tasks: Sequence[str], tuning: Tuning) -> str:
     """One line: how many numbers are trained, and of how many."""
     own = {id(p) for p in parameters_of(model)}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own)
     base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    packed: list[Any] = [module for module in model.modules() if is_linear(module) and is_packed(module)]
+    base += sum(math.prod(features(layer)) - layer.weight.numel() for layer in packed)  # four bits: two numbers in one
     neurons = ", ".join(f"{sum(map(len, tuning.index[task].values())):,} of {task}" for task in tasks)
     also = f", and {others:,} of other modules" if others else ""
     return (

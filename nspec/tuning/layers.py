@@ -15,6 +15,7 @@ from nspec.nn.tuned_linear import TunedLayer, tuned
 from nspec.specialization.apply import change
 from nspec.specialization.feed_forward import FeedForward, features, is_transposed
 from nspec.specialization.layers import batch_dim_of, fast_paths, flattens, is_routed
+from nspec.specialization.quantised import is_packed, packed_rows
 from nspec.specialization.tasks import remember_place
 from nspec.specialization.tuned import rebind
 
@@ -71,17 +72,10 @@ def index_in(block: FeedForward, part: str, index: Tensor) -> Tensor:
     return index + block.d_ff if part == "up" and block.fused else index
 
 
-def is_packed(layer: Any) -> bool:
-    """Whether a layer's weight cannot be read and written as a matrix: it is quantised."""
-    weight = layer.weight
-    plain = type(weight) is nn.Parameter or type(weight) is Tensor
-    return not (plain and weight.is_floating_point() and weight.dim() == 2)
-
-
 def base_values(layer: Any, index: Tensor, outputs: bool) -> tuple[Tensor, Tensor | None]:
     """What a layer has for the neurons ``index``: rows ``[k, d]``, transposed of a last layer, and of outputs the bias."""
     if is_packed(layer):
-        rows = _probed(layer, index, outputs)
+        rows = packed_rows(layer, index, outputs)
     else:
         dim = int(outputs == is_transposed(layer))
         rows = layer.weight.detach().index_select(dim, index.to(layer.weight.device))
@@ -90,26 +84,6 @@ def base_values(layer: Any, index: Tensor, outputs: bool) -> tuple[Tensor, Tenso
         layer.bias.detach().index_select(0, index.to(layer.bias.device)) if outputs and layer.bias is not None else None
     )
     return rows.clone(), bias
-
-
-def _probed(layer: Any, index: Tensor, outputs: bool) -> Tensor:
-    """The same of a packed weight, by what the layer gives for unit vectors."""
-    bias, layer.bias = layer.bias, None
-    device = layer.weight.device
-    dtype = bias.dtype if bias is not None else getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
-    try:
-        with torch.no_grad():
-            if not outputs:
-                units = torch.zeros(len(index), layer.in_features, device=device, dtype=dtype)
-                units[torch.arange(len(index)), index] = 1
-                return layer(units).detach()
-            found = []
-            for start in range(0, layer.in_features, 256):
-                unit = torch.eye(layer.in_features, device=device, dtype=dtype)[start : start + 256]
-                found.append(layer(unit).detach().index_select(1, index.to(device)))
-            return torch.cat(found).t().contiguous()
-    finally:
-        layer.bias = bias
 
 
 def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> None:

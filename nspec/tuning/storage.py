@@ -29,15 +29,16 @@ from nspec.specialization.layers import find_blocks
 from nspec.specialization.masks import NeuronMasks
 from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import alike, nearest
+from nspec.specialization.quantised import check_differentiable, is_packed
 
-from .finetune import check_layers, default_task, freeze, hook_embeddings, tunable
+from .finetune import check_layers, default_task, freeze, tunable
+from .hooks import add_hooks
 from .layers import (
     Tuning,
     Values,
     attach,
     base_values,
     index_in,
-    is_packed,
     layer_of,
     parts_of,
     prepare,
@@ -249,13 +250,15 @@ def load_neurons(
         tunable(model, NeuronMasks({"all": every}), layers)
         check_layers(model, blocks, parts)
         tuning = Tuning(parts, bool(first.about["biases"]))
+    if trained:
+        check_differentiable(model)
     if verify:
         for one in stored.values():
             _check_base(one, mine, known)
     if not present:
         freeze(model)
         prepare(model, blocks, tuning)
-        hook_embeddings(model)
+        add_hooks(model)
     for name, one in stored.items():
         empty = torch.empty(0, dtype=torch.int64)
         index = {mine[block]: one.neurons.get(block, empty) for block in names}

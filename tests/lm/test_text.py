@@ -70,6 +70,10 @@ def test_what_is_wrong_with_files_is_one_line_that_names_them(tmp_path: Path) ->
     (tmp_path / "bb.txt").write_text("one line alone\n")
     with pytest.raises(ValueError, match=r"no (training|held-out) text of bb"):
         of_files(tmp_path)
+    (tmp_path / "bb.test.txt").write_text("one line alone\n")
+    with pytest.raises(ValueError, match=r"all 1 training lines of bb in .*bb\.txt are in its held-out text too"):
+        of_files(tmp_path)
+    (tmp_path / "bb.test.txt").unlink()
     (tmp_path / "bb.txt").write_bytes("über\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"bb\.txt, line 1: not valid UTF-8"):
         of_files(tmp_path)

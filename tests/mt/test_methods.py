@@ -90,6 +90,7 @@ def test_the_dense_weights_stay_or_train_on_and_merging_computes_the_same(toy: T
     ids = torch.tensor([[5, 9, 7, 2]])
     for task in toy.data.tasks:
         merged: Any = nspec.merge(model, task)
+        assert merged.state_dict().keys() == toy.model().state_dict().keys()
         with nspec.task(model, task), torch.no_grad():
             computed = model(input_ids=ids, decoder_input_ids=ids).logits
             assert torch.allclose(computed, merged(input_ids=ids, decoder_input_ids=ids).logits, atol=1e-5)

@@ -40,8 +40,13 @@ def test_what_render_writes_is_read_as_it_was() -> None:
         ("text.type=hub", r"text\.name: text of type hub needs the name"),
         ("neurons.parts=[gate, fc1]", r"neurons\.parts: expected some of gate, up, down, or of fc1, fc2"),
         ("neurons.rate=0", r"neurons\.rate: expected a number in \(0, 1\], found 0\.0"),
+        ("neurons.parts=[fc1]", r"neurons\.parts: expected some of gate, up, down of the new model, found \['fc1'\]"),
+        ("neurons.rate=1e-9", r"neurons\.rate: 1e-09 of 2048 neurons is less than one"),
         ("model.heads=5", r"model\.d_model: expected a multiple of twice model\.heads"),
-        ("tune.lr=1", r"unknown option tune\.lr in --set; did you mean model\.lr"),
+        (
+            "tune.lr=1",
+            r"unknown option tune\.lr in --set; did you mean tune\.lr_neurons or tune\.lr_lora or tune\.lr_full",
+        ),
         ("train.lr=1", r"unknown option train\.lr"),
     ],
 )

@@ -142,8 +142,10 @@ def test_redo_of_a_group_takes_all_of_it_and_leaves_the_rest(tmp_path: Path) -> 
         assert again == ["test:a", "test:b", "score", "page"]
         assert chain.run.set_aside(again) == [tmp_path / "three/a.old-1", tmp_path / "three/b.old-1"]
     assert chain() == ["test:a", "test:b", "score", "page"]
-    with pytest.raises(ValueError, match="--redo tset: there is no such stage; there are first, train, test:a"):
+    with pytest.raises(ValueError, match=r"--redo tset: there is no such stage; did you mean test\? There are first"):
         chain.run.following(["tset"])
+    with pytest.raises(ValueError, match=r"; there are first, train, test \(2: test:a, \.\.\.\), score, page$"):
+        chain.run.following(["xyz"])
 
 
 def test_redo_of_a_derived_stage_keeps_what_it_derives_from(tmp_path: Path) -> None:

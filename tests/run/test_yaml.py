@@ -224,6 +224,12 @@ def test_values_that_cannot_work_are_refused_before_the_run(text: str, option: s
     assert error_of(text).startswith(f"{option}: ")
 
 
+def test_a_direction_may_have_the_pivot_that_is_not_listed() -> None:
+    validate(parse("corpus: {languages: [de, fr], directions: [en-de, de-fr]}"))
+    with pytest.raises(ValueError, match="en-de needs en, neither in corpus.languages nor corpus.pivot"):
+        validate(parse("corpus: {languages: [de, fr], directions: [en-de], pivot: fr}"))
+
+
 def test_the_defaults_are_valid() -> None:
     validate(Config())
 

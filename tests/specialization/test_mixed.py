@@ -209,9 +209,9 @@ def test_the_batch_before_comes_back_with_its_dimension() -> None:
     with nspec.task(model, "en-de"):
         assert fc1.task == "en-de"
     assert fc1.task == tuple(TASKS)
-    assert fc1.state().batch.batch_dim == 1
+    assert fc1.switched_to().batch.batch_dim == 1
     nspec.profile(model, {"t": [inputs(3)]})
-    assert fc1.state().batch.batch_dim == 1
+    assert fc1.switched_to().batch.batch_dim == 1
 
 
 @BOTH

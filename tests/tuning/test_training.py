@@ -300,7 +300,9 @@ def test_a_packed_base_is_overlaid(name: str) -> None:
     given = inputs(FAMILIES[name])
     y = output(FAMILIES[name], model, given)
     assert near(y, output(FAMILIES[name], other, given))
-    with pytest.raises(ValueError, match=r"gate_proj is torch.int8, and rows cannot be written into it"):
+    with pytest.raises(
+        ValueError, match=r"gate_proj is quantised \(packed, int8\), and rows cannot be written into it"
+    ):
         nspec.merge(model, "cy")
     restored = nspec.despecialize(model)
     assert all(torch.equal(a, b) for a, b in zip(restored.state_dict().values(), base.state_dict().values()))
@@ -337,6 +339,24 @@ def test_training_several_sets_without_a_task_is_warned_of() -> None:
     _, model = tuned(tasks=("a", "b"))
     with pytest.warns(UserWarning, match="a training pass runs without a task, and the model has neurons of several"):
         output(LLAMA, model, inputs(LLAMA))
+
+
+@pytest.mark.filterwarnings("ignore:.*a training pass runs without a task")
+def test_the_gradient_of_a_loss_without_a_task_says_so_and_the_loss_is_that_of_the_base() -> None:
+    base, model = tuned(tasks=("a", "b"))
+    given = inputs(LLAMA) | {"labels": inputs(LLAMA)["input_ids"]}
+    loss = model.train()(**given).loss
+    assert torch.equal(loss, base.train()(**given).loss)
+    with pytest.raises(RuntimeError, match=r"neurons of a, b, and none of them was switched on .*TaskTrainerMixin"):
+        loss.backward()
+    with nspec.task(model, "a"):
+        gain = model(**given).loss - model(**given).loss.detach()
+    (gain + model(**given).loss).backward()  # beside another loss that has a part of the neurons it is a constant
+    assert any(parameter.grad is not None for parameter in own(model).values())
+    with nspec.task(model, None):
+        assert not model(**given).loss.requires_grad  # the base is meant
+    nspec.despecialize(model)
+    assert not model._forward_hooks
 
 
 def test_numbers_are_trained_in_the_dtype_that_is_asked_for() -> None:

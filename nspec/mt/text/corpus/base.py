@@ -66,16 +66,17 @@ def requested_languages(config: CorpusConfig) -> list[str]:
     """The languages that the options name, in their order; empty where the corpus is to give all that it has.
 
     Raises:
-        ValueError: a code or a direction is not well formed, or a direction needs a language that is not listed.
+        ValueError: a code or a direction is not well formed, or a direction needs a language that is neither listed nor
+            the pivot.
     """
     listed = list(dict.fromkeys(map(_code, config.languages)))
     needed = list(dict.fromkeys(code for direction in config.directions for code in split_direction(direction)))
     pivot = pivot_of(config)
     if config.directions:
         for code in needed:
-            if listed and code not in listed:
+            if listed and code not in (*listed, pivot):
                 raise ValueError(f"corpus.directions needs {code}, which corpus.languages ({', '.join(listed)}) lacks")
-        return listed or needed
+        return list(dict.fromkeys([*listed, *needed]))
     if listed and pivot and pivot not in listed:
         listed.append(pivot)
     return listed

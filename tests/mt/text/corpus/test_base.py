@@ -47,6 +47,14 @@ def test_given_directions_are_taken_as_they_are():
     assert tasks_of(config, corpus_of("de-en", "de-fr")) == ["fr-de", "en-de"]
 
 
+def test_the_pivot_need_not_be_listed_beside_directions_either():
+    config = CorpusConfig(languages=["de", "fr"], directions=["en-de", "fr-de"])
+    assert requested_languages(config) == ["de", "fr", "en"]
+    assert requested_languages(CorpusConfig(languages=["de", "fr"], directions=["fr-de"])) == ["de", "fr"]
+    with pytest.raises(ValueError, match=r"needs en, which corpus.languages \(de, fr\) lacks"):
+        requested_languages(CorpusConfig(languages=["de", "fr"], directions=["en-de"], pivot=""))
+
+
 @pytest.mark.parametrize("direction", ["en", "en-en", "en-de-fr", "en-", "-", "e n-de", "en_de"])
 def test_a_malformed_direction_is_quoted(direction):
     with pytest.raises(ValueError, match="is not a direction; expected two different language codes") as caught:
