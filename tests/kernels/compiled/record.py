@@ -175,6 +175,15 @@ def _gated_activation(dtype: torch.dtype, kind: str) -> None:
     _module("gated_activation").gradients(gate, gate, gate, kind, torch.arange(8))
 
 
+def _neuron_wgrad(dtype: torch.dtype, k: int, add: bool) -> None:
+    wgrad, dz, x = _module("neuron_wgrad"), torch.zeros(64, 256, dtype=dtype), torch.zeros(64, 64, dtype=dtype)
+    for result in dict.fromkeys((dtype, torch.float32)):
+        if add:
+            wgrad.accumulate(torch.zeros(k, 64, dtype=result), dz, x, torch.arange(k))
+        else:
+            wgrad.forward(dz, x, torch.arange(k), result)
+
+
 def _write_neurons(weight: torch.dtype, own: torch.dtype, columns: tuple[bool, ...]) -> None:
     weights, rows = (
         [torch.zeros(size, 64, dtype=dtype) for _ in range(3)] for size, dtype in ((64, weight), (16, own))
@@ -205,6 +214,8 @@ def _calls() -> Iterator[functools.partial[None]]:
         yield of(_linear_relu_count, dtype, tokens, d_ff, full)
     for dtype, kind in itertools.product((b16, f32), ("silu", "gelu", "gelu_tanh", "relu")):
         yield of(_gated_activation, dtype, kind)
+    for dtype, k, add in itertools.product((b16, f32), (16, 144), (True, False)):
+        yield of(_neuron_wgrad, dtype, k, add)
     for dtypes in ((b16, f32), (b16, b16), (f32, f32)):
         for columns in ((False, False, True), (False,) * 3, (True,) * 3):
             yield of(_write_neurons, *dtypes, columns)
