@@ -51,6 +51,17 @@ def test_it_is_added_to_what_is_there_and_rounded_once(place: Any, draw: Any, po
                     assert total._version > version
 
 
+def test_a_total_in_16_bits_is_rounded_once(place: Any) -> None:
+    for dtype in place.dtypes:
+        if dtype.itemsize == 2:
+            bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+            dz = torch.tensor([[1.0], [2.0 ** -(bits + 1)]], dtype=dtype, device=place.device)
+            total = torch.full((1, 4), 2.0**bits, dtype=dtype, device=place.device)
+            neuron_wgrad(dz, torch.ones(2, 4, dtype=dtype, device=place.device), None, add_to=total)
+            # Half of the distance to the next number and a little more; rounded to 16 bits, the half, which goes to even.
+            assert total.unique().tolist() == [2.0**bits + 2]
+
+
 def test_four_parts_that_are_added_are_the_sum_of_all_tokens(place: Any, draw: Any) -> None:
     for dtype in place.dtypes:
         dz, x = draw.normal(400, 30, dtype=dtype), draw.normal(400, 24, dtype=dtype, seed=1)

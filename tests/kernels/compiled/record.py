@@ -58,7 +58,7 @@ class Recorded:
     def name(self) -> str:
         """The function, the types of what it reads and writes, what is switched on, and the sizes of blocks."""
         types = [kind[1:] for kind in self.signature.values() if kind in ("*fp32", "*bf16", "*fp16")]
-        words = ["-".join([*types, *(str(self.constants[name]) for name in "PGMV" if name in self.constants)])]
+        words = ["-".join([*types, *(str(self.constants[name]) for name in "PGMVW" if self.constants.get(name))])]
         flags = [name.lower() for name in self.flags]
         words += [value for value in self.constants.values() if isinstance(value, str)]
         words += ["x".join(str(v) for name, v in self.constants.items() if name.isupper() and type(v) is int)]
@@ -78,7 +78,9 @@ class Recorded:
             counts = ("count",) if half and self.function == "linear_relu_count/forward" else ()
             return (*counts, "product16" if half else "product32")
         if self.function == "row_sparse_adamw/adamw":
-            return ("stream", "unfused") if self.constants["WIDE"] > 1 else ("unfused",)
+            # A weight is written number by number.
+            streams = self.constants["WIDE"] > 1 and self.constants["W"] is None
+            return ("stream", "unfused") if streams else ("unfused",)
         return ("stream",) if self.function in STREAMS else ()
 
     def covers(self, other: Recorded) -> bool:
@@ -196,8 +198,11 @@ def _row_sparse_adamw(param: torch.dtype, grad: torch.dtype, moments: torch.dtyp
         (param, grad, moments, moments),
         {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0},
     )
-    lists = ([torch.zeros(64, width, dtype=dtype)] for dtype in dtypes)
+    lists = [[torch.zeros(64, width, dtype=dtype)] for dtype in dtypes]
     _module("row_sparse_adamw").row_sparse_adamw_(*lists, [torch.ones(64, dtype=torch.bool)], step=1, **options)
+    for weight in dict.fromkeys((param, torch.bfloat16)):
+        writes = [(torch.zeros(64, width, dtype=weight), torch.arange(64), False)]
+        _module("row_sparse_adamw").row_sparse_adamw_(*lists, [None], step=1, writes=writes, **options)
 
 
 def _calls() -> Iterator[functools.partial[None]]:
