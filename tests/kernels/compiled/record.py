@@ -78,9 +78,9 @@ class Recorded:
             counts = ("count",) if half and self.function == "linear_relu_count/forward" else ()
             return (*counts, "product16" if half else "product32")
         if self.function == "row_sparse_adamw/adamw":
-            # A weight is written number by number.
-            streams = self.constants["WIDE"] > 1 and self.constants["W"] is None
-            return ("stream", "unfused") if streams else ("unfused",)
+            if self.constants["W"] is not None:  # the same arithmetic, and a weight that is written number by number
+                return ()
+            return ("stream", "unfused") if self.constants["WIDE"] > 1 else ("unfused",)
         return ("stream",) if self.function in STREAMS else ()
 
     def covers(self, other: Recorded) -> bool:
@@ -200,6 +200,8 @@ def _row_sparse_adamw(param: torch.dtype, grad: torch.dtype, moments: torch.dtyp
     )
     lists = [[torch.zeros(64, width, dtype=dtype)] for dtype in dtypes]
     _module("row_sparse_adamw").row_sparse_adamw_(*lists, [torch.ones(64, dtype=torch.bool)], step=1, **options)
+    if len({*dtypes}) > 1:
+        return
     for weight in dict.fromkeys((param, torch.bfloat16)):
         writes = [(torch.zeros(64, width, dtype=weight), torch.arange(64), False)]
         _module("row_sparse_adamw").row_sparse_adamw_(*lists, [None], step=1, writes=writes, **options)
