@@ -109,6 +109,9 @@ def results(
         parameter, gradient, first, second = ([tensor] for tensor in state)
         row_sparse_adamw_(parameter, gradient, first, second, rows, step=2, lr=0.125, weight_decay=0.5)
         found = dict(zip(("parameter", "gradient", "first moment", "second moment"), state))
+        own, written = [[tensor[: len(neurons)].clone()] for tensor in state], w2.clone()
+        row_sparse_adamw_(*own, [None], step=3, lr=0.125, writes=[(written, neurons, True)])
+        found["written columns"] = written
     return {f"{operator}: {name}": tensor.detach().double().cpu() for name, tensor in found.items()}
 
 
