@@ -71,7 +71,8 @@ def gradients(
     (tokens, width), k = gate.shape, len(index)
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     # Rows of whole 16 bytes, as the product after it reads them.
-    columns = tuple([gate.new_empty((tokens, padded(k, gate.dtype)))[:, :k] for _ in range(2)])
+    wide = tokens, padded(k, gate.dtype)
+    columns = gate.new_empty(wide)[:, :k], gate.new_empty(wide)[:, :k]
     if gate.numel() == 0:
         return dgate, dup, *columns
     places = places_of(index[None], width)[0] if places is None else places
