@@ -163,9 +163,6 @@ def _library(fake: FakeGpu) -> None:
             library.impl(name, counted(name), "CPU")
 
 
-_BY_LIBRARY = ("neuron_wgrad",)  # on a GPU a product of PyTorch's
-
-
 def _admit_cpu_tensors() -> None:
     """The backend ``triton`` of each operator still asks what it asks, and takes tensors on the CPU."""
     from nspec.kernels.common.backend import OPERATORS, Backend
@@ -182,8 +179,6 @@ def _admit_cpu_tensors() -> None:
     for operator in OPERATORS:
         backends = importlib.import_module(f"nspec.kernels.{operator}.op").BACKENDS
         found = [backend for backend in backends if backend.name == "triton"]
-        if operator in _BY_LIBRARY:
-            continue
         if len(found) != 1:
             raise RuntimeError(f"{operator} has {len(found)} backends 'triton', expected one: adapt {__name__} to it")
         overrule(found[0])

@@ -172,7 +172,8 @@ profiling() { benchmark profiling; }
 finetune() {
   local -a size=()
   [ "$set" != smoke ] || size=(--shape tiny --rounds 3)
-  run_python -m bench.finetune --device "$device" --seconds 60 "${size[@]}" --json "$folder/rows.jsonl"
+  run_python -m bench.gpu.small_calls --device "$device" --operators neuron_wgrad write_neurons gated_activation &&
+    run_python -m bench.finetune --device "$device" --seconds 60 "${size[@]}" --json "$folder/rows.jsonl"
 }
 
 gpu_tests() {

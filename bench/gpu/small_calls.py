@@ -94,7 +94,10 @@ def results(
             columns = gated_gradients(wide[2].clone(), wide[0], wide[1], "silu", neurons)
         found |= dict(zip(("dgate alone", "dup alone", "columns of dgate", "columns of dup"), columns))
     elif operator == "neuron_wgrad":
-        found = {"rows": neuron_wgrad(wide[0], x, neurons, dtype=torch.promote_types(dtype, torch.float32))}
+        own = torch.promote_types(dtype, torch.float32)
+        total = torch.ones(len(neurons), d, device=device, dtype=own)
+        found = {"rows": neuron_wgrad(wide[0], x, neurons, dtype=own), "all columns": neuron_wgrad(wide[0], x, None)}
+        found["added to"] = neuron_wgrad(wide[0], x, neurons, add_to=total)
     elif operator == "write_neurons":
         own = [draw(len(neurons), d, to=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
         written = [w1.clone(), w2.clone()]
@@ -107,6 +110,9 @@ def results(
         parameter, gradient, first, second = ([tensor] for tensor in state)
         row_sparse_adamw_(parameter, gradient, first, second, rows, step=2, lr=0.125, weight_decay=0.5)
         found = dict(zip(("parameter", "gradient", "first moment", "second moment"), state))
+        own, written = [[tensor[: len(neurons)].clone()] for tensor in state], w2.clone()
+        row_sparse_adamw_(*own, [None], step=3, lr=0.125, writes=[(written, neurons, True)])
+        found["written columns"] = written
     return {f"{operator}: {name}": tensor.detach().double().cpu() for name, tensor in found.items()}
 
 

@@ -275,12 +275,15 @@ class Product:
         dtype: of the operands.
         grouped: whether there are several tasks.
         library: whether the library computes it.
+        tile: other block sizes than those of :func:`product_tile`.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, grouped: bool, library: bool, tile: Tile | None = None
+    ) -> None:
         self.library = library
         precise, target = precision(dtype), target_of(device)
-        self.tile, self.programs = product_tile(target, dtype, precise), processors(device)
+        self.tile, self.programs = tile or product_tile(target, dtype, precise), processors(device)
         keywords = {"GROUPED": grouped, "TMA": has_tma(target), **self.tile.keywords(precise)}
         self.launcher = Launcher(product_kernel, keywords)
 

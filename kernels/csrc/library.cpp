@@ -36,8 +36,9 @@ STABLE_TORCH_LIBRARY(nspec_native, m) {
   m.def("row_sparse_wgrad_scratch(Tensor dh, Tensor x, Tensor index) -> int");
   m.def(
       "row_sparse_wgrad(Tensor dh, Tensor x, Tensor index, Tensor(a!) dw, Tensor(b!) db, Tensor(c!) scratch) -> ()");
-  // row_sparse_adamw.cpp
+  // row_sparse_adamw.cpp; `active` and `weights` without elements: every row, and none that is written to
   m.def(
       "row_sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor[] active, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "Tensor[] active, Tensor(d!)[] weights, Tensor[] index, int step, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> ()");
 }

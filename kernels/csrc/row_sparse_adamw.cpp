@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -47,6 +49,11 @@ struct Matrix {
   int64_t rows;
   int64_t width;
   int64_t work;        // elements to update: active rows x width
+  void* weight;        // to which the rows are written as well, or null
+  ScalarType type;     // of that
+  const int64_t* at;   // [rows]: the neurons in it
+  int64_t stride;      // between neurons
+  int64_t step;        // between the numbers of one
 };
 
 NSPEC_CLONES void update(
@@ -119,6 +126,30 @@ void update_range(const Matrix& a, int64_t lo, int64_t hi, const Coefficients& c
   }
 }
 
+// Writes elements [lo, hi) of the matrix to its weight.
+template <typename T>
+void write_to(const Matrix& a, int64_t lo, int64_t hi) {
+  T* weight = static_cast<T*>(a.weight);
+  while (lo < hi) {
+    const int64_t row = lo / a.width, from = lo - row * a.width, to = std::min(a.width, from + (hi - lo));
+    const float* in = a.param + row * a.width;
+    T* out = weight + a.at[row] * a.stride;
+    for (int64_t i = from; i < to; ++i) out[i * a.step] = static_cast<T>(in[i]);
+    lo += to - from;
+  }
+}
+
+void write_range(const Matrix& a, int64_t lo, int64_t hi) {
+  switch (a.type) {
+    case ScalarType::Float:
+      return write_to<float>(a, lo, hi);
+    case ScalarType::BFloat16:
+      return write_to<torch::headeronly::BFloat16>(a, lo, hi);
+    default:
+      return write_to<torch::headeronly::Half>(a, lo, hi);
+  }
+}
+
 void check(const Tensor& t, const Tensor& param, const char* name, size_t i) {
   STD_TORCH_CHECK(
       t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == param.numel(),
@@ -131,7 +162,9 @@ void row_sparse_adamw_(
     const std::vector<Tensor>& grads,
     const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs,
-    const std::vector<Tensor>& active,  // bool [rows] each; without elements: every row
+    const std::vector<Tensor>& active,   // bool [rows] each; without elements: every row
+    const std::vector<Tensor>& weights,  // of each [neurons, width], without elements: none; or no list
+    const std::vector<Tensor>& index,    // int64 [rows] each, of those
     int64_t step,
     double lr,
     double beta1,
@@ -143,6 +176,9 @@ void row_sparse_adamw_(
       grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && active.size() == n,
       "the five lists must have the same length, found ", n, ", ", grads.size(), ", ", exp_avgs.size(), ", ",
       exp_avg_sqs.size(), " and ", active.size());
+  STD_TORCH_CHECK(
+      index.size() == weights.size() && (weights.empty() || weights.size() == n),
+      "there are ", weights.size(), " weights and ", index.size(), " index of ", n, " params");
   STD_TORCH_CHECK(step >= 1, "step counts from 1, found ", step);
 
   std::vector<Matrix> matrices;
@@ -170,6 +206,26 @@ void row_sparse_adamw_(
       a.active = static_cast<const bool*>(active[i].data_ptr());
       a.work = std::count(a.active, a.active + a.rows, true) * a.width;
     }
+    if (!weights.empty() && weights[i].numel() > 0 && a.work > 0) {
+      const Tensor& weight = weights[i];
+      const ScalarType type = weight.scalar_type();
+      STD_TORCH_CHECK(
+          a.active == nullptr && weight.is_cpu() && weight.dim() == 2 && index[i].is_cpu() && index[i].dim() == 1 &&
+              index[i].scalar_type() == ScalarType::Long && index[i].is_contiguous() &&
+              index[i].numel() * weight.size(1) == a.work &&
+              (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
+          "weights[", i, "] and index[", i, "] do not fit params[", i, "]");
+      a.weight = weight.data_ptr();
+      a.type = type;
+      a.at = static_cast<const int64_t*>(index[i].data_ptr());
+      a.rows = index[i].numel();
+      a.width = weight.size(1);
+      a.stride = weight.stride(0);
+      a.step = weight.stride(1);
+      for (int64_t j = 0; j < a.rows; ++j) {
+        STD_TORCH_CHECK(a.at[j] >= 0 && a.at[j] < weight.size(0), "there is no neuron ", a.at[j]);
+      }
+    }
     total += a.work;
     matrices.push_back(a);
   }
@@ -192,6 +248,7 @@ void row_sparse_adamw_(
       const int64_t from = std::max(lo, start) - start;
       const int64_t to = std::min(hi, start + a.work) - start;
       if (from < to) update_range(a, from, to, c);
+      if (from < to && a.weight != nullptr) write_range(a, from, to);
       start += a.work;
       if (start >= hi) break;
     }

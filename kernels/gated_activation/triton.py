@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.active import places_of
-from ..common.triton_launch import Launcher, aligned, cdiv, launching, planned
+from ..common.triton_launch import Launcher, aligned, cdiv, launching, padded, planned
 from ..common.triton_tasks import DTYPES
 from .kernels import backward_kernel, forward_kernel, gradients_kernel
 
@@ -70,12 +70,14 @@ def gradients(
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     (tokens, width), k = gate.shape, len(index)
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
-    columns = gate.new_empty((tokens, k)), gate.new_empty((tokens, k))
+    # Rows of whole 16 bytes, as the product after it reads them.
+    wide = tokens, padded(k, gate.dtype)
+    columns = gate.new_empty(wide)[:, :k], gate.new_empty(wide)[:, :k]
     if gate.numel() == 0:
         return dgate, dup, *columns
     places = places_of(index[None], width)[0] if places is None else places
     tensors = dh, gate, up, dgate, dup, places, *columns
     alike = gate.dtype, width % 16 == 0, width == 1, aligned(*tensors)
     plan = _gradients_plan(gate.device, kind, *alike)
-    launching(gate.device, plan, (tokens, cdiv(width, _ROWS["BLOCK"]), 1), *tensors, width, k)
+    launching(gate.device, plan, (tokens, cdiv(width, _ROWS["BLOCK"]), 1), *tensors, width, padded(k, gate.dtype))
     return dgate, dup, *columns

@@ -19,3 +19,9 @@ def forward(dz: Tensor, x: Tensor, index: Tensor | None, dtype: torch.dtype) -> 
     if torch.version.hip is not None:  # which has no product with an output of another dtype
         return (columns.t().float() @ x.float()).to(dtype)
     return mm_float32(columns.t(), x).to(dtype)
+
+
+def accumulate(total: Tensor, dz: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
+    """Adds the gradient to ``total [k, d]``, in place; the sum is rounded once."""
+    wide = torch.promote_types(torch.promote_types(total.dtype, dz.dtype), torch.float32)
+    return total.copy_(forward(dz, x, index, wide).add_(total))

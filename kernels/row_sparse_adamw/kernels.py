@@ -24,8 +24,12 @@ def adamw_kernel(
     GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
     FIELDS: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """One block of GROUPS x WIDE elements. WIDE neighbours are in one row, and with WIDE > 1 they are read together."""
+    """One block of GROUPS x WIDE elements. WIDE neighbours are in one row, and with WIDE > 1 they are read together.
+
+    W: the dtype of weights to which the elements are written as well; None: there are none. There every row is active.
+    """
     this = tl.load(owner + tl.program_id(0))
     entry = table + this * FIELDS
     p = tl.load(entry + 0).to(tl.pointer_type(P))
@@ -62,3 +66,15 @@ def adamw_kernel(
     tl.store(m + begin + at, mean.to(M), mask=keep)
     tl.store(v + begin + at, square.to(V), mask=keep)
     tl.store(p + begin + at, value.to(P), mask=keep)
+    if W is not None:
+        weight = tl.load(entry + 8).to(tl.pointer_type(W))
+        index = tl.load(entry + 9).to(tl.pointer_type(tl.int64))
+        place = begin // width
+        before = begin - place * width
+        ahead = tl.minimum(width - before, GROUPS * WIDE).to(tl.int32)
+        span = tl.minimum(width, GROUPS * WIDE).to(tl.int32)
+        here = at < ahead
+        neuron = tl.load(index + place + tl.where(here, 0, 1 + (at - ahead) // span), mask=keep, other=0)
+        number = tl.where(here, before + at, (at - ahead) % span)
+        target = weight + neuron * tl.load(entry + 10) + number * tl.load(entry + 11)
+        tl.store(target, value.to(P).to(W), mask=keep)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common import native
 from ..common.checks import PLAIN
+from .reference import Write
 
 
 def supports(
@@ -17,6 +18,7 @@ def supports(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     active: Sequence[Tensor | None],
+    writes: Sequence[Write | None] = (),
 ) -> str | None:
     """Why :func:`row_sparse_adamw_` cannot take these tensors, in one line; None where it can.
 
@@ -40,7 +42,7 @@ def supports(
     for mask in active:
         if mask is not None and (mask.device.type != "cpu" or mask.dtype != torch.bool or not mask.is_contiguous()):
             return f"an active set is {mask.dtype} on {mask.device}, strides {list(mask.stride())}"
-    return None
+    return native.refuses_tensors(*[write[0] for write in writes if write is not None])
 
 
 @torch.no_grad()
@@ -56,6 +58,7 @@ def row_sparse_adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    writes: Sequence[Write | None] = (),
 ) -> None:
     """One step of ``torch.optim.AdamW`` on the active rows, in place; the other rows are neither read nor written.
 
@@ -72,18 +75,22 @@ def row_sparse_adamw_(
         betas: decay of the two moments.
         eps: added to the root of the bias-corrected second moment.
         weight_decay: decoupled.
+        writes: as of the operator; the weights float32, bfloat16 or float16, of any strides.
 
     Raises:
         RuntimeError: the library is not there, or the tensors are not what :func:`supports` takes.
     """
     native.require()
-    every_row = torch.empty(0, dtype=torch.bool)
+    every_row, nothing = torch.empty(0, dtype=torch.bool), torch.empty(0)
     torch.ops.nspec_native.row_sparse_adamw_(
         list(params),
         list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
         [every_row if mask is None else mask for mask in active],
+        # A row of a weight is a neuron.
+        [nothing if write is None else write[0].t() if write[2] else write[0] for write in writes],
+        [nothing if write is None else write[1].contiguous() for write in writes],
         step,
         lr,
         *betas,

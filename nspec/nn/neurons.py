@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,33 @@ class NeuronSet:
         return self.__dict__ | {"_copies": {}}
 
 
+class Written:
+    """That a step of an optimiser has written rows into a weight: unless something has changed, no pass need do it again.
+
+    Changes through ``.data`` are not seen.
+
+    Args:
+        weight: the weight.
+        parameters: those of its neurons that were written.
+    """
+
+    steps = 0
+    """Of optimisers that write no rows; their fused kernels need not raise the version of a parameter."""
+
+    def __init__(self, weight: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._weight, self._steps = weight.data_ptr(), Written.steps
+        self._versions = {p.data_ptr(): p._version for p in parameters}
+
+    def holds(self, weight: Tensor, *parameters: Tensor | None) -> bool:
+        """Whether the weight has these parameters, as they are."""
+        if self._steps != Written.steps or self._weight != weight.data_ptr():
+            return False
+        return all(p is None or self._versions.get(p.data_ptr()) == p._version for p in parameters)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy has other tensors
+
+
 class TunedState(LayerState):
     """What is kept on a linear layer some of whose neurons have parameters of their own.
 
@@ -51,6 +79,7 @@ class TunedState(LayerState):
         dim: along which dimension of the weight they lie.
         sets: the neurons of each task; None where it has none here.
         content: whose rows the weight holds now; None: those of the base.
+        written: that they were written by an optimiser; None where a pass has done it.
         routed: whether a router chooses the tokens of the layer.
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.
@@ -62,6 +91,7 @@ class TunedState(LayerState):
         self.name, self.outputs, self.dim = name, outputs, dim
         self.sets: dict[str, NeuronSet | None] = {}
         self.content: str | None = None
+        self.written: Written | None = None
         self.routed, self.flattens = False, False
         self.batch_dim: int | None = None
         self.around: Any = None

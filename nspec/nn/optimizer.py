@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
 from .masked_linear import Masked, masked_layers
+from .neurons import Written
+from .tuned_linear import TunedLayer
 
 
 class RowSparseAdamW(torch.optim.Optimizer):
@@ -38,6 +42,10 @@ class RowSparseAdamW(torch.optim.Optimizer):
     ``Conv1D``, the linear layer of GPT-2, has its neurons in the columns of its weight, and is refused: take
     ``torch.optim.AdamW`` there.
 
+    Of a model that is fine-tuned (``nspec.finetune``) it steps the neurons' parameters, all of their rows, and with
+    ``write_rows`` writes them into the weights of the base in the launch of the step, where one task has neurons and
+    computes in place. The training passes until the next step then write nothing.
+
     A step cannot be captured in a CUDA graph, which would replay its step count, learning rate and rows: capture forward
     and backward pass, and step outside.
 
@@ -49,6 +57,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
         model: the model, or what wraps it, whose specialised layers the parameters are of. None: all specialised layers
             of the process are searched for them, in each step.
+        write_rows: whether steps of a fine-tuned ``model`` write its rows. Training passes see what operations of PyTorch
+            and other optimisers change between steps, and then write themselves; what is written through ``.data`` between
+            a step and the training pass after it they do not see.
 
     Raises:
         ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
@@ -70,6 +81,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
 
     _layers: dict[int, weakref.ref[Masked]]
     _model: nn.Module | None = None  # a copy, or what was pickled, has none
+    _write_rows = False
 
     def __init__(
         self,
@@ -80,13 +92,20 @@ class RowSparseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         model: nn.Module | None = None,
+        write_rows: bool = False,
     ) -> None:
         _check(lr, betas, eps, weight_decay)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module or None")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self._model = model
-        if not self._owners():
+        self._model, self._write_rows = model, write_rows
+        if write_rows:
+            if not self._tuned():
+                raise ValueError(
+                    "write_rows is True, and no parameter is of the neurons of a fine-tuned model: give that as model="
+                )
+            _watch_other_optimizers()
+        elif not self._owners():
             where = "" if model is None else f" of the {type(model).__name__}"
             raise ValueError(
                 f"no parameter belongs to a specialised layer{where}: call nspec.specialize(model, masks) first, or use "
@@ -109,9 +128,12 @@ class RowSparseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        touched = self._touched()
+        touched, tuned = self._touched(), self._tuned()
+        written: dict[TunedLayer, list[Tensor]] = {}
         for group in self.param_groups:
-            self._step_group(group, touched)
+            self._step_group(group, touched, tuned, written)
+        for layer, parameters in written.items():
+            layer._nspec.written = Written(layer.weight, parameters)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -119,6 +141,19 @@ class RowSparseAdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for owner in self._owners().values():
             owner.gradient_is_dropped()
+
+    def _tuned(self) -> dict[Tensor, tuple[TunedLayer, bool]]:
+        """The parameters of neurons that are written, each with its layer, and whether it is one of biases."""
+        if not self._write_rows or self._model is None:
+            return {}
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        layers = [module for module in self._model.modules() if isinstance(module, TunedLayer)]
+        parts = [
+            (layer, part, part is layer.neuron_biases)
+            for layer in layers
+            for part in (layer.neurons, layer.neuron_biases)
+        ]
+        return {p: (layer, biases) for layer, part, biases in parts for p in part.parameters() if id(p) in mine}
 
     def _owners(self) -> dict[Tensor, Any]:
         """The specialised layers whose weights are among the parameters."""
@@ -175,7 +210,13 @@ class RowSparseAdamW(torch.optim.Optimizer):
             for (p, (*_, apart)), (touched, dropped) in zip(taken.items(), pairs)
         }
 
-    def _step_group(self, group: dict[str, Any], touched: dict[Tensor, tuple[Tensor, Tensor | None]]) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        touched: dict[Tensor, tuple[Tensor, Tensor | None]],
+        tuned: dict[Tensor, tuple[TunedLayer, bool]],
+        written: dict[TunedLayer, list[Tensor]],
+    ) -> None:
         sparse: dict[int, list[list[Any]]] = {}  # by step: a parameter that had no gradient for a while is behind
         dense: list[list[Tensor]] = [[], [], [], [], []]
         for p in group["params"]:
@@ -187,14 +228,22 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             columns = [_local(tensor) for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-            if p in touched:
+            if p in touched or p in tuned:
                 state["step"] += 1
-                lists = sparse.setdefault(int(state["step"]), [[], [], [], [], []])
-                rows, dropped = touched[p]
-                rows = _local_rows(rows, p)
-                if dropped is not None:
-                    rows = rows | (_local_rows(dropped, p) & (columns[1] != 0).any(1))
-                for column, value in zip(lists, [*columns, rows]):
+                lists = sparse.setdefault(int(state["step"]), [[], [], [], [], [], []])
+                rows: Tensor | None = None
+                write = None
+                if p in tuned:
+                    layer, biases = tuned[p]
+                    write = layer.place_of(p, biases)
+                    if write is not None:
+                        written.setdefault(layer, []).append(p)
+                else:
+                    used, dropped = touched[p]
+                    rows = _local_rows(used, p)
+                    if dropped is not None:
+                        rows = rows | (_local_rows(dropped, p) & (columns[1] != 0).any(1))
+                for column, value in zip(lists, [*columns, rows, write]):
                     column.append(value)
             else:
                 if _fused(columns[0]) and state["step"].device != columns[0].device:
@@ -202,8 +251,8 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 for column, value in zip(dense, [*columns, state["step"]]):
                     column.append(value)
         options = {"lr": float(group["lr"]), "eps": group["eps"], "weight_decay": group["weight_decay"]}
-        for step, lists in sparse.items():
-            row_sparse_adamw_(*lists, step=step, betas=group["betas"], **options)
+        for step, (*lists, writes) in sparse.items():
+            row_sparse_adamw_(*lists, step=step, betas=group["betas"], **options, writes=writes)
         if dense[0]:
             beta1, beta2 = group["betas"]
             params, grads, exp_avgs, exp_avg_sqs, counts = dense
@@ -211,6 +260,17 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 params, grads, exp_avgs, exp_avg_sqs, [], counts, fused=all(map(_fused, params)),
                 amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **options,
             )  # fmt: skip
+
+
+@functools.cache
+def _watch_other_optimizers() -> None:
+    """Has passes write rows again after a step of an optimiser that does not."""
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not getattr(optimizer, "_write_rows", False):
+            Written.steps += 1
+
+    register_optimizer_step_post_hook(note)
 
 
 def _check(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:

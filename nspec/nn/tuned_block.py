@@ -1,10 +1,14 @@
-"""A gated block some of whose neurons have parameters of their own, computed as one: less is kept, and less is computed.
+"""A block some of whose neurons have parameters of their own, computed as one: less is kept, and less is computed.
 
-The module around the three layers keeps its code and gets a ``forward`` before it that computes ``down(act(gate(x)) *
-up(x))`` by the layers' own functions, bit for bit, and a backward pass of its own. Of the forward pass ``x``, gate and up
-and the columns of the neurons are kept. Where nothing below is trained, ``x`` needs no gradient, and the backward pass is
-over the columns of the neurons alone. Whenever something is not as it was found (hooks, other layers in place of these, a
+The module around the layers keeps its code and gets a ``forward`` before it that computes ``down(act(gate(x)) * up(x))``,
+or ``fc2(act(fc1(x)))``, by the layers' own functions, bit for bit, and a backward pass of its own. Of the forward pass of
+a gated block ``x``, gate and up and the columns of the neurons are kept. Where nothing below is trained, ``x`` needs no
+gradient, and the backward pass is over the columns of the neurons alone; a plain block is computed as one there only, as
+its own code loses nothing elsewhere. Whenever something is not as it was found (hooks, other layers in place of these, a
 batch of several tasks, a compiled graph), the module's own code runs, with the layers as they are.
+
+A plain block whose layers lie in a larger module (the encoder layers of Marian and BART) runs its own code too: what it
+has between its layers is open to hooks and to ``retain_grad``, which would find gradients of the neurons' columns alone.
 """
 
 from __future__ import annotations
@@ -75,9 +79,7 @@ class _Block(torch.autograd.Function):
             dx = torch.mm(dg, cast(gate, dg.dtype))
             dx = dx.addmm_(du, cast(up, du.dtype)).view(*ctx.lead, -1)
         elif any(needed[: count - 1]) or any(needed[count:]):
-            mine = rows[-1] if rows[-1] is not None else down.index_select(1, ctx.index).t()
-            # The base's dtype, in which the forward pass has multiplied.
-            dh = dy @ cast(cast(mine, down.dtype), dy.dtype).t()
+            dh = _columns_below(down, rows[-1], ctx.index, dy)
             own = gated_gradients(dh, g, u, ctx.kind, None)[2:]
         if len(own) and count == 2:
             own = [torch.cat(tuple(own), 1)]
@@ -87,6 +89,51 @@ class _Block(torch.autograd.Function):
             if needed[count + place]:
                 gradients[count + place] = dz.sum(0, dtype=biases[place].dtype)
         return dx, None, None, *gradients
+
+
+class _Lowest(torch.autograd.Function):
+    """``fc2(act(fc1(x)))`` of an ``x`` without a gradient: all but the forward pass is over the columns of the neurons."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: TunedBlock, uses: Any, *parameters: Tensor | None) -> Tensor:
+        layers = block.projections()
+        fc1, fc2 = layers
+        weights = [layer.weight for layer in layers]
+        _bring(layers, uses, parameters[:2], parameters[2:], weights)
+        z = fc1.plain_forward(x)
+        h = block._nspec_activation(z)
+        y = fc2.plain_forward(h)
+        ctx.index = next(use.index for use in uses if use is not None)
+        ctx.kind, ctx.down = block._nspec_kind, weights[1]
+        first, second, bias, _ = ctx.needs_input_grad[3:]
+        ctx.save_for_backward(
+            flat(x) if first else None,
+            take_columns(flat(z), ctx.index) if first or bias else None,
+            take_columns(flat(h), ctx.index) if second else None,
+            *parameters,
+        )
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, h, rows, down, bias, _ = ctx.saved_tensors
+        first, second, third, _ = ctx.needs_input_grad[3:]
+        dy = flat(dy)
+        drows = neuron_wgrad(h, dy, None, dtype=down.dtype) if second else None
+        if not (first or third):
+            return None, None, None, None, drows, None, None
+        # The slope is that of a gated activation with 1 as its other half.
+        dz = gated_gradients(_columns_below(ctx.down, down, ctx.index, dy), z, torch.ones_like(z), ctx.kind, None)[0]
+        dfirst = neuron_wgrad(dz, x, None, dtype=rows.dtype) if first else None
+        return None, None, None, dfirst, drows, dz.sum(0, dtype=bias.dtype) if third else None, None
+
+
+def _columns_below(weight: Tensor, rows: Tensor | None, index: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of the neurons' outputs, ``[tokens, k]``, through a last layer with rows of their own, or without."""
+    mine = rows if rows is not None else weight.index_select(1, index).t()
+    # The base's dtype, in which the forward pass has multiplied.
+    return dy @ cast(cast(mine, weight.dtype), dy.dtype).t()
 
 
 def _bring(layers: Any, uses: Any, rows: Any, biases: Any, weights: Any) -> None:
@@ -101,10 +148,11 @@ def _product(activated: Tensor, g: Tensor, u: Tensor) -> Tensor:
 
 
 class TunedBlock:
-    """The mixin of the module around a gated block; see :func:`tuned_block`."""
+    """The mixin of the module around a block; see :func:`tuned_block`."""
 
     _nspec_names: tuple[str, ...]
     _nspec_kind: str
+    _nspec_gated: bool
     _nspec_known: tuple[Any]
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +160,7 @@ class TunedBlock:
         if not args and not kwargs and (layers := self._as_found(x)) is not None:
             found = [layer.begin_with(x) for layer in layers]
             uses = [use for use, _ in found]
-            if all(batch is None for _, batch in found) and _fits(uses):
+            if all(batch is None for _, batch in found) and self._fits(uses):
                 return self._at_once(x, layers, uses)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
@@ -123,12 +171,15 @@ class TunedBlock:
             x, *own = layer._nspec.passes.note((use, None), x, *rows, *biases)
             rows, biases = own[: len(layers)], own[len(layers) :]
         uses = [None if use is None else use.on(layer.weight.device) for layer, use in zip(layers, uses)]
-        y: Tensor = _Block.apply(x, self, uses, *rows, *biases)
+        function = _Block if self._nspec_gated else _Lowest
+        y: Tensor = function.apply(x, self, uses, *rows, *biases)
         return y
 
     def _as_found(self, x: Any) -> Any:
         """The layers where the block can be computed at once; None else."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(x, Tensor):
+            return None
+        if not self._nspec_gated and x.requires_grad:
             return None
         layers = self.projections()
         activation = self._nspec_activation
@@ -147,20 +198,19 @@ class TunedBlock:
     def _nspec_activation(self) -> Any:
         return getattr(self, self._nspec_names[-1])
 
+    def _fits(self, uses: list[NeuronSet | None]) -> bool:
+        """Whether the parts that are trained are such that one index serves them all."""
+        first, *_, last = uses
+        if len(uses) == 3 or not self._nspec_gated:
+            return any(use is not None for use in uses)
+        return first is not None and last is not None and len(first.index) == 2 * len(last.index)
+
     def projections(self) -> Any:
-        """Gate, up and down, or gate and up in one and down, whatever is in their places."""
+        """Gate, up and down, or gate and up in one and down, or fc1 and fc2, whatever is in their places."""
         return [getattr(self, name) for name in self._nspec_names[:-1]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (plain_class(self, TunedBlock),), self.__dict__.copy()
-
-
-def _fits(uses: list[NeuronSet | None]) -> bool:
-    """Whether the parts that are trained are such that one index serves them all."""
-    first, *_, last = uses
-    if len(uses) == 3:
-        return any(use is not None for use in uses)
-    return first is not None and last is not None and len(first.index) == 2 * len(last.index)
 
 
 def _is_watched(module: Any) -> bool:
@@ -178,37 +228,40 @@ def _blank(plain: type) -> Any:
     return made.__new__(made)
 
 
-def tuned_block(module: Any, names: tuple[str, ...], kind: str) -> None:
-    """Has a module compute its gated block at once, in place.
+def tuned_block(module: Any, names: tuple[str, ...], kind: str, gated: bool) -> None:
+    """Has a module compute its block at once, in place.
 
     Args:
         module: one that :func:`recognised` knows.
         names: of the attributes with the layers and the activation.
         kind: of the activation.
+        gated: whether the block is.
     """
     plain: Any = type(module)
     module.__class__ = _class(plain)
-    module._nspec_names, module._nspec_kind = names, kind
+    module._nspec_names, module._nspec_kind, module._nspec_gated = names, kind, gated
     module._nspec_known = (module._nspec_activation,)  # a tuple, or it would be a module of the model
 
 
 def untuned_block(module: Any) -> None:
     """The module as it was before."""
     plain = plain_class(module, TunedBlock)
-    del module._nspec_names, module._nspec_kind, module._nspec_known
+    del module._nspec_names, module._nspec_kind, module._nspec_gated, module._nspec_known
     module.__class__ = plain
 
 
-def recognised(module: nn.Module, layers: list[Any]) -> tuple[Any, str] | None:
+def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, str] | None:
     """The names of the layers and of the activation, and the kind of the activation, of a module that is nothing else.
 
-    It has these layers (gate, up and down, or gate and up in one, and down) and an activation that is one of those known,
-    and gives on random numbers, bit for bit, what ``down(act(gate(x)) * up(x))`` does. None else: such a module runs its
-    own code.
+    It has these layers (gate, up and down, or gate and up in one, and down, or fc1 and fc2) and an activation that is one
+    of those known, and gives on random numbers, bit for bit, what ``down(act(gate(x)) * up(x))``, or ``fc2(act(fc1(x)))``,
+    does. None else: such a module runs its own code.
     """
     children = module._modules
     names = [next((name for name, child in children.items() if child is part), None) for part in layers]
     others = [(name, child) for name, child in children.items() if all(child is not part for part in layers)]
+    if isinstance(module, nn.Sequential):  # which may become longer
+        return None
     if None in names or len(others) != 1 or [*module._parameters, *module._buffers] or _is_watched(module):
         return None
     name, activation = others[0]
@@ -227,8 +280,12 @@ def recognised(module: nn.Module, layers: list[Any]) -> tuple[Any, str] | None:
         with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             for mode in (True, False):
                 module.train(mode)
-                g, u = (layer(x) for layer in first) if len(first) == 2 else first[0](x).chunk(2, -1)
-                if not torch.equal(module(x), down(activation(g) * u)):
+                if gated:
+                    g, u = (layer(x) for layer in first) if len(first) == 2 else first[0](x).chunk(2, -1)
+                    h = activation(g) * u
+                else:
+                    h = activation(first[0](x))
+                if not torch.equal(module(x), down(h)):
                     return None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None

@@ -96,7 +96,7 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
         change(module, attribute, value)
     first = True
     for block in blocks:
-        around = _around(block) if block.gated else None
+        around = _around(block)
         in_layer: dict[str, int] = {}
         places = tuning.places[block.name] = []
         for part in tuning.parts[block.name]:
@@ -125,11 +125,11 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
 
 
 def _around(block: FeedForward) -> Any:
-    """The module around a gated block that can be computed at once, its names and kind; None where there is none."""
+    """The module around a block that can be computed at once, and what it is; None where there is none."""
     if isinstance(block.parent, TunedBlock):
         return None
-    found = recognised(block.parent, _layers(block))
-    return None if found is None else (block.parent, *found)
+    found = recognised(block.parent, _layers(block), block.gated)
+    return None if found is None else (block.parent, *found, block.gated)
 
 
 def attach(

@@ -29,6 +29,7 @@ from nspec.kernels.compact_fc1 import compact_fc1
 from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.linear_relu_count import linear_relu_count
+from nspec.kernels.neuron_wgrad import neuron_wgrad
 from nspec.kernels.row_sparse_wgrad import row_sparse_wgrad
 
 seen, wrong, missing = {}, set(), set()
@@ -94,6 +95,11 @@ for _ in range(300):
     with ambient:
         row_sparse_wgrad(dh, x.detach(), active, task_offsets=offsets, add_to=total)
         row_sparse_wgrad(dh.float(), x.detach().float(), active, task_offsets=offsets, add_to=total)
+        for k, given in itertools.product((0, 1, 5, 16, 70), (torch.float16, torch.float32)):
+            k, own = min(k, d_ff), draw.choice([torch.float16, torch.float32])
+            columns, z = torch.arange(k), dh.to(given)
+            neuron_wgrad(z, x.detach().to(given), columns, dtype=own)
+            neuron_wgrad(z[:, :k], x.detach().to(given), None, add_to=tensor(k, d_in, dtype=own, layout=next(layouts)))
 assert len(seen) > 300, len(seen)
 assert not wrong, "\\n".join(sorted(wrong)[:20])
 assert not missing, "not among what tests/kernels/compiled/record.py launches: " + "\\n".join(sorted(missing)[:20])

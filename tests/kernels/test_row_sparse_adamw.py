@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nspec.kernels.row_sparse_adamw import reference, row_sparse_adamw_
 from nspec.kernels.row_sparse_adamw.op import _row_sparse_adamw
+from nspec.kernels.write_neurons import write_neurons_
 
 OPERATOR = "row_sparse_adamw"
 
@@ -91,6 +92,53 @@ def test_float64_follows_pytorch_over_several_steps(place: Any, draw: Any) -> No
             rows = rows_of(active[0], a) if a.shape == SHAPES[0] else None
             if rows is not None:
                 torch.testing.assert_close(a[rows], b[rows], rtol=1e-13, atol=1e-14)
+
+
+def test_rows_that_lie_in_weights_are_written_there_as_they_are_after_the_step(
+    place: Any, draw: Any, compare: Any
+) -> None:
+    shapes = [(7, 33), (64, 128), (40, 1), (13,), (0, 4), (3, 1000), (17, 8), (5, 6)]
+    if not place.interpreted:
+        shapes.append((3, 20000))
+    for dtype in place.dtypes:
+        for own in (
+            [dtype]
+            if dtype == torch.float64
+            else {dtype, torch.float32}
+            if place.backend != "native"
+            else {torch.float32}
+        ):
+            state = make(draw, shapes, own)
+            want = copies(state)
+            writes: list[Any] = []
+            for i, shape in enumerate(shapes):
+                rows, size = shape[0], shape[1] if len(shape) > 1 else 1
+                index = torch.randperm(rows + 9, generator=torch.Generator().manual_seed(i))[:rows].to(place.device)
+                weight = draw.normal(*((size, rows + 9) if i % 2 else (rows + 9, size)), dtype=dtype, seed=50 + i)
+                writes.append((weight, index, bool(i % 2)))
+            writes[-1] = None
+            before = [None if write is None else write[0].clone() for write in writes]
+            versions = [p._version for p in state[0]]
+            row_sparse_adamw_(*state, [None] * len(shapes), step=3, **OPTIONS, writes=writes)
+            row_sparse_adamw_(*want, [None] * len(shapes), step=3, **OPTIONS)
+            for kind in (0, 2, 3):
+                assert all(compare.same_bits(a, b) for a, b in zip(state[kind], want[kind]))
+            assert all(p._version > version for p, version in zip(state[0], versions))
+            for p, write, old in zip(want[0], writes, before):
+                if write is not None:
+                    weight, index, columns = write
+                    write_neurons_([old], [p.reshape(len(index), old.shape[0 if columns else 1])], [index], [columns])
+                    assert compare.same_bits(weight, old)
+
+
+def test_a_weight_that_does_not_fit_its_rows_is_named() -> None:
+    state, index = [[torch.ones(2, 3)] for _ in range(4)], torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"params\[0\] has shape \[2, 3\], expected rows of 4"):
+        row_sparse_adamw_(*state, [None], step=1, lr=0.1, writes=[(torch.ones(5, 4), index, False)])
+    with pytest.raises(ValueError, match="an active set and a weight"):
+        row_sparse_adamw_(*state, [index > 0], step=1, lr=0.1, writes=[(torch.ones(5, 3), index, False)])
+    with pytest.raises(ValueError, match="writes has length 2, expected that of params, 1"):
+        row_sparse_adamw_(*state, [None], step=1, lr=0.1, writes=[None, None])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,6 +66,71 @@ def test_what_is_kept_is_the_input_gate_and_up_and_the_columns_of_the_neurons() 
         model(torch.randn(TOKENS, D))
     first = [TOKENS * D, TOKENS * K, TOKENS * K, TOKENS * K]
     assert kept == first + 2 * [TOKENS * D, TOKENS * F, TOKENS * F, TOKENS * K]
+
+
+class Plain(nn.Module):
+    """``fc2(act(fc1(x)))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def plain(**options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    base = nn.Module()
+    base.blocks = nn.ModuleList([Plain() for _ in range(2)])
+    base.forward = lambda x: base.blocks[1](base.blocks[0](x))
+    model = copy.deepcopy(base)
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x))
+    masks = {f"blocks.{i}.fc1": torch.arange(F) % 29 == 3 for i in range(2)}
+    return base, nspec.finetune(model, nspec.NeuronMasks({"cy": masks}), quiet=True, **options)
+
+
+def test_a_plain_block_below_which_nothing_is_trained_has_the_columns_of_the_neurons_alone() -> None:
+    base, model = plain()
+    assert type(model.blocks[0]).__name__ == "Plain"
+    x = torch.randn(TOKENS, D)
+    with FlopCounterMode(display=False) as flops:
+        y = model(x)
+    assert torch.equal(y, base(x))
+    one, compact = 2 * TOKENS * D * F, 2 * TOKENS * D * K
+    assert flops.get_total_flops() == 2 * 2 * one
+    with FlopCounterMode(display=False) as flops:
+        y.square().sum().backward()
+    assert flops.get_total_flops() == 2 * one + 2 * 2 * compact + compact
+
+
+@pytest.mark.parametrize("parts", [None, ("fc1",), ("fc2",)])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_gradients_of_the_lowest_plain_block_are_rows_of_the_full_ones(parts: Any, biases: bool) -> None:
+    base, model = plain(parts=parts, biases=biases)
+    base, model, x = base.double(), model.double(), torch.randn(TOKENS, D, dtype=torch.float64)
+    for one in (base, model):
+        one(x).square().sum().backward()
+    at, layer = (torch.arange(F) % 29 == 3).nonzero()[:, 0], model.blocks[0]
+    wanted = [
+        base.blocks[0].fc1.weight.grad[at],
+        base.blocks[0].fc2.weight.grad[:, at].t(),
+        base.blocks[0].fc1.bias.grad[at],
+    ]
+    found = [layer.fc1.neurons.of("cy"), layer.fc2.neurons.of("cy"), layer.fc1.neuron_biases.of("cy")]
+    there = [part is not None for part in found]
+    assert there == [parts != ("fc2",), parts != ("fc1",), biases and parts != ("fc2",)]
+    for part, gradient in zip(found, wanted):
+        if part is not None:
+            torch.testing.assert_close(part.grad, gradient, rtol=0, atol=1e-12)
+
+
+def test_what_looks_into_a_plain_block_finds_whole_gradients() -> None:
+    _, model = plain()
+    seen: list[Tensor] = []
+    model.blocks[0].act.register_full_backward_hook(lambda module, given, came: seen.append(came[0]))
+    model(torch.randn(TOKENS, D)).square().sum().backward()
+    assert int(seen[0].count_nonzero()) > TOKENS * K
 
 
 class Made(TorchDispatchMode):

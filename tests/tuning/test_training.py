@@ -31,6 +31,30 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients(name: str, reentra
     assert equal(gradients(model, family), wanted)
 
 
+def test_a_gradient_that_is_accumulated_goes_through_autograd() -> None:
+    """Hooks get what a pass adds, not what is there; ``torch.autograd.grad`` leaves that as it was."""
+    _, model = tuned()
+    wanted = gradients(model)
+    before = {name: p.grad for name, p in own(model).items()}
+    seen: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    nodes = []  # a parameter does not hold its own
+    for name, p in own(model).items():
+        p.register_hook(seen[name].append)
+        p.register_post_accumulate_grad_hook(lambda p, name=name: seen[name].append(p.grad.clone()))
+        node: Any = torch.autograd.graph.get_gradient_edge(p).node
+        node.register_prehook(lambda grads, name=name: seen[name].append(grads[0]))
+        nodes.append(node)
+    asked = torch.autograd.grad(loss_of(LLAMA, model, inputs(LLAMA)), list(own(model).values()))
+    assert equal(dict(zip(wanted, asked)), wanted)
+    assert all(near(p.grad, wanted[name]) for name, p in own(model).items())
+    for found in seen.values():
+        found.clear()
+    loss_of(LLAMA, model, inputs(LLAMA)).backward()
+    for name, p in own(model).items():
+        assert p.grad is before[name]
+        assert [near(one, scale * wanted[name]) for one, scale in zip(seen[name], (1, 1, 2))] == [True] * 3
+
+
 def test_a_checkpoint_finds_the_task_of_its_forward_pass() -> None:
     _, model = tuned(tasks=("a", "b"))
     given = inputs(LLAMA)

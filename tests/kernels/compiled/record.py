@@ -58,7 +58,7 @@ class Recorded:
     def name(self) -> str:
         """The function, the types of what it reads and writes, what is switched on, and the sizes of blocks."""
         types = [kind[1:] for kind in self.signature.values() if kind in ("*fp32", "*bf16", "*fp16")]
-        words = ["-".join([*types, *(str(self.constants[name]) for name in "PGMV" if name in self.constants)])]
+        words = ["-".join([*types, *(str(self.constants[name]) for name in "PGMVW" if self.constants.get(name))])]
         flags = [name.lower() for name in self.flags]
         words += [value for value in self.constants.values() if isinstance(value, str)]
         words += ["x".join(str(v) for name, v in self.constants.items() if name.isupper() and type(v) is int)]
@@ -78,6 +78,8 @@ class Recorded:
             counts = ("count",) if half and self.function == "linear_relu_count/forward" else ()
             return (*counts, "product16" if half else "product32")
         if self.function == "row_sparse_adamw/adamw":
+            if self.constants["W"] is not None:  # the same arithmetic, and a weight that is written number by number
+                return ()
             return ("stream", "unfused") if self.constants["WIDE"] > 1 else ("unfused",)
         return ("stream",) if self.function in STREAMS else ()
 
@@ -175,6 +177,15 @@ def _gated_activation(dtype: torch.dtype, kind: str) -> None:
     _module("gated_activation").gradients(gate, gate, gate, kind, torch.arange(8))
 
 
+def _neuron_wgrad(dtype: torch.dtype, k: int, add: bool) -> None:
+    wgrad, dz, x = _module("neuron_wgrad"), torch.zeros(64, 256, dtype=dtype), torch.zeros(64, 64, dtype=dtype)
+    for result in dict.fromkeys((dtype, torch.float32)):
+        if add:
+            wgrad.accumulate(torch.zeros(k, 64, dtype=result), dz, x, torch.arange(k))
+        else:
+            wgrad.forward(dz, x, torch.arange(k), result)
+
+
 def _write_neurons(weight: torch.dtype, own: torch.dtype, columns: tuple[bool, ...]) -> None:
     weights, rows = (
         [torch.zeros(size, 64, dtype=dtype) for _ in range(3)] for size, dtype in ((64, weight), (16, own))
@@ -187,8 +198,13 @@ def _row_sparse_adamw(param: torch.dtype, grad: torch.dtype, moments: torch.dtyp
         (param, grad, moments, moments),
         {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0},
     )
-    lists = ([torch.zeros(64, width, dtype=dtype)] for dtype in dtypes)
+    lists = [[torch.zeros(64, width, dtype=dtype)] for dtype in dtypes]
     _module("row_sparse_adamw").row_sparse_adamw_(*lists, [torch.ones(64, dtype=torch.bool)], step=1, **options)
+    if len({*dtypes}) > 1:
+        return
+    for weight in dict.fromkeys((param, torch.bfloat16)):
+        writes = [(torch.zeros(64, width, dtype=weight), torch.arange(64), False)]
+        _module("row_sparse_adamw").row_sparse_adamw_(*lists, [None], step=1, writes=writes, **options)
 
 
 def _calls() -> Iterator[functools.partial[None]]:
@@ -205,6 +221,8 @@ def _calls() -> Iterator[functools.partial[None]]:
         yield of(_linear_relu_count, dtype, tokens, d_ff, full)
     for dtype, kind in itertools.product((b16, f32), ("silu", "gelu", "gelu_tanh", "relu")):
         yield of(_gated_activation, dtype, kind)
+    for dtype, k, add in itertools.product((b16, f32), (16, 144), (True, False)):
+        yield of(_neuron_wgrad, dtype, k, add)
     for dtypes in ((b16, f32), (b16, b16), (f32, f32)):
         for columns in ((False, False, True), (False,) * 3, (True,) * 3):
             yield of(_write_neurons, *dtypes, columns)
