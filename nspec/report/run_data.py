@@ -26,7 +26,14 @@ _SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_
 _TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
 _LATER_TEST_KEYS = ["bleu_p_ar", "chrf_p_ar"]  # scores.json of older runs has none
 _SUMMARY_KEYS = ["updates", "micro_batches", "tokens", "tokens_per_second", "train_seconds", "density", "threads"]
-_SUMMARY_KEYS += ["parameters", "parameters_added", "parameters_trained", "mask_bytes", "best_step"]
+_SUMMARY_KEYS += [
+    "parameters",
+    "parameters_added",
+    "parameters_trained",
+    "mask_bytes",
+    "best_step",
+    "peak_memory_bytes",
+]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from nspec.run.systems import (
     VARIED,
     config_of,
     masked_systems,
+    recipe_of,
     system_names,
     system_of,
     variants_of,
@@ -132,6 +133,17 @@ def check_layers(config: Config, names: list[str]) -> None:
             )
 
 
+def _recipes(config: Config) -> None:
+    """Systems that train in another way, which does not go with every option."""
+    for system in system_names(config):
+        if (kind := system_of(config, system)).recipe is not None:
+            own = config_of(config, system)
+            try:
+                recipe_of(kind, own).check(own.specialize)
+            except ValueError as error:
+                raise ValueError(f"specialize, of the system {system}: {error}") from None
+
+
 def _varied(config: Config) -> None:
     """What variants may change."""
     _training(config, "specialize")
@@ -190,6 +202,7 @@ def validate(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _layers(config)
+    _recipes(config)
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.recipe import SECTIONS
 from nspec.run.config import Config
 from nspec.run.systems import (
     config_of,
@@ -19,6 +20,7 @@ from nspec.run.systems import (
     masked_systems,
     masks_folder,
     profile_folder,
+    recipe_of,
     selected_folder,
     system_names,
     system_of,
@@ -252,6 +254,10 @@ def _training(config: Config, system: str) -> Stage:
         inputs, after, raisable = _PREPARED, ["prepare"], ("train.patience",)
     elif kind.method == "each":
         options, raisable = (*_but_updates("specialize"), "finetune", *options[1:]), ("specialize.patience",)
+    if kind.recipe is not None:
+        options += (SECTIONS[kind.recipe],)
+        if recipe_of(kind, own).has_length:
+            raisable = ("specialize.patience",)
     return Stage(
         f"specialize:{system}",
         f"systems/{system}",
