@@ -17,6 +17,7 @@ from scipy import stats
 from nspec.analysis.mantel import holm
 from nspec.analysis.overlap import Floats
 from nspec.mt.scoring.averages import kind_of_group
+from nspec.report.losses import loss_groups, mean_losses
 from nspec.report.run_data import RunData, load_run
 from nspec.report.words import METRICS, arrow, group_name, metric_names
 from nspec.run.yaml import flatten
@@ -31,7 +32,7 @@ _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
 class Difference:
     """How far a system is above the baseline, paired by seed."""
 
-    values: tuple[float, ...]  # points, one a seed
+    values: tuple[float, ...]  # points (of the loss nats), one a seed
     mean: float
     low: float  # lower end of the 95 % t interval of the mean
     high: float
@@ -48,9 +49,9 @@ class SeedResult:
     """One system, metric and average."""
 
     system: str  # its name in the runs
-    metric: str  # ``bleu`` or ``chrf``
+    metric: str  # ``bleu`` or ``chrf``; ``loss`` of the validation text
     group: str  # ``all``, ``from_<pivot>``, ``to_<pivot>``, or as :func:`nspec.mt.scoring.averages.run_groups` calls it
-    scores: tuple[float, ...]  # points (0 to 100), one a seed
+    scores: tuple[float, ...]  # points (0 to 100), one a seed; of the loss nats per target token
     mean: float
     sd: float  # standard deviation of ``scores`` (n - 1)
     difference: Difference | None  # from the baseline; None for the baseline itself
@@ -67,6 +68,7 @@ class SeedComparison:
     tasks: tuple[str, ...]  # the directions
     groups: tuple[str, ...]  # the averages
     results: tuple[SeedResult, ...]  # by group, metric and system
+    losses: tuple[SeedResult, ...]  # by average and system; without systems of which a run does not know them
     costs: Mapping[str, Mapping[str, float | None]]  # system -> mean of each of COSTS; None where a run does not say
     signatures: Mapping[str, tuple[str, ...]]  # metric -> the sacreBLEU signatures of the directions, each once
     notes: tuple[str, ...]  # what a reader has to know, a sentence each
@@ -115,6 +117,10 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     groups, left_out = _common_groups(runs, systems)
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
+    losses = _adjusted(_loss_results(runs, systems))
+    without = [system for system in systems if losses and all(result.system != system for result in losses)]
+    if without:
+        notes.append(f"Validation losses of {', '.join(without)} are left out: a run does not say them.")
     return SeedComparison(
         folders=tuple(run.folder for run in runs),
         seeds=tuple(run.config.run.seed for run in runs),
@@ -123,6 +129,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         tasks=tuple(task for task in first.tasks if task in tasks),
         groups=tuple(groups),
         results=tuple(_adjusted(results)),
+        losses=tuple(losses),
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
         notes=(*notes, *_machines(runs, systems), *left_out),
@@ -224,6 +231,24 @@ def _results(runs: Sequence[RunData], systems: Sequence[str], metric: str, group
         difference = None if system == baseline else _difference(values - scores[baseline], tests, metric)
         sd = float(values.std(ddof=1))
         results.append(SeedResult(system, metric, group, tuple(values.tolist()), float(values.mean()), sd, difference))
+    return results
+
+
+def _loss_results(runs: Sequence[RunData], systems: Sequence[str]) -> list[SeedResult]:
+    """The validation losses of the systems that all runs know them of, over the same directions."""
+    baseline, groups = runs[0].baseline, loss_groups(runs[0])
+    if any(loss_groups(run) != groups for run in runs):
+        return []
+    known = {system: [mean_losses(run, system) for run in runs] for system in systems}
+    known = {system: found for system, found in known.items() if all(found)}
+    results = []
+    for group in groups if baseline in known else ():
+        base = np.array([found[group] for found in known[baseline]])
+        for system, found in known.items():
+            values = np.array([each[group] for each in found])
+            difference = None if system == baseline else _difference(values - base, (), "loss")
+            mean, sd = float(values.mean()), float(values.std(ddof=1))
+            results.append(SeedResult(system, "loss", group, tuple(values.tolist()), mean, sd, difference))
     return results
 
 

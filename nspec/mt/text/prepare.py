@@ -60,7 +60,7 @@ def prepare(
         corpus: which text.
         tokenizer: of a new vocabulary.
         model: ``pretrained``, which brings a vocabulary, and ``max_positions``.
-        seed: of samples of the text.
+        seed: of samples of the training text, for training and for the vocabulary.
         folder: ``RUN/prepared``.
         progress: called as ``progress(what, done, total)`` while it works.
 
