@@ -20,6 +20,7 @@ from nspec.analysis.proximity import (
     Proximity,
     Similarity,
     groups_of,
+    mask_chance,
     mask_iou,
     proximity,
     sides_of_pivot,
@@ -37,6 +38,7 @@ PERMUTATIONS = 9999
 COLUMNS = [
     *("layer", "side", "direction", "languages", "r", "low", "high", "p", "p_holm", "p_bh", "exact", "permutations"),
     *("partial_r", "partial_p", "partial_p_holm", "iou_within", "iou_across", "reason"),
+    *("density_r", "density_p", "density_p_holm"),
 ]
 
 
@@ -101,7 +103,7 @@ def analyze_run(
     found = []
     few = min(len(codes) for codes in sides_of_pivot(masks, pivot).values()) < FEWEST
     if not (heads and few):  # without heads there is nothing but the test, which says what it lacks
-        found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, **options)]
+        found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, expected=mask_chance, **options)]
     if not heads:
         return tuple(found)
     from nspec.analysis.heads import head_similarity
@@ -116,11 +118,25 @@ def analyze_run(
 
 
 def _analyze(
-    what: str, of: Any, similarity: Similarity, folder: Path, pivot: str, *, distances: str, permutations: int
+    what: str,
+    of: Any,
+    similarity: Similarity,
+    folder: Path,
+    pivot: str,
+    *,
+    distances: str,
+    permutations: int,
+    expected: Similarity | None = None,
 ) -> Analysis:
     far = _distances(distances)
     found = proximity(
-        of, pivot, similarity=similarity, distances=far, permutations=permutations, control=script_control
+        of,
+        pivot,
+        similarity=similarity,
+        expected=expected,
+        distances=far,
+        permutations=permutations,
+        control=script_control,
     )
     result = Analysis(what, folder, distances, found, cluster(of, found, similarity))
     write_text(folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
@@ -213,7 +229,8 @@ def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
     cells += [test.r, test.low, test.high, test.p, row.p_holm, row.p_bh] if test else [None] * 6
     cells += [str(test.exact).lower(), test.permutations] if test else [None, None]
     cells += [partial.r, partial.p, row.partial_p_holm] if partial else [None] * 3
-    return [*cells, row.within, row.across, row.reason]
+    cells += [row.within, row.across, row.reason]
+    return [*cells, *([row.density.r, row.density.p, row.density_p_holm] if row.density else [None] * 3)]
 
 
 def _arrow(direction: Direction, pivot: str) -> str:
@@ -274,7 +291,7 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     table = terminal_table(
         f"Do related languages {verb}? Distance of {of} against {against}",
         "r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
-        f"{overlap} by {found.grouping}{_with_script_held(found)}",
+        f"{overlap} by {found.grouping}{_held(found)}",
         ["layer"],
         ["x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"],
     )
@@ -291,16 +308,18 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     return table
 
 
-def _with_script_held(found: Proximity) -> str:
-    """What is left where languages are compared as if all had one script: how many rows, and between which r."""
-    partial = [row for row in found.layers if row.partial]
-    if not partial:
-        return ""
-    sure = (
-        f"Holm p < {words.LEVEL:g} in {sum(row.partial_p_holm < words.LEVEL for row in partial)} of {len(partial)} rows"
-    )
-    r = [row.partial.r for row in partial if row.partial]
-    return f". With script held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, {sure}"
+def _held(found: Proximity) -> str:
+    """What is left where script, or density, is held constant: how many rows, and between which r."""
+    said = ""
+    for what, tests in (
+        ("script", [(row.partial, row.partial_p_holm) for row in found.layers if row.partial]),
+        ("density", [(row.density, row.density_p_holm) for row in found.layers if row.density]),
+    ):
+        if tests:
+            r, sure = [test.r for test, _ in tests], sum(p < words.LEVEL for _, p in tests)
+            said += f". With {what} held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, "
+            said += f"Holm p < {words.LEVEL:g} in {sure} of {len(tests)} rows"
+    return said
 
 
 def layer_name(row: LayerProximity) -> str:
