@@ -61,15 +61,20 @@ class Tree:
 class Analysis:
     """What :func:`analyze_run` found."""
 
-    what: str  # ``neurons`` or ``heads``
+    what: str  # ``neurons``, ``heads`` or ``halves``
     folder: Path  # what it wrote
     distances: str  # of the languages, as given to :func:`analyze_run`
-    proximity: Proximity | None  # the tests; None where heads were measured but there are too few languages to test
+    proximity: Proximity | None  # the tests; None of halves, and of heads where there are too few languages to test
     trees: tuple[Tree, ...]  # languages clustered by their masks
 
 
 def analyze_run(
-    run: Path, pivot: str = "", permutations: int = PERMUTATIONS, distances: str = "", heads: int = 0
+    run: Path,
+    pivot: str = "",
+    permutations: int = PERMUTATIONS,
+    distances: str = "",
+    heads: int = 0,
+    halves: bool = False,
 ) -> tuple[Analysis, ...]:
     """Tests the masks of a run and writes ``analysis.json``, ``analysis.tsv`` and the dendrograms into RUN/analysis.
 
@@ -83,15 +88,18 @@ def analyze_run(
         heads: the attention heads of the dense model are tested as well, in RUN/analysis/heads: how much each matters
             to a direction is measured on so many validation sentences of it. 0: they are not. They are measured and
             saved, for the page of the run, also where there are too few languages to test.
+        halves: neurons are selected from each half of the text as well, to see how stable the selection is, and saved
+            in RUN/analysis/halves, for the page of the run; that needs no number of languages.
 
     Returns:
-        What was found of the neurons, and of the heads where they are asked for; where there are too few languages, the
-        heads alone.
+        What was found of the neurons, and of heads and halves where they are asked for; where there are too few
+        languages, of these alone.
 
     Raises:
         OSError: the file of distances cannot be read.
-        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads``), a
-            language is not known, or the file of distances is wrong or lacks a pair. Nothing is written then.
+        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads`` and
+            ``halves``), a language is not known, or the file of distances is wrong or lacks a pair. Nothing is
+            written then.
     """
     from nspec import NeuronMasks
 
@@ -102,8 +110,13 @@ def analyze_run(
     masks = NeuronMasks.load(run / "masks")
     found = []
     few = min(len(codes) for codes in sides_of_pivot(masks, pivot).values()) < FEWEST
-    if not (heads and few):  # without heads there is nothing but the test, which says what it lacks
+    if not ((heads or halves) and few):  # alone the test says what it lacks
         found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, expected=mask_chance, **options)]
+    if halves:
+        from nspec.report import measured_halves
+
+        measured_halves.save(measured_halves.measure_halves(run), run)
+        found.append(Analysis("halves", run / measured_halves.FOLDER, distances, None, ()))
     if not heads:
         return tuple(found)
     from nspec.analysis.heads import head_similarity
@@ -113,7 +126,7 @@ def analyze_run(
     importance = measured_heads.measure_heads(run, heads)
     measured_heads.save(importance, run, heads)
     if few:
-        return (Analysis("heads", folder, distances, None, ()),)
+        return (*found, Analysis("heads", folder, distances, None, ()))
     return (*found, _analyze("heads", importance, head_similarity, folder, pivot, **options))
 
 
@@ -308,6 +321,24 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     return table
 
 
+def halves_table(run: Path) -> Table:
+    """The table of how stable a selection is, which ``nspec analyze --halves`` prints: a row for each layer."""
+    from nspec.report import measured_halves
+
+    found = measured_halves.load(run)
+    assert found is not None
+    table = terminal_table(
+        "Does each half of the text select the same neurons?",
+        "mean IoU: of one direction's neurons from the two halves; of two directions; of the halves by chance",
+        ["layer"],
+        ["halves", "directions", "chance"],
+    )
+    for row in measured_halves.compare_halves(*found[:2]):
+        shares = (row.halves, row.directions, row.chance)
+        table.add_row(row.layer, *("–" if math.isnan(share) else f"{share:.3f}" for share in shares))
+    return table
+
+
 def _held(found: Proximity) -> str:
     """What is left where script, or density, is held constant: how many rows, and between which r."""
     said = ""
@@ -335,7 +366,9 @@ def print_analysis(results: Iterable[Analysis]) -> None:
     from nspec.terminal import show
 
     for result in results:
-        if result.proximity is None:
+        if result.what == "halves":
+            show(halves_table(result.folder.parents[1]))
+        elif result.proximity is None:
             print(f"{result.what}: measured, not tested: that needs {FEWEST} languages or more beside the pivot")
         else:
             show(proximity_table(result.proximity, result.distances, result.what))

@@ -20,6 +20,7 @@ from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.losses import loss_groups, mean_losses
 from nspec.report.run_data import RunData, load_run
 from nspec.report.words import METRICS, arrow, group_name, metric_names
+from nspec.run.protocol import Primary, primary_of
 from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
@@ -72,6 +73,8 @@ class SeedComparison:
     costs: Mapping[str, Mapping[str, float | None]]  # system -> mean of each of COSTS; None where a run does not say
     signatures: Mapping[str, tuple[str, ...]]  # metric -> the sacreBLEU signatures of the directions, each once
     notes: tuple[str, ...]  # what a reader has to know, a sentence each
+    hypothesis: str = ""  # what was declared to be shown, the same in all runs
+    primary: Primary | None = None  # the comparison that was declared to test it
 
     def find(self, system: str, metric: str = "bleu", group: str = "all") -> SeedResult:
         """The result of one system.
@@ -79,7 +82,7 @@ class SeedComparison:
         Raises:
             KeyError: there is none of that system, metric and group.
         """
-        for result in self.results:
+        for result in (*self.results, *self.losses):
             if (result.system, result.metric, result.group) == (system, metric, group):
                 return result
         raise KeyError(f"no result of {system}, {metric}, {group}")
@@ -133,6 +136,8 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
         notes=(*notes, *_machines(runs, systems), *left_out),
+        hypothesis=first.config.run.hypothesis.strip(),
+        primary=primary_of(first.config),
     )
 
 

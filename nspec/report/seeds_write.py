@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nspec.files import write_text
 from nspec.mt.scoring.averages import KINDS, LEVEL, kind_of_group
 from nspec.report import drawing
+from nspec.report.declared import compared
 from nspec.report.seeds import COSTS, Difference, SeedComparison, SeedResult
 from nspec.report.tables import write_tsv
 from nspec.report.words import METRICS, bare_p, count, group_name, p_text, sign, signed, system_name
@@ -88,12 +89,30 @@ def markdown(comparison: SeedComparison) -> str:
         "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
         "run's own test on its test set is significant at 5 %.",
     ]
+    lines[2:2] = _declared_lines(comparison)
     lines += [*_loss_lines(comparison), *_average_lines(comparison)]
     rows = [[_cell(system_name(system)), *_cost_cells(comparison.costs[system])] for system in comparison.systems]
     lines += ["", "## Costs, mean over seeds", "", *_table(_COST_HEADS, rows), ""]
     lines += [f"- {note}" for note in comparison.notes]
     lines += [f"- {names[m]} signature: `{each}`" for m in METRICS for each in comparison.signatures[m]]
     return "\n".join(lines) + "\n"
+
+
+def _declared_lines(comparison: SeedComparison) -> list[str]:
+    """The hypothesis and the comparison that were declared, with its result; empty where nothing was."""
+    lines = [f"**Hypothesis.** {comparison.hypothesis}", ""] if comparison.hypothesis else []
+    if (primary := comparison.primary) is None:
+        return lines
+    said = compared(primary, comparison.baseline, comparison.metric_names, system_name)
+    try:
+        d = comparison.find(primary.system, primary.metric, primary.average).difference
+    except KeyError:
+        d = None
+    if d is None:
+        return [*lines, f"**Declared comparison.** {said}: not every run says it.", ""]
+    unit, digits = ("nats, negative is better", 3) if primary.metric == "loss" else ("points", 2)
+    result = f"{_difference(d, digits)} ({unit}), {p_text(d.p)}, not corrected, as the one declared"
+    return [*lines, f"**Declared comparison.** {said}: {result}.", ""]
 
 
 def _loss_lines(comparison: SeedComparison) -> list[str]:

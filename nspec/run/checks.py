@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
+from nspec.run.protocol import primary_of
 from nspec.run.systems import (
     SELECT_USES,
     SYSTEMS,
@@ -203,6 +204,7 @@ def validate(config: Config) -> None:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _layers(config)
     _recipes(config)
+    primary_of(config)
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:

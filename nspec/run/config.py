@@ -54,6 +54,13 @@ class RunConfig(PlaceConfig):
         "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune, "
         "bilingual, surgery, curriculum or reptile, each a line such as forward-k70 = forward select.k=0.7",
     )
+    hypothesis: str = option("", "what the run is to show, written before it; it stands first on the page")
+    primary: str = option(
+        "",
+        "the comparison with score.baseline that tests it, declared before the run: a system, a metric (loss, bleu, "
+        "chrf) and an average (all, from_en, to_en, level:low, ...), such as forward loss all; it is not corrected for "
+        "others",
+    )
 
 
 class Sections:

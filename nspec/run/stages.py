@@ -127,8 +127,10 @@ def stages_of(config: Config) -> list[Stage]:
                 outputs=("scores.json",),
             )
         )
-    results = ["config.yaml", "prepared/meta.json", "masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
+    results = ["config.yaml", "protocol.json", "prepared/meta.json"]
+    results += ["masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
     results += ["analysis/heads/heads.*", "analysis/heads/measured.json"]  # what `nspec analyze --heads` left
+    results += ["analysis/halves/*/masks.*", "analysis/halves/measured.json", "profile/counts.*"]
     for system in system_names(config):
         results += [f"systems/{system}/summary.json", f"systems/{system}/log.jsonl", f"scores/{system}/scores.json"]
     stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True, outputs=("*",)))

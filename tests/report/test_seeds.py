@@ -357,3 +357,18 @@ def test_a_system_without_losses_in_some_run_is_not_in_their_table(tmp_path: Pat
     assert "Validation losses of forward are left out: a run does not say them." in found.notes
     (runs[1] / "systems" / "continued" / "log.jsonl").unlink()
     assert compare_seeds(runs).losses == ()
+
+
+def test_what_was_declared_stands_first(three: list[Path], tmp_path: Path) -> None:
+    declared = {"run__hypothesis": "Neurons help.", "run__primary": "forward chrf from_en"}
+    runs = [make_run(tmp_path / f"d{seed}", seed, **declared) for seed in (1, 2, 3)]
+    lines = seeds_write.markdown(compare_seeds(runs)).split("\n")
+    assert lines[2] == "**Hypothesis.** Neurons help."
+    assert lines[4].startswith(
+        "**Declared comparison.** Specialised (forward) against dense continued, chrF++, en→x: "
+        "+1.00 [+0.75, +1.25] (points), "
+    )
+    assert "not corrected" in lines[4]
+    runs = [make_run(tmp_path / f"l{seed}", seed, run__primary="forward loss all") for seed in (1, 2)]
+    assert "validation loss, all directions: not every run says it." in seeds_write.markdown(compare_seeds(runs))
+    assert "Declared" not in seeds_write.markdown(compare_seeds(three))

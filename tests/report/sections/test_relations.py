@@ -24,7 +24,9 @@ def test_masks_of_few_languages_are_not_tested_for_relation(tmp_path: Path) -> N
 
 def test_relations_of_the_page_are_those_of_the_analysis(tmp_path: Path) -> None:
     run = make_methods_run(tmp_path / "run", variants=[], layers=2)
-    found = proximity(NeuronMasks.load(run / "masks"), "en", grouping="ec30", control=script_control, expected=mask_chance)
+    found = proximity(
+        NeuronMasks.load(run / "masks"), "en", grouping="ec30", control=script_control, expected=mask_chance
+    )
     text = Page(build_report(run)).words
     for row in found.layers:
         assert row.test is not None
