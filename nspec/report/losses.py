@@ -28,7 +28,7 @@ def mean_losses(data: RunData, system: str) -> dict[str, float]:
         The mean of each of :func:`loss_groups`; empty where the loss of a direction is not known.
     """
     losses, groups = data.systems[system].losses, loss_groups(data)
-    if not set(groups["all"]) <= set(losses) or not losses:
+    if not losses or not set(groups["all"]) <= set(losses):
         return {}
     return {group: sum(losses[task] for task in members) / len(members) for group, members in groups.items()}
 

@@ -93,7 +93,8 @@ def _selected(counts: Any, config: Config) -> NeuronMasks:
 
     select = config.select
     options: dict[str, Any] = {used: getattr(select, used) for used in SELECT_USES[select.rule]}
-    return nspec.select(counts.only(select.layers) if select.layers else counts, rule=select.rule, **options)
+    options["rule"] = select.rule
+    return nspec.select(counts.only(select.layers) if select.layers else counts, **options)
 
 
 def save(masks: tuple[NeuronMasks, NeuronMasks], run: Path) -> None:

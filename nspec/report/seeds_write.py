@@ -130,7 +130,7 @@ def _loss_lines(comparison: SeedComparison) -> list[str]:
         "negative is better.",
         "",
     ]
-    rows = []
+    rows: list[list[str]] = []
     for system in dict.fromkeys(result.system for result in comparison.losses):
         found = [result for result in comparison.losses if result.system == system]
         if system == comparison.baseline:
