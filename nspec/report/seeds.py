@@ -20,7 +20,7 @@ from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.losses import loss_groups, mean_losses
 from nspec.report.run_data import RunData, load_run
 from nspec.report.words import METRICS, arrow, group_name, metric_names
-from nspec.run.protocol import Primary, primary_of
+from nspec.run.protocol import Primary, declarations, primary_of
 from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
@@ -124,6 +124,7 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     without = [system for system in systems if losses and all(result.system != system for result in losses)]
     if without:
         notes.append(f"Validation losses of {', '.join(without)} are left out: a run does not say them.")
+    notes += [note for run in runs if (note := _declared_late(run))]
     return SeedComparison(
         folders=tuple(run.folder for run in runs),
         seeds=tuple(run.config.run.seed for run in runs),
@@ -156,6 +157,15 @@ def _check_same(first: RunData, other: RunData) -> None:
             f"the baseline is {first.baseline} in {first.folder} and {other.baseline} in {other.folder}; score them again "
             "with the same score.baseline"
         )
+
+
+def _declared_late(run: RunData) -> str:
+    """A note where what the run declares was declared when some of its systems had been scored."""
+    noted = declarations(run.folder)
+    if not noted or not noted[-1]["scored"]:
+        return ""
+    scored = ", ".join(noted[-1]["scored"])
+    return f"What is declared was declared in {run.folder} when there were scores of {scored} already."
 
 
 def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:

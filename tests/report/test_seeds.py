@@ -369,6 +369,10 @@ def test_what_was_declared_stands_first(three: list[Path], tmp_path: Path) -> No
         "+1.00 [+0.75, +1.25] (points), "
     )
     assert "not corrected" in lines[4]
+    late = {"hypothesis": "Neurons help.", "primary": "", "date": "2026-11-29", "scored": ["dense"]}
+    write_json(runs[1] / "protocol.json", [late])
+    (note,) = [note for note in compare_seeds(runs).notes if "declared" in note]
+    assert note == f"What is declared was declared in {runs[1]} when there were scores of dense already."
     runs = [make_run(tmp_path / f"l{seed}", seed, run__primary="forward loss all") for seed in (1, 2)]
     assert "validation loss, all directions: not every run says it." in seeds_write.markdown(compare_seeds(runs))
     assert "Declared" not in seeds_write.markdown(compare_seeds(three))

@@ -162,10 +162,6 @@ class Surgery:
         self.targets[mine] = targets
         return made
 
-    def nbytes(self, directions: int) -> int:
-        """Bytes of the gradients that it holds beside that of the model, with so many directions in an update."""
-        return max(directions - 1, 0) * sum(p.numel() * p.element_size() for p, _ in self.parameters)
-
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs."""
         return {"targets": torch.from_numpy(self.targets.copy())}
