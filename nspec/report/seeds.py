@@ -16,6 +16,7 @@ from scipy import stats
 
 from nspec.analysis.mantel import holm
 from nspec.analysis.overlap import Floats
+from nspec.files import sha256
 from nspec.mt.scoring.averages import kind_of_group
 from nspec.report.losses import loss_groups, mean_losses
 from nspec.report.run_data import RunData, load_run
@@ -125,6 +126,10 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     if without:
         notes.append(f"Validation losses of {', '.join(without)} are left out: a run does not say them.")
     notes += [note for run in runs if (note := _declared_late(run))]
+    if len({_test_text(run) for run in runs}) > 1:
+        notes.append(
+            "Runs have other test sentences each, as those that an older version prepared: scores vary with them."
+        )
     return SeedComparison(
         folders=tuple(run.folder for run in runs),
         seeds=tuple(run.config.run.seed for run in runs),
@@ -166,6 +171,11 @@ def _declared_late(run: RunData) -> str:
         return ""
     scored = ", ".join(noted[-1]["scored"])
     return f"What is declared was declared in {run.folder} when there were scores of {scored} already."
+
+
+def _test_text(run: RunData) -> tuple[str, ...]:
+    """What tells the test text of a run from another."""
+    return tuple(sha256(path) for path in sorted(run.folder.glob("prepared/text/test/*.txt")))
 
 
 def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:

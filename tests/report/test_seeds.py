@@ -359,6 +359,15 @@ def test_a_system_without_losses_in_some_run_is_not_in_their_table(tmp_path: Pat
     assert compare_seeds(runs).losses == ()
 
 
+def test_other_test_sentences_are_said(three: list[Path]) -> None:
+    for run in three:
+        write_text(run / "prepared" / "text" / "test" / "de-en.de.txt", "eins\nzwei\n")
+    assert compare_seeds(three).notes == ()
+    write_text(three[1] / "prepared" / "text" / "test" / "de-en.de.txt", "eins\ndrei\n")
+    (note,) = compare_seeds(three).notes
+    assert note.startswith("Runs have other test sentences each")
+
+
 def test_what_was_declared_stands_first(three: list[Path], tmp_path: Path) -> None:
     declared = {"run__hypothesis": "Neurons help.", "run__primary": "forward chrf from_en"}
     runs = [make_run(tmp_path / f"d{seed}", seed, **declared) for seed in (1, 2, 3)]
