@@ -260,11 +260,14 @@ def analyze(
     heads: Annotated[
         int, typer.Option(metavar="N", help="Attention heads too, measured on N sentences a direction.", min=0)
     ] = 0,
+    halves: Annotated[
+        bool, typer.Option("--halves", help="How stable the selection is too: from each half of the text.")
+    ] = False,
 ) -> None:
     """Tests whether related languages keep the same neurons, and use the same heads."""
     from nspec.report.analyze import analyze_run, print_analysis
 
-    print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads))
+    print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads, halves))
 
 
 @tools.command()

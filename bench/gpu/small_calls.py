@@ -91,17 +91,17 @@ def results(
         gated = lambda gate, up: gated_activation(gate, up, "silu")
         found = passes(gated, wide[2], gate=wide[0], up=wide[1])
         with torch.no_grad():
-            columns = gated_gradients(wide[2].clone(), wide[0], wide[1], "silu", neurons)
-        found |= dict(zip(("dgate alone", "dup alone", "columns of dgate", "columns of dup"), columns))
+            parts = gated_gradients(wide[2].clone(), wide[0], wide[1], "silu", neurons)
+        found |= dict(zip(("dgate alone", "dup alone", "columns of dgate", "columns of dup"), parts))
     elif operator == "neuron_wgrad":
-        own = torch.promote_types(dtype, torch.float32)
-        total = torch.ones(len(neurons), d, device=device, dtype=own)
-        found = {"rows": neuron_wgrad(wide[0], x, neurons, dtype=own), "all columns": neuron_wgrad(wide[0], x, None)}
+        kept = torch.promote_types(dtype, torch.float32)
+        total = torch.ones(len(neurons), d, device=device, dtype=kept)
+        found = {"rows": neuron_wgrad(wide[0], x, neurons, dtype=kept), "all columns": neuron_wgrad(wide[0], x, None)}
         found["added to"] = neuron_wgrad(wide[0], x, neurons, add_to=total)
     elif operator == "write_neurons":
-        own = [draw(len(neurons), d, to=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+        trained = [draw(len(neurons), d, to=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
         written = [w1.clone(), w2.clone()]
-        write_neurons_(written, own, [neurons, neurons], [False, True])
+        write_neurons_(written, trained, [neurons, neurons], [False, True])
         found = dict(zip(("rows", "columns"), written))
     else:
         state = [draw(d_ff, d, to=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(4)]
@@ -110,9 +110,9 @@ def results(
         parameter, gradient, first, second = ([tensor] for tensor in state)
         row_sparse_adamw_(parameter, gradient, first, second, rows, step=2, lr=0.125, weight_decay=0.5)
         found = dict(zip(("parameter", "gradient", "first moment", "second moment"), state))
-        own, written = [[tensor[: len(neurons)].clone()] for tensor in state], w2.clone()
-        row_sparse_adamw_(*own, [None], step=3, lr=0.125, writes=[(written, neurons, True)])
-        found["written columns"] = written
+        own, columns = [[tensor[: len(neurons)].clone()] for tensor in state], w2.clone()
+        row_sparse_adamw_(own[0], own[1], own[2], own[3], [None], step=3, lr=0.125, writes=[(columns, neurons, True)])
+        found["written columns"] = columns
     return {f"{operator}: {name}": tensor.detach().double().cpu() for name, tensor in found.items()}
 
 

@@ -3,8 +3,9 @@
 In each layer, and for directions from the pivot and to the pivot apart, languages are compared by their masks (1 - IoU)
 and by their place in the tree of languages. The pivot itself is in every direction, so it is no object of these tests.
 
-IoU grows with density (:func:`nspec.analysis.overlap.chance_iou`). Where the densities of languages differ, as they may
-between much and little training data, look at them before a correlation is called one of neurons.
+IoU grows with density (:func:`nspec.analysis.overlap.chance_iou`), and densities of languages may differ, as between much
+and little training data. So a second test holds density constant: a partial one whose control is the distance that
+independent masks of the same densities would have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ import numpy as np
 from scipy import stats
 
 from nspec.analysis import languages, mantel
-from nspec.analysis.overlap import Floats, Masks, Side, layer_iou, layer_side, sort_layers
+from nspec.analysis.overlap import (
+    Floats,
+    Masks,
+    Side,
+    chance_iou,
+    density,
+    layer_iou,
+    layer_side,
+    sort_layers,
+)
 from nspec.mt.languages import languages_of_task
 
 Direction = Literal["from", "to"]
@@ -42,6 +52,9 @@ class LayerProximity:
         within: mean IoU of two languages of one group; NaN where there are none.
         across: mean IoU of two languages of different groups; NaN likewise.
         beside: the two means by each other grouping that knows these languages and divides them differently.
+        density: ``test`` with density held constant; None where that was not asked for, all have the same density, or it
+            is not defined.
+        density_p_holm: p of ``density`` adjusted by Holm's method over all such tests of the answer; NaN without one.
     """
 
     layer: str
@@ -56,6 +69,8 @@ class LayerProximity:
     within: float
     across: float
     beside: dict[languages.Grouping, tuple[float, float]] = field(default_factory=dict)
+    density: mantel.MantelResult | None = None
+    density_p_holm: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,14 @@ def task_name(direction: Direction, pivot: str, code: str) -> str:
 def mask_iou(masks: Masks, layers: Sequence[str], direction: Direction, pivot: str, codes: Sequence[str]) -> Floats:
     """IoU of the masks of every two languages in each layer: float64 [layers, codes, codes]."""
     return layer_iou(masks, layers, [task_name(direction, pivot, code) for code in codes])
+
+
+def mask_chance(masks: Masks, layers: Sequence[str], direction: Direction, pivot: str, codes: Sequence[str]) -> Floats:
+    """What :func:`mask_iou` would be if neurons were drawn independently: by density alone."""
+    shares = density(masks, layers, [task_name(direction, pivot, code) for code in codes])
+    found = np.stack([chance_iou(column) for column in shares.T])
+    found[:, range(len(codes)), range(len(codes))] = 1.0
+    return found
 
 
 Similarity = Callable[[Any, Sequence[str], Direction, str, Sequence[str]], Floats]
@@ -151,6 +174,7 @@ def proximity(
     pivot: str,
     *,
     similarity: Similarity = mask_iou,
+    expected: Similarity | None = None,
     grouping: languages.Grouping = "branch",
     distances: Callable[[Sequence[str]], Floats] = languages.genetic_distances,
     control: Callable[[Sequence[str]], Floats | None] | None = None,
@@ -170,6 +194,8 @@ def proximity(
             :class:`~nspec.analysis.heads.HeadImportance`.
         pivot: the language that all of them share; tasks without it are left out.
         similarity: of every two languages in each layer; :func:`mask_iou` by default.
+        expected: what ``similarity`` would be by density alone, :func:`mask_chance` of masks, for tests with that held
+            constant; None: there are none.
         grouping: of languages, for the means within and across, in which languages that the tree lacks have no part.
         distances: distance of every two languages of a list, float [n, n]; in the tree of
             :mod:`nspec.analysis.lineages` by default.
@@ -200,19 +226,23 @@ def proximity(
         third = control(names) if control else None
         groups = groups_of(names, grouping)
         others = _other_groupings(names, grouping)
-        for layer, iou in zip(layers, similarity(masks, layers, direction, pivot, names)):
-            test, reason, partial = None, "", None
+        chances = expected(masks, layers, direction, pivot, names) if expected else [None] * len(layers)
+        for layer, iou, chance in zip(layers, similarity(masks, layers, direction, pivot, names), chances):
+            test, reason, partial, held = None, "", None, None
             if mantel.constant(mantel.condensed(1 - iou)):
                 reason = "every two masks overlap alike"
             else:
                 test = mantel.mantel(1 - iou, genetic, **options)  # type: ignore[arg-type]
                 if third is not None and math.isfinite(mantel.correlation([1 - iou, genetic, third], method)):
                     partial = mantel.mantel(1 - iou, genetic, control=third, **options)  # type: ignore[arg-type]
+                if chance is not None and math.isfinite(mantel.correlation([1 - iou, genetic, 1 - chance], method)):
+                    held = mantel.mantel(1 - iou, genetic, control=1 - chance, **options)  # type: ignore[arg-type]
             nan = math.nan
             found_by[layer, direction] = LayerProximity(
                 *(layer, layer_side(layer), direction, test, reason, partial, nan, nan, nan),
                 *within_across(iou, groups),
                 {name: within_across(iou, other) for name, other in others.items()},
+                held,
             )
     rows = [found_by[layer, direction] for layer in layers for direction in codes]
     return Proximity(pivot, grouping, codes, tuple(_adjusted(rows)))
@@ -222,9 +252,12 @@ def _adjusted(rows: Sequence[LayerProximity]) -> list[LayerProximity]:
     p = [row.test.p for row in rows if row.test]
     adjusted = iter(zip(mantel.holm(p), stats.false_discovery_control(p)))
     partial = iter(mantel.holm([row.partial.p for row in rows if row.partial]))
+    held = iter(mantel.holm([row.density.p for row in rows if row.density]))
     done = []
     for row in rows:
         strict, mild = next(adjusted) if row.test else (math.nan, math.nan)
         own = next(partial) if row.partial else math.nan
-        done.append(replace(row, p_holm=float(strict), p_bh=float(mild), partial_p_holm=float(own)))
+        adjusted_p = {"p_holm": strict, "p_bh": mild, "partial_p_holm": own}
+        adjusted_p["density_p_holm"] = next(held) if row.density else math.nan
+        done.append(replace(row, **{name: float(p) for name, p in adjusted_p.items()}))  # type: ignore[arg-type]
     return done

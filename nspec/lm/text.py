@@ -74,7 +74,7 @@ def _hint(config: LinesConfig, found: Lines, part: str) -> str:
 def _composed(config: LinesConfig, seed: int) -> Iterator[tuple[str, Lines]]:
     from nspec.mt.text.corpus.cldr import CldrCorpus
 
-    corpus = CldrCorpus(CorpusConfig(languages=list(config.languages), pivot=""), seed)
+    corpus = CldrCorpus(CorpusConfig(languages=list(config.languages), pivot="", seed=seed), seed)
     sizes = {"train": config.train_lines or _CLDR["train"], "test": config.test_lines or _CLDR["test"]}
     for code in config.languages:
         parts = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,15 +11,18 @@ from torch import nn
 import nspec
 from nspec import processes
 from nspec.mt.config import ProfileConfig
-from nspec.mt.text.batches import evaluation_batches
+from nspec.mt.text.batches import LengthSource, evaluation_batches
 from nspec.mt.text.collate import collate
-from nspec.mt.text.other import OtherText
-from nspec.mt.text.prepared import Examples, PreparedData
+from nspec.mt.text.prepared import Examples, TokenIds
+
+
+class CountedText(LengthSource, TokenIds, Protocol):
+    """What activations are counted on: prepared text, that of another folder, or a part of one of these."""
 
 
 def profile_tasks(
     model: nn.Module,
-    data: PreparedData | OtherText,
+    data: CountedText,
     config: ProfileConfig,
     batch_tokens: int,
     progress: Callable[[str, int, int], None] | None = None,
@@ -30,7 +33,7 @@ def profile_tasks(
 
     Args:
         model: dense, or specialised and then profiled dense.
-        data: the prepared text, or that of another folder.
+        data: the text.
         config: which text, how much, and whether padding counts.
         batch_tokens: most tokens of a batch, padding counted.
         progress: called as ``progress(task, batches done, batches in all)`` after each batch of this process.

@@ -21,6 +21,7 @@ from nspec.analysis.proximity import (
     Similarity,
     across_pivot,
     groups_of,
+    mask_chance,
     mask_iou,
     proximity,
 )
@@ -37,6 +38,7 @@ PERMUTATIONS = 9999
 COLUMNS = [
     *("layer", "side", "direction", "languages", "r", "low", "high", "p", "p_holm", "p_bh", "exact", "permutations"),
     *("partial_r", "partial_p", "partial_p_holm", "iou_within", "iou_across", "reason"),
+    *("density_r", "density_p", "density_p_holm"),
 ]
 
 
@@ -59,15 +61,20 @@ class Tree:
 class Analysis:
     """What :func:`analyze_run` found."""
 
-    what: str  # ``neurons`` or ``heads``
+    what: str  # ``neurons``, ``heads`` or ``halves``
     folder: Path  # what it wrote
     distances: str  # of the languages, as given to :func:`analyze_run`
-    proximity: Proximity | None  # the tests; None where heads were measured but there are too few languages to test
+    proximity: Proximity | None  # the tests; None of halves, and of heads where there are too few languages to test
     trees: tuple[Tree, ...]  # languages clustered by their masks
 
 
 def analyze_run(
-    run: Path, pivot: str = "", permutations: int = PERMUTATIONS, distances: str = "", heads: int = 0
+    run: Path,
+    pivot: str = "",
+    permutations: int = PERMUTATIONS,
+    distances: str = "",
+    heads: int = 0,
+    halves: bool = False,
 ) -> tuple[Analysis, ...]:
     """Tests the masks of a run and writes ``analysis.json``, ``analysis.tsv`` and the dendrograms into RUN/analysis.
 
@@ -81,15 +88,18 @@ def analyze_run(
         heads: the attention heads of the dense model are tested as well, in RUN/analysis/heads: how much each matters
             to a direction is measured on so many validation sentences of it. 0: they are not. They are measured and
             saved, for the page of the run, also where there are too few languages to test.
+        halves: neurons are selected from each half of the text as well, to see how stable the selection is, and saved
+            in RUN/analysis/halves, for the page of the run; that needs no number of languages.
 
     Returns:
-        What was found of the neurons, and of the heads where they are asked for; where there are too few languages, the
-        heads alone.
+        What was found of the neurons, and of heads and halves where they are asked for; where there are too few
+        languages, of these alone.
 
     Raises:
         OSError: the file of distances cannot be read.
-        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads``), a
-            language is not known, or the file of distances is wrong or lacks a pair. Nothing is written then.
+        ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads`` and
+            ``halves``), a language is not known, or the file of distances is wrong or lacks a pair. Nothing is
+            written then.
     """
     from nspec import NeuronMasks
 
@@ -100,8 +110,13 @@ def analyze_run(
     masks = NeuronMasks.load(run / "masks")
     found = []
     few = min(len(codes) for codes in across_pivot(masks, pivot).values()) < FEWEST
-    if not (heads and few):  # without heads there is nothing but the test, which says what it lacks
-        found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, **options)]
+    if not ((heads or halves) and few):  # alone the test says what it lacks
+        found = [_analyze("neurons", masks, mask_iou, run / "analysis", pivot, expected=mask_chance, **options)]
+    if halves:
+        from nspec.report import measured_halves
+
+        measured_halves.save(measured_halves.measure_halves(run), run)
+        found.append(Analysis("halves", run / measured_halves.FOLDER, distances, None, ()))
     if not heads:
         return tuple(found)
     from nspec.analysis.heads import head_similarity
@@ -111,16 +126,30 @@ def analyze_run(
     importance = measured_heads.measure_heads(run, heads)
     measured_heads.save(importance, run, heads)
     if few:
-        return (Analysis("heads", folder, distances, None, ()),)
+        return (*found, Analysis("heads", folder, distances, None, ()))
     return (*found, _analyze("heads", importance, head_similarity, folder, pivot, **options))
 
 
 def _analyze(
-    what: str, of: Any, similarity: Similarity, folder: Path, pivot: str, *, distances: str, permutations: int
+    what: str,
+    of: Any,
+    similarity: Similarity,
+    folder: Path,
+    pivot: str,
+    *,
+    distances: str,
+    permutations: int,
+    expected: Similarity | None = None,
 ) -> Analysis:
     far = _distances(distances)
     found = proximity(
-        of, pivot, similarity=similarity, distances=far, permutations=permutations, control=script_control
+        of,
+        pivot,
+        similarity=similarity,
+        expected=expected,
+        distances=far,
+        permutations=permutations,
+        control=script_control,
     )
     result = Analysis(what, folder, distances, found, cluster(of, found, similarity))
     write_text(folder / "analysis.json", json.dumps(_plain(as_json(result)), indent=1, allow_nan=False) + "\n")
@@ -213,7 +242,8 @@ def _cells(found: Proximity, row: LayerProximity) -> list[Any]:
     cells += [test.r, test.low, test.high, test.p, row.p_holm, row.p_bh] if test else [None] * 6
     cells += [str(test.exact).lower(), test.permutations] if test else [None, None]
     cells += [partial.r, partial.p, row.partial_p_holm] if partial else [None] * 3
-    return [*cells, row.within, row.across, row.reason]
+    cells += [row.within, row.across, row.reason]
+    return [*cells, *([row.density.r, row.density.p, row.density_p_holm] if row.density else [None] * 3)]
 
 
 def _arrow(direction: Direction, pivot: str) -> str:
@@ -274,7 +304,7 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     table = terminal_table(
         f"Do related languages {verb}? Distance of {of} against {against}",
         "r: Spearman, 95 % jackknife interval; p: Mantel, one-sided (r > 0); Holm, BH: adjusted over all rows; "
-        f"{overlap} by {found.grouping}{_with_script_held(found)}",
+        f"{overlap} by {found.grouping}{_held(found)}",
         ["layer"],
         ["x", "r", "interval", "p", "Holm", "BH", f"{overlap}\nwithin", f"{overlap}\nacross"],
     )
@@ -291,16 +321,36 @@ def proximity_table(found: Proximity, distances: str = "", what: str = "neurons"
     return table
 
 
-def _with_script_held(found: Proximity) -> str:
-    """What is left where languages are compared as if all had one script: how many rows, and between which r."""
-    partial = [row for row in found.layers if row.partial]
-    if not partial:
-        return ""
-    sure = (
-        f"Holm p < {words.ALPHA:g} in {sum(row.partial_p_holm < words.ALPHA for row in partial)} of {len(partial)} rows"
+def halves_table(run: Path) -> Table:
+    """The table of how stable a selection is, which ``nspec analyze --halves`` prints: a row for each layer."""
+    from nspec.report import measured_halves
+
+    found = measured_halves.load(run)
+    assert found is not None
+    table = terminal_table(
+        "Does each half of the text select the same neurons?",
+        "mean IoU: of one direction's neurons from the two halves; of two directions; of the halves by chance",
+        ["layer"],
+        ["halves", "directions", "chance"],
     )
-    r = [row.partial.r for row in partial if row.partial]
-    return f". With script held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, {sure}"
+    for row in measured_halves.compare_halves(*found[:2]):
+        shares = (row.halves, row.directions, row.chance)
+        table.add_row(row.layer, *("–" if math.isnan(share) else f"{share:.3f}" for share in shares))
+    return table
+
+
+def _held(found: Proximity) -> str:
+    """What is left where script, or density, is held constant: how many rows, and between which r."""
+    said = ""
+    for what, tests in (
+        ("script", [(row.partial, row.partial_p_holm) for row in found.layers if row.partial]),
+        ("density", [(row.density, row.density_p_holm) for row in found.layers if row.density]),
+    ):
+        if tests:
+            r, sure = [test.r for test, _ in tests], sum(p < words.ALPHA for _, p in tests)
+            said += f". With {what} held constant (partial Mantel): r {min(r):+.2f} to {max(r):+.2f}, "
+            said += f"Holm p < {words.ALPHA:g} in {sure} of {len(tests)} rows"
+    return said
 
 
 def layer_name(row: LayerProximity) -> str:
@@ -316,7 +366,9 @@ def print_analysis(results: Iterable[Analysis]) -> None:
     from nspec.terminal import show
 
     for result in results:
-        if result.proximity is None:
+        if result.what == "halves":
+            show(halves_table(result.folder.parents[1]))
+        elif result.proximity is None:
             print(f"{result.what}: measured, not tested: that needs {FEWEST} languages or more beside the pivot")
         else:
             show(proximity_table(result.proximity, result.distances, result.what))

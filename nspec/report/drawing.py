@@ -42,6 +42,11 @@ COLOURS = {
     "adapters_family": "#7f7fd0",
     "finetuned": "#b8a200",
     "bilingual": "#8a5a2b",
+    "pcgrad": "#b03060",
+    "gradvac": "#d98880",
+    "temperature": "#5b7f3a",
+    "curriculum": "#9bbf65",
+    "reptile": "#4b6a88",
 }
 _OTHERS = ["#a6551f", "#4c9bb0", "#9a8f2e", "#a04a86", "#6b8e3d", "#c06c6c"]
 _LEAVES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#050505"]

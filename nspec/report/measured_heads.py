@@ -69,7 +69,7 @@ def save(importance: HeadImportance, run: Path, sentences: int) -> None:
     """
     folder = run / FOLDER
     importance.save(folder)
-    write_json(folder / _NOTE, {"sentences": sentences, "split": "valid", "training": _training(run)})
+    write_json(folder / _NOTE, {"sentences": sentences, "split": "valid", "training": training_of(run)})
 
 
 def load(run: Path) -> tuple[HeadImportance, int | None, bool] | None:
@@ -91,11 +91,11 @@ def load(run: Path) -> tuple[HeadImportance, int | None, bool] | None:
             f"{folder / _NOTE} holds {type(note).__name__}, expected a JSON object; measure the heads again"
         )
     sentences, training = note.get("sentences"), note.get("training")
-    outdated = bool(training) and training != _training(run)
+    outdated = bool(training) and training != training_of(run)
     return HeadImportance.load(folder), sentences if isinstance(sentences, int) else None, outdated
 
 
-def _training(run: Path) -> str:
+def training_of(run: Path) -> str:
     """Which training the dense model is of: the hash of its record, which every training writes anew; empty without."""
     record = run / "systems" / "dense" / "stage.json"
     return sha256(record) if record.is_file() else ""

@@ -7,12 +7,12 @@ from typing import Any
 
 from nspec.files import write_text
 from nspec.mt.languages import languages_of_task
-from nspec.report import drawing, words
+from nspec.report import drawing, losses, words
 from nspec.report.run_data import RunData, load_run
 from nspec.report.sections import averages, findings, heads, masks, relations, scores, training, variants
 from nspec.report.tables import write_overlap, write_scores
 
-SECTIONS = (findings, scores, averages, training, variants, masks, relations, heads)
+SECTIONS = (findings, scores, averages, training, losses, variants, masks, relations, heads)
 TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLES = 40  # directions of which a translated sentence is shown
 

@@ -26,18 +26,29 @@ _SCORE_KEYS = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_
 _TEST_KEYS = ["bleu_delta", "bleu_p", "chrf_delta", "chrf_p"]
 _LATER_TEST_KEYS = ["bleu_p_ar", "chrf_p_ar"]  # scores.json of older runs has none
 _SUMMARY_KEYS = ["updates", "micro_batches", "tokens", "tokens_per_second", "train_seconds", "density", "threads"]
-_SUMMARY_KEYS += ["parameters", "parameters_added", "parameters_trained", "mask_bytes", "best_step"]
+_SUMMARY_KEYS += [
+    "parameters",
+    "parameters_added",
+    "parameters_trained",
+    "mask_bytes",
+    "best_step",
+    "peak_memory_bytes",
+]
 
 
 @dataclass
 class SystemData:
-    """One system of a run; what is not there yet is None or empty."""
+    """One system of a run; what is not there yet is None or empty.
+
+    ``losses`` are nats per target token on the validation text by direction, of the best checkpoint.
+    """
 
     name: str
     summary: dict[str, Any] | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] | None = None
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,7 +179,18 @@ def _system(run: Path, name: str) -> SystemData:
     system.training, system.validation = _by_update(rows, "loss"), _by_update(rows, "valid_loss")
     if scores.is_file():
         system.scores = _scores(scores)
+    system.losses = _losses(system.summary, system.validation)
+    for part in sorted(folder.glob("*/summary.json")):  # a model for each direction
+        system.losses |= _losses(_summary(part), _by_update(read_log(part.with_name("log.jsonl")), "valid_loss"))
     return system
+
+
+def _losses(summary: dict[str, Any] | None, validation: list[dict[str, Any]]) -> dict[str, float]:
+    """The loss of each direction in the validation that picked the checkpoint; empty before training has ended."""
+    best = (summary or {}).get("best_step")
+    rows = [row["tasks"] for row in validation if row["step"] == best and isinstance(row.get("tasks"), dict)]
+    losses = {task: entry.get("loss") for task, entry in (rows[-1] if rows else {}).items() if isinstance(entry, dict)}
+    return {task: float(loss) for task, loss in losses.items() if loss is not None and _number(loss)}
 
 
 def _dictionary(path: Path) -> dict[str, Any]:

@@ -16,9 +16,12 @@ from scipy import stats
 
 from nspec.analysis.mantel import holm
 from nspec.analysis.overlap import Floats
+from nspec.files import sha256
 from nspec.mt.scoring.averages import kind_of_group
+from nspec.report.losses import loss_groups, mean_losses
 from nspec.report.run_data import RunData, load_run
 from nspec.report.words import METRICS, arrow, group_name, metric_names
+from nspec.run.protocol import Primary, declarations, primary_of
 from nspec.run.yaml import flatten
 
 COSTS = ("updates", "tokens", "train_seconds", "tokens_per_second", "density")
@@ -31,7 +34,7 @@ _MAY_DIFFER = {"run.seed", "run.folder", "run.systems", "run.variants"}
 class Difference:
     """How far a system is above the baseline, paired by seed."""
 
-    values: tuple[float, ...]  # points, one a seed
+    values: tuple[float, ...]  # points (of the loss nats), one a seed
     mean: float
     low: float  # lower end of the 95 % t interval of the mean
     high: float
@@ -48,9 +51,9 @@ class SeedResult:
     """One system, metric and average."""
 
     system: str  # its name in the runs
-    metric: str  # ``bleu`` or ``chrf``
+    metric: str  # ``bleu`` or ``chrf``; ``loss`` of the validation text
     group: str  # ``all``, ``from_<pivot>``, ``to_<pivot>``, or as :func:`nspec.mt.scoring.averages.run_groups` calls it
-    scores: tuple[float, ...]  # points (0 to 100), one a seed
+    scores: tuple[float, ...]  # points (0 to 100), one a seed; of the loss nats per target token
     mean: float
     sd: float  # standard deviation of ``scores`` (n - 1)
     difference: Difference | None  # from the baseline; None for the baseline itself
@@ -67,9 +70,12 @@ class SeedComparison:
     tasks: tuple[str, ...]  # the directions
     groups: tuple[str, ...]  # the averages
     results: tuple[SeedResult, ...]  # by group, metric and system
+    losses: tuple[SeedResult, ...]  # by average and system; without systems of which a run does not know them
     costs: Mapping[str, Mapping[str, float | None]]  # system -> mean of each of COSTS; None where a run does not say
     signatures: Mapping[str, tuple[str, ...]]  # metric -> the sacreBLEU signatures of the directions, each once
     notes: tuple[str, ...]  # what a reader has to know, a sentence each
+    hypothesis: str = ""  # what was declared to be shown, the same in all runs
+    primary: Primary | None = None  # the comparison that was declared to test it
 
     def find(self, system: str, metric: str = "bleu", group: str = "all") -> SeedResult:
         """The result of one system.
@@ -77,7 +83,7 @@ class SeedComparison:
         Raises:
             KeyError: there is none of that system, metric and group.
         """
-        for result in self.results:
+        for result in (*self.results, *self.losses):
             if (result.system, result.metric, result.group) == (system, metric, group):
                 return result
         raise KeyError(f"no result of {system}, {metric}, {group}")
@@ -115,6 +121,15 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
     groups, left_out = _common_groups(runs, systems)
     results = [result for group in groups for metric in METRICS for result in _results(runs, systems, metric, group)]
     tasks = first.scored[first.baseline]["tasks"]
+    losses = _adjusted(_loss_results(runs, systems))
+    without = [system for system in systems if losses and all(result.system != system for result in losses)]
+    if without:
+        notes.append(f"Validation losses of {', '.join(without)} are left out: a run does not say them.")
+    notes += [note for run in runs if (note := _declared_late(run))]
+    if len({_test_text(run) for run in runs}) > 1:
+        notes.append(
+            "Runs have other test sentences each, as those that an older version prepared: scores vary with them."
+        )
     return SeedComparison(
         folders=tuple(run.folder for run in runs),
         seeds=tuple(run.config.run.seed for run in runs),
@@ -123,9 +138,12 @@ def compare_seeds(folders: Iterable[Path | str]) -> SeedComparison:
         tasks=tuple(task for task in first.tasks if task in tasks),
         groups=tuple(groups),
         results=tuple(_adjusted(results)),
+        losses=tuple(losses),
         costs={system: {key: _mean_cost(runs, system, key) for key in COSTS} for system in systems},
         signatures={m: tuple(dict.fromkeys(entry[f"{m}_signature"] for entry in tasks.values())) for m in METRICS},
         notes=(*notes, *_machines(runs, systems), *left_out),
+        hypothesis=first.config.run.hypothesis.strip(),
+        primary=primary_of(first.config),
     )
 
 
@@ -144,6 +162,20 @@ def _check_same(first: RunData, other: RunData) -> None:
             f"the baseline is {first.baseline} in {first.folder} and {other.baseline} in {other.folder}; score them again "
             "with the same score.baseline"
         )
+
+
+def _declared_late(run: RunData) -> str:
+    """A note where what the run declares was declared when some of its systems had been scored."""
+    noted = declarations(run.folder)
+    if not noted or not noted[-1]["scored"]:
+        return ""
+    scored = ", ".join(noted[-1]["scored"])
+    return f"What is declared was declared in {run.folder} when there were scores of {scored} already."
+
+
+def _test_text(run: RunData) -> tuple[str, ...]:
+    """What tells the test text of a run from another."""
+    return tuple(sha256(path) for path in sorted(run.folder.glob("prepared/text/test/*.txt")))
 
 
 def _common_systems(runs: Sequence[RunData]) -> tuple[list[str], list[str]]:
@@ -224,6 +256,24 @@ def _results(runs: Sequence[RunData], systems: Sequence[str], metric: str, group
         difference = None if system == baseline else _difference(values - scores[baseline], tests, metric)
         sd = float(values.std(ddof=1))
         results.append(SeedResult(system, metric, group, tuple(values.tolist()), float(values.mean()), sd, difference))
+    return results
+
+
+def _loss_results(runs: Sequence[RunData], systems: Sequence[str]) -> list[SeedResult]:
+    """The validation losses of the systems that all runs know them of, over the same directions."""
+    baseline, groups = runs[0].baseline, loss_groups(runs[0])
+    if any(loss_groups(run) != groups for run in runs):
+        return []
+    known = {system: [mean_losses(run, system) for run in runs] for system in systems}
+    known = {system: found for system, found in known.items() if all(found)}
+    results = []
+    for group in groups if baseline in known else ():
+        base = np.array([found[group] for found in known[baseline]])
+        for system, found in known.items():
+            values = np.array([each[group] for each in found])
+            difference = None if system == baseline else _difference(values - base, (), "loss")
+            mean, sd = float(values.mean()), float(values.std(ddof=1))
+            results.append(SeedResult(system, "loss", group, tuple(values.tolist()), mean, sd, difference))
     return results
 
 

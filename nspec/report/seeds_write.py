@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nspec.files import write_text
 from nspec.mt.scoring.averages import AVERAGED_BY, LEVEL, kind_of_group
 from nspec.report import drawing
+from nspec.report.declared import compared
 from nspec.report.seeds import COSTS, Difference, SeedComparison, SeedResult
 from nspec.report.tables import write_tsv
 from nspec.report.words import METRICS, bare_p, count, group_name, p_text, sign, signed, system_name
@@ -24,8 +25,8 @@ _COST_HEADS = ["system", "updates", "tokens", "training, s", "tokens/s", "densit
 def write(comparison: SeedComparison, folder: Path) -> None:
     """Writes ``seeds.md``, ``seeds.tsv``, ``costs.tsv`` and ``seeds_<average>.svg`` (with two systems or more).
 
-    A line of ``seeds.tsv`` has after the statistics the score and the difference of each seed. There is no figure of
-    levels and families.
+    ``seeds.tsv`` has validation losses too. A line of it has after the statistics the score and the difference of each
+    seed. There is no figure of levels and families.
 
     Raises:
         OSError: a file cannot be written.
@@ -33,7 +34,8 @@ def write(comparison: SeedComparison, folder: Path) -> None:
     folder = Path(folder)
     write_text(folder / "seeds.md", markdown(comparison))
     each = [f"{what}:{seed}" for what in ("score", "delta") for seed in comparison.seeds]
-    write_tsv(folder / "seeds.tsv", _COLUMNS + each, (_row(comparison, result) for result in comparison.results))
+    results = (*comparison.results, *comparison.losses)
+    write_tsv(folder / "seeds.tsv", _COLUMNS + each, (_row(comparison, result) for result in results))
     costs = ([system, *comparison.costs[system].values()] for system in comparison.systems)
     write_tsv(folder / "costs.tsv", ["system", *COSTS], costs)
     for group in comparison.groups if len(comparison.systems) > 1 else ():
@@ -87,12 +89,56 @@ def markdown(comparison: SeedComparison) -> str:
         "p: two-sided paired t test over seeds, adjusted over systems by Holm's method. ▲ ▼: in how many seeds the "
         "run's own test on its test set is significant at 5 %.",
     ]
-    lines += _average_lines(comparison)
+    lines[2:2] = _declared_lines(comparison)
+    lines += [*_loss_lines(comparison), *_average_lines(comparison)]
     rows = [[_cell(system_name(system)), *_cost_cells(comparison.costs[system])] for system in comparison.systems]
     lines += ["", "## Costs, mean over seeds", "", *_table(_COST_HEADS, rows), ""]
     lines += [f"- {note}" for note in comparison.notes]
     lines += [f"- {names[m]} signature: `{each}`" for m in METRICS for each in comparison.signatures[m]]
     return "\n".join(lines) + "\n"
+
+
+def _declared_lines(comparison: SeedComparison) -> list[str]:
+    """The hypothesis and the comparison that were declared, with its result; empty where nothing was."""
+    lines = [f"**Hypothesis.** {comparison.hypothesis}", ""] if comparison.hypothesis else []
+    if (primary := comparison.primary) is None:
+        return lines
+    said = compared(primary, comparison.baseline, comparison.metric_names, system_name)
+    try:
+        d = comparison.find(primary.system, primary.metric, primary.average).difference
+    except KeyError:
+        d = None
+    if d is None:
+        return [*lines, f"**Declared comparison.** {said}: not every run says it.", ""]
+    unit, digits = ("nats, negative is better", 3) if primary.metric == "loss" else ("points", 2)
+    result = f"{_difference(d, digits)} ({unit}), {p_text(d.p)}, not corrected, as the one declared"
+    return [*lines, f"**Declared comparison.** {said}: {result}.", ""]
+
+
+def _loss_lines(comparison: SeedComparison) -> list[str]:
+    """The table of validation losses: the baseline's, and how far each other system is from it."""
+    groups = list(dict.fromkeys(result.group for result in comparison.losses))
+    if not groups:
+        return []
+    base = _cell(system_name(comparison.baseline))
+    lines = [
+        "",
+        "## Validation loss",
+        "",
+        f"Nats per target token of the best checkpoint, mean over directions. Below {base} the difference from it, paired "
+        "by seed, with its 95 % t interval and p, in brackets adjusted by Holm's method over systems (and levels); "
+        "negative is better.",
+        "",
+    ]
+    rows: list[list[str]] = []
+    for system in dict.fromkeys(result.system for result in comparison.losses):
+        found = [result for result in comparison.losses if result.system == system]
+        if system == comparison.baseline:
+            rows.insert(0, [base, *(f"{result.mean:.3f} ± {result.sd:.3f}" for result in found)])
+        else:
+            cells = [f"{_difference(r.difference, 3)} {_p(r.difference)}" for r in found if r.difference]
+            rows.append([_cell(system_name(system)), *cells])
+    return [*lines, *_table(["system", *(_cell(group_name(group)) for group in groups)], rows)]
 
 
 def _average_lines(comparison: SeedComparison) -> list[str]:
@@ -135,8 +181,8 @@ def _group_lines(comparison: SeedComparison, kind: str) -> list[str]:
     return lines
 
 
-def _difference(d: Difference) -> str:
-    return f"{signed(d.mean)} [{signed(d.low)}, {signed(d.high)}]"
+def _difference(d: Difference, digits: int = 2) -> str:
+    return f"{signed(d.mean, digits)} [{signed(d.low, digits)}, {signed(d.high, digits)}]"
 
 
 def _p(d: Difference) -> str:

@@ -45,6 +45,21 @@ SYSTEMS = {
     "adapters_family": ("Adapters per family", "the same with one set for the directions of a language family"),
     "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
     "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
+    "pcgrad": (
+        "PCGrad",
+        "dense, continued; where the gradients of two directions of an update conflict, each loses what is against the "
+        "other",
+    ),
+    "gradvac": (
+        "GradVac",
+        "dense, continued; gradients of two directions are turned to each other where they agree less than they usually do",
+    ),
+    "temperature": ("Changing temperature", "dense, continued; how evenly directions are sampled changes on the way"),
+    "curriculum": ("Easy sentences first", "dense, continued; each direction begins with its easiest sentences"),
+    "reptile": (
+        "Reptile",
+        "dense, continued; at first the weights go a part of the way of a few steps of one direction after another",
+    ),
 }
 PLURAL = {"random", "neurons", "neurons+shared", "adapters", "adapters_family", "finetuned", "bilingual"}
 

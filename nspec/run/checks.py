@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
+from nspec.run.protocol import primary_of
 from nspec.run.systems import (
     SELECT_USES,
     SYSTEMS,
     VARIED,
     config_of,
     masked_systems,
+    recipe_of,
     system_names,
     system_of,
     variants_of,
@@ -134,6 +136,17 @@ def check_layers(config: Config, names: list[str]) -> None:
             )
 
 
+def _recipes(config: Config) -> None:
+    """Systems that train in another way, which does not go with every option."""
+    for system in system_names(config):
+        if (kind := system_of(config, system)).recipe is not None:
+            own = config_of(config, system)
+            try:
+                recipe_of(kind, own).check(own.specialize)
+            except ValueError as error:
+                raise ValueError(f"specialize, of the system {system}: {error}") from None
+
+
 def _varied(config: Config) -> None:
     """What variants may change."""
     _training(config, "specialize")
@@ -192,6 +205,8 @@ def validate(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _layers(config)
+    _recipes(config)
+    primary_of(config)
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:

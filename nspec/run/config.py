@@ -16,7 +16,15 @@ from typing import Any
 from nspec.mt.config import AdaptersConfig, LassConfig, ModelConfig, ProfileConfig, SelectConfig
 from nspec.mt.scoring.config import DecodeConfig, ScoreConfig
 from nspec.mt.text.config import CorpusConfig, TokenizerConfig
-from nspec.mt.training.config import BilingualConfig, FinetuneConfig, SpecializeConfig, TrainConfig
+from nspec.mt.training.config import (
+    BilingualConfig,
+    CurriculumConfig,
+    FinetuneConfig,
+    ReptileConfig,
+    SpecializeConfig,
+    SurgeryConfig,
+    TrainConfig,
+)
 from nspec.options import Option, option, options_of
 
 
@@ -37,12 +45,21 @@ class RunConfig(PlaceConfig):
         "_decoder (only that half is), random (forward, with random masks of the same sizes), neurons and neurons+shared "
         "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), lass (masks of "
         "single weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "
-        "frozen); and finetuned (from dense) and bilingual (from new weights), a model for each direction",
+        "frozen); pcgrad and gradvac (gradient surgery between the directions of an update), temperature and curriculum (a "
+        "temperature that changes, easy sentences first) and reptile (meta-updates first), all dense; and finetuned "
+        "(from dense) and bilingual (from new weights), a model for each direction",
     )
     variants: list[str] = option(
         [],
-        "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune "
-        "or bilingual, each a line such as forward-k70 = forward select.k=0.7",
+        "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune, "
+        "bilingual, surgery, curriculum or reptile, each a line such as forward-k70 = forward select.k=0.7",
+    )
+    hypothesis: str = option("", "what the run is to show, written before it; it stands first on the page")
+    primary: str = option(
+        "",
+        "the comparison with score.baseline that tests it, declared before the run: a system, a metric (loss, bleu, "
+        "chrf) and an average (all, from_en, to_en, level:low, ...), such as forward loss all; it is not corrected for "
+        "others",
     )
 
 
@@ -68,6 +85,9 @@ class Config(Sections):
     lass: LassConfig = field(default_factory=LassConfig)
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     bilingual: BilingualConfig = field(default_factory=BilingualConfig)
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    reptile: ReptileConfig = field(default_factory=ReptileConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 

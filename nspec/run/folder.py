@@ -29,7 +29,8 @@ from typing import Any
 
 from nspec.files import sha256, write_json, write_text
 from nspec.processes import World
-from nspec.run.config import Sections
+from nspec.run.config import Config, Sections
+from nspec.run.protocol import declare
 from nspec.run.records import (
     height,
     holds_only_parts,
@@ -54,6 +55,8 @@ NEUTRAL = {
     "run.device",
     "run.systems",
     "run.variants",
+    "run.hypothesis",
+    "run.primary",
     "train.log_every",
     "train.compile",
     "specialize.log_every",
@@ -134,6 +137,8 @@ class Run:
             for folder in self.set_aside(again):
                 tell(f"the old results are kept in {folder}")
             write_text(self.folder / "config.yaml", render_complete(self.config))
+            if isinstance(self.config, Config):
+                declare(self.folder, self.config)
         except BaseException:
             self.__exit__()
             raise

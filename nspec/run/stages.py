@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.recipe import SECTIONS
 from nspec.run.config import Config
 from nspec.run.systems import (
     config_of,
@@ -19,6 +20,7 @@ from nspec.run.systems import (
     masked_systems,
     masks_folder,
     profile_folder,
+    recipe_of,
     selected_folder,
     system_names,
     system_of,
@@ -125,8 +127,10 @@ def stages_of(config: Config) -> list[Stage]:
                 outputs=("scores.json",),
             )
         )
-    results = ["config.yaml", "prepared/meta.json", "masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
+    results = ["config.yaml", "protocol.json", "prepared/meta.json"]
+    results += ["masks/masks.*", "random_masks/masks.*", "variants/*/*/masks.*"]
     results += ["analysis/heads/heads.*", "analysis/heads/measured.json"]  # what `nspec analyze --heads` left
+    results += ["analysis/halves/*/masks.*", "analysis/halves/measured.json", "profile/counts.*"]
     for system in system_names(config):
         results += [f"systems/{system}/summary.json", f"systems/{system}/log.jsonl", f"scores/{system}/scores.json"]
     stages.append(Stage("report", "report", inputs=tuple(results), after=("prepare",), derived=True, outputs=("*",)))
@@ -252,6 +256,10 @@ def _training(config: Config, system: str) -> Stage:
         inputs, after, raisable = _PREPARED, ["prepare"], ("train.patience",)
     elif kind.method == "each":
         options, raisable = (*_but_updates("specialize"), "finetune", *options[1:]), ("specialize.patience",)
+    if kind.recipe is not None:
+        options += (SECTIONS[kind.recipe],)
+        if recipe_of(kind, own).has_length:
+            raisable = ("specialize.patience",)
     return Stage(
         f"specialize:{system}",
         f"systems/{system}",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nspec.mt.training.recipe import SECTIONS, Recipe, RecipeName
 from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
@@ -31,6 +32,7 @@ class System:
         masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
         side: the half of the model that is specialised; empty: both.
         scratch: it starts from new weights rather than from the dense model's.
+        recipe: how it trains where that is not plain, see :mod:`nspec.mt.training.recipe`.
     """
 
     method: MadeBy = ""
@@ -38,6 +40,7 @@ class System:
     masks: Literal["", "masks", "random_masks"] = ""
     side: Literal["", "encoder", "decoder"] = ""
     scratch: bool = False
+    recipe: RecipeName | None = None
 
     @property
     def made_by(self) -> tuple[str, str]:
@@ -62,10 +65,18 @@ SYSTEMS: dict[str, System] = {
     "adapters_family": System("adapters"),
     "finetuned": System("each"),
     "bilingual": System("each", scratch=True),
+    "pcgrad": System(recipe="pcgrad"),
+    "gradvac": System(recipe="gradvac"),
+    "temperature": System(recipe="temperature"),
+    "curriculum": System(recipe="curriculum"),
+    "reptile": System(recipe="reptile"),
 }
 """Every built-in system by its name."""
 
-VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
+VARIED = (
+    *("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual"),
+    *("surgery", "curriculum", "reptile"),
+)
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
 SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
@@ -208,6 +219,17 @@ def finetuned_system(config: Config, system: str) -> str:
 
 def _finetuning(overrides: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in overrides.items() if name.startswith("finetune.")}
+
+
+def recipe_of(kind: System, own: Config) -> Recipe:
+    """How a system with a recipe trains.
+
+    Args:
+        kind: of the system.
+        own: the configuration as it is for it, see :func:`config_of`.
+    """
+    assert kind.recipe is not None
+    return Recipe(kind.recipe, getattr(own, SECTIONS[kind.recipe]))
 
 
 def masked_systems(config: Config) -> Iterator[str]:

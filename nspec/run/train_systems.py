@@ -20,7 +20,16 @@ from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.train import train_system
 from nspec.run.config import Config
 from nspec.run.stages import weight_masks_folder
-from nspec.run.systems import SYSTEMS, System, builtin_of, config_of, finetuned_system, masks_folder, system_of
+from nspec.run.systems import (
+    SYSTEMS,
+    System,
+    builtin_of,
+    config_of,
+    finetuned_system,
+    masks_folder,
+    recipe_of,
+    system_of,
+)
 
 
 def make_system(
@@ -50,7 +59,8 @@ def make_system(
         return
     method, settings = _method(system, config, own, kind, run, data)
     model, _ = load_system(run / "systems" / "dense" / "model", "cpu", SYSTEMS["dense"].made_by)  # the trainer moves it
-    _train(system, own, settings, data, model, folder, method=method, starting=starting)
+    recipe = recipe_of(kind, own) if kind.recipe else None
+    _train(system, own, settings, data, model, folder, method=method, recipe=recipe, starting=starting)
 
 
 def _train(system: str, own: Config, settings: TrainConfig, *arguments: Any, **named: Any) -> None:
@@ -171,6 +181,7 @@ def _together(system: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     sums = {key: sum(part[key] for part in parts) for key in keys}
     kept = {key: parts[0][key] for key in ("mode", "density", "mask_bytes", "precision", "device", "threads")}
     speed = sums["tokens"] / max(sums["train_seconds"], 1e-9)
+    memory = [part["peak_memory_bytes"] for part in parts if part.get("peak_memory_bytes") is not None]
     added = sums["parameters"]  # no weight is shared with the dense model
     return (
         kept
@@ -179,6 +190,7 @@ def _together(system: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
             "system": system,
             "method": "each",
             "tokens_per_second": speed,
+            "peak_memory_bytes": max(memory, default=None),
             "parameters_added": added,
             "best_step": None,
             "best_value": sum(part["best_value"] for part in parts) / len(parts),

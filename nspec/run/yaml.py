@@ -40,6 +40,9 @@ SECTIONS = {
     "lass": "the system lass (Lin et al. 2021): which weights it keeps",
     "adapters": "the systems adapters and adapters_family (Bapna and Firat 2019)",
     "bilingual": "the system bilingual: a model for each direction",
+    "surgery": "the systems pcgrad (Yu et al. 2020) and gradvac (Wang et al. 2021), trained as specialize says",
+    "curriculum": "the systems temperature and curriculum (Platanios et al. 2019), trained as specialize says",
+    "reptile": "the system reptile (Nichol et al. 2018): meta-updates first, then trained as specialize says",
     "decode": "beam search on the test set",
     "score": "BLEU and chrF++ with confidence intervals, and tests between systems",
 }

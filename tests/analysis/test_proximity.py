@@ -124,6 +124,24 @@ def test_a_control_adds_a_partial_test() -> None:
         assert math.isnan(row.partial_p_holm)
 
 
+def test_overlap_that_comes_of_density_alone_goes_where_density_is_held() -> None:
+    """Related languages keep as many neurons, and which ones is chance."""
+    rng, branches = np.random.default_rng(3), sorted({languages.group_of(code) for code in CODES})
+    share = {code: 0.3 + 0.6 * branches.index(languages.group_of(code)) / len(branches) for code in CODES}
+    layer = LAYERS[0]
+    masks = NeuronMasks({f"en-{code}": {layer: torch.from_numpy(rng.random(4000) < share[code])} for code in CODES})
+    (row,) = proximity.proximity(masks, "en", expected=proximity.mask_chance, permutations=999).layers
+    assert row.test is not None
+    assert row.density is not None
+    assert abs(row.density.r) < 0.5 * abs(row.test.r)
+    assert row.density_p_holm == row.density.p
+    found = proximity.proximity(planted_masks(), "en", expected=proximity.mask_chance, permutations=99)
+    assert all(row.density is not None and row.density.r > 0.4 for row in found.layers)
+    chance = proximity.mask_chance(masks, [layer], "from", "en", CODES[:2])[0]
+    a, b = (float(masks[f"en-{code}"][layer].float().mean()) for code in CODES[:2])
+    assert chance == pytest.approx(np.array([[1, a * b / (a + b - a * b)], [a * b / (a + b - a * b), 1]]))
+
+
 def test_tasks_without_the_pivot_are_left_out_and_one_direction_will_do() -> None:
     masks = planted_masks()
     some = {task: masks[task] for task in masks.tasks if task.startswith("en-")}

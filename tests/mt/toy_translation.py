@@ -96,7 +96,16 @@ class Toy:
         draw = lambda: torch.rand(d_ff, generator=generator) < density
         return nspec.NeuronMasks({task: {layer: draw() for layer in layers} for task in tasks})
 
-    def train(self, name: str, *, mode: Any = None, model: dict[str, Any] | None = None, **train: Any) -> Path:
+    def train(
+        self,
+        name: str,
+        *,
+        mode: Any = None,
+        recipe: Any = None,
+        task: str = "",
+        model: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Path:
         """Trains a system in this process and returns its folder."""
         from nspec.mt.methods import NeuronSpecialization
         from nspec.mt.training.train import train_system
@@ -107,10 +116,11 @@ class Toy:
         train_system(
             name,
             config.train,
-            self.data,
+            self.data.only(task) if task else self.data,
             built,
             self.folder / name,
             method=NeuronSpecialization(masks, mode) if masks else None,
+            recipe=recipe,
             show=False,
             **run_options(config),
         )

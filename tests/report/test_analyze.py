@@ -65,6 +65,7 @@ def test_the_verb_prints_a_row_per_layer_and_writes_its_files(tmp_path: Path, ca
     for row, entry in zip(rows[2:], saved["layers"][2:]):
         assert float(row["p"]) == pytest.approx(entry["test"]["p"], rel=1e-5)
         assert float(row["partial_p"]) == pytest.approx(entry["partial"]["p"], rel=1e-5)
+        assert float(row["density_p"]) == pytest.approx(entry["density"]["p"], rel=1e-5)
         assert float(row["iou_within"]) == pytest.approx(entry["within"], rel=1e-5)
         assert row["exact"] == "false"
     assert [(tree["side"], tree["direction"]) for tree in saved["trees"]] == [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import statistics
 import xml.etree.ElementTree as ElementTree
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 pytest.importorskip("matplotlib")
 
@@ -304,3 +306,82 @@ def test_the_command_prints_the_comparison_and_writes_it_where_asked(
     )
     assert cli.main(["seeds", str(three[0])]) == 2
     assert "found 1 run, expected 2 or more" in capsys.readouterr().err
+
+
+def with_losses(folder: Path, seed: int, systems: list[str]) -> Path:
+    """A run with validation losses; forward is 0.10, 0.12 and 0.11 nats below continued from en, and 0.02 above to en."""
+    run = make_run(folder, seed, systems)
+    write_json(run / "prepared" / "meta.json", {"counts": {"train": {"en-de": 900, "de-en": 100}}})
+    for system in systems:
+        folder = run / "systems" / system
+        parts = {f"{task}/": [task] for task in TASKS} if system == "finetuned" else {"": TASKS}
+        for part, tasks in parts.items():
+            losses = {"en-de": 3.0 + seed / 10, "de-en": 2.0 + seed / 10}
+            if system == "forward":
+                losses = {"en-de": losses["en-de"] - (0.10, 0.12, 0.11)[seed - 1], "de-en": losses["de-en"] + 0.02}
+            best = {"step": 20, "valid_loss": 2.5, "tasks": {t: {"loss": losses[t], "bleu": None} for t in tasks}}
+            later = {"step": 40, "valid_loss": 2.6, "tasks": {t: {"loss": 9.0, "bleu": None} for t in tasks}}
+            write_text(folder / part / "log.jsonl", "".join(json.dumps(row) + "\n" for row in (best, later)))
+            write_json(folder / part / "summary.json", {"updates": 40, "best_step": 20})
+    return run
+
+
+def test_validation_losses_are_those_of_the_best_checkpoint_paired_by_seed(tmp_path: Path) -> None:
+    systems = [*SYSTEMS, "finetuned"]
+    found = compare_seeds([with_losses(tmp_path / f"l{seed}", seed, systems) for seed in (1, 2, 3)])
+    losses = {(r.system, r.group): r for r in found.losses}
+    assert {group for _, group in losses} == {"all", "from_en", "to_en", "level:high", "level:low"}
+    assert {system for system, _ in losses} == set(systems)
+    assert losses["continued", "all"].scores == pytest.approx((2.6, 2.7, 2.8))
+    d = losses["forward", "from_en"].difference
+    assert d is not None
+    assert d.values == pytest.approx((-0.10, -0.12, -0.11))
+    assert d.p == pytest.approx(stats.ttest_1samp([-0.10, -0.12, -0.11], 0).pvalue)
+    assert d.p_holm == pytest.approx(4 * d.p)
+    low = losses["forward", "level:low"].difference
+    assert low is not None
+    assert low.mean == pytest.approx(0.02)
+    other = losses["finetuned", "all"].difference
+    assert other is not None
+    assert other.mean == pytest.approx(0)
+    text = seeds_write.markdown(found)
+    assert "| Dense continued | 2.700 ± 0.100 | 3.200 ± 0.100 |" in text
+    assert "−0.110 [−0.135, −0.085] p = 0.003 (0.011)" in text
+
+
+def test_a_system_without_losses_in_some_run_is_not_in_their_table(tmp_path: Path) -> None:
+    runs = [with_losses(tmp_path / f"l{seed}", seed, SYSTEMS) for seed in (1, 2)]
+    (runs[1] / "systems" / "forward" / "log.jsonl").unlink()
+    found = compare_seeds(runs)
+    assert {r.system for r in found.losses} == set(SYSTEMS) - {"forward"}
+    assert "Validation losses of forward are left out: a run does not say them." in found.notes
+    (runs[1] / "systems" / "continued" / "log.jsonl").unlink()
+    assert compare_seeds(runs).losses == ()
+
+
+def test_other_test_sentences_are_said(three: list[Path]) -> None:
+    for run in three:
+        write_text(run / "prepared" / "text" / "test" / "de-en.de.txt", "eins\nzwei\n")
+    assert compare_seeds(three).notes == ()
+    write_text(three[1] / "prepared" / "text" / "test" / "de-en.de.txt", "eins\ndrei\n")
+    (note,) = compare_seeds(three).notes
+    assert note.startswith("Runs have other test sentences each")
+
+
+def test_what_was_declared_stands_first(three: list[Path], tmp_path: Path) -> None:
+    declared = {"run__hypothesis": "Neurons help.", "run__primary": "forward chrf from_en"}
+    runs = [make_run(tmp_path / f"d{seed}", seed, **declared) for seed in (1, 2, 3)]
+    lines = seeds_write.markdown(compare_seeds(runs)).split("\n")
+    assert lines[2] == "**Hypothesis.** Neurons help."
+    assert lines[4].startswith(
+        "**Declared comparison.** Specialised (forward) against dense continued, chrF++, en→x: "
+        "+1.00 [+0.75, +1.25] (points), "
+    )
+    assert "not corrected" in lines[4]
+    late = {"hypothesis": "Neurons help.", "primary": "", "date": "2026-11-29", "scored": ["dense"]}
+    write_json(runs[1] / "protocol.json", [late])
+    (note,) = [note for note in compare_seeds(runs).notes if "declared" in note]
+    assert note == f"What is declared was declared in {runs[1]} when there were scores of dense already."
+    runs = [make_run(tmp_path / f"l{seed}", seed, run__primary="forward loss all") for seed in (1, 2)]
+    assert "validation loss, all directions: not every run says it." in seeds_write.markdown(compare_seeds(runs))
+    assert "Declared" not in seeds_write.markdown(compare_seeds(three))

@@ -89,7 +89,7 @@ def _tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    timed = {"seconds", "tokens_per_second", "train_seconds"}
+    timed = {"seconds", "tokens_per_second", "train_seconds", "peak_memory_bytes"}
     found: dict[str, Any] = {}
     for system in sorted(path.name for path in (folder / "scores").iterdir() if ".old-" not in path.name):
         lines = (folder / f"systems/{system}/log.jsonl").read_text().splitlines()

@@ -7,6 +7,8 @@ A micro-batch is one chunk, or several that are drawn alike. The plan is a funct
   sequence cut into batches by the largest lengths of the cells in them. So the cuts hold for every epoch, and the j-th
   chunk of a direction is batch ``j mod b`` of epoch ``j div b``, with b its batches: nothing before it has to be
   computed, which is what makes resuming exact and free.
+- Where the temperature changes, it goes from the first micro-batch to the last in a straight line. Where there is a
+  curriculum (:mod:`nspec.mt.text.competence`), each of its steps has cuts and epochs of its own.
 - Each epoch shuffles the sentences within their cells and the order of the batches, with Philox keyed by (seed, direction,
   epoch). Every pair comes once an epoch.
 
@@ -24,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nspec.mt.text.competence import Competence, rarity
 from nspec.mt.text.prepared import Examples, Ids
 
 __all__ = ["Examples", "LengthSource", "TaskBatchSampler", "evaluation_batches", "probabilities_of"]
@@ -44,6 +47,13 @@ class LengthSource(Protocol):
 
     def lengths(self, split: str, task: str) -> tuple[Ids, Ids]:
         """Source and target lengths, int64 [n] each."""
+
+
+class TextSource(LengthSource, Protocol):
+    """What a sampler needs of it."""
+
+    def source_ids(self, split: str, task: str) -> tuple[npt.NDArray[Any], Ids]:
+        """Source tokens of all pairs, [tokens], and where each pair's begin, int64 [n + 1]; for a curriculum by rarity."""
 
 
 def probabilities_of(sizes: dict[str, int], temperature: float) -> dict[str, float]:
@@ -76,9 +86,13 @@ class TaskBatchSampler:
         rank: of this process; it gets micro-batches rank, rank + world, ... of the one plan.
         world: number of processes.
         tasks_per_batch: chunks of a micro-batch, each of one direction.
+        temperature_end: the temperature of the last micro-batch, where it changes. The longer plan is another one then.
+        runs: (n, k): the first n times k micro-batches come in runs of k of one direction.
+        competence: ``start``, ``until`` and ``difficulty`` (``rarity`` or ``length``) of a curriculum, see
+            :class:`~nspec.mt.training.config.CurriculumConfig`. The longer plan is another one then.
 
     Attributes:
-        probabilities: how often each direction is drawn.
+        probabilities: how often each direction is drawn; at the start, where that changes.
         plan: int64 [micro_batches x tasks_per_batch], the task index of each chunk.
         start: number of micro-batches of the plan (over all ranks) that are done: iteration begins there.
 
@@ -88,7 +102,7 @@ class TaskBatchSampler:
 
     def __init__(
         self,
-        data: LengthSource,
+        data: TextSource,
         split: str,
         batch_tokens: int,
         temperature: float,
@@ -97,6 +111,10 @@ class TaskBatchSampler:
         rank: int = 0,
         world: int = 1,
         tasks_per_batch: int = 1,
+        *,
+        temperature_end: float | None = None,
+        runs: tuple[int, int] = (0, 1),
+        competence: tuple[float, float, str] | None = None,
     ) -> None:
         if batch_tokens < 1 or micro_batches < 1 or seed < 0:
             raise ValueError(
@@ -120,21 +138,44 @@ class TaskBatchSampler:
         sizes = {task: data.size(split, task) for task in self.tasks}
         self.probabilities = probabilities_of(sizes, temperature)
         self.plan = self._draw_tasks()
+        if temperature_end is not None:
+            self.plan = self._draw_changing(sizes, temperature, temperature_end)
+        runs_end, length = math.prod(runs) * tasks_per_batch, runs[1] * tasks_per_batch
+        self.plan[:runs_end] = np.repeat(self.plan[:runs_end:length], length)
         self.start = 0
         self._settings = {"seed": seed, "batch_tokens": batch_tokens, "temperature": temperature, "sizes": sizes}
         self._settings["tasks_per_batch"] = tasks_per_batch
-        self._occurrence = np.empty(len(self.plan), dtype=np.int64)
-        for number in range(len(self.tasks)):
-            mine = np.flatnonzero(self.plan == number)
-            self._occurrence[mine] = np.arange(len(mine))
-        self._batches: list[_TaskBatches | None] = [None] * len(self.tasks)
         self._data, self._split, self._budget = data, split, batch_tokens // tasks_per_batch
+        self._step = np.zeros(len(self.plan), dtype=np.int64)
+        self._competence: Competence | None = None
+        if competence is not None:
+            start, until, by = competence
+            self._competence = Competence(start, until, micro_batches, lambda task: self._difficulty(task, by))
+            self._step = np.repeat(self._competence.steps(np.arange(micro_batches)), tasks_per_batch)
+        self._occurrence = _occurrences(self._step * len(self.tasks) + self.plan)
+        self._batches: list[tuple[int, _TaskBatches] | None] = [None] * len(self.tasks)
 
     def _draw_tasks(self) -> Index:
         draws = _uniform(self.seed, "tasks", 0, self.micro_batches * self.tasks_per_batch)
         edges = np.cumsum(list(self.probabilities.values()))
         found = np.searchsorted(edges, draws, side="right")
         return np.minimum(found, len(self.tasks) - 1).astype(np.int64)  # rounding may leave the last edge below 1
+
+    def _draw_changing(self, sizes: dict[str, int], first: float, last: float) -> Index:
+        """The same where the temperature goes from the first to the last micro-batch in a straight line."""
+        draws = _uniform(self.seed, "tasks", 0, self.micro_batches * self.tasks_per_batch)
+        found = np.empty(len(draws), dtype=np.int64)
+        for number in range(self.micro_batches):
+            temperature = first + (last - first) * number / max(self.micro_batches - 1, 1)
+            edges = np.cumsum(list(probabilities_of(sizes, temperature).values()))
+            chunk = slice(number * self.tasks_per_batch, (number + 1) * self.tasks_per_batch)
+            found[chunk] = np.searchsorted(edges, draws[chunk], side="right")
+        return np.minimum(found, len(self.tasks) - 1)
+
+    def _difficulty(self, task: str, by: str) -> npt.NDArray[np.number]:
+        if by == "length":
+            return self._data.lengths(self._split, task)[0]
+        return rarity(*self._data.source_ids(self._split, task))
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the whole plan, wherever :attr:`start` is."""
@@ -160,12 +201,18 @@ class TaskBatchSampler:
         return [key for chunk in chunks for key in self._chunk(chunk)]
 
     def _chunk(self, number: int) -> list[tuple[int, int]]:
-        task = int(self.plan[number])
-        batches = self._batches[task]
-        if batches is None:
-            lengths = self._data.lengths(self._split, self.tasks[task])
-            batches = self._batches[task] = _TaskBatches(*lengths, self._budget, self.seed, self.tasks[task])
-        return [(task, pair) for pair in batches.get(int(self._occurrence[number])).tolist()]
+        task, step = int(self.plan[number]), int(self._step[number])
+        held = self._batches[task]
+        if held is None or held[0] != step:
+            held = self._batches[task] = step, self._batches_of(self.tasks[task], step)
+        return [(task, pair) for pair in held[1].get(int(self._occurrence[number])).tolist()]
+
+    def _batches_of(self, task: str, step: int) -> _TaskBatches:
+        source, target = self._data.lengths(self._split, task)
+        if self._competence is None:
+            return _TaskBatches(source, target, self._budget, self.seed, task)
+        kept = self._competence.kept(step, task, source, target, self._budget)
+        return _TaskBatches(source[kept], target[kept], self._budget, self.seed, f"{task} {step}", kept)
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on at :attr:`start`; set that to the micro-batches done first."""
@@ -191,10 +238,12 @@ class _TaskBatches:
         target: int64 [n], lengths.
         budget: tokens of a batch.
         seed: of the shuffling.
-        task: the direction.
+        task: the direction, or what tells it from others that are shuffled.
+        names: int64 [n], what the pairs are called; None: their numbers.
     """
 
-    def __init__(self, source: Ids, target: Ids, budget: int, seed: int, task: str) -> None:
+    def __init__(self, source: Ids, target: Ids, budget: int, seed: int, task: str, names: Index | None = None) -> None:
+        self.names = np.arange(len(source)) if names is None else names
         self.cell, longest_source, longest_target = _cells(source, target)
         in_order = np.sort(self.cell)
         self.edges = _cut(longest_source[in_order], longest_target[in_order], budget)
@@ -210,7 +259,16 @@ class _TaskBatches:
             self.turns = np.argsort(draws[len(self.cell) :], kind="stable")
             self.epoch = epoch
         batch = int(self.turns[turn])
-        return self.order[self.edges[batch] : self.edges[batch + 1]]
+        return self.names[self.order[self.edges[batch] : self.edges[batch + 1]]]
+
+
+def _occurrences(kinds: Index) -> Index:
+    """How often what stands at each place stood before it: int64 [n]."""
+    order = np.argsort(kinds, kind="stable")
+    starts = np.flatnonzero(np.diff(kinds[order], prepend=-1))
+    found = np.empty(len(kinds), dtype=np.int64)
+    found[order] = np.arange(len(kinds)) - np.repeat(starts, np.diff(starts, append=len(kinds)))
+    return found
 
 
 def _uniform(seed: int, what: str, epoch: int, count: int) -> npt.NDArray[np.float64]:

@@ -32,6 +32,12 @@ class CorpusConfig:
     train_sentences: int = option(0, "most training sentences of one language pair; 0: all (cldr: 20000)", least=0)
     valid_sentences: int = option(0, "most validation sentences of one language pair; 0: all (cldr: 200)", least=0)
     test_sentences: int = option(0, "most test sentences of one language pair; 0: all (cldr: 200)", least=0)
+    seed: int = option(
+        1,
+        "of the samples of validation and test text (cldr: of that text), which are the same whatever run.seed is",
+        least=0,
+        most=2**32 - 1,
+    )
     valid_split: str = option("valid", "the name of the validation split in the corpus")
     test_split: str = option("test", "the name of the test split in the corpus")
     filter_across_pairs: bool = option(

@@ -52,7 +52,7 @@ class TextOptions:
         corpus: where the text comes from, its limits and filters.
         tokenizer: of a new vocabulary.
         model: ``pretrained``, which brings a vocabulary, and ``max_positions``.
-        seed: of samples of the text.
+        seed: of samples of the training text, for training and for the vocabulary.
     """
 
     corpus: CorpusConfig

@@ -131,6 +131,10 @@ class PreparedData:
         more = self.frame.sizes(task)
         return np.diff(source) + more[0], np.diff(target) + more[1]
 
+    def source_ids(self, split: str, task: str) -> tuple[npt.NDArray[Any], Ids]:
+        """Source ids of all sentences one after another, [tokens], without frames, and where each begins, int64 [n + 1]."""
+        return self._open(split, task, ROLES[0])
+
     def ids(self, split: str, task: str, index: int) -> tuple[Ids, Ids]:
         """Source and target ids of one sentence, each int64 [tokens], with their frames.
 

@@ -81,3 +81,61 @@ class BilingualConfig:
         least=1,
         most=100_000_000,
     )
+
+
+@dataclass
+class SurgeryConfig:
+    parts: str = option(
+        "auto",
+        "the parts of the gradient that are compared and changed each by itself: the whole model, side (encoder, decoder, "
+        "the rest), layer or tensor; auto: model for pcgrad, layer for gradvac",
+        ("auto", "model", "side", "layer", "tensor"),
+    )
+    beta: float = option(
+        0.01,
+        "of gradvac: weight of the present cosine of two directions in the moving average that is their target",
+        above=0,
+        below=1,
+    )
+
+
+@dataclass
+class CurriculumConfig:
+    temperature: float = option(
+        1.0,
+        "of the system temperature: that of its last update; it goes there in a straight line from specialize.temperature",
+        least=0.01,
+    )
+    start: float = option(
+        0.01,
+        "of the system curriculum: share of each direction's pairs, the easiest, that it begins with (four micro-batches "
+        "at least); the share grows with the root of the updates",
+        above=0,
+        most=1,
+    )
+    until: float = option(0.5, "share of the updates after which it takes all pairs", above=0, most=1)
+    difficulty: str = option(
+        "rarity",
+        "of a pair, by its source: length in tokens, or rarity, the sum of -log p over them with p their share of the "
+        "direction's training text",
+        ("rarity", "length"),
+    )
+
+
+@dataclass
+class ReptileConfig:
+    share: float = option(
+        0.5, "share of the updates that are meta-updates; the others train on as continued does", above=0, most=1
+    )
+    inner: int = option(
+        0,
+        "inner steps of a meta-update, all of one direction, which share out its specialize.accumulate micro-batches; 0: "
+        "a step for each",
+        least=0,
+        most=1_000_000,
+    )
+    rate: float = option(
+        0.5, "how far the weights go from where they were to where the inner steps end", above=0, most=1
+    )
+    optimizer: str = option("adamw", "of the inner steps: adamw as in specialize, or sgd", ("adamw", "sgd"))
+    lr: float = option(0.1, "learning rate of sgd", above=0, most=1000)

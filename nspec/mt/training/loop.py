@@ -35,7 +35,9 @@ from nspec.mt.training.checkpoints import TrainingLog
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import label_smoothed_loss
 from nspec.mt.training.precision import autocast
+from nspec.mt.training.recipe import Recipe
 from nspec.mt.training.resuming import ResumePoint
+from nspec.mt.training.surgery import Surgery
 from nspec.mt.training.validation import Validator
 from nspec.terminal import Display, duration
 
@@ -68,18 +70,24 @@ class Loop:
     folder: Path  # of the system
     point: ResumePoint  # where training stands; its progress is counted on, and tells the caller what came of it
     shown: str | None  # name of the system in the display; None: no display
+    recipe: Recipe | None = None  # what makes the training other than plain
 
     def __post_init__(self) -> None:
         s, model, self.progress = self.settings, self.model, self.point.progress
         self.rank, self.world, self.device = processes.rank(), processes.world(), model.device
         plan = (s.batch_tokens, s.temperature, s.updates * s.accumulate, self.seed)
-        self.sampler = TaskBatchSampler(self.data, "train", *plan, tasks_per_batch=s.tasks_per_batch)
+        sampling = self.recipe.sampling(s) if self.recipe else {}
+        self.sampler = TaskBatchSampler(self.data, "train", *plan, tasks_per_batch=s.tasks_per_batch, **sampling)
         self.examples, self.place = Examples(self.data, "train"), self.folder / "checkpoints"
         self.optimizer = build_optimizer(model, s)
         self.scheduler = LambdaLR(self.optimizer, lambda done: inverse_square_root(done + 1, s.warmup))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.stored: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.scheduler}
         self.stored |= {"scaler.pt": self.scaler} if self.scaler.is_enabled() else {}
+        self.surgery: Surgery | None = None
+        if self.recipe and (how := self.recipe.surgery) is not None:
+            self.surgery = Surgery(self.recipe.name, how, model, self.data.tasks, self.seed)
+            self.stored["surgery.pt"] = self.surgery
         self.random_file = "rng_state.pth" if self.world == 1 else f"rng_state_{self.rank}.pth"
         self.display = Display(quiet=self.shown is None or self.rank > 0)  # its import draws random numbers
         set_seed(self.seed + self.rank)  # dropout must differ between processes
@@ -136,23 +144,60 @@ class Loop:
             raise SystemExit(143)
 
     def _update(self) -> None:
-        """A step of the optimiser along the gradient of the micro-batches of all processes.
+        """An update: a step of the optimiser, or a meta-update of Reptile, which is several and a way back."""
+        progress, recipe, first = self.progress, self.recipe, self.progress.step * self.settings.accumulate
+        numbers = range(first + self.rank, first + self.settings.accumulate, self.world)
+        batches = [collate([self.examples[key] for key in self.sampler.batch(number)]) for number in numbers]
+        if recipe is not None and progress.step < recipe.meta_updates(self.settings):
+            done = self._meta_update(recipe, batches)
+        else:
+            done = self._descend(batches, self.optimizer)
+        if done:
+            self.scheduler.step()
+        progress.step += 1
+
+    def _meta_update(self, recipe: Recipe, batches: list[dict[str, Any]]) -> bool:
+        """Inner steps of one direction, of whose way the weights go a part; whether the training's optimiser took them.
+
+        This is Reptile (Nichol et al., On First-Order Meta-Learning Algorithms, 2018), a direction at a time.
+        """
+        assert recipe.reptile is not None
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        sgd = torch.optim.SGD(trained, recipe.reptile.lr) if recipe.reptile.optimizer == "sgd" else None
+        size = len(batches) // recipe.inner_steps(self.settings)
+        for start in range(0, len(batches), size):
+            self._descend(batches[start : start + size], sgd or self.optimizer)
+        with torch.no_grad():
+            for parameter, old in zip(trained, before):
+                parameter.copy_(torch.lerp(old, parameter, recipe.reptile.rate))
+        return sgd is None  # AdamW, which has not begun then, does so with a warm-up
+
+    def _descend(self, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> bool:
+        """A step of the optimiser along the gradient of the micro-batches of all processes; whether it was taken.
 
         A loss or gradient that is not finite stops before the optimiser could take it in. With loss scaling (fp16) the
         scaler skips a step whose gradient is not finite, and the learning rate stays where it was.
         """
-        progress, method, start = self.progress, self.method, self.progress.step * self.settings.accumulate
-        numbers = range(start + self.rank, start + self.settings.accumulate, self.world)
-        batches = [collate([self.examples[key] for key in self.sampler.batch(number)]) for number in numbers]
+        progress, method = self.progress, self.method
+        if self.surgery is not None:  # those of a direction one after another: their gradients are added on the model
+            places = list(dict.fromkeys(b["task"] for b in batches))
+            batches = sorted(batches, key=lambda b: places.index(b["task"]))
         tasks = [[b["task"]] if isinstance(b["task"], str) else list(dict.fromkeys(b["task"])) for b in batches]
         # Target tokens, and those of both sides, over all processes; not read from the device before all is computed.
         own, read = (sum(int(b[name].sum()) for b in batches) for name in ("decoder_attention_mask", "attention_mask"))
         counts = torch.tensor([own, own + read], device=self.device)
         if self.world > 1:
             torch.distributed.all_reduce(counts)
-        losses = [self._add_gradient(batch, counts[0], last=batch is batches[-1]) for batch in batches]
-        self.rate = self.optimizer.param_groups[0]["lr"]
-        self.scaler.unscale_(self.optimizer)
+        losses = []
+        for number, batch in enumerate(batches, 1):
+            losses.append(self._add_gradient(batch, counts[0], last=batch is batches[-1]))
+            if self.surgery is not None and tasks[number : number + 1] != [tasks[number - 1]]:
+                self.surgery.take(tasks[number - 1][0])
+        if self.surgery is not None:
+            self.surgery.put(progress.step)
+        self.rate = optimizer.param_groups[0]["lr"]
+        self.scaler.unscale_(optimizer)
         norm = clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or math.inf)
         targets, tokens, self.norm, *parts = torch.cat([counts.double(), torch.stack([norm, *losses])]).tolist()
         names = [" + ".join(each) for each in tasks]
@@ -166,20 +211,19 @@ class Loop:
         progress.window_tokens += int(tokens)
         progress.tokens += int(tokens)
         scale, used = self.scaler.get_scale(), {name for each in tasks for name in each}
-        with nullcontext() if method is None else method.stepping(self.model, self.optimizer, used):
-            self.scaler.step(self.optimizer)
+        with nullcontext() if method is None else method.stepping(self.model, optimizer, used):
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         if self.scaler.get_scale() < scale:
             progress.skipped += 1
             progress.skipped_in_row += 1
             if (often := progress.skipped_in_row) > _MOST_SKIPPED:
                 scaled = f"now at a loss scale of {self.scaler.get_scale():.3g}"
                 raise self._diverged(f"the gradient overflows in fp16 for {often} updates in a row, {scaled}")
-        else:
-            self.scheduler.step()
-            progress.skipped_in_row = 0
-        progress.step += 1
+            return False
+        progress.skipped_in_row = 0
+        return True
 
     def _add_gradient(self, batch: dict[str, Any], targets: Tensor, last: bool) -> Tensor:
         """The forward and backward pass of a micro-batch; its loss, divided by the target tokens of the whole update."""

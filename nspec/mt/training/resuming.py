@@ -13,6 +13,7 @@ from nspec.mt.methods import Method
 from nspec.mt.training import checkpoints
 from nspec.mt.training.checkpoints import TrainingState
 from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,12 @@ class ResumePoint(NamedTuple):
 
 
 def resume_point(
-    system: str, folder: Path, settings: TrainConfig, seed: int, method: Method | None = None
+    system: str,
+    folder: Path,
+    settings: TrainConfig,
+    seed: int,
+    method: Method | None = None,
+    recipe: Recipe | None = None,
 ) -> ResumePoint:
     """Where the training of a system goes on. Nothing is changed: :meth:`ResumePoint.tidy` does that.
 
@@ -51,6 +57,7 @@ def resume_point(
         settings: the options now.
         seed: of the run.
         method: what makes the system other than dense.
+        recipe: what makes the training other than plain.
 
     Raises:
         ValueError: no checkpoint is whole, they are of a training with other options or with more updates than wanted,
@@ -59,6 +66,7 @@ def resume_point(
     checkpoints.check_places(folder)
     options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
     options |= {"seed": seed, "mode": method and (method.mode or method.name), "masks": method and method.digest()}
+    options["recipe"] = recipe and recipe.described(settings)
     place, summary = folder / "checkpoints", _summary(folder)
     found = checkpoints.whole(place)
     if not found:

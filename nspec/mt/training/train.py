@@ -24,7 +24,9 @@ from nspec.mt.training import checkpoints
 from nspec.mt.training.checkpoints import TrainingLog, TrainingState
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loop import Loop, TrainingDiverged
+from nspec.mt.training.memory import PeakMemory
 from nspec.mt.training.precision import precision_note, resolve_precision
+from nspec.mt.training.recipe import Recipe
 from nspec.mt.training.resuming import resume_point
 from nspec.mt.training.validation import Validator
 from nspec.processes import World
@@ -43,6 +45,7 @@ def train_system(
     device: str = "auto",
     decode: DecodeConfig | None = None,
     method: Method | None = None,
+    recipe: Recipe | None = None,
     show: bool = True,
     starting: Callable[[], None] | None = None,
 ) -> None:
@@ -63,6 +66,7 @@ def train_system(
         device: ``auto`` (the first GPU, else the CPU), ``cpu`` or ``cuda``.
         decode: the limits of translations for validation BLEU; None: the defaults.
         method: what makes the system other than dense; knows every task of ``data``.
+        recipe: what makes the training other than plain: gradient surgery, a curriculum, Reptile.
         show: a bar on a terminal, else a line for each validation, on standard error.
         starting: the first process calls it when all is checked, before it changes what is in ``folder``.
 
@@ -75,13 +79,13 @@ def train_system(
     """
     folder = Path(folder)
     World().connect(device)
-    _check(settings, data, method)
+    _check(settings, data, method, recipe)
     on, decode = processes.resolve_device(device), decode or DecodeConfig()
     precision = resolve_precision(settings.precision, on, int(getattr(model.config, "hidden_size", 0)))
     if processes.rank() == 0:
         put_back(folder / "model")
     processes.barrier()
-    point = resume_point(system, folder, settings, seed, method)
+    point = resume_point(system, folder, settings, seed, method, recipe)
     state, place = point.progress, folder / "checkpoints"
     if (lost := checkpoints.log_damage(folder, state, point.undone)) and processes.rank() == 0:
         logger.warning("%s: %s; they are not in the curves of the report", system, lost)
@@ -102,6 +106,7 @@ def train_system(
             starting()
         point.tidy(place)
     processes.barrier()
+    memory = PeakMemory(on)
     cast(nn.Module, model).to(on)
     if not state.stopped:
         validator = Validator(model, data, settings, decode, precision=precision)
@@ -109,11 +114,12 @@ def train_system(
             _measure(validator, settings, precision, state, folder)
         else:
             shown = system if show else None
-            Loop(settings, data, model, method, precision, seed, validator, folder, point, shown).run()
+            Loop(settings, data, model, method, precision, seed, validator, folder, point, shown, recipe).run()
     if settings.updates:
         load_weights(model, place / f"checkpoint-{state.best_step}")
     model.eval()
     summary = _summary(system, settings, model, state, method, precision)
+    summary |= {"recipe": recipe.name if recipe else None, "peak_memory_bytes": memory.bytes()}
     if processes.rank() == 0:
         save_system(model, data.tokenizer, folder / "model", method)
         summary["weights_sha256"] = checkpoints.weights_digest(folder / "model")  # so that neither is another's
@@ -122,7 +128,7 @@ def train_system(
     processes.barrier()
 
 
-def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> None:
+def _check(settings: TrainConfig, data: PreparedData, method: Method | None, recipe: Recipe | None) -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
             raise ValueError(
@@ -139,6 +145,12 @@ def _check(settings: TrainConfig, data: PreparedData, method: Method | None) -> 
     for name in ("updates", "accumulate", "batch_tokens", "tasks_per_batch", "valid_every", "log_every"):
         if getattr(settings, name) < (least := 0 if name == "updates" else 1):
             raise ValueError(f"{name} is {getattr(settings, name)}; expected at least {least}")
+    if recipe is not None:
+        if method is not None:
+            raise ValueError(
+                f"{recipe.name} trains a dense model, and this one has {method.name}; leave one of them out"
+            )
+        recipe.check(settings, processes.world())
     if settings.accumulate % processes.world():
         raise ValueError(
             f"accumulate is {settings.accumulate}, the micro-batches of an update over all processes; "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.mt.languages import languages_of_task
 from nspec.report import drawing, words
+from nspec.report.declared import declared_section
 from nspec.report.run_data import RunData
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def section(data: RunData) -> dict[str, Any]:
             drawing.render(score_chart, f"{name} of every system with its interval", f"scores_{metric}", data, metric)
             for metric, name in (data.metric_names if data.scored else {}).items()
         ],
+        "declared": declared_section(data),
         "reference": words.in_sentence(data.name(_reference(data))) if data.scored else "",
         "headline": headline(data),
         "setup": setup_sentence(data),

@@ -72,6 +72,9 @@ def section(data: RunData) -> dict[str, Any] | None:
         "bands": len({band.name for band in bands}) > 1,
         "published_iou": beside,
         "published_iou_k": f"{PUBLISHED_IOU_K:g}",
+        "iou_rows": iou_rows(data) if beside else [],
+        "iou_k": f"{iou_masks(data)[1]:g}" if beside else "",
+        "halves": halves_section(data),
         "selection": words.selection_sentence(data.config.select),
         "mean": f"{shares.mean():.3f}",
         "low": f"{shares.min():.3f}",
@@ -164,8 +167,55 @@ def published_iou(data: RunData) -> Figure:
     return figure
 
 
+def iou_rows(data: RunData) -> list[dict[str, str]]:
+    """The same by layer as numbers, for all four cases, with what chance would give."""
+    masks, _ = iou_masks(data)
+    groups = _groups(data, analysis.order_tasks(masks.tasks, data.pivot))
+    cases: list[tuple[str, analysis.overlap.Side]] = [*PUBLISHED_IOU, ("from", "encoder"), ("to", "decoder")]
+    rows = []
+    for group, side in cases:
+        layers = analysis.side_layers(masks, side)
+        if layers and len(groups.get(group, [])) > 1:
+            own, chance = _iou_and_chance(masks, layers, groups[group])
+            texts = [" ".join(f"{iou:.2f}" for iou in values) for values in (own, chance)]
+            published = " ".join(f"{iou:.2f}" for iou in PUBLISHED_IOU.get((group, side), []))
+            name = f"{side.capitalize()}, {_label(data, group)}"
+            rows.append({"name": name, "own": texts[0], "chance": texts[1], "published": published or "–"})
+    return rows
+
+
+def halves_section(data: RunData) -> dict[str, Any]:
+    """How alike the neurons are that each half of the text selects; ``reason`` where that was not measured."""
+    from nspec.report import measured_halves
+
+    found = measured_halves.load(data.folder)
+    if found is None:
+        return {
+            "reason": f"How stable the selection is was not measured; `nspec analyze {data.folder} --halves` selects "
+            "neurons from each half of the text, and the next `nspec report` shows how alike they are."
+        }
+    one, two, outdated = found
+    rows = [
+        {
+            "layer": f"{analysis.layer_side(row.layer)} {analysis.layer_numbers([row.layer])[0]}",
+            "cells": [f"{iou:.3f}" if iou == iou else "–" for iou in (row.halves, row.directions, row.chance)],
+        }
+        for row in measured_halves.compare_halves(one, two)
+    ]
+    warning = "The dense model or the options of profile and select are others now: measure this again."
+    return {"reason": "", "rows": rows, "warning": warning if outdated else ""}
+
+
 def iou_masks(data: RunData) -> tuple[Any, float]:
-    """The masks to compare with the published IoU, and their k: a variant of forward that differs in k alone, if nearer."""
+    """The masks to compare with the published IoU, and their k: those of the published k, where the run has its counts.
+
+    Else its own, or those of a variant of forward that differs in k alone, if nearer.
+    """
+    if (data.folder / "profile" / "counts.safetensors").is_file():
+        import nspec
+
+        counts = nspec.ActivationCounts.load(data.folder / "profile")
+        return nspec.select(counts, k=PUBLISHED_IOU_K), PUBLISHED_IOU_K
     found = [(data.config.select.k, data.masks)]
     for name, masks in data.variant_masks.items():
         variant = data.variants[name]

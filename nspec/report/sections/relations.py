@@ -9,7 +9,7 @@ from typing import Any
 from nspec.analysis.bands import OTHER
 from nspec.analysis.languages import Grouping
 from nspec.analysis.overlap import layer_numbers
-from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of
+from nspec.analysis.proximity import FEWEST, LayerProximity, Proximity, groups_of, mask_chance
 from nspec.report import drawing, words
 from nspec.report.analyze import PERMUTATIONS, Tree, cluster, script_control, summary, tested
 from nspec.report.run_data import RunData
@@ -20,12 +20,13 @@ def section(data: RunData) -> dict[str, Any] | None:
 
     Returns:
         ``reason``: why there is nothing to show, else empty; ``summary``, ``rows``, ``trees``, ``grouping``, ``beside``
-        (other groupings), ``permutations`` and ``controlled`` (script tells languages apart) otherwise.
+        (other groupings), ``permutations``, ``controlled`` (script tells languages apart) and ``held`` (density does)
+        otherwise.
     """
     if data.masks is None:
         return None
     try:
-        found = tested(data.masks, data.pivot, control=script_control)
+        found = tested(data.masks, data.pivot, control=script_control, expected=mask_chance)
     except ValueError as error:
         return {"reason": f"This cannot be tested here: {error}."}
     if found is None:
@@ -42,6 +43,7 @@ def section(data: RunData) -> dict[str, Any] | None:
         "grouping": words.GROUPINGS[found.grouping],
         "permutations": words.count(PERMUTATIONS),
         "controlled": any(row.partial for row in found.layers),
+        "held": any(row.density for row in found.layers),
     }
 
 
@@ -52,13 +54,15 @@ def _layer(found: Proximity, row: LayerProximity) -> str:
 
 
 def _row(found: Proximity, row: LayerProximity, beside: Sequence[Grouping]) -> dict[str, Any]:
-    cells = ["–"] * 6
+    cells = ["–"] * 8
     if row.test:
         low, high = row.test.low, row.test.high
         interval = "–" if math.isnan(low) else f"{words.signed(low)} to {words.signed(high)}"
-        cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}", "–", "–"]
+        cells = [words.signed(row.test.r), interval, f"{row.test.p:.4f}", f"{row.p_holm:.4f}", *["–"] * 4]
     if row.partial:
-        cells[4:] = [words.signed(row.partial.r), f"{row.partial_p_holm:.4f}"]
+        cells[4:6] = [words.signed(row.partial.r), f"{row.partial_p_holm:.4f}"]
+    if row.density:
+        cells[6:] = [words.signed(row.density.r), f"{row.density_p_holm:.4f}"]
     means = [(row.within, row.across), *(row.beside.get(name, (math.nan, math.nan)) for name in beside)]
     cells += ["–" if math.isnan(share) else f"{share:.3f}" for pair in means for share in pair]
     return {
@@ -67,6 +71,7 @@ def _row(found: Proximity, row: LayerProximity, beside: Sequence[Grouping]) -> d
         "cells": cells,
         "sure": bool(row.test) and row.p_holm < words.ALPHA,
         "sure_partial": bool(row.partial) and row.partial_p_holm < words.ALPHA,
+        "sure_density": bool(row.density) and row.density_p_holm < words.ALPHA,
         "title": row.reason or row.layer,
     }
 

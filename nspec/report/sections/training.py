@@ -47,6 +47,7 @@ def cost_rows(data: RunData) -> list[dict[str, Any]]:
         row |= {"name": data.name(name), "id": name, "is_baseline": name == data.baseline}
         row |= {"masks": size(summary.get("mask_bytes")), "speed": _count(summary.get("tokens_per_second"))}
         row |= {"seconds": _duration(summary.get("train_seconds")), "density": density(summary)}
+        row |= {"memory": size(summary.get("peak_memory_bytes"))}
         rows.append(row)
     return rows
 

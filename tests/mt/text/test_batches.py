@@ -6,6 +6,7 @@ import itertools
 import time
 import zlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from toy_translation import Toy
 
 from nspec.mt.text.batches import TaskBatchSampler, evaluation_batches, probabilities_of
+from nspec.mt.text.competence import rarity
 
 
 class Lengths:
@@ -331,3 +333,64 @@ def test_a_share_of_the_text_is_spread_over_all_of_it(toy: Toy, share: float, li
     assert chosen[-1] < size
     gaps = [after - before for before, after in zip(chosen, chosen[1:])]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_temperature_that_changes_goes_from_one_to_the_other() -> None:
+    sizes = {"en-aa": 900, "en-bb": 100, "en-cc": 10}
+    data, tasks = invented(sizes), 40_000
+    sampler = TaskBatchSampler(data, "train", 100, 1.0, tasks, 3, temperature_end=5.0)
+    for start in (0, 18_000, 36_000):
+        temperature = 1 + 4 * (start + 2000) / tasks
+        drawn = np.bincount(sampler.plan[start : start + 4000], minlength=3) / 4000
+        assert drawn == pytest.approx(list(probabilities_of(sizes, temperature).values()), abs=0.03)
+    steady = TaskBatchSampler(data, "train", 100, 2.0, 500, 3)
+    same = TaskBatchSampler(data, "train", 100, 2.0, 500, 3, temperature_end=2.0)
+    assert list(same) == list(steady)
+
+
+def test_a_curriculum_has_no_pair_above_its_competence_and_all_pairs_in_the_end() -> None:
+    data, batches, start, until = invented({"en-aa": 900, "aa-en": 700}), 2000, 0.25, 0.5
+    options: dict[str, Any] = {"competence": (start, until, "length")}
+    sampler = TaskBatchSampler(data, "train", 300, 5.0, batches, 7, **options)
+    rank = {}
+    for number, task in enumerate(data.tasks):
+        source = data.lengths("train", task)[0]
+        order = np.argsort(source, kind="stable")
+        rank[number] = np.empty(len(order))
+        rank[number][order] = np.arange(1, len(order) + 1) / len(order)
+    drawn, seen = list(sampler), Counter[tuple[int, int]]()
+    for number, batch in enumerate(drawn):
+        way = min(number / (until * batches), 1)
+        competence = (way * (1 - start**2) + start**2) ** 0.5
+        assert all(rank[task][pair] <= competence + 1 / len(rank[task]) for task, pair in batch)
+        if number >= until * batches:
+            seen.update(batch)
+    for task, size in enumerate((900, 700)):
+        times = [seen[task, pair] for pair in range(size)]
+        assert min(times) > 0
+        assert max(times) - min(times) <= 1  # an epoch has each pair once
+    middle = [pair for batch in drawn[400:420] for pair in batch]
+    assert max(rank[task][pair] for task, pair in middle) > 0.8 * (0.4 * (1 - start**2)) ** 0.5
+    again = TaskBatchSampler(data, "train", 300, 5.0, batches, 7, **options)
+    assert [again.batch(number) for number in (1999, 3, 640)] == [drawn[number] for number in (1999, 3, 640)]
+
+
+def test_the_easiest_pairs_fill_micro_batches_however_few_they_may_be() -> None:
+    data = invented({"en-aa": 500})
+    first = TaskBatchSampler(data, "train", 600, 5.0, 1000, 7, competence=(0.001, 1.0, "length"))
+    assert np.mean([cost(data, first.batch(number)) for number in range(20)]) > 0.7 * 600
+
+
+def test_rarity_is_the_sum_of_what_the_tokens_of_a_sentence_tell() -> None:
+    ids, offsets = np.array([4, 4, 4, 7, 4, 9, 9, 4]), np.array([0, 2, 4, 8])
+    p = {4: 5 / 8, 7: 1 / 8, 9: 2 / 8}
+    expected = [sum(-np.log(p[int(i)]) for i in ids[a:b]) for a, b in itertools.pairwise(offsets)]
+    assert rarity(ids, offsets) == pytest.approx(expected)
+
+
+def test_runs_of_one_direction_come_first_and_leave_the_rest_of_the_plan() -> None:
+    plain = TaskBatchSampler(DATA, "train", 100, 5.0, 40, 7)
+    runs = TaskBatchSampler(DATA, "train", 100, 5.0, 40, 7, runs=(5, 4))
+    assert (runs.plan[20:] == plain.plan[20:]).all()
+    assert all(len(set(runs.plan[i : i + 4].tolist())) == 1 for i in range(0, 20, 4))
+    assert (runs.plan[:20:4] == plain.plan[:20:4]).all()

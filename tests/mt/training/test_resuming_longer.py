@@ -31,7 +31,11 @@ def losses_by_step(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) ->
 
 def summary_of(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "summary.json").read_text())
-    return {key: value for key, value in found.items() if key not in ("train_seconds", "tokens_per_second", "system")}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "system")
+    }
 
 
 LOSSES = {4: 3.0, 8: 2.0, 12: 2.5, 14: 1.0, 16: 2.5, 18: 2.5}

@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from fabricated_run import make_methods_run
+from fabricated_run import Page, make_methods_run
 
+from nspec.files import write_json
+from nspec.report.page import build_report
 from nspec.report.run_data import load_run
 from nspec.report.sections.findings import score_chart, section
 
@@ -41,3 +43,20 @@ def test_without_dense_another_system_is_the_line_and_without_scores_there_is_no
         path.unlink()
     found = section(load_run(run))
     assert (found["chart"], found["reference"]) == ([], "")
+
+
+def test_what_was_declared_comes_first_with_its_result_and_whether_it_came_before(tmp_path: Path) -> None:
+    run = make_methods_run(tmp_path / "run", variants=[], layers=1)
+    assert section(load_run(run))["declared"] is None
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("primary: ''", "primary: forward bleu all"))
+    noted = {"hypothesis": "It helps.", "primary": "forward bleu all", "date": "2026-11-29", "scored": []}
+    write_json(run / "protocol.json", [noted])
+    words = Page(build_report(run)).words
+    assert "Hypothesis. It helps." in words
+    assert "Specialised (forward) against dense continued, BLEU, all directions: +1.50 points" in words
+    assert "Declared on 2026-11-29, before anything was scored." in words
+    write_json(run / "protocol.json", [noted, {**noted, "scored": ["forward"]}])
+    declared = section(load_run(run))["declared"]
+    assert "when there were scores of specialised (forward) already" in declared["when"]
+    assert "declared otherwise before (1 time)" in declared["when"]

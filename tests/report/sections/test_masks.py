@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
 from fabricated_run import make_methods_run
 
+import nspec
 from nspec import analysis
 from nspec.report.run_data import RunData, load_run
 from nspec.report.sections import masks
@@ -86,6 +88,33 @@ def test_published_iou_is_compared_with_the_masks_of_the_nearest_k(tmp_path: Pat
     assert chosen is data.variant_masks["forward-k70"]
     data.variant_masks.clear()
     assert masks.iou_masks(data) == (data.masks, 0.95)
+
+
+def test_iou_beside_the_published_one_is_of_masks_of_its_k_where_the_run_has_counts(tmp_path: Path) -> None:
+    run = make_methods_run(tmp_path / "run", layers=2)
+    generator = torch.Generator().manual_seed(0)
+    own = load_run(run).masks
+    assert own is not None
+    draw = {
+        task: {layer: torch.randint(0, 50, (len(mask),), generator=generator) for layer, mask in own[task].items()}
+        for task in own.tasks
+    }
+    counts = nspec.ActivationCounts(draw)
+    counts.save(run / "profile")
+    data = load_run(run)
+    chosen, k = masks.iou_masks(data)
+    assert k == 0.7
+    expected = nspec.select(counts, k=0.7)
+    assert all(torch.equal(chosen[task][layer], expected[task][layer]) for task in own.tasks for layer in own.layers)
+    rows = {row["name"]: row for row in masks.iou_rows(data)}
+    assert list(rows) == ["Encoder, x→en", "Decoder, en→x", "Encoder, en→x", "Decoder, x→en"]
+    tasks = [task for task in own.tasks if task.endswith("-en")]
+    iou = analysis.mean_pairwise(analysis.layer_iou(chosen, analysis.side_layers(chosen, "encoder"), tasks))
+    assert rows["Encoder, x→en"]["own"] == " ".join(f"{value:.2f}" for value in iou)
+    assert rows["Encoder, x→en"]["published"] == " ".join(
+        f"{value:.2f}" for value in masks.PUBLISHED_IOU["to", "encoder"]
+    )
+    assert rows["Encoder, en→x"]["published"] == "–"
 
 
 def test_published_numbers_are_shares_of_six_layers() -> None:

@@ -21,7 +21,7 @@ def open_corpus(config: CorpusConfig, seed: int) -> Corpus:
 
     Args:
         config: the options; ``config.type`` is "cldr", "files" or "hub".
-        seed: of the contents (cldr) and of the samples that size limits take.
+        seed: of the training text: its contents (cldr) and the sample that a size limit takes.
 
     Raises:
         CorpusError: what is asked for is not there, or a file is malformed (more may come up while reading).

@@ -103,7 +103,7 @@ class Corpus(ABC):
 
     Attributes:
         config: the options that it was opened with.
-        seed: of the samples that the size limits take.
+        seed: of the samples that the size limits take of the training text; ``config.seed`` is that of the other two parts.
         languages: the codes it has, in the order asked for.
         pairs: sorted code pairs that it has training data for, sorted.
         notes: what a person should know of how the text was read, a line each.
@@ -169,8 +169,12 @@ class Corpus(ABC):
         for _, _, first, second in sorted(heapq.nsmallest(limit, keyed), key=lambda segment: segment[1]):
             yield first, second
 
+    def seed_of(self, split: str) -> int:
+        """The seed of a part of the text."""
+        return self.seed if split == "train" else self.config.seed
+
     def _rank(self, split: str, name: str) -> bytes:
-        return hashlib.blake2b(f"{self.seed} {split} {name}".encode(), digest_size=8).digest()
+        return hashlib.blake2b(f"{self.seed_of(split)} {split} {name}".encode(), digest_size=8).digest()
 
     def note(self, text: str) -> None:
         """Says something of how the text is read, at once and in ``meta.json``."""
@@ -200,7 +204,8 @@ class Corpus(ABC):
     def fingerprint(self) -> str:
         """A SHA-256 over everything that determines the text: equal fingerprints mean equal text."""
         options = {field: getattr(self.config, field) for field in FINGERPRINTED}
-        facts = {"options": options, "seed": self.seed, "identity": self.identity()}
+        seeds = {} if self.config.seed == self.seed else {"evaluation_seed": self.config.seed}
+        facts = {"options": options, "seed": self.seed, **seeds, "identity": self.identity()}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,7 +214,7 @@ class AlignedCorpus(Corpus):
 
     Args:
         config: the options.
-        seed: of samples.
+        seed: see :class:`Corpus`.
         texts: clean, non-empty text by language and id.
         parts: by split, the ids in corpus order.
     """

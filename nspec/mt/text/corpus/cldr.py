@@ -36,7 +36,7 @@ class CldrCorpus(Corpus):
         languages = requested(config) or list(DEFAULT_LANGUAGES)
         super().__init__(config, seed, languages, combinations(sorted(languages), 2))
         self.renderers = {code: Renderer(code) for code in languages}
-        self.streams = {split: _Stream(seed, split) for split in DEFAULT_SIZES}
+        self.streams = {split: _Stream(self.seed_of(split), split) for split in DEFAULT_SIZES}
         self.said: dict[tuple[str, str], list[str | None]] = {(code, s): [] for code in languages for s in self.streams}
 
     def limit(self, split: str) -> int:

@@ -130,6 +130,20 @@ def test_limits_take_nested_samples_that_are_the_same_for_every_pair():
     assert small != sample(50, ("de", "en"), seed=2)
 
 
+def test_only_the_training_text_follows_the_seed_of_the_run() -> None:
+    ids = [str(number) for number in range(200)]
+    texts = {"de": {name: f"d{name}" for name in ids}, "en": {name: f"e{name}" for name in ids}}
+
+    def samples(seed: int, own: int = 1) -> dict[str, list[tuple[str, str]]]:
+        config = CorpusConfig(train_sentences=20, valid_sentences=20, test_sentences=20, seed=own)
+        corpus = Aligned(config, seed, texts, dict.fromkeys(("train", "valid", "test"), ids))
+        return {split: list(corpus.read(("de", "en"), split)) for split in ("train", "valid", "test")}
+
+    one, two, other = samples(1), samples(2), samples(1, own=2)
+    assert [one[split] == two[split] for split in one] == [False, True, True]
+    assert [one[split] == other[split] for split in one] == [True, False, False]
+
+
 @pytest.mark.parametrize("limit", [6, 7, 1000])
 def test_a_limit_above_the_corpus_takes_all_without_ranking_it(limit, monkeypatch):
     ids = [f"s{number}" for number in range(6)]

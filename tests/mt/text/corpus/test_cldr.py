@@ -66,7 +66,7 @@ def test_numbers_agree_between_languages(default):
 
 
 def test_splits_share_no_english_text_even_across_seeds(default):
-    other = open_corpus(config("de", train=2000), 2)
+    other = open_corpus(config("de", train=2000, seed=2), 2)
     texts = {
         (corpus.seed, split): {english for _, english in corpus.read(("de", "en"), split)}
         for corpus in (default, other)
