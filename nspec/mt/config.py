@@ -39,6 +39,10 @@ class ProfileConfig:
     )
 
 
+PARTS = tuple(f"k_{way}_{side}" for way in ("from", "to") for side in ("encoder", "decoder"))
+"""The options of the section ``select`` with a k for one part: of directions from or to the pivot, in half of the model."""
+
+
 @dataclass
 class SelectConfig:
     rule: str = option(
@@ -51,6 +55,16 @@ class SelectConfig:
     k: float = option(
         0.95, "of the rule share: share of a layer's activations that the kept neurons cover", above=0, most=1
     )
+    k_from_encoder: float = option(
+        0.0,
+        "of the rule share: k of directions from the pivot in the encoder; 0: as k; 1: these are not specialised there, "
+        "but use and train all of its neurons",
+        least=0,
+        most=1,
+    )
+    k_from_decoder: float = option(0.0, "the same in the decoder", least=0, most=1)
+    k_to_encoder: float = option(0.0, "the same of directions to the pivot in the encoder", least=0, most=1)
+    k_to_decoder: float = option(0.0, "and in the decoder", least=0, most=1)
     rate: float = option(
         0.01, "of the rule lape: share of all neurons that is kept for one direction or several", above=0, most=1
     )
@@ -62,6 +76,16 @@ class SelectConfig:
         "the feed-forward layers that are specialised, the others stay dense; empty: all. Shell patterns for the name "
         "(model.encoder.layers.0.fc1) or a part of it between dots, such as encoder or decoder.layers.1",
     )
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The ks of single parts of the model that are given, by option."""
+        return {name: value for name in PARTS if (value := getattr(self, name))}
+
+    def k_of(self, way: str, side: str) -> float:
+        """The k of directions ``from`` or ``to`` the pivot in ``encoder`` or ``decoder``."""
+        k: float = getattr(self, f"k_{way}_{side}") or self.k
+        return k
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nspec.analysis.languages import Grouping
-from nspec.mt.config import SelectConfig
+from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.scoring.averages import LEVEL as LEVEL_GROUP
 from nspec.mt.scoring.averages import kind_of_group
 from nspec.run.systems import SELECT_USES, Variant
@@ -102,7 +102,8 @@ def _value(value: object) -> str:
 
 def selection(select: SelectConfig) -> str:
     """How neurons were selected, in a few words: ``k = 0.95``, ``lape, rate = 0.01``."""
-    numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in SELECT_USES[select.rule])
+    used = [name for name in SELECT_USES[select.rule] if name not in PARTS or name in select.parts]
+    numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in used)
     return numbers if select.rule == "share" else f"{select.rule}, {numbers}"
 
 
@@ -111,7 +112,7 @@ def selection_sentence(select: SelectConfig) -> str:
     whole = f"{100 * select.k:g} % of its activations (k = {select.k:g})"
     part = f"{100 * select.share:g} % of its feed-forward neurons"
     return {
-        "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}.",
+        "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}{_parts(select)}.",
         "lape": f"Of the whole model the {100 * select.rate:g} % of feed-forward neurons are kept whose firing differs "
         "most between directions (lowest entropy of activation probabilities, LAPE), each for every direction that it "
         "fires often for; a direction may keep none in some layers.",
@@ -119,6 +120,15 @@ def selection_sentence(select: SelectConfig) -> str:
         "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
         "ratio of the two.",
     }[select.rule]
+
+
+def _parts(select: SelectConfig) -> str:
+    """The ks of single parts of the model, as the end of a sentence."""
+    found = []
+    for name, k in select.parts.items():
+        _, way, side = name.split("_")
+        found.append(f"; {way} the pivot in the {side} " + (f"k = {k:g}" if k < 1 else "all (not specialised)"))
+    return "".join(found)
 
 
 def in_sentence(name: str) -> str:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from nspec.mt.config import PARTS
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
@@ -130,6 +131,28 @@ def check_layers(config: Config, names: list[str]) -> None:
             raise ValueError(
                 f"select.layers of {system}: expected a layer of the {side}, found {show(patterns or kept)}"
             )
+        _parts(config, system, kept)
+
+
+def _parts(config: Config, system: str, layers: list[str]) -> None:
+    """The ks of single parts of the model that a masked system has, with the layers that it keeps by name."""
+    select, kind = config_of(config, system).select, system_of(config, system)
+    if select.rule != "share" or not select.parts:
+        return
+    given = ", ".join(f"select.{name}" for name in select.parts)
+    if not config.corpus.pivot:
+        raise ValueError(
+            f"{given} of {system}: directions go neither from nor to a pivot, as corpus.pivot is empty; give select.k alone"
+        )
+    if kind.method.startswith("neurons") and (whole := [name for name, k in select.parts.items() if k == 1]):
+        raise ValueError(
+            f"select.{whole[0]} of {system}: expected a k below 1, since all neurons of a layer would get parameters of "
+            "their own; leave layers out with select.layers"
+        )
+    sides = [side for side in ("encoder", "decoder") if kind.side in ("", side)]
+    specialised = [side for side in sides if any(select.parts.get(f"k_{way}_{side}") != 1 for way in ("from", "to"))]
+    if not any(side in name.split(".") for side in specialised for name in layers):
+        raise ValueError(f"{given} of {system}: no layer is left that is specialised; give a k below 1")
 
 
 def _varied(config: Config) -> None:
@@ -141,9 +164,9 @@ def _varied(config: Config) -> None:
 
 def _used(rule: str, overrides: Iterable[str]) -> None:
     """Raises ValueError where a variant changes a number of another rule, which would change nothing."""
-    for name in ("k", "rate", "share"):
+    for name in dict.fromkeys(used for uses in SELECT_USES.values() for used in uses):
         if f"select.{name}" in overrides and name not in SELECT_USES[rule]:
-            uses = ", ".join(f"select.{used}" for used in SELECT_USES[rule])
+            uses = ", ".join(f"select.{used}" for used in SELECT_USES[rule] if used not in PARTS)
             raise ValueError(f"select.{name} is not of select.rule {rule}, which uses {uses}")
 
 

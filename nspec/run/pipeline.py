@@ -33,7 +33,6 @@ from nspec.run.readiness import (
 )
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.run.systems import (
-    SELECT_USES,
     config_of,
     masked_systems,
     masks_folder,
@@ -208,23 +207,19 @@ class Pipeline:
 
     def _select(self, system: str, folder: Path) -> None:
         import nspec
+        from nspec.run.selecting import select_neurons
 
         counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
-        all_layers, own = len(counts.layers), config_of(self.config, system).select
-        if own.layers:
-            try:
-                counts = counts.only(own.layers)
-            except ValueError as error:
-                raise ValueError(f"select.layers: {error}") from None
-        options: dict[str, float] = {used: getattr(own, used) for used in SELECT_USES[own.rule]}
+        own = config_of(self.config, system)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
-            masks = nspec.select(counts, rule=own.rule, **options)  # type: ignore[arg-type]
+            masks = select_neurons(counts, own.select, own.corpus.pivot)
         for warning in said:
             self.display.line(f"  {warning.message}")
         masks.save(folder)
         shares = [share for layers in masks.density().values() for share in layers.values()]
-        of = f" of {len(masks.layers)} of {all_layers} layers" if own.layers else ""
+        some = len(masks.layers) < len(counts.layers)
+        of = f" of {len(masks.layers)} of {len(counts.layers)} layers" if some or own.select.layers else ""
         self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")
 
     def _randomize(self, system: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nspec.mt.config import PARTS
 from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
@@ -68,7 +69,7 @@ SYSTEMS: dict[str, System] = {
 VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
-SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
+SELECT_USES = {"share": ("k", *PARTS), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
 """The numbers of the section ``select`` that each ``select.rule`` uses."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")

@@ -1,0 +1,73 @@
+"""The neurons that each direction of a run keeps, as the section ``select`` says."""
+
+from __future__ import annotations
+
+import torch
+
+import nspec
+from nspec.analysis.overlap import layer_side
+from nspec.mt.config import PARTS, SelectConfig
+from nspec.mt.languages import languages_of_task
+from nspec.run.systems import SELECT_USES
+
+
+def way_of(task: str, pivot: str) -> str:
+    """``from`` or ``to``: where a direction goes, seen from the pivot.
+
+    Raises:
+        ValueError: it does neither.
+    """
+    source, target = languages_of_task(task)
+    if pivot not in (source, target):
+        raise ValueError(
+            f"direction {task} goes neither from nor to corpus.pivot ({pivot or 'empty'}), so none of the ks of parts of "
+            "the model is its own: leave them out, or the direction"
+        )
+    return "from" if source == pivot else "to"
+
+
+def select_neurons(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) -> nspec.NeuronMasks:
+    """The masks of the directions, without the layers in which no direction is specialised.
+
+    Args:
+        counts: of the dense model.
+        select: the rule and its numbers, and the layers.
+        pivot: of the run's directions; needed with a k for single parts of the model.
+
+    Raises:
+        ValueError: a pattern that matches no layer, a direction without a part, no layer that is left, or what
+            :func:`nspec.select` raises.
+
+    Warns:
+        UserWarning: as :func:`nspec.select`.
+    """
+    if select.layers:
+        try:
+            counts = counts.only(select.layers)
+        except ValueError as error:
+            raise ValueError(f"select.layers: {error}") from None
+    if select.rule == "share" and select.parts:
+        return _by_parts(counts, select, pivot)
+    options: dict[str, float] = {used: getattr(select, used) for used in SELECT_USES[select.rule] if used not in PARTS}
+    return nspec.select(counts, rule=select.rule, **options)  # type: ignore[arg-type]
+
+
+def _by_parts(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) -> nspec.NeuronMasks:
+    """By the rule share, each part of the model with its own k."""
+    sides = {layer: layer_side(layer) for layer in counts.layers}
+    kept: dict[str, dict[str, torch.Tensor]] = {task: {} for task in counts.tasks}
+    dense = set(counts.layers)
+    for task in counts.tasks:
+        way = way_of(task, pivot)
+        for layer in counts.layers:
+            count = counts[task][layer]
+            if getattr(select, f"k_{way}_{sides[layer]}") == 1:
+                kept[task][layer] = torch.ones(len(count), dtype=torch.bool)
+                continue
+            dense.discard(layer)
+            alone = nspec.ActivationCounts({task: {layer: count}})
+            kept[task][layer] = nspec.select(alone, select.k_of(way, sides[layer]))[task][layer]
+    if not (left := [layer for layer in counts.layers if layer not in dense]):
+        parts = ", ".join(f"select.{name}" for name in select.parts)
+        raise ValueError(f"{parts}: no layer is left in which a direction is specialised; give one of them a k below 1")
+    return nspec.NeuronMasks({task: {layer: masks[layer] for layer in left} for task, masks in kept.items()})
