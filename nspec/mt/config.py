@@ -49,8 +49,15 @@ class SelectConfig:
         "share",
         "share: a direction keeps the most active neurons of each layer, which hold a share k of its activations; lape: "
         "those of the whole model that tell directions apart, each for the directions that it fires often for; top: the "
-        "most active share of each layer; specific: that with the highest ratio to the other directions' frequency",
-        ("share", "lape", "top", "specific"),
+        "most active share of each layer; specific: that with the highest ratio to the other directions' frequency; "
+        "random: a share of each layer drawn at random, the control of the others",
+        ("share", "lape", "top", "specific", "random"),
+    )
+    like: str = option(
+        "",
+        "of the rule random: another rule, which then says how many neurons of each direction and layer are drawn; empty: "
+        "a share",
+        ("", "share", "lape", "top", "specific"),
     )
     k: float = option(
         0.95, "of the rule share: share of a layer's activations that the kept neurons cover", above=0, most=1
@@ -69,13 +76,18 @@ class SelectConfig:
         0.01, "of the rule lape: share of all neurons that is kept for one direction or several", above=0, most=1
     )
     share: float = option(
-        0.01, "of the rules top and specific: share of a layer's neurons, at least one of them", above=0, most=1
+        0.01, "of the rules top, specific and random: share of a layer's neurons, at least one of them", above=0, most=1
     )
     layers: list[str] = option(
         [],
         "the feed-forward layers that are specialised, the others stay dense; empty: all. Shell patterns for the name "
         "(model.encoder.layers.0.fc1) or a part of it between dots, such as encoder or decoder.layers.1",
     )
+
+    @property
+    def sized_by(self) -> str:
+        """The rule that says how many neurons are kept."""
+        return self.like if self.rule == "random" and self.like else self.rule
 
     @property
     def parts(self) -> dict[str, float]:

@@ -102,16 +102,18 @@ def _value(value: object) -> str:
 
 def selection(select: SelectConfig) -> str:
     """How neurons were selected, in a few words: ``k = 0.95``, ``lape, rate = 0.01``."""
-    used = [name for name in SELECT_USES[select.rule] if name not in PARTS or name in select.parts]
+    rule = select.sized_by
+    used = [name for name in SELECT_USES[rule] if name not in PARTS or name in select.parts]
     numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in used)
-    return numbers if select.rule == "share" else f"{select.rule}, {numbers}"
+    numbers = numbers if rule == "share" else f"{rule}, {numbers}"
+    return f"random, like {numbers}" if rule != select.rule else numbers
 
 
 def selection_sentence(select: SelectConfig) -> str:
     """The same for readers who do not know the rules."""
     whole = f"{100 * select.k:g} % of its activations (k = {select.k:g})"
     part = f"{100 * select.share:g} % of its feed-forward neurons"
-    return {
+    sentence = {
         "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}{_parts(select)}.",
         "lape": f"Of the whole model the {100 * select.rate:g} % of feed-forward neurons are kept whose firing differs "
         "most between directions (lowest entropy of activation probabilities, LAPE), each for every direction that it "
@@ -119,7 +121,10 @@ def selection_sentence(select: SelectConfig) -> str:
         "top": f"For each direction, a layer keeps the {part} that fire most often.",
         "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
         "ratio of the two.",
-    }[select.rule]
+        "random": f"For each direction, the {part} are drawn at random in each layer.",
+    }[select.sized_by]
+    drawn = "As many neurons are drawn at random as this rule keeps: "
+    return sentence if select.sized_by == select.rule else drawn + sentence
 
 
 def _parts(select: SelectConfig) -> str:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from nspec.mt.config import PARTS
+from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
@@ -137,7 +137,7 @@ def check_layers(config: Config, names: list[str]) -> None:
 def _parts(config: Config, system: str, layers: list[str]) -> None:
     """The ks of single parts of the model that a masked system has, with the layers that it keeps by name."""
     select, kind = config_of(config, system).select, system_of(config, system)
-    if select.rule != "share" or not select.parts:
+    if select.sized_by != "share" or not select.parts:
         return
     given = ", ".join(f"select.{name}" for name in select.parts)
     if not config.corpus.pivot:
@@ -162,12 +162,15 @@ def _varied(config: Config) -> None:
     _batches(config, "bilingual.updates", config.bilingual.updates, "train")
 
 
-def _used(rule: str, overrides: Iterable[str]) -> None:
+def _used(select: SelectConfig, overrides: Iterable[str]) -> None:
     """Raises ValueError where a variant changes a number of another rule, which would change nothing."""
-    for name in dict.fromkeys(used for uses in SELECT_USES.values() for used in uses):
-        if f"select.{name}" in overrides and name not in SELECT_USES[rule]:
-            uses = ", ".join(f"select.{used}" for used in SELECT_USES[rule] if used not in PARTS)
-            raise ValueError(f"select.{name} is not of select.rule {rule}, which uses {uses}")
+    rule, used = select.rule, SELECT_USES[select.sized_by]
+    used = ("like", *used) if rule == "random" else used
+    for name in dict.fromkeys(("like", *(number for numbers in SELECT_USES.values() for number in numbers))):
+        if f"select.{name}" in overrides and name not in used:
+            uses = " and ".join(f"select.{one}" for one in used if one not in PARTS)
+            like = f" with select.like {select.like}" if rule == "random" and select.like else ""
+            raise ValueError(f"select.{name} is not of select.rule {rule}{like}, which uses {uses}")
 
 
 def validate(config: Config) -> None:
@@ -208,7 +211,7 @@ def validate(config: Config) -> None:
         try:
             own = config_of(config, variant)
             _ranges(own, VARIED)
-            _used(own.select.rule, variants_of(config)[variant].overrides)
+            _used(own.select, variants_of(config)[variant].overrides)
             _varied(own)
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None

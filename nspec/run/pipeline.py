@@ -213,7 +213,7 @@ class Pipeline:
         own = config_of(self.config, system)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
-            masks = select_neurons(counts, own.select, own.corpus.pivot)
+            masks = select_neurons(counts, own.select, own.corpus.pivot, own.run.seed)
         for warning in said:
             self.display.line(f"  {warning.message}")
         masks.save(folder)

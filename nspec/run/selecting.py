@@ -26,13 +26,16 @@ def way_of(task: str, pivot: str) -> str:
     return "from" if source == pivot else "to"
 
 
-def select_neurons(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) -> nspec.NeuronMasks:
+def select_neurons(
+    counts: nspec.ActivationCounts, select: SelectConfig, pivot: str, seed: int = 0
+) -> nspec.NeuronMasks:
     """The masks of the directions, without the layers in which no direction is specialised.
 
     Args:
         counts: of the dense model.
         select: the rule and its numbers, and the layers.
         pivot: of the run's directions; needed with a k for single parts of the model.
+        seed: of the rule random.
 
     Raises:
         ValueError: a pattern that matches no layer, a direction without a part, no layer that is left, or what
@@ -46,10 +49,15 @@ def select_neurons(counts: nspec.ActivationCounts, select: SelectConfig, pivot: 
             counts = counts.only(select.layers)
         except ValueError as error:
             raise ValueError(f"select.layers: {error}") from None
-    if select.rule == "share" and select.parts:
-        return _by_parts(counts, select, pivot)
-    options: dict[str, float] = {used: getattr(select, used) for used in SELECT_USES[select.rule] if used not in PARTS}
-    return nspec.select(counts, rule=select.rule, **options)  # type: ignore[arg-type]
+    rule = select.sized_by
+    if rule == "random":
+        return nspec.select(counts, rule="random", share=select.share, seed=seed)
+    if rule == "share" and select.parts:
+        masks = _by_parts(counts, select, pivot)
+    else:
+        options: dict[str, float] = {used: getattr(select, used) for used in SELECT_USES[rule] if used not in PARTS}
+        masks = nspec.select(counts, rule=rule, **options)  # type: ignore[arg-type]
+    return nspec.random_masks(masks, seed) if select.rule == "random" else masks
 
 
 def _by_parts(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) -> nspec.NeuronMasks:

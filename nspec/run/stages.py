@@ -212,7 +212,7 @@ def _masks(config: Config) -> list[Stage]:
             Stage(
                 select,
                 masks,
-                ("select",),
+                ("select", "run.seed") if config_of(config, system).select.rule == "random" else ("select",),
                 (f"{counts}/counts.*",),
                 (profile,),
                 overrides=changed if "/" in masks else {},

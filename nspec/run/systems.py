@@ -69,8 +69,14 @@ SYSTEMS: dict[str, System] = {
 VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
-SELECT_USES = {"share": ("k", *PARTS), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
-"""The numbers of the section ``select`` that each ``select.rule`` uses."""
+SELECT_USES = {
+    "share": ("k", *PARTS),
+    "lape": ("rate",),
+    "top": ("share",),
+    "specific": ("share",),
+    "random": ("share",),
+}
+"""The numbers of the section ``select`` that each ``select.rule`` uses; ``random`` those of ``select.like``, if given."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 _VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")

@@ -31,3 +31,10 @@ def test_ks_of_parts_are_said() -> None:
     said = "(k = 0.9); from the pivot in the decoder k = 0.7; to the pivot in the encoder all (not specialised)."
     assert words.selection_sentence(select).endswith(said)
     assert words.selection(SelectConfig()) == "k = 0.95"
+
+
+def test_what_random_neurons_are_like_is_said() -> None:
+    assert words.selection(SelectConfig(rule="random", share=0.1)) == "random, share = 0.1"
+    select = SelectConfig(rule="random", like="lape", rate=0.05)
+    assert words.selection(select) == "random, like lape, rate = 0.05"
+    assert words.selection_sentence(select).startswith("As many neurons are drawn at random as this rule keeps: Of the")

@@ -223,6 +223,12 @@ def test_a_run_selects_by_the_rule_that_it_is_given(tmp_path: Path, capsys: pyte
     ("text", "says"),
     [
         ("a = forward select.rule=lape select.k=0.5", "a: select.k is not of select.rule lape, which uses select.rate"),
+        ("a = forward select.rule=random select.k=0.5", "random, which uses select.like and select.share"),
+        (
+            "a = forward select.rule=random select.like=lape select.share=0.5",
+            "like lape, which uses select.like and select.r",
+        ),
+        ("a = forward select.like=top", "a: select.like is not of select.rule share, which uses select.k"),
         ("a = forward select.share=0.5", "a: select.share is not of select.rule share, which uses select.k"),
         ("a = forward select.rule=best", "select.rule: expected one of share, lape, top, specific"),
     ],

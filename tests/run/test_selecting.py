@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from nspec.run.checks import validate
 from nspec.run.config import Config
 from nspec.run.readiness import check_rules
 from nspec.run.selecting import select_neurons
+from nspec.run.stages import stages_of
 from nspec.run.systems import config_of
 
 ENCODER, DECODER = "model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"
@@ -80,6 +83,33 @@ def test_a_part_without_a_k_of_its_own_has_that_of_all() -> None:
 def test_ks_that_leave_nothing_to_specialise_are_an_error(meaning: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         validate(config(f"a = {meaning}"))
+
+
+@pytest.mark.parametrize("system", ["neurons", "neurons+shared"])
+@pytest.mark.parametrize("rule", ["specific", "top", "lape select.rate", "share select.k"])
+def test_every_rule_has_a_random_control_of_its_sizes_in_one_line(system: str, rule: str) -> None:
+    name, _, number = rule.partition(" ")
+    for share in (0.01, 0.05, 0.1, 0.25):
+        given = f"{number or 'select.share'}={share}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lape may leave directions without neurons
+            own = of_variant(f"{system} select.rule={name} {given}")
+            random = of_variant(f"{system} select.rule=random select.like={name} {given}")
+        assert random.density() == own.density()
+    assert any(not torch.equal(random[task][layer], own[task][layer]) for task in TASKS for layer in own.layers)
+
+
+def test_random_neurons_are_a_share_of_each_layer_and_follow_the_seed_of_the_run() -> None:
+    one, other = SelectConfig(rule="random", share=0.25), SelectConfig(rule="random", share=0.25, like="top")
+    for select in (one, other):
+        masks, again = (select_neurons(counts(), select, "en", seed=7) for _ in range(2))
+        assert {int(mask.sum()) for layers in masks.values() for mask in layers.values()} == {10}
+        assert all(torch.equal(masks[t][layer], again[t][layer]) for t in TASKS for layer in masks.layers)
+        third = select_neurons(counts(), select, "en", seed=8)
+        assert any(not torch.equal(masks[t][layer], third[t][layer]) for t in TASKS for layer in masks.layers)
+    stages = {stage.name: stage for stage in stages_of(config("a = neurons select.rule=random", "b = neurons"))}
+    assert "run.seed" in stages["select:a"].options
+    assert "run.seed" not in stages["select"].options
 
 
 def test_a_direction_beside_the_pivot_has_no_part() -> None:
