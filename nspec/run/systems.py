@@ -79,7 +79,8 @@ SELECT_USES = {
 """The numbers of the section ``select`` that each ``select.rule`` uses; ``random`` those of ``select.like``, if given."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
-_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
+_OPTION = r"[a-z_]+\.[a-z_]+=(?:\[.*?\](?!\S)|\S+)"  # a list may hold spaces
+_VARIANT = re.compile(rf"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+{_OPTION})*)\s*")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _variant(text: str) -> Variant:
             f"run.variants: expected a variant of one of {others}, found {show(parts['of'])} in {show(text)}"
         )
     scratch, overrides = Config(), {}
-    for assignment in parts["options"].split():
+    for assignment in re.findall(_OPTION, parts["options"]):
         name = assignment.partition("=")[0]
         try:
             set_option(scratch, assignment)
