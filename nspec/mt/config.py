@@ -50,14 +50,27 @@ class SelectConfig:
         "share: a direction keeps the most active neurons of each layer, which hold a share k of its activations; lape: "
         "those of the whole model that tell directions apart, each for the directions that it fires often for; top: the "
         "most active share of each layer; specific: that with the highest ratio to the other directions' frequency; "
-        "random: a share of each layer drawn at random, the control of the others",
-        ("share", "lape", "top", "specific", "random"),
+        "random: a share of each layer drawn at random, the control of the others; loss: as share, with the smallest k of "
+        "the grid, for each direction and part of the model, whose masks alone, without training, raise its validation "
+        "loss by no more than the tolerance (on as many sentences as profile.sentences says)",
+        ("share", "lape", "top", "specific", "random", "loss"),
     )
     like: str = option(
         "",
         "of the rule random: another rule, which then says how many neurons of each direction and layer are drawn; empty: "
         "a share",
-        ("", "share", "lape", "top", "specific"),
+        ("", "share", "lape", "top", "specific", "loss"),
+    )
+    tolerance: float = option(
+        0.01, "of the rule loss: by how much the loss may rise, in nats per target token", least=0, most=100
+    )
+    grid: list[float] = option(
+        [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99], "of the rule loss: the ks that are tried", above=0, below=1
+    )
+    by: str = option(
+        "half",
+        "of the rule loss: whether a k is of a half of the model, encoder or decoder, or of a layer",
+        ("half", "layer"),
     )
     k: float = option(
         0.95, "of the rule share: share of a layer's activations that the kept neurons cover", above=0, most=1

@@ -76,14 +76,19 @@ class Method(ABC):
 
 
 class NeuronSpecialization(Method):
-    """Neuron masks in mode ``forward`` or ``update``."""
+    """Neuron masks in mode ``forward`` or ``update``.
+
+    Args:
+        masks: the neurons of each direction.
+        mode: see :func:`nspec.specialize`; so is ``silent``.
+    """
 
     name = "masks"
     by_rows = True
     mode: Mode
 
-    def __init__(self, masks: nspec.NeuronMasks, mode: Mode) -> None:
-        self.masks, self.mode = masks, mode
+    def __init__(self, masks: nspec.NeuronMasks, mode: Mode, silent: bool = False) -> None:
+        self.masks, self.mode, self.silent = masks, mode, silent
 
     @property
     def tasks(self) -> list[str]:
@@ -94,14 +99,16 @@ class NeuronSpecialization(Method):
         for task in self.masks.tasks:
             for layer, mask in self.masks[task].items():
                 digest.update(f"{task} {layer} ".encode() + bytes(mask.to(torch.uint8).tolist()))
+        if self.silent:
+            digest.update(b"silent")
         return digest.hexdigest()
 
     def attach(self, model: nn.Module) -> None:
-        nspec.specialize(model, self.masks, mode=self.mode)
+        nspec.specialize(model, self.masks, mode=self.mode, silent=self.silent)
 
     def save(self, folder: Path) -> None:
         self.masks.save(folder / _MASKS)
-        write_json(folder / NSPEC_FILE, {"mode": self.mode})
+        write_json(folder / NSPEC_FILE, {"mode": self.mode} | ({"silent": True} if self.silent else {}))
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -246,8 +253,9 @@ def load_method(folder: Path) -> Method | None:
         return None
     described: Any = read_json(file)
     if isinstance(described, dict):
-        if described.get("mode") in MODES:
-            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
+        silent = described.get("silent", False)
+        if (mode := described.get("mode")) in MODES and (silent is False or (silent is True and mode == "forward")):
+            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"], silent)
         if (name := described.get("method")) in NEURONS:
             return Neurons(nspec.NeuronMasks.load(file.parent / _MASKS), NEURONS.index(name) == 1)
         if described.get("method") == Lass.name:
@@ -255,8 +263,9 @@ def load_method(folder: Path) -> Method | None:
         if described.get("method") == Adapters.name and _fits_adapters(described):
             return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
     raise ValueError(
-        f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
-        f"(with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), weight_masks, {' or '.join(NEURONS)}"
+        f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, with "silent": true or without, {{"mode": '
+        f'"update"}}, or the method adapters (with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), '
+        f"weight_masks, {' or '.join(NEURONS)}"
     )
 
 

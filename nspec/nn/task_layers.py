@@ -30,10 +30,15 @@ class TaskLayerState(NeuronState):
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.
         packed: in mode ``forward``, packed weights.
+        silent: in mode ``forward``, whether a neuron that is not active gives nothing; else its constant.
+        second: fc2 of a silent block, whose columns go with the neurons.
     """
 
-    def __init__(self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None) -> None:
+    def __init__(
+        self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None, second: Any = None
+    ) -> None:
         super().__init__(mode)
+        self.silent, self.second = second is not None, second
         self.gated, self.doubled, self.plain, self.name = gated, doubled, plain, "fc1"
         self.sets: dict[str, ActiveSet] = {}
         self.stacks: dict[tuple[str | None, ...], ActiveSet] = {}

@@ -104,7 +104,7 @@ def selection(select: SelectConfig) -> str:
     """How neurons were selected, in a few words: ``k = 0.95``, ``lape, rate = 0.01``."""
     rule = select.sized_by
     used = [name for name in SELECT_USES[rule] if name not in PARTS or name in select.parts]
-    numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in used)
+    numbers = ", ".join(f"{name} = {_value(getattr(select, name))}" for name in used)
     numbers = numbers if rule == "share" else f"{rule}, {numbers}"
     return f"random, like {numbers}" if rule != select.rule else numbers
 
@@ -121,6 +121,9 @@ def selection_sentence(select: SelectConfig) -> str:
         "top": f"For each direction, a layer keeps the {part} that fire most often.",
         "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
         "ratio of the two.",
+        "loss": "For each direction, a layer keeps the fewest feed-forward neurons that carry a share k of its "
+        f"activations, with the smallest k for each {'layer' if select.by == 'layer' else 'half of the model'} whose masks "
+        f"alone, without training, raise the validation loss by at most {select.tolerance:g} nats per token.",
         "random": f"For each direction, the {part} are drawn at random in each layer.",
     }[select.sized_by]
     drawn = "As many neurons are drawn at random as this rule keeps: "

@@ -132,6 +132,29 @@ def check_layers(config: Config, names: list[str]) -> None:
                 f"select.layers of {system}: expected a layer of the {side}, found {show(patterns or kept)}"
             )
         _parts(config, system, kept)
+        select = config_of(config, system).select
+        if select.sized_by == "loss":
+            if not select.grid:
+                raise ValueError(f"select.grid of {system}: expected one k or more for select.rule loss, found none")
+            if system_of(config, system).method.startswith("neurons"):
+                raise ValueError(
+                    f"select.rule of {system}: loss says what masking does, and nothing is masked where neurons get "
+                    "parameters of their own; take another rule"
+                )
+
+
+def _silent(config: Config) -> None:
+    """Silent neurons, of systems in which all neurons compute."""
+    for system in system_names(config):
+        kind, variant = system_of(config, system), variants_of(config).get(system)
+        varied = variant is not None and "specialize.silent" in variant.overrides
+        if config_of(config, system).specialize.silent and (
+            kind.mode == "update" or (varied and kind.mode != "forward")
+        ):
+            raise ValueError(
+                f"specialize.silent of {system}: all neurons compute in it, and none can be silent; make it an option of "
+                "systems with masks in both passes alone, in run.variants: NAME = forward specialize.silent=true"
+            )
 
 
 def _parts(config: Config, system: str, layers: list[str]) -> None:
@@ -215,6 +238,7 @@ def validate(config: Config) -> None:
             _varied(own)
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
+    _silent(config)
     _layers(config)
 
 

@@ -12,6 +12,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ from nspec.terminal import Display, duration
 
 if TYPE_CHECKING:
     from nspec.mt.text.prepared import PreparedData
+    from nspec.run.loss_rule import ByLoss
 
 
 class Pipeline:
@@ -207,20 +209,34 @@ class Pipeline:
 
     def _select(self, system: str, folder: Path) -> None:
         import nspec
+        from nspec.run.loss_rule import CHOSEN
         from nspec.run.selecting import select_neurons
 
         counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
         own = config_of(self.config, system)
-        with warnings.catch_warnings(record=True) as said:
+        measured: ByLoss | None = None
+        with warnings.catch_warnings(record=True) as said, ExitStack() as shown:
             warnings.simplefilter("always", UserWarning)
-            masks = select_neurons(counts, own.select, own.corpus.pivot, own.run.seed)
+            if own.select.sized_by == "loss":
+                measured = self._by_loss(own, shown.enter_context(self.display.bar("select", "parts")))
+            masks = select_neurons(counts, own.select, own.corpus.pivot, own.run.seed, measured)
         for warning in said:
             self.display.line(f"  {warning.message}")
         masks.save(folder)
+        if measured is not None:
+            write_json(folder / CHOSEN, measured.record)
         shares = [share for layers in masks.density().values() for share in layers.values()]
         some = len(masks.layers) < len(counts.layers)
         of = f" of {len(masks.layers)} of {len(counts.layers)} layers" if some or own.select.layers else ""
         self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")
+
+    def _by_loss(self, own: Config, progress: Callable[[str, int, int], None]) -> ByLoss:
+        from nspec.mt.masked_loss import MaskedLoss
+        from nspec.run.loss_rule import ByLoss
+
+        model, _ = self._system("dense")
+        loss = MaskedLoss(model, self._data(), own.train.batch_tokens, own.profile.sentences)
+        return ByLoss(loss, progress)
 
     def _randomize(self, system: str, folder: Path) -> None:
         import nspec

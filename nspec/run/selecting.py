@@ -8,6 +8,7 @@ import nspec
 from nspec.analysis.overlap import layer_side
 from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.languages import languages_of_task
+from nspec.run.loss_rule import ByLoss
 from nspec.run.systems import SELECT_USES
 
 
@@ -27,7 +28,11 @@ def way_of(task: str, pivot: str) -> str:
 
 
 def select_neurons(
-    counts: nspec.ActivationCounts, select: SelectConfig, pivot: str, seed: int = 0
+    counts: nspec.ActivationCounts,
+    select: SelectConfig,
+    pivot: str,
+    seed: int = 0,
+    by_loss: ByLoss | None = None,
 ) -> nspec.NeuronMasks:
     """The masks of the directions, without the layers in which no direction is specialised.
 
@@ -36,6 +41,7 @@ def select_neurons(
         select: the rule and its numbers, and the layers.
         pivot: of the run's directions; needed with a k for single parts of the model.
         seed: of the rule random.
+        by_loss: measures losses for the rule loss.
 
     Raises:
         ValueError: a pattern that matches no layer, a direction without a part, no layer that is left, or what
@@ -52,7 +58,11 @@ def select_neurons(
     rule = select.sized_by
     if rule == "random":
         return nspec.select(counts, rule="random", share=select.share, seed=seed)
-    if rule == "share" and select.parts:
+    if rule == "loss":
+        if by_loss is None:
+            raise ValueError("select.rule loss measures the dense model: give by_loss")
+        masks = by_loss.select(counts, select)
+    elif rule == "share" and select.parts:
         masks = _by_parts(counts, select, pivot)
     else:
         options: dict[str, float] = {used: getattr(select, used) for used in SELECT_USES[rule] if used not in PARTS}

@@ -207,16 +207,23 @@ def _masks(config: Config) -> list[Stage]:
                 outputs=("counts.*",),
             ),
         )
+        own_select = config_of(config, system).select
+        needs, read = ["select"], [f"{counts}/counts.*"]
+        if own_select.rule == "random":
+            needs.append("run.seed")
+        if own_select.sized_by == "loss":
+            needs.append("profile.sentences")
+            read += profiled
         stages.setdefault(
             select,
             Stage(
                 select,
                 masks,
-                ("select", "run.seed") if config_of(config, system).select.rule == "random" else ("select",),
-                (f"{counts}/counts.*",),
+                tuple(needs),
+                tuple(read),
                 (profile,),
                 overrides=changed if "/" in masks else {},
-                outputs=("masks.*",),
+                outputs=("masks.*", "chosen.json"),
             ),
         )
         own = masks_folder(config, system)

@@ -75,6 +75,7 @@ SELECT_USES = {
     "top": ("share",),
     "specific": ("share",),
     "random": ("share",),
+    "loss": ("tolerance", "grid", "by"),
 }
 """The numbers of the section ``select`` that each ``select.rule`` uses; ``random`` those of ``select.like``, if given."""
 

@@ -69,9 +69,8 @@ def _method(
         if kind.method in methods.NEURONS:
             return methods.Neurons(nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]), dense
         assert kind.mode
-        return methods.NeuronSpecialization(
-            on_side(nspec.NeuronMasks.load(run / place), kind.side), kind.mode
-        ), settings
+        masks = on_side(nspec.NeuronMasks.load(run / place), kind.side)
+        return methods.NeuronSpecialization(masks, kind.mode, own.specialize.silent), settings
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method == "adapters":

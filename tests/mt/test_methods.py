@@ -22,7 +22,7 @@ from nspec.mt.training.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["forward", "update", "adapters", "lass", "neurons", "neurons+shared"]
+NAMES = ["forward", "silent", "update", "adapters", "lass", "neurons", "neurons+shared"]
 
 
 def method_of(toy: Toy, name: str) -> Method:
@@ -34,7 +34,7 @@ def method_of(toy: Toy, name: str) -> Method:
         return Lass(lass.WeightMasks(kept))
     if name in NEURONS:
         return Neurons(toy.masks(), name == "neurons+shared")
-    return NeuronSpecialization(toy.masks(), "forward" if name == "forward" else "update")
+    return NeuronSpecialization(toy.masks(), "update" if name == "update" else "forward", silent=name == "silent")
 
 
 def train(toy: Toy, name: str, folder: Path, updates: int) -> dict[str, torch.Tensor]:

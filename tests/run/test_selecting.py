@@ -112,6 +112,19 @@ def test_random_neurons_are_a_share_of_each_layer_and_follow_the_seed_of_the_run
     assert "run.seed" not in stages["select"].options
 
 
+def test_silent_neurons_are_of_systems_that_mask_both_passes() -> None:
+    found = config("a = random specialize.silent=true select.k=0.7")
+    found.run.systems += ["continued", "forward"]
+    validate(found)
+    assert config_of(found, "a").specialize.silent
+    found.specialize.silent = True
+    validate(found)
+    for line in ("b = update specialize.updates=5", "b = neurons specialize.silent=true"):
+        found.run.variants = [line]
+        with pytest.raises(ValueError, match="specialize.silent of b: all neurons compute in it"):
+            validate(found)
+
+
 def test_a_direction_beside_the_pivot_has_no_part() -> None:
     found = config("a = forward select.k_to_decoder=0.5")
     check_rules(found, TASKS)
