@@ -114,6 +114,20 @@ class SelectConfig:
 
 
 @dataclass
+class HeadsConfig:
+    share: float = option(
+        0.75, "share of the heads of each attention that a direction keeps, at least one of them", above=0, most=1
+    )
+    sentences: int = option(
+        100, "validation sentences of each direction that importance is measured on, at most; 0: all", least=0
+    )
+    layers: list[str] = option(
+        [],
+        "the attention that is specialised; empty: all. Shell patterns as in select.layers: decoder, encoder_attn, ...",
+    )
+
+
+@dataclass
 class LassConfig:
     alpha: float = option(
         0.3,

@@ -35,6 +35,11 @@ SYSTEMS = {
         "the selected neurons of each direction get parameters of their own; the dense model is frozen",
     ),
     "neurons+shared": ("Neurons, shared weights too", "the same, and the weights of the dense model train on"),
+    "heads": (
+        "Attention heads",
+        "a direction computes with the attention heads that matter most to it; the others give zero",
+    ),
+    "random_heads": ("Random attention heads", "the same, with as many heads drawn at random"),
     "lass": (
         "LaSS",
         "a mask of single weights for each direction: the smallest ones of the dense model fine-tuned on it are left out",
@@ -47,7 +52,17 @@ SYSTEMS = {
     "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
     "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
 }
-PLURAL = {"random", "neurons", "neurons+shared", "adapters", "adapters_family", "finetuned", "bilingual"}
+PLURAL = {
+    "random",
+    "neurons",
+    "neurons+shared",
+    "heads",
+    "random_heads",
+    "adapters",
+    "adapters_family",
+    "finetuned",
+    "bilingual",
+}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
 METRICS = tuple(METRIC_NAMES)

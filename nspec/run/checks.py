@@ -113,6 +113,14 @@ def _layers(config: Config) -> None:
     check_layers(
         config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
     )
+    kinds = [("encoder", "self_attn"), ("decoder", "self_attn"), ("decoder", "encoder_attn")]
+    attention = [f"model.{side}.layers.{number}.{kind}" for side, kind in kinds for number in range(counts[side])]
+    for system in system_names(config):
+        patterns = config_of(config, system).heads.layers if system_of(config, system).method == "heads" else []
+        try:
+            matching(attention, patterns or attention)
+        except ValueError as error:
+            raise ValueError(cut(f"heads.layers of {system}: {error}", _LONGEST)) from None
 
 
 def check_layers(config: Config, names: list[str]) -> None:

@@ -35,6 +35,7 @@ from nspec.run.readiness import (
 from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
 from nspec.run.systems import (
     config_of,
+    heads_folder,
     masked_systems,
     masks_folder,
     profile_folder,
@@ -259,6 +260,14 @@ class Pipeline:
             if stage.startswith("weight_masks"):
                 owner = next(name for name in trained if weight_masks_stage(self.config, name) == stage)
                 self._do(stage, functools.partial(self._prune, owner))
+            elif stage.startswith("head_masks"):
+                owner = next(
+                    name
+                    for name in trained
+                    if system_of(self.config, name).method == "heads"
+                    and stage_name("head_masks", heads_folder(self.config, name)) == stage
+                )
+                self._do(stage, functools.partial(self._heads, owner))
             elif stage.startswith("specialize:"):
                 self._do(stage, functools.partial(self._make, stage.partition(":")[2]), everyone=True)
 
@@ -266,6 +275,16 @@ class Pipeline:
         from nspec.run.train_systems import make_system
 
         make_system(system, self.config, self.folder, self._data(), folder, self.run.starting)
+
+    def _heads(self, system: str, folder: Path) -> None:
+        from nspec.run.head_masks import importance_of, kept_heads
+
+        own = config_of(self.config, system)
+        model, _ = self._system("dense")
+        with self.display.bar("head_masks", "batches") as progress:
+            found = importance_of(model, self._data(), own.train.batch_tokens, own.heads.sentences, progress)
+        found.save(folder)
+        kept_heads(found, own.heads).save(folder)
 
     def _prune(self, system: str, folder: Path) -> None:
         from nspec.run.train_systems import prune

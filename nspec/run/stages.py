@@ -16,6 +16,7 @@ from nspec.run.config import Config
 from nspec.run.systems import (
     config_of,
     finetuned_system,
+    heads_folder,
     masked_systems,
     masks_folder,
     profile_folder,
@@ -92,6 +93,7 @@ def stages_of(config: Config) -> list[Stage]:
             raisable=_raisable("train"),
         ),
         *_masks(config),
+        *_head_masks(config),
     ]
     trained = [_training(config, system) for system in trained_systems(config)]
     weights = [_weight_masks(config, system) for system in system_names(config) if _is_lass(config, system)]
@@ -236,6 +238,27 @@ def _masks(config: Config) -> list[Stage]:
     return list(stages.values())
 
 
+def _head_masks(config: Config) -> list[Stage]:
+    """The attention heads of each direction, once for each folder that a system reads."""
+    stages: dict[str, Stage] = {}
+    for system in sorted(system_names(config), key=lambda system: system in variants_of(config)):
+        if system_of(config, system).method == "heads":
+            folder = heads_folder(config, system)
+            stages.setdefault(
+                folder,
+                Stage(
+                    stage_name("head_masks", folder),
+                    folder,
+                    ("heads",),
+                    (*_PREPARED, *_weights(config, "dense")),
+                    ("train",),
+                    overrides=_overrides(config, system) if "/" in folder else {},
+                    outputs=("masks.*", "heads.*"),
+                ),
+            )
+    return list(stages.values())
+
+
 def _training(config: Config, system: str) -> Stage:
     """The stage that trains a system other than dense."""
     kind, own = system_of(config, system), config_of(config, system)
@@ -248,6 +271,10 @@ def _training(config: Config, system: str) -> Stage:
         assert masks is not None
         inputs += (f"{masks}/masks.*",)
         after.append(stage_name("random_masks" if kind.masks == "random_masks" else "select", masks))
+    elif kind.method == "heads":
+        masks = heads_folder(config, system)
+        inputs += (f"{masks}/masks.*",)
+        after.append(stage_name("head_masks", masks))
     elif kind.method == "weight_masks":
         masks = weight_masks_folder(config, system)
         inputs += (f"{masks}/weight_masks.*",)
@@ -289,5 +316,5 @@ def _weight_masks(config: Config, system: str) -> Stage:
 def _weights(config: Config, system: str) -> tuple[str, ...]:
     each = "*/" if system_of(config, system).method == "each" else ""
     folder = f"systems/{system}/{each}model"
-    parts = ("*.safetensors", "config.json", "masks/*", "weight_masks/*", "nspec.json")
+    parts = ("*.safetensors", "config.json", "masks/*", "weight_masks/*", "head_masks/*", "nspec.json")
     return tuple(f"{folder}/{part}" for part in parts)

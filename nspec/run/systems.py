@@ -17,9 +17,9 @@ from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-MadeBy = Literal["", "masks", "neurons", "neurons+shared", "adapters", "weight_masks", "each"]
+MadeBy = Literal["", "masks", "neurons", "neurons+shared", "heads", "adapters", "weight_masks", "each"]
 """What makes a system: nothing (a dense model), neuron masks, neurons with parameters of their own (over frozen or trained
-weights), adapters, masks of single weights, a model for each direction."""
+weights), masks of attention heads, adapters, masks of single weights, a model for each direction."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class System:
         mode: how neuron masks are used; empty without them.
         masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
         side: the half of the model that is specialised; empty: both.
+        drawn: its attention heads are drawn at random.
         scratch: it starts from new weights rather than from the dense model's.
     """
 
@@ -39,6 +40,7 @@ class System:
     masks: Literal["", "masks", "random_masks"] = ""
     side: Literal["", "encoder", "decoder"] = ""
     scratch: bool = False
+    drawn: bool = False
 
     @property
     def made_by(self) -> tuple[str, str]:
@@ -58,6 +60,8 @@ SYSTEMS: dict[str, System] = {
     "random": System("masks", "forward", "random_masks"),
     "neurons": System("neurons", masks="masks"),
     "neurons+shared": System("neurons+shared", masks="masks"),
+    "heads": System("heads"),
+    "random_heads": System("heads", drawn=True),
     "lass": System("weight_masks"),
     "adapters": System("adapters"),
     "adapters_family": System("adapters"),
@@ -66,7 +70,7 @@ SYSTEMS: dict[str, System] = {
 }
 """Every built-in system by its name."""
 
-VARIED = ("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual")
+VARIED = ("profile", "select", "specialize", "heads", "lass", "adapters", "finetune", "bilingual")
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
 SELECT_USES = {
@@ -191,6 +195,11 @@ def profile_folder(config: Config, system: str) -> str:
 def selected_folder(config: Config, system: str) -> str:
     """The folder with the neurons that were selected for a system, or whose sizes its random masks take."""
     return f"variants/{system}/masks" if _varies(config, system, "profile", "select") else "masks"
+
+
+def heads_folder(config: Config, system: str) -> str:
+    """The folder with the attention heads of each direction in a system, or those whose numbers its random ones take."""
+    return f"variants/{system}/head_masks" if _varies(config, system, "heads") else "head_masks"
 
 
 def masks_folder(config: Config, system: str) -> str | None:

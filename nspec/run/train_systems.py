@@ -20,7 +20,16 @@ from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.train import train_system
 from nspec.run.config import Config
 from nspec.run.stages import weight_masks_folder
-from nspec.run.systems import SYSTEMS, System, builtin_of, config_of, finetuned_system, masks_folder, system_of
+from nspec.run.systems import (
+    SYSTEMS,
+    System,
+    builtin_of,
+    config_of,
+    finetuned_system,
+    heads_folder,
+    masks_folder,
+    system_of,
+)
 
 
 def make_system(
@@ -71,6 +80,9 @@ def _method(
         assert kind.mode
         masks = on_side(nspec.NeuronMasks.load(run / place), kind.side)
         return methods.NeuronSpecialization(masks, kind.mode, own.specialize.silent), settings
+    if kind.method == "heads":
+        heads = nspec.NeuronMasks.load(run / heads_folder(config, system))
+        return methods.Heads(nspec.random_masks(heads, own.run.seed) if kind.drawn else heads), dense
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method == "adapters":
