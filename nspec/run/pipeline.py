@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +30,17 @@ from nspec.run.readiness import (
     check_rules,
     check_score,
 )
-from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
+from nspec.run.stages import (
+    baseline_of,
+    head_masks_stage,
+    stage_name,
+    stages_of,
+    trained_systems,
+    training_stage,
+    weight_masks_stage,
+)
 from nspec.run.systems import (
     config_of,
-    heads_folder,
     masked_systems,
     masks_folder,
     profile_folder,
@@ -47,7 +52,6 @@ from nspec.terminal import Display, duration
 
 if TYPE_CHECKING:
     from nspec.mt.text.prepared import PreparedData
-    from nspec.run.loss_rule import ByLoss
 
 
 class Pipeline:
@@ -209,35 +213,11 @@ class Pipeline:
                 self._do(stage_name("random_masks", place), functools.partial(self._randomize, system))
 
     def _select(self, system: str, folder: Path) -> None:
-        import nspec
-        from nspec.run.loss_rule import CHOSEN
-        from nspec.run.selecting import select_neurons
+        from nspec.run.selecting import select_into
 
-        counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
+        counts = self.folder / profile_folder(self.config, system)
         own = config_of(self.config, system)
-        measured: ByLoss | None = None
-        with warnings.catch_warnings(record=True) as said, ExitStack() as shown:
-            warnings.simplefilter("always", UserWarning)
-            if own.select.sized_by == "loss":
-                measured = self._by_loss(own, shown.enter_context(self.display.bar("select", "parts")))
-            masks = select_neurons(counts, own.select, own.corpus.pivot, own.run.seed, measured)
-        for warning in said:
-            self.display.line(f"  {warning.message}")
-        masks.save(folder)
-        if measured is not None:
-            write_json(folder / CHOSEN, measured.record)
-        shares = [share for layers in masks.density().values() for share in layers.values()]
-        some = len(masks.layers) < len(counts.layers)
-        of = f" of {len(masks.layers)} of {len(counts.layers)} layers" if some or own.select.layers else ""
-        self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")
-
-    def _by_loss(self, own: Config, progress: Callable[[str, int, int], None]) -> ByLoss:
-        from nspec.mt.masked_loss import MaskedLoss
-        from nspec.run.loss_rule import ByLoss
-
-        model, _ = self._system("dense")
-        loss = MaskedLoss(model, self._data(), own.train.batch_tokens, own.profile.sentences)
-        return ByLoss(loss, progress)
+        select_into(folder, counts, own, lambda: self._system("dense")[0], self._data, self.display)
 
     def _randomize(self, system: str, folder: Path) -> None:
         import nspec
@@ -261,12 +241,7 @@ class Pipeline:
                 owner = next(name for name in trained if weight_masks_stage(self.config, name) == stage)
                 self._do(stage, functools.partial(self._prune, owner))
             elif stage.startswith("head_masks"):
-                owner = next(
-                    name
-                    for name in trained
-                    if system_of(self.config, name).method == "heads"
-                    and stage_name("head_masks", heads_folder(self.config, name)) == stage
-                )
+                owner = next(name for name in trained if head_masks_stage(self.config, name) == stage)
                 self._do(stage, functools.partial(self._heads, owner))
             elif stage.startswith("specialize:"):
                 self._do(stage, functools.partial(self._make, stage.partition(":")[2]), everyone=True)

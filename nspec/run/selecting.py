@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
 import torch
 
 import nspec
 from nspec.analysis.overlap import layer_side
+from nspec.files import write_json
 from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.languages import languages_of_task
-from nspec.run.loss_rule import ByLoss
+from nspec.mt.masked_loss import MaskedLoss
+from nspec.mt.text.prepared import PreparedData
+from nspec.run.config import Config
+from nspec.run.loss_rule import CHOSEN, ByLoss
 from nspec.run.systems import SELECT_USES
+from nspec.terminal import Display
 
 
 def way_of(task: str, pivot: str) -> str:
@@ -89,3 +100,43 @@ def _by_parts(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) 
         parts = ", ".join(f"select.{name}" for name in select.parts)
         raise ValueError(f"{parts}: no layer is left in which a direction is specialised; give one of them a k below 1")
     return nspec.NeuronMasks({task: {layer: masks[layer] for layer in left} for task, masks in kept.items()})
+
+
+def select_into(
+    folder: Path,
+    counts: Path,
+    config: Config,
+    dense: Callable[[], Any],
+    data: Callable[[], PreparedData],
+    display: Display,
+) -> None:
+    """Selects the neurons of a system and writes them into a folder, with what the rule loss has measured.
+
+    Args:
+        folder: where the masks go.
+        counts: the folder with the activation counts.
+        config: of the system.
+        dense: loads the dense model, for the rule loss.
+        data: loads the prepared text, likewise.
+        display: is told how many neurons are kept, and shows progress.
+
+    Raises:
+        ValueError: see :func:`select_neurons`.
+    """
+    found, select = nspec.ActivationCounts.load(counts), config.select
+    measured: ByLoss | None = None
+    with warnings.catch_warnings(record=True) as said, ExitStack() as shown:
+        warnings.simplefilter("always", UserWarning)
+        if select.sized_by == "loss":
+            loss = MaskedLoss(dense(), data(), config.train.batch_tokens, config.profile.sentences)
+            measured = ByLoss(loss, shown.enter_context(display.bar("select", "parts")))
+        masks = select_neurons(found, select, config.corpus.pivot, config.run.seed, measured)
+    for warning in said:
+        display.line(f"  {warning.message}")
+    masks.save(folder)
+    if measured is not None:
+        write_json(folder / CHOSEN, measured.record)
+    shares = [share for layers in masks.density().values() for share in layers.values()]
+    some = len(masks.layers) < len(found.layers) or select.layers
+    of = f" of {len(masks.layers)} of {len(found.layers)} layers" if some else ""
+    display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")

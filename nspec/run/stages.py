@@ -161,6 +161,12 @@ def weight_masks_stage(config: Config, system: str) -> str | None:
     return stage_name("weight_masks", weight_masks_folder(config, system)) if _is_lass(config, system) else None
 
 
+def head_masks_stage(config: Config, system: str) -> str | None:
+    """The name of the stage that chooses the attention heads of a system; None for one without."""
+    has = system_of(config, system).method == "heads"
+    return stage_name("head_masks", heads_folder(config, system)) if has else None
+
+
 def _is_lass(config: Config, system: str) -> bool:
     return system_of(config, system).method == "weight_masks"
 
@@ -242,12 +248,12 @@ def _head_masks(config: Config) -> list[Stage]:
     """The attention heads of each direction, once for each folder that a system reads."""
     stages: dict[str, Stage] = {}
     for system in sorted(system_names(config), key=lambda system: system in variants_of(config)):
-        if system_of(config, system).method == "heads":
+        if name := head_masks_stage(config, system):
             folder = heads_folder(config, system)
             stages.setdefault(
-                folder,
+                name,
                 Stage(
-                    stage_name("head_masks", folder),
+                    name,
                     folder,
                     ("heads",),
                     (*_PREPARED, *_weights(config, "dense")),
