@@ -24,12 +24,11 @@ Tiny = Any  # tests/system/conftest.py
 
 SYSTEMS = [name for name in SYSTEMS if not name.startswith("update_")]
 VARIANTS = {
-    "wide": "forward select.k=0.99",
+    "measured": "forward select.rule=loss select.tolerance=0.05 select.by=layer",
     "tenth": "random profile.share=0.3 select.k=0.6",
     "rows": "update specialize.optimizer=row_sparse_adamw",
     "half": "lass lass.alpha=0.5",
     "out": "forward_decoder select.k_from_decoder=0.7 select.k_to_decoder=1 specialize.silent=true",
-    "measured": "random select.rule=loss select.tolerance=0.05 select.by=layer",
 }
 
 
