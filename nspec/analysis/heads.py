@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nspec.analysis.overlap import Floats, layer_side
 from nspec.analysis.proximity import Direction, task_name
 from nspec.specialization.masks import NeuronMasks
+from nspec.specialization.ranking import number_of
 from nspec.specialization.storage import Kind, Stacked, reading, save_stacked
 from nspec.specialization.tensors import TaskTensors, each
 
@@ -97,6 +99,32 @@ class HeadImportance(TaskTensors):
         if not 0 < k <= 1:
             raise ValueError(f"k is {k}, expected a share above 0 and up to 1, such as 0.9")
         return NeuronMasks({t: {n: _top(v, k) for n, v in layers.items()} for t, layers in self.items()})
+
+    def largest(self, share: float) -> NeuronMasks:
+        """The share of each layer's heads that matter most to each task, for :func:`nspec.baselines.heads.mask_heads`.
+
+        The number is rounded, halves up, and at least 1; equal heads go by the lower index.
+
+        Args:
+            share: in (0, 1].
+
+        Raises:
+            ValueError: ``share`` is outside.
+
+        Example:
+            >>> importance = HeadImportance({"en-de": {"self_attn": torch.tensor([0.1, 0.4, 0.2, 0.3])}})
+            >>> importance.largest(0.5)["en-de"]["self_attn"].tolist()
+            [False, True, False, True]
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, expected a share above 0 and up to 1, such as 0.75")
+        part = Fraction(repr(float(share)))
+
+        def largest(value: Tensor) -> Tensor:
+            order = torch.argsort(value, descending=True, stable=True)[: number_of(part, len(value))]
+            return torch.zeros(len(value), dtype=torch.bool).index_fill_(0, order, True)
+
+        return NeuronMasks({task: {n: largest(v) for n, v in layers.items()} for task, layers in self.items()})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``heads.safetensors`` (float64 ``[tasks, heads]`` by layer) and a readable ``heads.json``.

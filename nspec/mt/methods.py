@@ -15,7 +15,7 @@ from torch import nn
 
 import nspec
 from nspec import processes
-from nspec.baselines import adapters, lass
+from nspec.baselines import adapters, heads, lass
 from nspec.baselines.lass import kept_weights_only
 from nspec.files import read_json, write_json
 from nspec.nn.masked_linear import MODES, Mode
@@ -24,7 +24,7 @@ _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated b
 NSPEC_FILE = "nspec.json"
 NEURONS = ("neurons", "neurons+shared")
 """Names of :class:`Neurons`, over frozen weights and over weights that are trained too."""
-_MASKS, _WEIGHT_MASKS = "masks", "weight_masks"  # folders beside it
+_MASKS, _WEIGHT_MASKS, _HEAD_MASKS = "masks", "weight_masks", "head_masks"  # folders beside it
 
 
 class Method(ABC):
@@ -76,14 +76,19 @@ class Method(ABC):
 
 
 class NeuronSpecialization(Method):
-    """Neuron masks in mode ``forward`` or ``update``."""
+    """Neuron masks in mode ``forward`` or ``update``.
+
+    Args:
+        masks: the neurons of each direction.
+        mode: see :func:`nspec.specialize`; so is ``silent``.
+    """
 
     name = "masks"
     by_rows = True
     mode: Mode
 
-    def __init__(self, masks: nspec.NeuronMasks, mode: Mode) -> None:
-        self.masks, self.mode = masks, mode
+    def __init__(self, masks: nspec.NeuronMasks, mode: Mode, silent: bool = False) -> None:
+        self.masks, self.mode, self.silent = masks, mode, silent
 
     @property
     def tasks(self) -> list[str]:
@@ -94,14 +99,16 @@ class NeuronSpecialization(Method):
         for task in self.masks.tasks:
             for layer, mask in self.masks[task].items():
                 digest.update(f"{task} {layer} ".encode() + bytes(mask.to(torch.uint8).tolist()))
+        if self.silent:
+            digest.update(b"silent")
         return digest.hexdigest()
 
     def attach(self, model: nn.Module) -> None:
-        nspec.specialize(model, self.masks, mode=self.mode)
+        nspec.specialize(model, self.masks, mode=self.mode, silent=self.silent)
 
     def save(self, folder: Path) -> None:
         self.masks.save(folder / _MASKS)
-        write_json(folder / NSPEC_FILE, {"mode": self.mode})
+        write_json(folder / NSPEC_FILE, {"mode": self.mode} | ({"silent": True} if self.silent else {}))
 
     def facts(self) -> dict[str, Any]:
         shares = [share for layers in self.masks.density().values() for share in layers.values()]
@@ -186,6 +193,36 @@ class Lass(Method):
         return {"density": sum(shares) / len(shares), "mask_bytes": self.masks.nbytes}
 
 
+class Heads(Method):
+    """Attention heads of each direction; the others' outputs are zero.
+
+    Args:
+        masks: bool ``[heads]`` of each direction and attention module.
+    """
+
+    name = "heads"
+
+    def __init__(self, masks: nspec.NeuronMasks) -> None:
+        self.masks = masks
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.masks.tasks)
+
+    def digest(self) -> str:
+        return NeuronSpecialization(self.masks, "update").digest()
+
+    def attach(self, model: nn.Module) -> None:
+        heads.mask_heads(model, self.masks)
+
+    def save(self, folder: Path) -> None:
+        self.masks.save(folder / _HEAD_MASKS)
+        write_json(folder / NSPEC_FILE, {"method": self.name})
+
+    def facts(self) -> dict[str, Any]:
+        return NeuronSpecialization(self.masks, "update").facts()
+
+
 class Neurons(Method):
     """Neurons of each direction with parameters of their own beside the dense model.
 
@@ -238,7 +275,7 @@ def load_method(folder: Path) -> Method | None:
     """
     file = Path(folder) / NSPEC_FILE
     if not file.is_file():
-        if left := [name for name in (_MASKS, _WEIGHT_MASKS) if (file.parent / name).exists()]:
+        if left := [name for name in (_MASKS, _WEIGHT_MASKS, _HEAD_MASKS) if (file.parent / name).exists()]:
             raise ValueError(
                 f"{file} is not there, but {left[0]}/ is: the system would be taken for a dense one; copy the "
                 f"whole folder of the system again, or delete {left[0]}/"
@@ -246,17 +283,21 @@ def load_method(folder: Path) -> Method | None:
         return None
     described: Any = read_json(file)
     if isinstance(described, dict):
-        if described.get("mode") in MODES:
-            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"])
+        silent = described.get("silent", False)
+        if (mode := described.get("mode")) in MODES and (silent is False or (silent is True and mode == "forward")):
+            return NeuronSpecialization(nspec.NeuronMasks.load(file.parent / _MASKS), described["mode"], silent)
         if (name := described.get("method")) in NEURONS:
             return Neurons(nspec.NeuronMasks.load(file.parent / _MASKS), NEURONS.index(name) == 1)
+        if described.get("method") == Heads.name:
+            return Heads(nspec.NeuronMasks.load(file.parent / _HEAD_MASKS))
         if described.get("method") == Lass.name:
             return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
         if described.get("method") == Adapters.name and _fits_adapters(described):
             return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
     raise ValueError(
-        f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, {{"mode": "update"}}, or the method adapters '
-        f"(with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), weight_masks, {' or '.join(NEURONS)}"
+        f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, with "silent": true or without, {{"mode": '
+        f'"update"}}, or the method adapters (with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), '
+        f"weight_masks, heads, {' or '.join(NEURONS)}"
     )
 
 

@@ -32,6 +32,11 @@ from .task_layers import TaskLayer, TaskLinear, TransposedFeatures
 class CompactLayer(TaskLayer):
     """fc1 or up of a specialised block in mode ``forward``. Without a task it is the layer that it was."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether a neuron that is not active gives nothing, not its constant."""
+        return self._nspec.silent
+
     def switch(self, to: SwitchedTo) -> None:
         """See :meth:`Masked.switch`."""
         super().switch(to)
@@ -88,7 +93,7 @@ class CompactLayer(TaskLayer):
 
         Returns:
             ``[..., width]`` in the layout of the index of the set (``[tokens, width]``, sorted by task, of several tasks),
-            and ``[d_ff]``, or 0 without a bias.
+            and ``[d_ff]``, or 0 without a bias or where the others are silent.
 
         Raises:
             RuntimeError: the layer is sharded; or a CUDA graph is being captured, and the layer has not run in this way.
@@ -107,7 +112,7 @@ class CompactLayer(TaskLayer):
             z = _by_task(tokens, packed, batch, x, lambda part, one: F.linear(part, *one))
         if batch is None and h.lead != x.shape[:-1]:
             z = z.view(*h.lead, z.shape[-1])
-        given = h.inputs[2]
+        given = None if self.silent else h.inputs[2]
         return z, 0.0 if given is None else given if given.dtype == z.dtype else given.to(z.dtype)
 
     def _check_whole(self, *weights: Tensor) -> None:
@@ -149,7 +154,7 @@ class CompactLayer(TaskLayer):
                 f"{self.qualified_name} is on {w1.device} and its fc2 on {w2.device}, and mode 'forward' computes both in "
                 "one: put them on one device"
             )
-        if h.active is not None or not h.rectified:
+        if self.silent or h.active is not None or not h.rectified:
             return self._second(h, w2, b2)
         h.check()
         x, w1, b1, w2, b2 = self._nspec.note(h.use, x, w1, b1, w2, b2)
@@ -171,7 +176,9 @@ class CompactLayer(TaskLayer):
         computed, (active, batch), x = h.compute(), h.use, h.inputs[0]
         active = self._on_device(active, x, w2)
         constant: Tensor | None = None
-        if isinstance(h.constant, Tensor):
+        if self.silent:
+            pass  # whatever the functions between made of the 0 that stands for them
+        elif isinstance(h.constant, Tensor):
             constant = h.constant.to(computed.device, computed.dtype)
         elif h.constant != 0:
             constant = computed.new_full((), h.constant)

@@ -195,7 +195,8 @@ def _dropped(function: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str,
     if rate <= 0 or not training:
         return value
     active = value.compute()
-    if isinstance(value.constant, Tensor) or value.constant != 0 or function not in _DROPOUT:
+    constant = not value.fc1.silent and (isinstance(value.constant, Tensor) or value.constant != 0)
+    if constant or function not in _DROPOUT:
         value.refuse(
             f"it drops activations out, p={rate} ({function.__name__}), and neurons that are not active give constants; "
             "nspec.specialize with activation_dropout=0 sets that to 0 in layers whose dropout it knows"

@@ -32,12 +32,17 @@ class TaskLayerState(NeuronState):
         packed: in mode ``forward``, packed weights.
         beside: on the first layer of a block, the names that the module around the block, up (None: there is none) and fc2
             had in the model that was specialised.
+        silent: in mode ``forward``, whether a neuron that is not active gives nothing; else its constant.
+        second: fc2 of a silent block, whose columns go with the neurons.
     """
 
     beside: tuple[str | None, ...] | None = None
 
-    def __init__(self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None) -> None:
+    def __init__(
+        self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None, second: Any = None
+    ) -> None:
         super().__init__(mode)
+        self.silent, self.second = second is not None, second
         self.gated, self.doubled, self.plain, self.name = gated, doubled, plain, "fc1"
         self.sets: dict[str, ActiveSet] = {}
         self.stacks: dict[tuple[str | None, ...], ActiveSet] = {}

@@ -37,6 +37,8 @@ COLOURS = {
     "random": "#cc79a7",
     "neurons": "#3aa6a0",
     "neurons+shared": "#6a5acd",
+    "heads": "#b5495b",
+    "random_heads": "#d9a0aa",
     "lass": "#d55e00",
     "adapters": "#56b4e9",
     "adapters_family": "#7f7fd0",

@@ -6,11 +6,9 @@ says on how many sentences and of which training of the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from nspec.analysis.heads import HeadImportance, head_importance
+from nspec.analysis.heads import HeadImportance
 from nspec.files import read_json, sha256, write_json
 
 FOLDER = "analysis/heads"
@@ -28,10 +26,9 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
         ValueError: the text or the model is not there.
     """
     from nspec.mt.model import load_system
-    from nspec.mt.text.batches import evaluation_batches
-    from nspec.mt.text.collate import collate
-    from nspec.mt.text.prepared import Examples, PreparedData
+    from nspec.mt.text.prepared import PreparedData
     from nspec.processes import resolve_device
+    from nspec.run.head_masks import importance_of
     from nspec.run.read import check_written, read_config
     from nspec.terminal import Display
 
@@ -40,25 +37,8 @@ def measure_heads(run: Path, sentences: int) -> HeadImportance:
     dense = run / "systems" / "dense"
     check_written(dense / "model", dense / "stage.json", "put it back as it was, or `nspec run --redo train`")
     model, _ = load_system(dense / "model", resolve_device(config.run.device))
-    examples, tokens = Examples(data, "valid"), config.train.batch_tokens
-    plans = {task: evaluation_batches(data, "valid", task, tokens, limit=sentences) for task in data.tasks}
-
-    def batches(number: int, task: str) -> Iterator[dict[str, Any]]:
-        for plan in plans[task]:
-            batch = collate([examples[number, example] for example in plan])
-            del batch["task"]
-            yield batch
-
-    total, done = sum(map(len, plans.values())), 0
     with Display().bar("attention heads") as progress:
-
-        def note(task: str, _: int) -> None:
-            nonlocal done
-            done += 1
-            progress(task, done, total)
-
-        inputs = {task: batches(number, task) for number, task in enumerate(data.tasks)}
-        return head_importance(model, inputs, progress=note)
+        return importance_of(model, data, config.train.batch_tokens, sentences, progress)
 
 
 def save(importance: HeadImportance, run: Path, sentences: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nspec.analysis.languages import Grouping
-from nspec.mt.config import SelectConfig
+from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.scoring.averages import LEVEL, kind_of_group
 from nspec.run.systems import SELECT_USES, Variant
 
@@ -34,6 +34,11 @@ SYSTEMS = {
         "the selected neurons of each direction get parameters of their own; the dense model is frozen",
     ),
     "neurons+shared": ("Neurons, shared weights too", "the same, and the weights of the dense model train on"),
+    "heads": (
+        "Attention heads",
+        "a direction computes with the attention heads that matter most to it; the others give zero",
+    ),
+    "random_heads": ("Random attention heads", "the same, with as many heads drawn at random"),
     "lass": (
         "LaSS",
         "a mask of single weights for each direction: the smallest ones of the dense model fine-tuned on it are left out",
@@ -61,7 +66,17 @@ SYSTEMS = {
         "dense, continued; at first the weights go a part of the way of a few steps of one direction after another",
     ),
 }
-PLURAL = {"random", "neurons", "neurons+shared", "adapters", "adapters_family", "finetuned", "bilingual"}
+PLURAL = {
+    "random",
+    "neurons",
+    "neurons+shared",
+    "heads",
+    "random_heads",
+    "adapters",
+    "adapters_family",
+    "finetuned",
+    "bilingual",
+}
 
 METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
 METRICS = tuple(METRIC_NAMES)
@@ -116,23 +131,41 @@ def _value(value: object) -> str:
 
 def selection(select: SelectConfig) -> str:
     """How neurons were selected, in a few words: ``k = 0.95``, ``lape, rate = 0.01``."""
-    numbers = ", ".join(f"{name} = {getattr(select, name):g}" for name in SELECT_USES[select.rule])
-    return numbers if select.rule == "share" else f"{select.rule}, {numbers}"
+    rule = select.sized_by
+    used = [name for name in SELECT_USES[rule] if name not in PARTS or name in select.parts]
+    numbers = ", ".join(f"{name} = {_value(getattr(select, name))}" for name in used)
+    numbers = numbers if rule == "share" else f"{rule}, {numbers}"
+    return f"random, like {numbers}" if rule != select.rule else numbers
 
 
 def selection_sentence(select: SelectConfig) -> str:
     """The same for readers who do not know the rules."""
     whole = f"{100 * select.k:g} % of its activations (k = {select.k:g})"
     part = f"{100 * select.share:g} % of its feed-forward neurons"
-    return {
-        "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}.",
+    sentence = {
+        "share": f"For each direction, a layer keeps the fewest feed-forward neurons that carry {whole}{_parts(select)}.",
         "lape": f"Of the whole model the {100 * select.rate:g} % of feed-forward neurons are kept whose firing differs "
         "most between directions (lowest entropy of activation probabilities, LAPE), each for every direction that it "
         "fires often for; a direction may keep none in some layers.",
         "top": f"For each direction, a layer keeps the {part} that fire most often.",
         "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
         "ratio of the two.",
-    }[select.rule]
+        "loss": "For each direction, a layer keeps the fewest feed-forward neurons that carry a share k of its "
+        f"activations, with the smallest k for each {'layer' if select.by == 'layer' else 'half of the model'} whose masks "
+        f"alone, without training, raise the validation loss by at most {select.tolerance:g} nats per token.",
+        "random": f"For each direction, the {part} are drawn at random in each layer.",
+    }[select.sized_by]
+    drawn = "As many neurons are drawn at random as this rule keeps: "
+    return sentence if select.sized_by == select.rule else drawn + sentence
+
+
+def _parts(select: SelectConfig) -> str:
+    """The ks of single parts of the model, as the end of a sentence."""
+    found = []
+    for name, k in select.parts.items():
+        _, way, side = name.split("_")
+        found.append(f"; {way} the pivot in the {side} " + (f"k = {k:g}" if k < 1 else "all (not specialised)"))
+    return "".join(found)
 
 
 def in_sentence(name: str) -> str:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.training.config import TrainConfig
 from nspec.options import check_option, cut, show
 from nspec.run.config import Config, each_option, types
@@ -116,6 +117,14 @@ def _layers(config: Config) -> None:
     check_layers(
         config, [f"model.{side}.layers.{number}.fc1" for side, count in counts.items() for number in range(count)]
     )
+    kinds = [("encoder", "self_attn"), ("decoder", "self_attn"), ("decoder", "encoder_attn")]
+    attention = [f"model.{side}.layers.{number}.{kind}" for side, kind in kinds for number in range(counts[side])]
+    for system in system_names(config):
+        patterns = config_of(config, system).heads.layers if system_of(config, system).method == "heads" else []
+        try:
+            matching(attention, patterns or attention)
+        except ValueError as error:
+            raise ValueError(cut(f"heads.layers of {system}: {error}", _LONGEST)) from None
 
 
 def check_layers(config: Config, names: list[str]) -> None:
@@ -134,6 +143,51 @@ def check_layers(config: Config, names: list[str]) -> None:
             raise ValueError(
                 f"select.layers of {system}: expected a layer of the {side}, found {show(patterns or kept)}"
             )
+        _parts(config, system, kept)
+        select = config_of(config, system).select
+        if select.sized_by == "loss":
+            if not select.grid:
+                raise ValueError(f"select.grid of {system}: expected one k or more for select.rule loss, found none")
+            if system_of(config, system).method.startswith("neurons"):
+                raise ValueError(
+                    f"select.rule of {system}: loss says what masking does, and nothing is masked where neurons get "
+                    "parameters of their own; take another rule"
+                )
+
+
+def _silent(config: Config) -> None:
+    """Silent neurons, of systems in which all neurons compute."""
+    for system in system_names(config):
+        kind, variant = system_of(config, system), variants_of(config).get(system)
+        varied = variant is not None and "specialize.silent" in variant.overrides
+        if config_of(config, system).specialize.silent and (
+            kind.mode == "update" or (varied and kind.mode != "forward")
+        ):
+            raise ValueError(
+                f"specialize.silent of {system}: all neurons compute in it, and none can be silent; make it an option of "
+                "systems with masks in both passes alone, in run.variants: NAME = forward specialize.silent=true"
+            )
+
+
+def _parts(config: Config, system: str, layers: list[str]) -> None:
+    """The ks of single parts of the model that a masked system has, with the layers that it keeps by name."""
+    select, kind = config_of(config, system).select, system_of(config, system)
+    if select.sized_by != "share" or not select.parts:
+        return
+    given = ", ".join(f"select.{name}" for name in select.parts)
+    if not config.corpus.pivot:
+        raise ValueError(
+            f"{given} of {system}: directions go neither from nor to a pivot, as corpus.pivot is empty; give select.k alone"
+        )
+    if kind.method.startswith("neurons") and (whole := [name for name, k in select.parts.items() if k == 1]):
+        raise ValueError(
+            f"select.{whole[0]} of {system}: expected a k below 1, since all neurons of a layer would get parameters of "
+            "their own; leave layers out with select.layers"
+        )
+    sides = [side for side in ("encoder", "decoder") if kind.side in ("", side)]
+    specialised = [side for side in sides if any(select.parts.get(f"k_{way}_{side}") != 1 for way in ("from", "to"))]
+    if not any(side in name.split(".") for side in specialised for name in layers):
+        raise ValueError(f"{given} of {system}: no layer is left that is specialised; give a k below 1")
 
 
 def _recipes(config: Config) -> None:
@@ -154,12 +208,15 @@ def _varied(config: Config) -> None:
     _batches(config, "bilingual.updates", config.bilingual.updates, "train")
 
 
-def _used(rule: str, overrides: Iterable[str]) -> None:
+def _used(select: SelectConfig, overrides: Iterable[str]) -> None:
     """Raises ValueError where a variant changes a number of another rule, which would change nothing."""
-    for name in ("k", "rate", "share"):
-        if f"select.{name}" in overrides and name not in SELECT_USES[rule]:
-            uses = ", ".join(f"select.{used}" for used in SELECT_USES[rule])
-            raise ValueError(f"select.{name} is not of select.rule {rule}, which uses {uses}")
+    rule, used = select.rule, SELECT_USES[select.sized_by]
+    used = ("like", *used) if rule == "random" else used
+    for name in dict.fromkeys(("like", *(number for numbers in SELECT_USES.values() for number in numbers))):
+        if f"select.{name}" in overrides and name not in used:
+            uses = " and ".join(f"select.{one}" for one in used if one not in PARTS)
+            like = f" with select.like {select.like}" if rule == "random" and select.like else ""
+            raise ValueError(f"select.{name} is not of select.rule {rule}{like}, which uses {uses}")
 
 
 def validate(config: Config) -> None:
@@ -200,10 +257,11 @@ def validate(config: Config) -> None:
         try:
             own = config_of(config, variant)
             _ranges(own, VARIED)
-            _used(own.select.rule, variants_of(config)[variant].overrides)
+            _used(own.select, variants_of(config)[variant].overrides)
             _varied(own)
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
+    _silent(config)
     _layers(config)
     _recipes(config)
     primary_of(config)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nspec.mt.config import AdaptersConfig, LassConfig, ModelConfig, ProfileConfig, SelectConfig
+from nspec.mt.config import AdaptersConfig, HeadsConfig, LassConfig, ModelConfig, ProfileConfig, SelectConfig
 from nspec.mt.scoring.config import DecodeConfig, ScoreConfig
 from nspec.mt.text.config import CorpusConfig, TokenizerConfig
 from nspec.mt.training.config import (
@@ -43,16 +43,17 @@ class RunConfig(PlaceConfig):
         "what is trained and compared; dense is always first, the others start from it with a fresh optimiser and train "
         "for the same number of updates: continued (dense), forward and update (specialised), these two with _encoder or "
         "_decoder (only that half is), random (forward, with random masks of the same sizes), neurons and neurons+shared "
-        "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), lass (masks of "
-        "single weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "
+        "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), heads (of "
+        "attention, those that matter most to each direction) and random_heads (as many, at random), lass (masks of single "
+        "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "
         "frozen); pcgrad and gradvac (gradient surgery between the directions of an update), temperature and curriculum (a "
         "temperature that changes, easy sentences first) and reptile (meta-updates first), all dense; and finetuned "
         "(from dense) and bilingual (from new weights), a model for each direction",
     )
     variants: list[str] = option(
         [],
-        "further systems: one of the above with other options of profile, select, specialize, lass, adapters, finetune, "
-        "bilingual, surgery, curriculum or reptile, each a line such as forward-k70 = forward select.k=0.7",
+        "further systems: one of the above with other options of profile, select, specialize, heads, lass, adapters, "
+        "finetune, bilingual, surgery, curriculum or reptile, each a line such as forward-k70 = forward select.k=0.7",
     )
     hypothesis: str = option("", "what the run is to show, written before it; it stands first on the page")
     primary: str = option(
@@ -82,6 +83,7 @@ class Config(Sections):
     select: SelectConfig = field(default_factory=SelectConfig)
     specialize: SpecializeConfig = field(default_factory=SpecializeConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
     lass: LassConfig = field(default_factory=LassConfig)
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     bilingual: BilingualConfig = field(default_factory=BilingualConfig)

@@ -121,6 +121,11 @@ def estimate(config: Config, data: PreparedData, stages: Iterable[str], speed: S
             seconds = _of_system(system, config, speed, data.tasks, tokens)
         elif verb == "profile":
             seconds = sum(tokens.values()) * speed.token
+        elif verb == "head_masks":
+            seconds = 3 * sum(tokens.values()) * speed.token  # with a backward pass
+        elif verb == "select" and (select := config_of(config, system).select).sized_by == "loss":
+            parts = 2 if select.by == "half" else own.model.encoder_layers + own.model.decoder_layers
+            seconds = (1 + parts * len(select.grid) / 2) * sum(tokens.values()) * speed.token
         elif verb == "evaluate":
             seconds = sizes["test"] * speed.sentence
         else:

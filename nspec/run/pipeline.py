@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +30,16 @@ from nspec.run.readiness import (
     check_rules,
     check_score,
 )
-from nspec.run.stages import baseline_of, stage_name, stages_of, trained_systems, training_stage, weight_masks_stage
+from nspec.run.stages import (
+    baseline_of,
+    head_masks_stage,
+    stage_name,
+    stages_of,
+    trained_systems,
+    training_stage,
+    weight_masks_stage,
+)
 from nspec.run.systems import (
-    SELECT_USES,
     config_of,
     masked_systems,
     masks_folder,
@@ -208,25 +214,11 @@ class Pipeline:
                 self._do(stage_name("random_masks", place), functools.partial(self._randomize, system))
 
     def _select(self, system: str, folder: Path) -> None:
-        import nspec
+        from nspec.run.selecting import select_into
 
-        counts = nspec.ActivationCounts.load(self.folder / profile_folder(self.config, system))
-        all_layers, own = len(counts.layers), config_of(self.config, system).select
-        if own.layers:
-            try:
-                counts = counts.only(own.layers)
-            except ValueError as error:
-                raise ValueError(f"select.layers: {error}") from None
-        options: dict[str, float] = {used: getattr(own, used) for used in SELECT_USES[own.rule]}
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            masks = nspec.select(counts, rule=own.rule, **options)  # type: ignore[arg-type]
-        for warning in said:
-            self.display.line(f"  {warning.message}")
-        masks.save(folder)
-        shares = [share for layers in masks.density().values() for share in layers.values()]
-        of = f" of {len(masks.layers)} of {all_layers} layers" if own.layers else ""
-        self.display.line(f"  a direction keeps {sum(shares) / len(shares):.1%} of the neurons{of} on average")
+        counts = self.folder / profile_folder(self.config, system)
+        own = config_of(self.config, system)
+        select_into(folder, counts, own, lambda: self._system("dense")[0], self._data, self.display)
 
     def _randomize(self, system: str, folder: Path) -> None:
         import nspec
@@ -249,6 +241,9 @@ class Pipeline:
             if stage.startswith("weight_masks"):
                 owner = next(name for name in trained if weight_masks_stage(self.config, name) == stage)
                 self._do(stage, functools.partial(self._prune, owner))
+            elif stage.startswith("head_masks"):
+                owner = next(name for name in trained if head_masks_stage(self.config, name) == stage)
+                self._do(stage, functools.partial(self._heads, owner))
             elif stage.startswith("specialize:"):
                 self._do(stage, functools.partial(self._make, stage.partition(":")[2]), everyone=True)
 
@@ -256,6 +251,16 @@ class Pipeline:
         from nspec.run.train_systems import make_system
 
         make_system(system, self.config, self.folder, self._data(), folder, self.run.starting)
+
+    def _heads(self, system: str, folder: Path) -> None:
+        from nspec.run.head_masks import importance_of, kept_heads
+
+        own = config_of(self.config, system)
+        model, _ = self._system("dense")
+        with self.display.bar("head_masks", "batches") as progress:
+            found = importance_of(model, self._data(), own.train.batch_tokens, own.heads.sentences, progress)
+        found.save(folder)
+        kept_heads(found, own.heads).save(folder)
 
     def _prune(self, system: str, folder: Path) -> None:
         from nspec.run.train_systems import prune

@@ -111,12 +111,19 @@ def check_adapters(config: Config, tasks: list[str]) -> None:
 
 
 def check_rules(config: Config, tasks: list[str]) -> None:
-    """Raises ValueError where neurons are selected by comparing directions, and the run has one."""
+    """Raises ValueError where neurons are selected by comparing directions and the run has one, or a part has none."""
     for system in masked_systems(config):
-        rule = config_of(config, system).select.rule
+        select = config_of(config, system).select
+        rule = select.sized_by
+        if rule == "share" and select.parts:
+            from nspec.run.selecting import way_of
+
+            for task in tasks:
+                way_of(task, config.corpus.pivot)
         if rule in ("lape", "specific") and len(tasks) == 1:
+            option = "rule" if rule == select.rule else "like"
             raise ValueError(
-                f"select.rule of {system} is {rule}, which compares directions, and the run has {tasks[0]} alone: take "
+                f"select.{option} of {system} is {rule}, which compares directions, and the run has {tasks[0]} alone: take "
                 "share or top, or more directions"
             )
 

@@ -17,6 +17,7 @@ from nspec.run.config import Config
 from nspec.run.systems import (
     config_of,
     finetuned_system,
+    heads_folder,
     masked_systems,
     masks_folder,
     profile_folder,
@@ -94,6 +95,7 @@ def stages_of(config: Config) -> list[Stage]:
             raisable=_raisable("train"),
         ),
         *_masks(config),
+        *_head_masks(config),
     ]
     trained = [_training(config, system) for system in trained_systems(config)]
     weights = [_weight_masks(config, system) for system in system_names(config) if _is_lass(config, system)]
@@ -163,6 +165,12 @@ def weight_masks_stage(config: Config, system: str) -> str | None:
     return stage_name("weight_masks", weight_masks_folder(config, system)) if _is_lass(config, system) else None
 
 
+def head_masks_stage(config: Config, system: str) -> str | None:
+    """The name of the stage that chooses the attention heads of a system; None for one without."""
+    has = system_of(config, system).method == "heads"
+    return stage_name("head_masks", heads_folder(config, system)) if has else None
+
+
 def _is_lass(config: Config, system: str) -> bool:
     return system_of(config, system).method == "weight_masks"
 
@@ -211,16 +219,23 @@ def _masks(config: Config) -> list[Stage]:
                 outputs=("counts.*",),
             ),
         )
+        own_select = config_of(config, system).select
+        needs, read = ["select"], [f"{counts}/counts.*"]
+        if own_select.rule == "random":
+            needs.append("run.seed")
+        if own_select.sized_by == "loss":
+            needs.append("profile.sentences")
+            read += profiled
         stages.setdefault(
             select,
             Stage(
                 select,
                 masks,
-                ("select",),
-                (f"{counts}/counts.*",),
+                tuple(needs),
+                tuple(read),
                 (profile,),
                 overrides=changed if "/" in masks else {},
-                outputs=("masks.*",),
+                outputs=("masks.*", "chosen.json"),
             ),
         )
         own = masks_folder(config, system)
@@ -229,6 +244,27 @@ def _masks(config: Config) -> list[Stage]:
             stages.setdefault(
                 random,
                 Stage(random, own, ("run.seed",), (f"{masks}/masks.*",), (select,), outputs=("masks.*",)),
+            )
+    return list(stages.values())
+
+
+def _head_masks(config: Config) -> list[Stage]:
+    """The attention heads of each direction, once for each folder that a system reads."""
+    stages: dict[str, Stage] = {}
+    for system in sorted(system_names(config), key=lambda system: system in variants_of(config)):
+        if name := head_masks_stage(config, system):
+            folder = heads_folder(config, system)
+            stages.setdefault(
+                name,
+                Stage(
+                    name,
+                    folder,
+                    ("heads",),
+                    (*_PREPARED, *_weights(config, "dense")),
+                    ("train",),
+                    overrides=_overrides(config, system) if "/" in folder else {},
+                    outputs=("masks.*", "heads.*"),
+                ),
             )
     return list(stages.values())
 
@@ -245,6 +281,10 @@ def _training(config: Config, system: str) -> Stage:
         assert masks is not None
         inputs += (f"{masks}/masks.*",)
         after.append(stage_name("random_masks" if kind.masks == "random_masks" else "select", masks))
+    elif kind.method == "heads":
+        masks = heads_folder(config, system)
+        inputs += (f"{masks}/masks.*",)
+        after.append(stage_name("head_masks", masks))
     elif kind.method == "weight_masks":
         masks = weight_masks_folder(config, system)
         inputs += (f"{masks}/weight_masks.*",)
@@ -290,5 +330,5 @@ def _weight_masks(config: Config, system: str) -> Stage:
 def _weights(config: Config, system: str) -> tuple[str, ...]:
     each = "*/" if system_of(config, system).method == "each" else ""
     folder = f"systems/{system}/{each}model"
-    parts = ("*.safetensors", "config.json", "masks/*", "weight_masks/*", "nspec.json")
+    parts = ("*.safetensors", "config.json", "masks/*", "weight_masks/*", "head_masks/*", "nspec.json")
     return tuple(f"{folder}/{part}" for part in parts)

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nspec.mt.config import PARTS
 from nspec.mt.training.recipe import SECTIONS, Recipe, RecipeName
 from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-MadeBy = Literal["", "masks", "neurons", "neurons+shared", "adapters", "weight_masks", "each"]
+MadeBy = Literal["", "masks", "neurons", "neurons+shared", "heads", "adapters", "weight_masks", "each"]
 """What makes a system: nothing (a dense model), neuron masks, neurons with parameters of their own (over frozen or trained
-weights), adapters, masks of single weights, a model for each direction."""
+weights), masks of attention heads, adapters, masks of single weights, a model for each direction."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class System:
         mode: how neuron masks are used; empty without them.
         masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
         side: the half of the model that is specialised; empty: both.
+        drawn: its attention heads are drawn at random.
         scratch: it starts from new weights rather than from the dense model's.
         recipe: how it trains where that is not plain, see :mod:`nspec.mt.training.recipe`.
     """
@@ -41,6 +43,7 @@ class System:
     side: Literal["", "encoder", "decoder"] = ""
     scratch: bool = False
     recipe: RecipeName | None = None
+    drawn: bool = False
 
     @property
     def made_by(self) -> tuple[str, str]:
@@ -60,6 +63,8 @@ SYSTEMS: dict[str, System] = {
     "random": System("masks", "forward", "random_masks"),
     "neurons": System("neurons", masks="masks"),
     "neurons+shared": System("neurons+shared", masks="masks"),
+    "heads": System("heads"),
+    "random_heads": System("heads", drawn=True),
     "lass": System("weight_masks"),
     "adapters": System("adapters"),
     "adapters_family": System("adapters"),
@@ -74,16 +79,24 @@ SYSTEMS: dict[str, System] = {
 """Every built-in system by its name."""
 
 VARIED = (
-    *("profile", "select", "specialize", "lass", "adapters", "finetune", "bilingual"),
+    *("profile", "select", "specialize", "heads", "lass", "adapters", "finetune", "bilingual"),
     *("surgery", "curriculum", "reptile"),
 )
 """Sections whose options a variant may change; the text, the vocabulary and the dense model are shared by all."""
 
-SELECT_USES = {"share": ("k",), "lape": ("rate",), "top": ("share",), "specific": ("share",)}
-"""The numbers of the section ``select`` that each ``select.rule`` uses."""
+SELECT_USES = {
+    "share": ("k", *PARTS),
+    "lape": ("rate",),
+    "top": ("share",),
+    "specific": ("share",),
+    "random": ("share",),
+    "loss": ("tolerance", "grid", "by"),
+}
+"""The numbers of the section ``select`` that each ``select.rule`` uses; ``random`` those of ``select.like``, if given."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
-_VARIANT = re.compile(r"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+[a-z_]+\.[a-z_]+=\S+)*)\s*")
+_OPTION = r"[a-z_]+\.[a-z_]+=(?:\[.*?\](?!\S)|\S+)"  # a list may hold spaces
+_VARIANT = re.compile(rf"\s*(?P<name>\S+)\s*=\s*(?P<of>[a-z_+]+)(?P<options>(\s+{_OPTION})*)\s*")
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ def _variant(text: str) -> Variant:
             f"run.variants: expected a variant of one of {others}, found {show(parts['of'])} in {show(text)}"
         )
     scratch, overrides = Config(), {}
-    for assignment in parts["options"].split():
+    for assignment in re.findall(_OPTION, parts["options"]):
         name = assignment.partition("=")[0]
         try:
             set_option(scratch, assignment)
@@ -193,6 +206,11 @@ def profile_folder(config: Config, system: str) -> str:
 def selected_folder(config: Config, system: str) -> str:
     """The folder with the neurons that were selected for a system, or whose sizes its random masks take."""
     return f"variants/{system}/masks" if _varies(config, system, "profile", "select") else "masks"
+
+
+def heads_folder(config: Config, system: str) -> str:
+    """The folder with the attention heads of each direction in a system, or those whose numbers its random ones take."""
+    return f"variants/{system}/head_masks" if _varies(config, system, "heads") else "head_masks"
 
 
 def masks_folder(config: Config, system: str) -> str | None:

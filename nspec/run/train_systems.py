@@ -26,6 +26,7 @@ from nspec.run.systems import (
     builtin_of,
     config_of,
     finetuned_system,
+    heads_folder,
     masks_folder,
     recipe_of,
     system_of,
@@ -79,9 +80,11 @@ def _method(
         if kind.method in methods.NEURONS:
             return methods.Neurons(nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]), dense
         assert kind.mode
-        return methods.NeuronSpecialization(
-            on_side(nspec.NeuronMasks.load(run / place), kind.side), kind.mode
-        ), settings
+        masks = on_side(nspec.NeuronMasks.load(run / place), kind.side)
+        return methods.NeuronSpecialization(masks, kind.mode, own.specialize.silent), settings
+    if kind.method == "heads":
+        heads = nspec.NeuronMasks.load(run / heads_folder(config, system))
+        return methods.Heads(nspec.random_masks(heads, own.run.seed) if kind.drawn else heads), dense
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method == "adapters":

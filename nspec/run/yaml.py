@@ -37,6 +37,7 @@ SECTIONS = {
     "select": "which neurons a direction keeps",
     "specialize": "continued training of every system but dense, each from the dense weights with a fresh optimiser",
     "finetune": "fine-tuning on one direction alone: the system finetuned, and the first step of lass",
+    "heads": "the systems heads and random_heads: which attention heads a direction keeps, by their importance to its loss",
     "lass": "the system lass (Lin et al. 2021): which weights it keeps",
     "adapters": "the systems adapters and adapters_family (Bapna and Firat 2019)",
     "bilingual": "the system bilingual: a model for each direction",

@@ -12,6 +12,7 @@ from torch import nn
 from nspec.nn.ffn import CompactLayer
 from nspec.nn.task_layers import TaskLayer
 from nspec.specialization.apply import despecialize
+from nspec.specialization.feed_forward import is_transposed
 from nspec.specialization.tasks import check_task, specialized_layers
 from nspec.specialization.tuned import fold, is_tuned
 
@@ -30,8 +31,9 @@ def merge(
 ) -> nn.Module:
     """A plain dense copy of the model that computes what ``task`` computes; ``model`` itself is not changed.
 
-    In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy; in mode ``update``
-    the forward pass is dense anyway, and the copy is the dense model. Of a model with neurons of their own the weights of
+    In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy, and of silent
+    neurons their biases and columns of fc2.weight too; in mode ``update`` the forward pass is dense anyway, and the copy
+    is the dense model. Of a model with neurons of their own the weights of
     the base hold those of the task.
 
     With ``compact=True`` the copy has no masked neurons: what they add is the same for every token, and is added to the
@@ -103,7 +105,27 @@ def merge(
                 inactive = ~module._nspec.sets[task].on(module.weight.device).active
                 inactive = inactive.repeat(2) if module._nspec.doubled else inactive
                 module.weight.masked_fill_(inactive if module.transposed else inactive[:, None], 0)
+                if module.silent:
+                    if module.bias is not None:
+                        module.bias.masked_fill_(inactive, 0)
+                    _silence(module, inactive[: len(inactive) // (1 + module._nspec.doubled)], merged)
     return despecialize(merged)
+
+
+def _silence(layer: CompactLayer, inactive: torch.Tensor, model: nn.Module) -> None:
+    """Zeroes the columns of fc2.weight that belong to silent neurons, bool ``[d_ff]``."""
+    second: Any = layer._nspec.second
+    if all(module is not second for module in model.modules()):
+        raise ValueError(
+            f"fc2 of the block of {layer.qualified_name} was replaced since it was specialised with silent=True: "
+            "specialise the model again (nspec.despecialize, nspec.specialize)"
+        )
+    if "weight" not in second._parameters:
+        raise ValueError(
+            f"the weight of fc2 of the block of {layer.qualified_name} is made anew in each pass (prune, weight_norm, "
+            "spectral_norm): make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+        )
+    second.weight.masked_fill_(inactive[:, None] if is_transposed(second) else inactive, 0)
 
 
 def _check_options(compact: bool, ragged: bool, multiple: int, batch: Any) -> None:
@@ -135,7 +157,8 @@ def _compact(model: nn.Module, task: str, ragged: bool, multiple: int, batch: An
     blocks = blocks_of(copied)
     layers: dict[str, Any] = {name: block.fc1 for name, block in blocks.items()}
     active = {name: layer._nspec.sets[task].active for name, layer in layers.items()}
-    masked = {name: block for name, block in blocks.items() if not bool(active[name].all())}
+    # Silent neurons have no constant.
+    masked = {name: block for name, block in blocks.items() if not (layers[name].silent or bool(active[name].all()))}
     constants: Mapping[str, Any] = dict.fromkeys(blocks, 0.0) | Constants(copied, masked, task).found(batch)
     plain = despecialize(copied)
     drop_masked(plain, list(blocks.values()), active, constants, ragged=ragged, multiple=multiple)

@@ -39,6 +39,7 @@ def specialize(
     *,
     layers: Iterable[Layer] | None = None,
     activation_dropout: float | None = None,
+    silent: bool = False,
 ) -> nn.Module:
     """Makes the feed-forward layers of ``model`` use, or train, only the neurons of the current task. In place.
 
@@ -63,16 +64,20 @@ def specialize(
             fewer layers than are given or found; those without masks stay dense.
         activation_dropout: 0 sets the dropouts between fc1 and fc2 that are known by structure and name to 0 in mode
             ``forward``, until ``despecialize``; None: one above 0 is an error.
+        silent: of mode ``forward``: masks the bias of fc1 and the columns of fc2.weight too, so that a masked neuron gives
+            nothing, and they get no gradient from tasks that mask it. Without it, as in the paper, the neuron gives the
+            constant f(bias).
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: an unknown mode; masks of another model (the message names the layer and both sizes or the nearest
-            names); a model that is specialised already; a layer that does not compute what ``nn.Linear`` or ``Conv1D``
-            does; in mode ``forward`` a layer that is in two blocks, an activation dropout above 0, unless the block has no
-            biases, or a block that gives its activations to a ``torch.autograd.Function`` (kernels that Liger puts in
-            place of a layer's forward).
+        ValueError: an unknown mode, or ``silent`` with mode ``update``; masks of another model (the message names the layer
+            and both sizes or the nearest names); a model that is specialised already; a layer that does not compute what
+            ``nn.Linear`` or ``Conv1D`` does; in mode ``forward`` a layer that is in two blocks, an activation dropout above
+            0, unless the block has no biases or its neurons are silent, or a block that gives its activations to a
+            ``torch.autograd.Function`` (kernels that Liger puts in place of a layer's forward); with ``silent`` blocks that
+            share fc2.
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -87,6 +92,10 @@ def specialize(
     check_mode(mode)
     if not isinstance(masks, NeuronMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
+    if not isinstance(silent, bool):
+        raise TypeError(f"silent is {silent!r}, expected True or False")
+    if silent and mode != "forward":
+        raise ValueError("silent is True in mode 'update', in which all neurons are computed: use mode='forward'")
     if activation_dropout not in (None, 0):
         raise ValueError(f"activation_dropout is {activation_dropout}, expected 0 (switch it off) or None (leave it)")
     if any(isinstance(module, TaskLayer) for module in model.modules()) or is_tuned(model):
@@ -96,11 +105,13 @@ def specialize(
     blocks = [known[layer] for layer in masks.layers]
     if mode == "forward":
         _check_apart(blocks)
+    if silent:
+        _check_own_second(blocks)
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
         for layer in projections(block):
             check_plain(layer, names[id(layer)])
-        if mode == "forward" and activation_dropout is None:
+        if mode == "forward" and activation_dropout is None and not silent:
             _check_dropout(block)
     changes = fast_paths(model, blocks)
     if mode == "forward":
@@ -115,7 +126,7 @@ def specialize(
     for block in blocks:
         first: TaskLayer | None = None
         for layer in projections(block):
-            _turn(layer, mode, block)
+            _turn(layer, mode, block, silent)
             assert isinstance(layer, TaskLayer)
             if first is None:
                 parts = (block.parent, block.up, block.fc2)
@@ -148,6 +159,19 @@ def _check_apart(blocks: Sequence[FeedForward]) -> None:
             )
 
 
+def _check_own_second(blocks: Sequence[FeedForward]) -> None:
+    """Raises ValueError where two blocks have one fc2, whose columns cannot go with the neurons of both."""
+    seen: dict[int, str] = {}
+    for block in blocks:
+        weight: Any = block.fc2.weight
+        if id(weight) in seen:
+            raise ValueError(
+                f"{seen[id(weight)]} and {block.name} have one weight of fc2, and silent masks its columns for each: "
+                "leave one of them out (masks.only), or use silent=False"
+            )
+        seen[id(weight)] = block.name
+
+
 def change(module: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module until :func:`despecialize`."""
     before = (module.__dict__[name],) if name in module.__dict__ else ()
@@ -160,7 +184,7 @@ def projections(block: FeedForward) -> list[nn.Module]:
     return [block.fc1] if block.up is None else [block.fc1, block.up]
 
 
-def _turn(layer: nn.Module, mode: Mode, block: FeedForward) -> None:
+def _turn(layer: nn.Module, mode: Mode, block: FeedForward, silent: bool) -> None:
     """Makes a layer one of those that know tasks."""
     plain = type(layer)
     if is_transposed(layer):
@@ -169,7 +193,8 @@ def _turn(layer: nn.Module, mode: Mode, block: FeedForward) -> None:
         layer.__class__ = TaskLinear if mode == "update" else CompactFc1
     assert isinstance(layer, TaskLayer)
     before = None if plain is nn.Linear else plain
-    layer._attach(TaskLayerState(mode, gated=block.gated, doubled=block.fused, plain=before))
+    second = block.fc2 if silent else None
+    layer._attach(TaskLayerState(mode, gated=block.gated, doubled=block.fused, plain=before, second=second))
 
 
 def _dropouts(block: FeedForward, rate: float | None) -> list[tuple[Any, str, str]]:

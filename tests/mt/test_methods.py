@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from toy_translation import Toy, run_options
 
 import nspec
+from nspec.analysis.heads import attention_layers
 from nspec.baselines import lass
-from nspec.mt.methods import NEURONS, Adapters, Lass, Method, Neurons, NeuronSpecialization, load_method
+from nspec.mt.methods import NEURONS, Adapters, Heads, Lass, Method, Neurons, NeuronSpecialization, load_method
 from nspec.mt.model import load_system
 from nspec.mt.training.loop import Loop
 from nspec.mt.training.train import train_system
@@ -22,7 +23,7 @@ from nspec.mt.training.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["forward", "update", "adapters", "lass", "neurons", "neurons+shared"]
+NAMES = ["forward", "silent", "update", "adapters", "lass", "heads", "neurons", "neurons+shared"]
 
 
 def method_of(toy: Toy, name: str) -> Method:
@@ -32,9 +33,13 @@ def method_of(toy: Toy, name: str) -> Method:
     if name == "lass":
         kept = {task: lass.magnitude_masks(toy.model(seed=seed), 0.5) for seed, task in enumerate(tasks)}
         return Lass(lass.WeightMasks(kept))
+    if name == "heads":
+        sizes = attention_layers(toy.model())
+        kept = {t: {layer: torch.arange(n) % 2 == i % 2 for layer, n in sizes.items()} for i, t in enumerate(tasks)}
+        return Heads(nspec.NeuronMasks(kept))
     if name in NEURONS:
         return Neurons(toy.masks(), name == "neurons+shared")
-    return NeuronSpecialization(toy.masks(), "forward" if name == "forward" else "update")
+    return NeuronSpecialization(toy.masks(), "update" if name == "update" else "forward", silent=name == "silent")
 
 
 def train(toy: Toy, name: str, folder: Path, updates: int) -> dict[str, torch.Tensor]:

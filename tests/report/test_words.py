@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from nspec.mt.config import SelectConfig
 from nspec.report import drawing, words
 from nspec.run.systems import SYSTEMS, Variant
 
@@ -22,3 +23,18 @@ def test_a_variant_is_called_by_what_it_varies() -> None:
 def test_systems_without_a_colour_of_their_own_get_different_ones() -> None:
     names = [*SYSTEMS, "forward-k70", "forward-k50", "mine"]
     assert len({drawing.colour(name, names) for name in names}) == len(names)
+
+
+def test_ks_of_parts_are_said() -> None:
+    select = SelectConfig(k=0.9, k_from_decoder=0.7, k_to_encoder=1)
+    assert words.selection(select) == "k = 0.9, k_from_decoder = 0.7, k_to_encoder = 1"
+    said = "(k = 0.9); from the pivot in the decoder k = 0.7; to the pivot in the encoder all (not specialised)."
+    assert words.selection_sentence(select).endswith(said)
+    assert words.selection(SelectConfig()) == "k = 0.95"
+
+
+def test_what_random_neurons_are_like_is_said() -> None:
+    assert words.selection(SelectConfig(rule="random", share=0.1)) == "random, share = 0.1"
+    select = SelectConfig(rule="random", like="lape", rate=0.05)
+    assert words.selection(select) == "random, like lape, rate = 0.05"
+    assert words.selection_sentence(select).startswith("As many neurons are drawn at random as this rule keeps: Of the")

@@ -142,6 +142,8 @@ def test_values_of_variants_are_checked_like_others() -> None:
     [
         ("[decoder.layers.2]", ["decoder.layers.2"]),
         ("[encoder,decoder.layers.2]", ["encoder", "decoder.layers.2"]),
+        ("[encoder, decoder.layers.2] select.k=0.5", ["encoder", "decoder.layers.2"]),
+        ('["layers.[45]", "x.[1]"]', ["layers.[45]", "x.[1]"]),
         ('["decoder.layers.[12]"]', ["decoder.layers.[12]"]),
         ("['*.1?']", ["*.1?"]),
         ("[]", []),
@@ -149,9 +151,10 @@ def test_values_of_variants_are_checked_like_others() -> None:
 )
 def test_a_variant_may_be_of_some_layers(value: str, layers: list[str]) -> None:
     config = config_of("dense", run_variants=[f"top = forward select.layers={value}"])
-    assert variants_of(config)["top"].overrides == {"select.layers": layers}
-    again = parse(render(config))
-    assert variants_of(again)["top"].overrides == {"select.layers": layers}
+    for found in (config, parse(render(config))):
+        overrides = variants_of(found)["top"].overrides
+        assert overrides["select.layers"] == layers
+        assert set(overrides) - {"select.layers"} == ({"select.k"} if " select.k" in value else set())
 
 
 @pytest.mark.parametrize("value", ["decoder", "[decoder.layers.[12]]", "[*.1]", "[1]"])
@@ -223,6 +226,12 @@ def test_a_run_selects_by_the_rule_that_it_is_given(tmp_path: Path, capsys: pyte
     ("text", "says"),
     [
         ("a = forward select.rule=lape select.k=0.5", "a: select.k is not of select.rule lape, which uses select.rate"),
+        ("a = forward select.rule=random select.k=0.5", "random, which uses select.like and select.share"),
+        (
+            "a = forward select.rule=random select.like=lape select.share=0.5",
+            "like lape, which uses select.like and select.r",
+        ),
+        ("a = forward select.like=top", "a: select.like is not of select.rule share, which uses select.k"),
         ("a = forward select.share=0.5", "a: select.share is not of select.rule share, which uses select.k"),
         ("a = forward select.rule=best", "select.rule: expected one of share, lape, top, specific"),
     ],

@@ -25,9 +25,11 @@ Tiny = Any  # tests/system/conftest.py
 # Of what differs in a formula one is enough here.
 SYSTEMS = [name for name in SYSTEMS if not name.startswith("update_") and name not in ("pcgrad", "temperature")]
 VARIANTS = {
+    "measured": "forward select.rule=loss select.tolerance=0.05 select.by=layer",
     "tenth": "random profile.share=0.3 select.k=0.6",
     "rows": "update specialize.optimizer=row_sparse_adamw",
     "half": "lass lass.alpha=0.5",
+    "out": "forward_decoder select.k_from_decoder=0.7 select.k_to_decoder=1 specialize.silent=true",
 }
 
 
@@ -113,7 +115,7 @@ def test_models_for_each_direction_are_whole_and_differ(compared: Tiny) -> None:
         assert summary(compared, system)["parameters"] == 2 * summary(compared, "dense")["parameters"]
 
 
-@pytest.mark.parametrize("system", ["finetuned", "adapters", "lass"])
+@pytest.mark.parametrize("system", ["finetuned", "adapters", "lass", "heads"])
 def test_every_kind_of_system_translates_text(
     compared: Tiny, system: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

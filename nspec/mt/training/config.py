@@ -61,6 +61,12 @@ class TrainConfig:
 class SpecializeConfig(TrainConfig):
     """Continued training: of the specialised systems, and of the dense and random ones beside them."""
 
+    silent: bool = option(
+        False,
+        "of neuron masks in forward and random: a neuron that a direction does not keep gives nothing (the bias of fc1 and "
+        "the column of fc2 are masked too); else, as in the paper, a constant",
+    )
+
 
 @dataclass
 class FinetuneConfig:

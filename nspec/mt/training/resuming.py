@@ -188,7 +188,7 @@ def _damage_of_best(folder: Path, checkpoint: Path, settings: TrainConfig) -> st
 
 def _check(place: Path, state: TrainingState, settings: TrainConfig, options: dict[str, Any]) -> None:
     # An option that came after a checkpoint was written had its default's meaning then.
-    before = dataclasses.asdict(TrainConfig()) | state.options
+    before = dataclasses.asdict(type(settings)()) | state.options
     if changed := [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in options.items() if before.get(k) != v]:
         raise ValueError(
             f"{place} is of a training with other options: {'; '.join(changed)}; take those again, or another folder"

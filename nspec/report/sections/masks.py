@@ -14,9 +14,11 @@ import numpy as np
 
 from nspec import analysis
 from nspec.analysis.bands import band_order
+from nspec.mt.config import PARTS
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData
 from nspec.report.words import group_name
+from nspec.run.systems import config_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +75,6 @@ def section(data: RunData) -> dict[str, Any] | None:
         "published_iou": beside,
         "published_iou_k": f"{PUBLISHED_IOU_K:g}",
         "iou_rows": iou_rows(data) if beside else [],
-        "iou_k": f"{iou_masks(data)[1]:g}" if beside else "",
         "halves": halves_section(data),
         "selection": words.selection_sentence(data.config.select),
         "mean": f"{shares.mean():.3f}",
@@ -106,6 +107,13 @@ def _label(data: RunData, group: str) -> str:
     return group_name("all" if group == "all" else f"{group}_{data.pivot}")
 
 
+def _selection(data: RunData, group: str, side: str) -> str:
+    """How neurons were selected for directions ``from`` or ``to`` the pivot, or ``all``, in half of the model."""
+    select = data.config.select
+    part = select.rule == "share" and group != "all"
+    return f"k = {select.k_of(group, side):g}" if part else words.selection(select)
+
+
 def _line(axes: Axes, numbers: Sequence[int], values: Any, group: str, label: str) -> None:
     axes.plot(numbers, values, label=label, color=_COLOURS[group], marker="o", markersize=4)
 
@@ -134,7 +142,7 @@ def masked(data: RunData) -> Figure:
         numbers = analysis.layer_numbers(layers)
         for group, members in _groups(data, tasks).items():
             shares, name = 1 - analysis.density(data.masks, layers, members), _label(data, group)
-            _line(axes, numbers, shares.mean(0), group, f"{name}, this run ({words.selection(data.config.select)})")
+            _line(axes, numbers, shares.mean(0), group, f"{name}, this run ({_selection(data, group, side)})")
             axes.fill_between(numbers, shares.min(0), shares.max(0), color=_COLOURS[group], alpha=0.15, lw=0)
             if data.config.select.rule == "share":
                 published = PUBLISHED_MASKED.get((group, side))
@@ -146,10 +154,10 @@ def masked(data: RunData) -> Figure:
 
 def published_iou(data: RunData) -> Figure:
     """Mean IoU by layer of the two direction types that were published, this run's beside the published one's."""
-    masks, own = iou_masks(data)
     figure, panels = drawing.side_panels("mean IoU of two directions")
-    tasks = analysis.order_tasks(masks.tasks, data.pivot)
     for axes, (group, side) in zip(panels, PUBLISHED_IOU):
+        masks, own = iou_masks(data, group, side)
+        tasks = analysis.order_tasks(masks.tasks, data.pivot)
         layers = analysis.side_layers(masks, side)
         axes.set_title(f"{side.capitalize()}, {_label(data, group)}", fontsize=11, loc="left")
         members = _groups(data, tasks).get(group, [])
@@ -169,18 +177,21 @@ def published_iou(data: RunData) -> Figure:
 
 def iou_rows(data: RunData) -> list[dict[str, str]]:
     """The same by layer as numbers, for all four cases, with what chance would give."""
-    masks, _ = iou_masks(data)
-    groups = _groups(data, analysis.order_tasks(masks.tasks, data.pivot))
+    assert data.masks is not None
+    groups = _groups(data, analysis.order_tasks(data.masks.tasks, data.pivot))
     cases: list[tuple[str, analysis.overlap.Side]] = [*PUBLISHED_IOU, ("from", "encoder"), ("to", "decoder")]
     rows = []
     for group, side in cases:
+        masks, k = iou_masks(data, group, side)
         layers = analysis.side_layers(masks, side)
         if layers and len(groups.get(group, [])) > 1:
             own, chance = _iou_and_chance(masks, layers, groups[group])
             texts = [" ".join(f"{iou:.2f}" for iou in values) for values in (own, chance)]
             published = " ".join(f"{iou:.2f}" for iou in PUBLISHED_IOU.get((group, side), []))
             name = f"{side.capitalize()}, {_label(data, group)}"
-            rows.append({"name": name, "own": texts[0], "chance": texts[1], "published": published or "–"})
+            rows.append(
+                {"name": name, "own": texts[0], "k": f"{k:g}", "chance": texts[1], "published": published or "–"}
+            )
     return rows
 
 
@@ -206,21 +217,23 @@ def halves_section(data: RunData) -> dict[str, Any]:
     return {"reason": "", "rows": rows, "warning": warning if outdated else ""}
 
 
-def iou_masks(data: RunData) -> tuple[Any, float]:
-    """The masks to compare with the published IoU, and their k: those of the published k, where the run has its counts.
+def iou_masks(data: RunData, group: str, side: str) -> tuple[Any, float]:
+    """The masks to compare with the published IoU of directions ``from`` or ``to`` the pivot in half of the model.
 
-    Else its own, or those of a variant of forward that differs in k alone, if nearer.
+    Returns:
+        Those of the published k, where the run has its counts; else its own, or those of a variant of forward that differs
+        in k alone, if its k there is nearer; and that k.
     """
     if (data.folder / "profile" / "counts.safetensors").is_file():
         import nspec
 
         counts = nspec.ActivationCounts.load(data.folder / "profile")
         return nspec.select(counts, k=PUBLISHED_IOU_K), PUBLISHED_IOU_K
-    found = [(data.config.select.k, data.masks)]
+    found = [(data.config.select.k_of(group, side), data.masks)]
     for name, masks in data.variant_masks.items():
         variant = data.variants[name]
-        if variant.of == "forward" and set(variant.overrides) == {"select.k"}:
-            found.append((float(variant.overrides["select.k"]), masks))
+        if variant.of == "forward" and set(variant.overrides) <= {"select.k", *(f"select.{part}" for part in PARTS)}:
+            found.append((config_of(data.config, name).select.k_of(group, side), masks))
     k, chosen = min(found, key=lambda pair: abs(pair[0] - PUBLISHED_IOU_K))
     return chosen, k
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from nspec import analysis
 from nspec.analysis.overlap import Floats, Masks
+from nspec.mt.config import PARTS
 from nspec.report import drawing, words
 from nspec.report.run_data import RunData
 from nspec.report.words import METRICS
@@ -75,7 +76,10 @@ def curves(data: RunData) -> list[Curve]:
     drawn = []
     for option, points in found.items():
         if all(scored["forward"]):
-            points.setdefault(float(flatten(data.config)[option]), "forward")
+            own = flatten(data.config)[option]
+            if option.removeprefix("select.") in PARTS:
+                own = own or data.config.select.k
+            points.setdefault(float(own), "forward")
         if len(points) > 1:
             values, systems = zip(*sorted(points.items()))
             means = {

@@ -83,11 +83,13 @@ def test_heat_map_shows_directions_in_named_blocks(data: RunData) -> None:
 def test_published_iou_is_compared_with_the_masks_of_the_nearest_k(tmp_path: Path) -> None:
     data = load_run(make_methods_run(tmp_path / "run", layers=1))
     assert masks.PUBLISHED_IOU_K == 0.7
-    chosen, k = masks.iou_masks(data)
+    chosen, k = masks.iou_masks(data, "from", "decoder")
     assert k == 0.7
     assert chosen is data.variant_masks["forward-k70"]
+    data.config.select.k_from_decoder = 0.72
     data.variant_masks.clear()
-    assert masks.iou_masks(data) == (data.masks, 0.95)
+    assert masks.iou_masks(data, "from", "decoder") == (data.masks, 0.72)
+    assert masks.iou_masks(data, "to", "encoder") == (data.masks, 0.95)
 
 
 def test_iou_beside_the_published_one_is_of_masks_of_its_k_where_the_run_has_counts(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_iou_beside_the_published_one_is_of_masks_of_its_k_where_the_run_has_cou
     counts = nspec.ActivationCounts(draw)
     counts.save(run / "profile")
     data = load_run(run)
-    chosen, k = masks.iou_masks(data)
+    chosen, k = masks.iou_masks(data, "to", "encoder")
     assert k == 0.7
     expected = nspec.select(counts, k=0.7)
     assert all(torch.equal(chosen[task][layer], expected[task][layer]) for task in own.tasks for layer in own.layers)

@@ -28,6 +28,11 @@ def test_a_curve_has_the_variants_of_one_option_and_the_runs_own_value(tmp_path:
     assert curve.change["chrf"] == pytest.approx((1.5, 2.0, 3.0))
 
 
+def test_the_runs_own_value_of_a_part_is_that_of_all_parts(tmp_path: Path) -> None:
+    data = load_run(make_methods_run(tmp_path / "run", variants=["a = forward select.k_from_decoder=0.7"], layers=1))
+    assert [curve.values for curve in curves(data)] == [(0.7, 0.95)]
+
+
 def test_one_variant_without_the_system_that_it_varies_is_no_curve(tmp_path: Path) -> None:
     run = make_methods_run(tmp_path / "run", variants=["a = forward select.k=0.7"], layers=1)
     assert len(curves(load_run(run))) == 1
