@@ -18,6 +18,7 @@ LAYERS = [
     ["nspec.nn"],
     ["nspec.specialization", "nspec"],  # `import nspec` gives the names of these layers
     ["nspec.tuning"],
+    ["nspec.serving"],
     ["nspec.integrations"],
     ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
     ["nspec.mt"],  # translation itself; knows no run
