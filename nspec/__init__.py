@@ -26,7 +26,7 @@ _HOMES = {
     "load_lape": "nspec.specialization.lape",
     "specialize": "nspec.specialization.apply",
     "despecialize": "nspec.specialization.apply",
-    "merge": "nspec.specialization.apply",
+    "merge": "nspec.serving.merge",
     "task": "nspec.specialization.tasks",
     "set_task": "nspec.specialization.tasks",
     "checkpoint_contexts": "nspec.specialization.tasks",
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from nspec.integrations.trainer import TaskTrainerMixin
     from nspec.nn.masked_linear import MaskedLinear
     from nspec.nn.optimizer import RowSparseAdamW
-    from nspec.specialization.apply import despecialize, merge, specialize
+    from nspec.serving.merge import merge
+    from nspec.specialization.apply import despecialize, specialize
     from nspec.specialization.counts import ActivationCounts
     from nspec.specialization.lape import load_lape
     from nspec.specialization.masks import NeuronMasks

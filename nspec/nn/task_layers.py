@@ -30,7 +30,11 @@ class TaskLayerState(NeuronState):
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.
         packed: in mode ``forward``, packed weights.
+        beside: on the first layer of a block, the names that the module around the block, up (None: there is none) and fc2
+            had in the model that was specialised.
     """
+
+    beside: tuple[str | None, ...] | None = None
 
     def __init__(self, mode: Mode, *, gated: bool = False, doubled: bool = False, plain: Any = None) -> None:
         super().__init__(mode)

@@ -1,15 +1,14 @@
-"""Putting masks on a model, taking them off, and folding one task's masks into plain weights."""
+"""Putting masks on a model, and taking them off."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from nspec.nn.ffn import CompactConv1D, CompactFc1, CompactLayer
+from nspec.nn.ffn import CompactConv1D, CompactFc1
 from nspec.nn.masked_linear import Masked, Mode, check_mode
 from nspec.nn.state import Around
 from nspec.nn.switched import Shared, TaskSwitched
@@ -29,8 +28,8 @@ from .layers import (
 from .masks import NeuronMasks
 from .naming import Layer
 from .patterns import alike, nearest
-from .tasks import calls_its_class, check_task, refuse_other_threads, remember_place, specialized_layers
-from .tuned import fold, is_tuned, rebind, restore_modules, take_off
+from .tasks import calls_its_class, refuse_other_threads, remember_place
+from .tuned import is_tuned, rebind, restore_modules, take_off
 
 
 def specialize(
@@ -118,6 +117,9 @@ def specialize(
         for layer in projections(block):
             _turn(layer, mode, block)
             assert isinstance(layer, TaskLayer)
+            if first is None:
+                parts = (block.parent, block.up, block.fc2)
+                layer._nspec.beside = tuple(None if part is None else names[id(part)] for part in parts)
             layer.add_tasks(
                 {task: masks[task][block.name] for task in masks.tasks},
                 names[id(layer)],
@@ -293,46 +295,3 @@ def _check_undoable(layer: TaskLayer) -> None:
             f"{layer.qualified_name} has a forward of its own, put on the module since it was specialised, which would go "
             "on calling the specialised one: take it off first (del layer.forward)"
         )
-
-
-def merge(model: nn.Module, task: str) -> nn.Module:
-    """A plain dense copy of the model that computes what ``task`` computes; ``model`` itself is not changed.
-
-    In mode ``forward`` the masked rows of the weights of fc1, or of gate and up, are zero in the copy; in mode ``update``
-    the forward pass is dense anyway, and the copy is the dense model. Of a model with neurons of their own the weights of
-    the base hold those of the task.
-
-    Raises:
-        ValueError: the model is not specialised or was changed since, has no masks of that task, or a weight is made anew
-            by a hook in each pass.
-        TypeError: ``task`` is not the name of one.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> model = nspec.specialize(model, nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 6}}))
-        >>> german, x = nspec.merge(model, "en-de"), torch.randn(3, 4)
-        >>> with nspec.task(model, "en-de"):
-        ...     print(torch.allclose(german(x), model(x), atol=1e-6))
-        True
-        >>> type(german[0]) is nn.Linear, int(german[0].weight[6:].count_nonzero())
-        (True, 0)
-    """
-    if not isinstance(task, str):
-        raise TypeError(f"task is {task!r}, expected the name of a task")
-    check_task(task, specialized_layers(model))
-    if is_tuned(model):
-        return fold(model, task)
-    for module in model.modules():
-        if isinstance(module, CompactLayer) and "weight" not in module._parameters:
-            raise ValueError(
-                f"the weight of {module.qualified_name} is made anew in each pass (prune, weight_norm, spectral_norm): "
-                "make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
-            )
-    merged = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in merged.modules():
-            if isinstance(module, CompactLayer):
-                inactive = ~module._nspec.sets[task].on(module.weight.device).active
-                inactive = inactive.repeat(2) if module._nspec.doubled else inactive
-                module.weight.masked_fill_(inactive if module.transposed else inactive[:, None], 0)
-    return despecialize(merged)

@@ -1,0 +1,5 @@
+"""A model for serving one task: plain, and without the neurons that the task does not use."""
+
+from .card import densities, widths
+
+__all__ = ["densities", "widths"]
