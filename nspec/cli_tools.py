@@ -98,6 +98,9 @@ def translate(
         float | None, typer.Option(help="Above 1: tokens come less often again [the run's, else 1].")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, transformers or ctranslate2 [default: the run's, else auto].")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of PyTorch; 0: as it chooses.", min=0)] = 0,
 ) -> None:
@@ -117,6 +120,7 @@ def translate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "repetition_penalty": repetition_penalty,
         "batch_tokens": batch_tokens,
+        "engine": engine,
     }
     folder, settings, made_by = _model_folder(model, run, system, task)
     for name, value in given.items():
@@ -134,13 +138,14 @@ def translate(
         source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
 
         from nspec.mt.model import load_system
-        from nspec.mt.scoring.translate import Translator
+        from nspec.mt.scoring.translate import Translator, choose_for
         from nspec.processes import resolve_device
         from nspec.run.machine import quieten
 
         quieten(threads)
         loaded, tokenizer = load_system(folder, resolve_device(device), made_by)
-        translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
+        chosen = choose_for(loaded, settings.decode, task, pivot)
+        translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot, engine=chosen.name)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
             groups = _decode(_arriving(sys.stdin.fileno()), "standard input")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 import nspec
 from nspec.baselines.adapters import TaskAdapters
 from nspec.baselines.lass import LassLinear, merge_weight_masks
+from nspec.nn.ffn import CompactLayer
 from nspec.nn.switched import TaskSwitched
 
 ADAPTERS = "adapters are layers of their own, which the formats of plain models have no place for"
@@ -46,7 +47,8 @@ def plain(model: PreTrainedModel, task: str, compact: bool = True) -> PreTrained
     if any(isinstance(module, LassLinear) for module in switched):
         found = merge_weight_masks(model, task)
     elif decodes_by_task(model):
-        found = nspec.merge(model, task)
+        masked = any(isinstance(module, CompactLayer) for module in switched)
+        found = nspec.merge(model, task, compact=compact and masked)
     elif switched:  # the dense model, whatever the task
         found = nspec.merge(model, switched[0].tasks[0])
     return found

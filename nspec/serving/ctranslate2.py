@@ -169,7 +169,9 @@ def _converter(place: str, model: PreTrainedModel, tokenizer: Any) -> Any:
         def _load(self) -> Any:
             spec = super()._load()
             if isinstance(tokenizer, _Rows) and spec.config.decoder_start_token is None:
-                start = model.config.decoder_start_token_id  # mBART's is lost where its class is not in the configuration
+                start = (
+                    model.config.decoder_start_token_id
+                )  # mBART's is lost where its class is not in the configuration
                 spec.config.decoder_start_token = tokenizer.eos_token if start is None else tokenizer.names[start]
             return spec
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from nspec.mt.scoring import ctranslate2_search
@@ -29,6 +30,11 @@ class Engine:
 
     name: str
     reason: str
+
+    @property
+    def version(self) -> str:
+        """Of the library."""
+        return metadata.version(self.name)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"

@@ -17,10 +17,10 @@ import nspec
 from nspec.mt import zero_shot
 from nspec.mt.language_tags import tag_ids
 from nspec.mt.languages import normalized_code, normalized_task
-from nspec.mt.plain import decodes_by_task, plain
+from nspec.mt.plain import decodes_by_task, plain, why_not_plain
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.ctranslate2_search import CTranslate2Search
-from nspec.mt.scoring.engine import CTRANSLATE2, TRANSFORMERS
+from nspec.mt.scoring.engine import CTRANSLATE2, TRANSFORMERS, Engine, choose, why_not_converted
 from nspec.mt.scoring.search import SpecialTokens, TransformersSearch, check_beam
 from nspec.mt.text.frame import Frame
 from nspec.mt.text.marian import is_marian
@@ -39,6 +39,32 @@ _ROOM = 10  # tokens that a translation may have beyond max_length_ratio times i
 
 Search = Callable[..., list[list[int]]]
 """Of a batch; see :meth:`nspec.mt.scoring.search.TransformersSearch.__call__`."""
+
+
+def converted(model: Any, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Search:
+    """A plain model in CTranslate2, on the same device and with as many threads as PyTorch has."""
+    names = ctranslate2.row_names(model, tokenizer, token_ids(tokenizer))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        ctranslate2.convert(model, tokenizer, folder, names=names)
+        device = model.device
+        loaded = ctranslate2.load(folder, device.type, device.index or 0, torch.get_num_threads())
+    return CTranslate2Search(loaded, names)
+
+
+def choose_for(model: PreTrainedModel, decode: DecodeConfig, task: str, pivot: str = "") -> Engine:
+    """The engine that ``decode.engine`` means for a direction of one model.
+
+    Raises:
+        ValueError: CTranslate2 is asked for and cannot search here; says why.
+    """
+    config: Any = model.config
+    obstacle = why_not_plain(model) or why_not_converted(
+        config.model_type, getattr(config, "activation_function", None)
+    )
+    if decodes_by_task(model) and (pivot or normalized_task(task) not in specialized_layers(model)[0].tasks):
+        obstacle = obstacle or f"{task} is combined from two directions, which are not merged into one model"
+    return choose(decode, model.device, obstacle)
 
 
 class Translator:
@@ -90,7 +116,7 @@ class Translator:
         self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
         check_beam(decode.beam, len(known))
         self._tag_ids = frozenset(tag_ids(tokenizer))
-        self.engine, self._known = engine, sorted(known)
+        self.engine = engine
         self._converted: dict[str, CTranslate2Search] = {}  # of the last direction, or "" of all
         # Marian's would read a translation as a source.
         self._decoding: dict[str, Any] = {"use_source_tokenizer": False} if is_marian(tokenizer) else {}
@@ -170,15 +196,7 @@ class Translator:
         key = task if self._by_task else ""
         if key not in self._converted:
             self._converted.clear()  # before the next one needs the memory
-            model: Any = plain(self.model, task)
-            names = ctranslate2.row_names(model, self.tokenizer, self._known)
-            device = self.model.device
-            with tempfile.TemporaryDirectory() as place:
-                ctranslate2.convert(model, self.tokenizer, Path(place) / "model", names=names)
-                loaded = ctranslate2.load(
-                    Path(place) / "model", device.type, device.index or 0, torch.get_num_threads()
-                )
-            self._converted[key] = CTranslate2Search(loaded, names)
+            self._converted[key] = converted(plain(self.model, task), self.tokenizer)
         return self._converted[key]
 
     def _whole(self, pieces: list[int], number: int, before: list[int], end: int) -> list[int]:
