@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 import nspec
 from nspec.baselines.adapters import TaskAdapters
 from nspec.baselines.lass import LassLinear, merge_weight_masks
 from nspec.nn.ffn import CompactLayer
 from nspec.nn.switched import TaskSwitched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTERS = "adapters are layers of their own, which the formats of plain models have no place for"
 

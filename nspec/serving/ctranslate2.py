@@ -41,6 +41,19 @@ def version() -> str:
     return metadata.version("ctranslate2")
 
 
+def check(quantization: str | None = None) -> None:
+    """Raises ImportError where CTranslate2 is not installed, ValueError for a quantization that it has not."""
+    if reason := why_not():
+        raise ImportError(reason)
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+
+
+def takes_names(model: PreTrainedModel) -> bool:
+    """Whether :func:`convert` takes the names of the rows of the embeddings, rather than ask the tokenizer."""
+    return type(model.config).__name__ in _NAMED
+
+
 def gpus() -> int:
     """How many GPUs CTranslate2 sees."""
     import ctranslate2
@@ -99,16 +112,13 @@ def convert(
         ImportError: CTranslate2 is not installed.
         ValueError: a model that CTranslate2 does not convert, or an unknown quantization.
     """
-    if reason := why_not():
-        raise ImportError(reason)
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+    check(quantization)
     _check_start(model)
     with tempfile.TemporaryDirectory() as place:
         model.config.save_pretrained(place)  # by which the converter finds how to convert
         before, model.config = model.config, copy.deepcopy(model.config)  # the converter writes into it
         try:
-            given: Any = _Rows(tokenizer, names) if type(model.config).__name__ in _NAMED else tokenizer
+            given: Any = _Rows(tokenizer, names) if takes_names(model) else tokenizer
             _converter(place, model, given).convert(str(folder), quantization=quantization)
         except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
             kind = type(model).__name__
