@@ -1,5 +1,5 @@
 """A model for serving one task: plain, and without the neurons that the task does not use."""
 
-from .card import densities, widths
+from .card import densities, model_card, widths
 
-__all__ = ["densities", "widths"]
+__all__ = ["densities", "model_card", "widths"]

@@ -13,7 +13,7 @@ from nspec.specialization.apply import check_plain, projections
 from nspec.specialization.feed_forward import FeedForward, is_transposed
 
 from .configured import Configured
-from .constants import pretrained_within
+from .constants import is_pretrained, pretrained_within
 
 _OWN_WIDTH = ("intermediate_size", "intermediate_dim", "ffn_dim", "ffn_hidden_size", "inner_dim", "d_ff", "hidden_dim")
 """Attributes in which modules of Transformers note how many neurons they have."""
@@ -70,7 +70,7 @@ def drop_masked(
     pretrained = pretrained_within(model)
     inside = {name: [b for b in blocks if not name or b.name.startswith(f"{name}.")] for name, _ in pretrained}
     stock = {block.name for of_model in inside.values() for block in of_model} if not ragged else set()
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         reduced = {b.name: _reduced(b, active[b.name], constants[b.name], may_add=b.name not in stock) for b in blocks}
         widths = {name: min(one.block.d_ff, _rounded(one.needed, multiple)) for name, one in reduced.items()}
         for name, module in pretrained:
@@ -79,9 +79,10 @@ def drop_masked(
                 widths |= configured.set_widths({block.name: widths[block.name] for block in inside[name]})
         for name, one in reduced.items():
             _shrink(one, widths[name])
-    if ragged:
-        for module in model.modules():
-            _refuse_saving(module, blocks)
+    firsts = {id(block.fc1) for block in blocks}
+    for module in model.modules() if ragged else ():
+        if is_pretrained(module) and any(id(layer) in firsts for layer in module.modules()):
+            module.save_pretrained = cannot_save_ragged  # type: ignore[assignment]
 
 
 def _rounded(width: int, multiple: int) -> int:
@@ -190,14 +191,6 @@ def _set(layer: nn.Module, attribute: str, value: Tensor, **sizes: int) -> None:
         name = {"in_features": "nx", "out_features": "nf"}[name] if is_transposed(layer) else name
         if name in layer.__dict__:
             setattr(layer, name, size)
-
-
-def _refuse_saving(module: Any, blocks: Iterable[FeedForward]) -> None:
-    """No configuration says what a ragged model of Transformers is: its save_pretrained would write what nobody loads."""
-    if any(module is found for _, found in pretrained_within(module)[:1]) and any(
-        layer is block.fc1 for block in blocks for layer in module.modules()
-    ):
-        module.save_pretrained = cannot_save_ragged
 
 
 def cannot_save_ragged(*_: Any, **__: Any) -> NoReturn:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nspec.specialization.apply import projections
-from nspec.specialization.feed_forward import FeedForward
+from nspec.specialization.feed_forward import FeedForward, is_transposed
 
 _UNSET = re.compile(r"inner|ffn|intermediate|d_?ff$")
 """Options that may be None where the width is a multiple of another size (GPT-2's n_inner)."""
@@ -61,6 +61,13 @@ class Configured:
             self._sizes = self._built(model.config)
         except Exception as error:
             raise self._error(f"cannot be built from its configuration alone ({_line(error)})") from error
+        for name, block in self._blocks.items():
+            weight: Any = block.fc1.weight
+            if (found := self._sizes.get(f"{self._inner[name]}.weight")) != weight.shape:
+                raise self._error(
+                    f"builds {name} as {None if found is None else list(found)} from its configuration, and it is "
+                    f"{list(weight.shape)} in the model"
+                )
         self._options = list(self._found())
         made = {name for option in self._options for name in option.blocks}
         if missing := [name for name in self._blocks if name not in made]:
@@ -124,31 +131,37 @@ class Configured:
     def _makes(self, block: str, sizes: Mapping[str, torch.Size], width: int) -> bool:
         """Whether the block has that width, and was of the width that it has, everything else being the same."""
         key = f"{self._inner[block]}.weight"
-        before, after = self._sizes.get(key), sizes.get(key)
-        if before is None or after is None or before == after:
-            return False
-        times = 2 if self._blocks[block].fused else 1
-        was, now = (sorted(size) for size in (before, after))
-        rest = list(was)
-        dense = times * self._blocks[block].d_ff
-        if dense not in rest:
-            return False
-        rest.remove(dense)
-        return now == sorted([*rest, times * width])
+        before = self._sizes[key]
+        return sizes.get(key) == self._wanted(block, self._inner[block], "weight", before, width) != before
 
     def _built(self, config: Any) -> dict[str, torch.Size]:
         """The sizes of the parameters and buffers of a model of that configuration."""
         with torch.device("meta"):
             model: nn.Module = type(self._model)(copy.deepcopy(config))
-        return {name: value.shape for name, value in model.state_dict(keep_vars=True).items()}
+        return {name: value.shape for name, value in (*model.named_parameters(), *model.named_buffers())}
 
     def _check(self, config: Any, widths: Mapping[str, int]) -> None:
         sizes = self._built(config)
-        for name, block in self._blocks.items():
-            width = (2 if block.fused else 1) * widths[name]
-            found = sizes.get(f"{self._inner[name]}.weight", torch.Size())
-            if width not in found:
-                raise self._error(f"has options that do not make {name} as wide as {widths[name]}: {list(found)}")
+        own = {prefix: name for name, prefixes in self._own.items() for prefix in prefixes}
+        for key in self._sizes.keys() | sizes.keys():
+            layer, _, parameter = key.rpartition(".")
+            name, size = own.get(f"{layer}."), self._sizes.get(key)
+            if name is not None and size is not None:
+                size = self._wanted(name, layer, parameter, size, widths[name])
+            if sizes.get(key) != size:
+                raise self._error(f"has options that make {key} {sizes.get(key)}, where {size} is wanted")
+
+    def _wanted(self, name: str, layer: str, parameter: str, size: torch.Size, width: int) -> torch.Size:
+        """The size of a parameter of a layer of the block ``name``, in that width."""
+        block = self._blocks[name]
+        module = self._model.get_submodule(layer)
+        last = module is block.fc2
+        if last and parameter != "weight":
+            return size
+        times = 2 if block.fused and not last else 1
+        at = int(last) if parameter == "weight" else 0
+        at = 1 - at if parameter == "weight" and is_transposed(module) else at
+        return torch.Size([times * width if place == at else one for place, one in enumerate(size)])
 
     def _change(self, option: Option, width: int) -> None:
         """Sets an option in the configuration, and in copies of it that parts of the model have (T5's stacks)."""

@@ -91,6 +91,8 @@ class Constants:
         Raises:
             ValueError: a weight is sharded or elsewhere; code between fc1 and fc2 is not elementwise, or could not be run.
         """
+        if not self._blocks:
+            return {}
         for block in self._blocks.values():
             _check_here(block)
         problems: dict[str, Exception] = {}
@@ -106,8 +108,8 @@ class Constants:
             if name not in self._found:
                 why = str(problems[name]).splitlines()[0] if str(problems[name]) else type(problems[name]).__name__
                 raise ValueError(
-                    f"{name}: what its masked neurons give cannot be told, as its block could not be run on its own ({why}): give "
-                    " a batch that runs it, nspec.merge(model, task, compact=True, batch=batch)"
+                    f"{name}: what its masked neurons give is not known, as its block does not run on its own ({why}): "
+                    "give a batch of the model, nspec.merge(model, task, compact=True, batch=batch)"
                 )
         return self._found
 
@@ -196,13 +198,17 @@ class Constants:
 
 def pretrained_within(model: nn.Module) -> list[tuple[str, Any]]:
     """The models of Transformers in a module, or itself, with their names; not those within others."""
-    library: Any = sys.modules.get("transformers.modeling_utils")
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
-        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
-        if library is not None and isinstance(module, library.PreTrainedModel) and not inside:
+        if is_pretrained(module) and not any(not outer or name.startswith(f"{outer}.") for outer, _ in found):
             found.append((name, module))
     return found
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a model of Transformers, which is not loaded to find that out."""
+    library: Any = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(module, library.PreTrainedModel)
 
 
 def _call(block: FeedForward, x: Tensor, fill: Any) -> None:

@@ -133,8 +133,10 @@ def _check_masked(layers: list[Any]) -> None:
 def _compact(model: nn.Module, task: str, ragged: bool, multiple: int, batch: Any) -> nn.Module:
     copied = copy.deepcopy(model)
     blocks = blocks_of(copied)
-    constants: Mapping[str, Any] = Constants(copied, blocks, task).found(batch)
-    active = {name: block.fc1._nspec.sets[task].active for name, block in blocks.items()}
+    layers: dict[str, Any] = {name: block.fc1 for name, block in blocks.items()}
+    active = {name: layer._nspec.sets[task].active for name, layer in layers.items()}
+    masked = {name: block for name, block in blocks.items() if not bool(active[name].all())}
+    constants: Mapping[str, Any] = dict.fromkeys(blocks, 0.0) | Constants(copied, masked, task).found(batch)
     plain = despecialize(copied)
     drop_masked(plain, list(blocks.values()), active, constants, ragged=ragged, multiple=multiple)
     return plain
