@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from nspec.files import read_json, sha256
-from nspec.run.stages import training_stage
 from nspec.run.trained import trained_model
 from nspec.serving.export import Settings, new_folder, write
 

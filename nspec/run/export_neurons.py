@@ -1,4 +1,4 @@
-"""Neurons that were fine-tuned, merged with their base: a run of ``nspec finetune``, or what ``nspec.save_neurons`` wrote."""
+"""Fine-tuned neurons merged with their base: of a run of ``nspec finetune``, or that ``nspec.save_neurons`` wrote."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def of_ctranslate2(framed: Framed, beam: int, length_penalty: float) -> str:
             setup.append(f'target = sentencepiece.SentencePieceProcessor(model_file=f"{{folder}}/{target}")')
         tokens = f"pieces.encode(line, out_type=str)[:{room}]"
         name = "pieces" if same else "target"
-        read = f"{name}.decode([token for token in found if {name}.piece_to_id(token) != {name}.unk_id()])"
+        words = f"[token for token in result.hypotheses[0] if {name}.piece_to_id(token) != {name}.unk_id()]"
     else:
         imports = "import ctranslate2\nimport tokenizers"
         setup = [
@@ -55,7 +56,7 @@ def of_ctranslate2(framed: Framed, beam: int, length_penalty: float) -> str:
             "pieces.encode_special_tokens = True",
         ]
         tokens = f"pieces.encode(line, add_special_tokens=False).tokens[:{room}]"
-        read = "pieces.decode([pieces.token_to_id(token) for token in found])"
+        name, words = "pieces", "[pieces.token_to_id(token) for token in result.hypotheses[0]]"
     return "\n".join(
         [
             f"import unicodedata\n\n{imports}\n",
@@ -65,19 +66,25 @@ def of_ctranslate2(framed: Framed, beam: int, length_penalty: float) -> str:
             "",
             _LINES,
             _CLEAN,
-            f"sources = [[{first}*{tokens}, {framed.end!r}] for line in lines]",
-            f"results = translator.translate_batch(sources, {prefix}{search})",
-            f"print([{read} for [found, *_] in (result.hypotheses for result in results)])",
+            f"sources = [[{first}*{tokens}, {_text(framed.end)}] for line in lines]",
+            f"search = dict({search})",
+            f"for result in translator.translate_batch(sources, {prefix}, **search):",
+            f"    words = {words}",
+            f"    print({name}.decode(words))",
         ]
     )
 
 
+def _text(token: str) -> str:
+    return json.dumps(token, ensure_ascii=False)
+
+
 def of_transformers(framed: Framed, beam: int, length_penalty: float) -> str:
     """The lines for a folder of transformers."""
-    tag = f"forced_bos_token_id=tokenizer.convert_tokens_to_ids({framed.prefix[0]!r}), " if framed.prefix else ""
+    tag = f"forced_bos_token_id=tokenizer.convert_tokens_to_ids({_text(framed.prefix[0])}), " if framed.prefix else ""
     text = "lines" if framed.prefix or not framed.before else f'[f"{framed.before[0]} {{line}}" for line in lines]'
     search = f"num_beams={beam}, length_penalty={length_penalty:g}, early_stopping={beam > 1}, max_length={framed.most}"
-    language = [f"tokenizer.src_lang = {framed.source_language!r}"] if framed.source_language else []
+    language = [f"tokenizer.src_lang = {_text(framed.source_language)}"] if framed.source_language else []
     return "\n".join(
         [
             "import unicodedata\n\nfrom transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n",
@@ -89,7 +96,7 @@ def of_transformers(framed: Framed, beam: int, length_penalty: float) -> str:
             _CLEAN,
             f'batch = tokenizer({text}, return_tensors="pt", padding=True, truncation=True, max_length={framed.most})',
             f"ids = model.generate(**batch, {tag}{search})",
-            "print([line.strip() for line in tokenizer.batch_decode(ids, skip_special_tokens=True)])",
+            'print(*map(str.strip, tokenizer.batch_decode(ids, skip_special_tokens=True)), sep="\\n")',
         ]
     )
 
