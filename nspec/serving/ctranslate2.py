@@ -97,7 +97,7 @@ def convert(
     *,
     names: Sequence[str] = (),
     quantization: str | None = None,
-) -> None:
+) -> list[str]:
     """Writes a model as a folder that ``ctranslate2.Translator`` or ``ctranslate2.Generator`` loads.
 
     Args:
@@ -108,12 +108,17 @@ def convert(
             says them.
         quantization: one of :data:`QUANTIZATIONS`; None: as the weights are.
 
+    Returns:
+        The names by which the folder knows the rows: ``names``, but for Marian's ``<pad>``, which is left out.
+
     Raises:
         ImportError: CTranslate2 is not installed.
         ValueError: a model that CTranslate2 does not convert, or an unknown quantization.
     """
     check(quantization)
     _check_start(model)
+    if quantization is not None:
+        model = copy.deepcopy(model)  # CTranslate2 scales and rounds the weights where they lie
     with tempfile.TemporaryDirectory() as place:
         model.config.save_pretrained(place)  # by which the converter finds how to convert
         before, model.config = model.config, copy.deepcopy(model.config)  # the converter writes into it
@@ -125,6 +130,7 @@ def convert(
             raise ValueError(f"CTranslate2 {version()} does not convert this {kind}: {error or type(error)}") from error
         finally:
             model.config = before
+    return list(names[:-1] if type(model.config).__name__ == "MarianConfig" else names)
 
 
 def load(folder: str | os.PathLike[str], device: str = "cpu", index: int = 0, threads: int = 0) -> Any:
@@ -138,8 +144,12 @@ def load(folder: str | os.PathLike[str], device: str = "cpu", index: int = 0, th
 def _check_start(model: Any) -> None:
     if type(model.config).__name__ != "MarianConfig":
         return
-    pad = model.get_input_embeddings().weight[model.config.pad_token_id]
-    if bool(pad.any()):
+    weight, pad = model.get_input_embeddings().weight, model.config.pad_token_id
+    if pad != len(weight) - 1:
+        raise ValueError(
+            f"<pad> has the id {pad} of {len(weight)}, and CTranslate2 takes it to be the last one of a Marian's"
+        )
+    if bool(weight[pad].any()):
         raise ValueError(
             "the embedding of <pad>, which starts Marian's decoder, is not zero, as CTranslate2 takes it to be; this model "
             "can be served by transformers only"

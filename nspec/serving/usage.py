@@ -34,10 +34,10 @@ class Framed:
 def of_ctranslate2(framed: Framed, beam: int, length_penalty: float) -> str:
     """The lines for a folder of CTranslate2: no transformers and no torch."""
     room = framed.most - len(framed.before) - 1
-    first = "".join(f"{token!r}, " for token in framed.before)
-    prefix = f"target_prefix=[{list(framed.prefix)!r}] * len(lines), " if framed.prefix else ""
+    first = "".join(f"{_text(token)}, " for token in framed.before)
+    prefix = f"[[{_text(framed.prefix[0])}]] * len(lines)" if framed.prefix else "None"
     search = (
-        f"beam_size={beam}, length_penalty={length_penalty:g}, max_decoding_length={framed.most}, max_input_length=0"
+        f"beam_size={beam}, length_penalty={length_penalty:g}, max_input_length=0, max_decoding_length={framed.most}"
     )
     if framed.pieces:
         source, target = framed.pieces
@@ -83,7 +83,8 @@ def of_transformers(framed: Framed, beam: int, length_penalty: float) -> str:
     """The lines for a folder of transformers."""
     tag = f"forced_bos_token_id=tokenizer.convert_tokens_to_ids({_text(framed.prefix[0])}), " if framed.prefix else ""
     text = "lines" if framed.prefix or not framed.before else f'[f"{framed.before[0]} {{line}}" for line in lines]'
-    search = f"num_beams={beam}, length_penalty={length_penalty:g}, early_stopping={beam > 1}, max_length={framed.most}"
+    search = f"num_beams={beam}, length_penalty={length_penalty:g}, early_stopping={beam > 1}"
+    search += f", max_length={framed.most + 1}"  # with what starts the decoder
     language = [f"tokenizer.src_lang = {_text(framed.source_language)}"] if framed.source_language else []
     return "\n".join(
         [

@@ -46,7 +46,7 @@ def converted(model: Any, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Sear
     names = ctranslate2.row_names(model, tokenizer, token_ids(tokenizer))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        ctranslate2.convert(model, tokenizer, folder, names=names)
+        names = ctranslate2.convert(model, tokenizer, folder, names=names)
         device = model.device
         loaded = ctranslate2.load(folder, device.type, device.index or 0, torch.get_num_threads())
     return CTranslate2Search(loaded, names)
