@@ -37,6 +37,7 @@ CHAIN = {"mt", "run", "report"}
 
 CHOSEN = {
     "nspec.nn": {"activations": ["Activations"], "batch": ["TaskBatch"], "switched": ["TaskSwitched"]},
+    "nspec.serving": {"card": ["densities", "model_card", "widths"]},
     "nspec.specialization": {
         "feed_forward": ["FeedForward"],
         "layers": ["find_blocks"],
@@ -55,6 +56,7 @@ INTRODUCTIONS = {
     "nspec.specialization": "What lies behind [the names of the package](nspec.md): finding blocks and naming layers.",
     "nspec.kernels": "Operators on plain tensors. Every one has the same meaning on every backend; the mathematics and "
     "the layouts are in [The operators](../kernels.md).",
+    "nspec.serving": "What a model for serving one task is; [`nspec.merge`][nspec.merge] makes it.",
     "nspec.tuning": "Fine-tuning a few neurons of a frozen model; the names that are used are those of "
     "[the package](nspec.md).",
     "nspec.baselines": "The methods that neuron specialisation is compared with, for any `nn.Module`.",

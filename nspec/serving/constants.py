@@ -81,6 +81,7 @@ class Constants:
     def __init__(self, model: nn.Module, blocks: Mapping[str, FeedForward], task: str) -> None:
         self._model, self._blocks, self._task = model, blocks, task
         self._found: dict[str, Tensor | float] = {}
+        self._alone: str | None = None
 
     def found(self, batch: Any = None) -> dict[str, Tensor | float]:
         """The constant of each neuron, ``[d_ff]``, or one number for all of a block.
@@ -99,18 +100,17 @@ class Constants:
         with self._running():
             for name, block in self._blocks.items():
                 problems[name] = self._run_alone(block)
-            if batch is not None:
-                self._run(lambda: self._model(**batch) if isinstance(batch, Mapping) else self._model(batch))
-            else:
-                for model, given in self._examples():
-                    self._run(lambda model=model, given=given: model(**given))
-        for name in self._blocks:
-            if name not in self._found:
-                why = str(problems[name]).splitlines()[0] if str(problems[name]) else type(problems[name]).__name__
-                raise ValueError(
-                    f"{name}: what its masked neurons give is not known, as its block does not run on its own ({why}): "
-                    "give a batch of the model, nspec.merge(model, task, compact=True, batch=batch)"
-                )
+            if batch is not None and self._missing():
+                self._model(**batch) if isinstance(batch, Mapping) else self._model(batch)
+            elif self._missing():
+                self._run_examples()
+        for name in self._missing():
+            why = str(problems[name]).splitlines()[0] if str(problems[name]) else type(problems[name]).__name__
+            raise ValueError(
+                f"{name}: what its masked neurons give is not known, as its block does not run on its own ({why}): "
+                f"give {'another' if batch is not None else 'a'} batch of the model, which runs this block: "
+                "nspec.merge(model, task, compact=True, batch=batch)"
+            )
         return self._found
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Constants:
         """Within the block passes are those of the task, in eval mode, and each block says what fc2 gets."""
         layers = [layer for block in self._blocks.values() for layer in (block.fc1, block.up) if layer is not None]
         training = [module for module in self._model.modules() if module.training]
-        device = layers[0].weight.device.type  # type: ignore[union-attr]
+        device = str(layers[0].weight.device.type)
         try:
             for block in self._blocks.values():
                 for layer in (block.fc1, block.up):
@@ -130,7 +130,9 @@ class Constants:
                 switched_to(self._model, self._task),
                 torch.no_grad(),
                 torch.autocast(device, enabled=False),
-                torch.compiler.set_stance("force_eager"),
+                torch.compiler.set_stance("force_eager")
+                if "torch._dynamo" in sys.modules
+                else contextlib.nullcontext(),
             ):
                 yield
         finally:
@@ -149,14 +151,12 @@ class Constants:
                 )
             h.compute()
             self._found[block.name] = h.constant.detach().clone() if isinstance(h.constant, Tensor) else h.constant
-            if self._alone:
+            if self._alone == block.name:
                 raise _Reached
             y: Tensor = type(layer).block(layer, h, weight, bias)
             return y
 
         return take
-
-    _alone = False
 
     def _run_alone(self, block: FeedForward) -> Exception:
         """Runs the code around a block on a few numbers, up to fc2. Gives what went wrong last."""
@@ -165,7 +165,7 @@ class Constants:
         d_in = weight.shape[0] if getattr(block.fc1, "transposed", False) else weight.shape[1]
         g = torch.Generator().manual_seed(0)
         x = torch.randn(1, 2, d_in, generator=g).to(weight.device, weight.dtype)
-        self._alone = True
+        self._alone = block.name
         try:
             for given in (x, x[0]):
                 for fill in (None, given):
@@ -178,22 +178,25 @@ class Constants:
                             raise
                         problem = error
         finally:
-            self._alone = False
+            self._alone = None
         return problem
 
-    def _run(self, run: Callable[[], Any]) -> None:
-        """A pass of the model, where a block is still to be found."""
-        if not all(name in self._found for name in self._blocks):
-            run()
+    def _missing(self) -> list[str]:
+        return [name for name in self._blocks if name not in self._found]
 
-    def _examples(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-        """Models of Transformers that read token ids, each with some."""
+    def _run_examples(self) -> None:
+        """Runs the models of Transformers that read token ids on some; what they cannot run stays missing."""
         for _, model in pretrained_within(self._model):
             embedding = getattr(model.get_input_embeddings(), "weight", None)
             if getattr(model, "main_input_name", "") != "input_ids" or embedding is None:
                 continue
             ids = (torch.arange(4, device=embedding.device) + 3)[None] % embedding.shape[0]
-            yield model, {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+            given = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+            try:
+                model(**given)
+            except Exception as error:
+                if any(_is_ours(error, block) for block in self._blocks.values()):
+                    raise
 
 
 def pretrained_within(model: nn.Module) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from models import batch, m2m100, masks_for
 from small_models import FAMILIES, Family, inputs, make, output
 from torch import Tensor, nn
@@ -85,6 +86,30 @@ def test_what_is_saved_is_loaded_by_the_stock_library(name: str, tmp_path: Path)
     for layer, width in widths(again).items():
         half = "encoder" if "encoder" in layer else "decoder"
         assert width == most[half if separate else "all"], layer
+
+
+# Other names of the option, one that is unset, packed projections, a block used twice, and one that does not run alone.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SwitchTransformers", "ProphetNet", "Glm", "ModernBert", "Arcee", "Starcoder2", "GPT2", "GPTJ", "MobileBert"),
+        *("Albert", "CTRL"),
+    ],
+)
+def test_families_with_options_of_other_kinds_are_loaded_too(name: str, tmp_path: Path) -> None:
+    model: Any = build(name, **({"num_hidden_layers": 3} if name == "Albert" else {}))
+    ids = torch.arange(4, 12).view(2, 4)
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    nspec.specialize(model, masks_of(model), activation_dropout=0)
+    small: Any = nspec.merge(model, "a", compact=True)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        with nspec.task(model, "a"):
+            want = model(**given)[0]
+        for one in (small, again):
+            torch.testing.assert_close(one(**given)[0], want, rtol=0, atol=1e-12)
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["M2M100", "Marian, swish", "MBart, gelu", "T5", "T5, gated-gelu", "Llama", "GPT2"])
@@ -266,6 +291,33 @@ def test_a_block_whose_code_does_not_run_alone_wants_a_batch() -> None:
     with nspec.task(model, "a"):
         torch.testing.assert_close(small(**given), model(**given), rtol=0, atol=1e-12)
     assert small.a.out_features < 25
+
+
+class TwoInOne(nn.Module):
+    """Two blocks in the code of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.gate_up_proj, self.down_proj = nn.Linear(8, 48), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc2(torch.sigmoid(self.fc1(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        y: Tensor = self.down_proj(torch.sigmoid(gate) * up)
+        return y
+
+
+def test_blocks_of_one_module_are_told_apart_and_packed_projections_have_biases() -> None:
+    torch.manual_seed(0)
+    model = TwoInOne().double()
+    masks, x = masks_of(model), torch.randn(3, 8, dtype=torch.float64)
+    nspec.specialize(model, masks)
+    small: Any = nspec.merge(model, "a", compact=True)
+    with nspec.task(model, "a"):
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+    kept = int(masks["a"]["gate_up_proj"].sum())
+    assert (small.gate_up_proj.out_features, small.down_proj.in_features) == (2 * kept, kept)
 
 
 class Normed(nn.Module):
