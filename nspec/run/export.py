@@ -52,7 +52,8 @@ def export_run(
     if not (run / "systems" / system / "stage.json").is_file():
         raise ValueError(f"--system {system} is not trained to its end in {run}: `nspec run` goes on with it")
     decode = found.config.decode
-    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, base=_base(found.config))
+    search = {"beam": decode.beam, "length_penalty": decode.length_penalty}
+    settings = replace(settings, **search, base=found.config.model.pretrained, system=system)
     place = out if out is not None else _place(run, system, task, settings)
 
     def fill(tasks: Sequence[str], folder: Path, model: Any, tokenizer: Any) -> None:
@@ -94,10 +95,6 @@ def _tasks(run: Path) -> list[str]:
     if not isinstance(tasks, list) or not tasks:
         raise ValueError(f"{path} names no directions; make it anew with `nspec run` and --redo prepare")
     return [str(task) for task in tasks]
-
-
-def _base(config: Any) -> str:
-    return str(config.model.pretrained)
 
 
 def _place(run: Path, system: str, task: str | None, settings: Settings) -> Path:
