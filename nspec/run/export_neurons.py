@@ -9,7 +9,7 @@ from typing import Any
 
 import nspec
 from nspec.files import read_json
-from nspec.serving.export import Settings, new_folder, write
+from nspec.serving.export import Settings, check_absent, new_folder, write
 
 _NEURONS, _READABLE = "neurons.safetensors", "neurons.json"
 
@@ -44,6 +44,7 @@ def export_neurons(
         raise ValueError("give --out FOLDER, where the merged model goes")
     kind = f"{settings.format}-{settings.quantization}" if settings.quantization else settings.format
     place = out if out is not None else source / "export" / f"{method}-{kind}" / (task or "all")
+    check_absent(place)
     settings = replace(settings, base=base)
     with new_folder(place) as part:
         for each in sources if task is None else [task]:

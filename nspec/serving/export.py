@@ -231,6 +231,12 @@ def _sentencepiece(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def check_absent(folder: Path) -> None:
+    """Raises ValueError where something is at ``folder``, before the work."""
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder} is there already; remove it, or name another folder")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes ``folder`` when the body has ended without an error.
@@ -239,8 +245,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ValueError: there is one already.
         OSError: what the operating system said; nothing is left.
     """
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{folder} is there already; remove it, or name another folder")
+    check_absent(folder)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
