@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 WARMUP = 0.1  # of the updates, in which the learning rate rises from 0
 
 
-class Recipe(NamedTuple):
+class TrainSettings(NamedTuple):
     """How a model is trained.
 
     Attributes:
@@ -89,7 +89,7 @@ class _Told(TrainerCallback):
 def train(
     model: nn.Module,
     pieces: Sequence[Tensor],
-    recipe: Recipe,
+    recipe: TrainSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
     """Trains what of a model requires a gradient, in place, with fused AdamW.

@@ -32,6 +32,7 @@ from nspec.processes import World
 from nspec.run.config import Config, Sections
 from nspec.run.protocol import declare
 from nspec.run.records import (
+    check_command,
     height,
     holds_only_parts,
     is_gone,
@@ -61,11 +62,9 @@ NEUTRAL = {
     "train.compile",
     "specialize.log_every",
     "specialize.compile",
+    "decode.engine",  # what was taken stands with the translations, and holds: nspec.run.engine
     "decode.batch_tokens",
 }
-
-_CHAINS = {"prepared": "nspec run", "text": "nspec finetune"}
-"""The folder of the first stage of each command that makes a run."""
 
 _HASHED = 1 << 24  # bytes; what is larger are weights, which later stages hash as their inputs
 _CHECKPOINTS = "checkpoints/checkpoint-*/nspec_state.json"
@@ -249,14 +248,7 @@ class Run:
             ValueError: a finished or resumable stage has other options or inputs, or its record or what it wrote is not
                 there as it was (all differences are named), or the folder holds a run of another command.
         """
-        first = next(iter(self.stages.values())).folder
-        for folder, command in _CHAINS.items():
-            if folder != first and any(
-                (self.folder / folder / name).is_file() for name in ("stage.json", "started.json")
-            ):
-                raise ValueError(
-                    f"{self.folder} holds a run of `{command}`; give another folder (--set run.folder=...)"
-                )
+        check_command(self.folder, next(iter(self.stages.values())).folder)
         for stage in self.stages.values():
             if stage.name not in but:
                 self._state(stage, but)

@@ -16,7 +16,18 @@ from nspec import __version__
 from nspec.files import read_json
 from nspec.run.stages import Stage
 
-_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "ctranslate2", "sacrebleu", "numpy")
+
+
+_CHAINS = {"prepared": "nspec run", "text": "nspec finetune"}
+"""The folder of the first stage of each command that makes a run."""
+
+
+def check_command(folder: Path, first: str) -> None:
+    """Raises ValueError where a run of another command lies in ``folder``; ``first`` is this one's first stage's folder."""
+    for other, command in _CHAINS.items():
+        if other != first and any((folder / other / name).is_file() for name in ("stage.json", "started.json")):
+            raise ValueError(f"{folder} holds a run of `{command}`; give another folder (--set run.folder=...)")
 
 
 def redo_hint(stage: Stage) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     import nspec
-    from nspec.lm.train import Recipe
+    from nspec.lm.train import TrainSettings
 
 
 class Work:
@@ -54,7 +54,7 @@ class Work:
     def base(self, folder: Path) -> None:
         """The model that everything starts from: ``base/model``, or a note of the one that was given."""
         from nspec.lm.model import new_model, train_tokenizer
-        from nspec.lm.train import Recipe, train
+        from nspec.lm.train import TrainSettings, train
         from nspec.run.tuning_checks import check_tokens
 
         own, length, seed = self.config.model, self.config.text.length, self.config.run.seed
@@ -72,7 +72,7 @@ class Work:
                 piece for code in self.config.text.languages for piece in self._sequences(code, "train", tokenizer)
             ]
             with self.display.bar("base", "updates") as progress:
-                recipe = Recipe(own.updates, own.sequences, own.lr, bf16=self._bf16(), seed=seed)
+                recipe = TrainSettings(own.updates, own.sequences, own.lr, bf16=self._bf16(), seed=seed)
                 trained = train(model, pieces, recipe, self._with_lines(functools.partial(progress, "")))
             model.save_pretrained(folder / "model")
             tokenizer.save_pretrained(folder / "model")
@@ -242,12 +242,12 @@ class Work:
             model.save_pretrained(folder / "model")
         return sum(p.numel() * p.element_size() for p in model.parameters())
 
-    def _recipe(self, method: str) -> Recipe:
-        from nspec.lm.train import Recipe
+    def _recipe(self, method: str) -> TrainSettings:
+        from nspec.lm.train import TrainSettings
 
         own = self.config.tune
         lr = {"lora": own.lr_lora, "full": own.lr_full}.get(method, own.lr_neurons)
-        return Recipe(
+        return TrainSettings(
             own.updates,
             own.sequences,
             lr,

@@ -9,7 +9,7 @@ from typing import Any
 from nspec.kernels.common.backend import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTATIONS: list[Any] = runpy.run_path(str(Path(__file__).with_name("mutations.py")))["MUTATIONS"]
+MUTATIONS: list[Any] = runpy.run_path(str(Path(__file__).with_name("mutation_table.py")))["MUTATIONS"]
 
 
 def test_every_mutation_still_has_its_place() -> None:

@@ -8,7 +8,7 @@ from tiny import lines_of, model_and_tokenizer
 
 import nspec
 from nspec.lm.sequences import sequences
-from nspec.lm.train import Recipe, train
+from nspec.lm.train import TrainSettings, train
 
 
 def test_training_moves_what_requires_a_gradient_and_counts_its_tokens() -> None:
@@ -21,7 +21,7 @@ def test_training_moves_what_requires_a_gradient_and_counts_its_tokens() -> None
     found = train(
         model,
         sequences(tokenizer, lines_of("aa"), 16),
-        Recipe(3, 4, 1e-2, accumulate=2, checkpointing=True),
+        TrainSettings(3, 4, 1e-2, accumulate=2, checkpointing=True),
         lambda *at: told.append(at),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
@@ -39,4 +39,4 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="diverged"):
-        train(model, sequences(tokenizer, lines_of("aa"), 16), Recipe(2, 4, 1e-2, clip=0.0))
+        train(model, sequences(tokenizer, lines_of("aa"), 16), TrainSettings(2, 4, 1e-2, clip=0.0))
