@@ -132,7 +132,7 @@ def check_precision(config: Config) -> None:
     """Raises ValueError where a system is trained in half precision on a device that has none."""
     trained = [config_of(config, name).specialize for name in trained_systems(config)]
     if any(settings.precision == "fp16" for settings in [config.train, *trained]):
-        from nspec.mt.training.train.precision import resolve_precision
+        from nspec.mt.training.precision import resolve_precision
         from nspec.processes import resolve_device
 
         resolve_precision("fp16", resolve_device(config.run.device), 0)

@@ -13,7 +13,7 @@ from toy_translation import Toy, text_options
 from nspec.mt.model import save_system
 from nspec.mt.text.prepare import prepare
 from nspec.run.config import Config
-from nspec.run.readiness import check_model, check_pretrained
+from nspec.run.readiness import check_model, check_precision, check_pretrained
 from nspec.run.yaml import set_option
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +39,16 @@ def test_a_model_that_suits_is_left_as_it_was(toy: Toy, systems: tuple[str, ...]
     assert all(type(module).__module__.split(".")[0] != "nspec" for module in model.modules())
     assert model.training
     assert [p.requires_grad for p in model.parameters()] == parameters
+
+
+@pytest.mark.parametrize("section", ["train", "specialize"])
+def test_fp16_on_a_cpu_is_refused_before_anything_is_trained(section: str) -> None:
+    made = config("forward")
+    made.run.device = "cpu"
+    check_precision(made)
+    getattr(made, section).precision = "fp16"
+    with pytest.raises(ValueError, match="precision is fp16 and the device is the CPU"):
+        check_precision(made)
 
 
 def gelu(model: Any) -> None:

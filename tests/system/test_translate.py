@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,12 @@ Tiny = Any  # tests/system/conftest.py
 
 def sources(tiny: Tiny) -> list[str]:
     return (tiny.folder / "prepared/text/test/de-en.de.txt").read_text().splitlines()
+
+
+def own_lines(errors: str) -> str:
+    """What nspec itself wrote: libraries of quantised weights that Transformers imports where they are there warn, too."""
+    foreign = re.compile(r"W\d{4} .* torch/|Failed to load CPU ")
+    return "".join(line for line in errors.splitlines(keepends=True) if not foreign.match(line))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -62,7 +69,7 @@ def test_standard_input_is_answered_line_by_line(tiny: Tiny) -> None:
     finally:
         process.kill()
     assert process.returncode == 0
-    assert errors == b""
+    assert own_lines(errors.decode()) == ""
     assert all(answer.endswith(b"\n") for answer in answers)
     assert answers[2:4] == [b"\n", b"\n"]
     assert rest.count(b"\n") == 1
@@ -254,10 +261,10 @@ def test_a_device_is_written_to(tiny: Tiny, tmp_path: Path, path: str) -> None:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, cwd=ROOT, timeout=120, text=True)
     written = (tmp_path / "out").read_bytes()
     if path == "/dev/stdout":
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, own_lines(done.stderr)) == (0, "")
         assert written.startswith(b"before\n")
         assert written.count(b"\n") == 2
     else:
         assert done.returncode == 2
-        assert done.stderr == f"nspec: error: [Errno 28] cannot write {path}: No space left on device\n"
+        assert own_lines(done.stderr) == f"nspec: error: [Errno 28] cannot write {path}: No space left on device\n"
         assert written == b"before\n"
