@@ -29,12 +29,18 @@ CORE = [
     "safetensors>=0.4.3",
     "numpy>=1.26",
 ]
+# It has no source distribution; where it has no wheel, transformers searches for translations.
+CTRANSLATE2 = (
+    'ctranslate2>=4.8; (platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")) or '
+    'platform_system == "Darwin" or (platform_system == "Windows" and platform_machine == "AMD64")'
+)
 EXTRAS = {
     "mt": [
         "transformers>=5.17",
         "accelerate>=1.15",
         "datasets>=3.0",
         "sentencepiece>=0.2",
+        CTRANSLATE2,
         "sacrebleu>=2.4",
         "Babel>=2.14",
         "qwanqwa>=1.2",

@@ -1,4 +1,4 @@
-"""Serving one direction without nspec: merge, save_pretrained, from_pretrained, generate.
+"""Serving one direction without nspec: merge, save_pretrained, from_pretrained, generate; and as nspec.export writes it.
 
     python examples/serving.py [FOLDER]
 
@@ -45,6 +45,14 @@ def main(folder: str = "") -> None:
     served = M2M100ForConditionalGeneration.from_pretrained(folder).eval()
     same = torch.equal(served.generate(ids, **options), with_masks)
     print(f"{len(ids)} sentences by the model in {folder}: {'the same' if same else 'other'} tokens as with masks")
+
+    small = nspec.export(
+        model, "en-de", f"{folder}/export"
+    )  # without the masked neurons; "ctranslate2" takes a tokenizer
+    compact = M2M100ForConditionalGeneration.from_pretrained(small).eval()
+    same = torch.equal(compact.generate(ids, **options), with_masks)
+    neurons = f"{compact.config.encoder_ffn_dim} of {model.config.encoder_ffn_dim} neurons in a layer of the encoder"
+    print(f"as exported, with {neurons}: {'the same' if same else 'other'} tokens")
 
     both = ["en-de", "en-fr"] * (len(ids) // 2)  # all directions from one model, in one batch
     with nspec.task(model, both):

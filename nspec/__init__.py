@@ -27,6 +27,7 @@ _HOMES = {
     "specialize": "nspec.specialization.apply",
     "despecialize": "nspec.specialization.apply",
     "merge": "nspec.serving.merge",
+    "export": "nspec.serving.export",
     "task": "nspec.specialization.tasks",
     "set_task": "nspec.specialization.tasks",
     "checkpoint_contexts": "nspec.specialization.tasks",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from nspec.integrations.trainer import TaskTrainerMixin
     from nspec.nn.masked_linear import MaskedLinear
     from nspec.nn.optimizer import RowSparseAdamW
+    from nspec.serving.export import export
     from nspec.serving.merge import merge
     from nspec.specialization.apply import despecialize, specialize
     from nspec.specialization.counts import ActivationCounts

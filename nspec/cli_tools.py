@@ -98,6 +98,9 @@ def translate(
         float | None, typer.Option(help="Above 1: tokens come less often again [the run's, else 1].")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Source tokens a batch [the run's, else 4096].")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, transformers or ctranslate2 [default: the run's, else auto].")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of PyTorch; 0: as it chooses.", min=0)] = 0,
 ) -> None:
@@ -117,6 +120,7 @@ def translate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "repetition_penalty": repetition_penalty,
         "batch_tokens": batch_tokens,
+        "engine": engine,
     }
     folder, settings, made_by = _model_folder(model, run, system, task)
     for name, value in given.items():
@@ -134,13 +138,14 @@ def translate(
         source = files.enter_context(open(os.devnull if input == "-" else input, "rb"))
 
         from nspec.mt.model import load_system
-        from nspec.mt.scoring.translate import Translator
+        from nspec.mt.scoring.translate import Translator, choose_for
         from nspec.processes import resolve_device
         from nspec.run.machine import quieten
 
         quieten(threads)
         loaded, tokenizer = load_system(folder, resolve_device(device), made_by)
-        translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot)
+        chosen = choose_for(loaded, settings.decode, task, pivot)
+        translator = Translator(loaded, tokenizer, settings.decode, pivot=pivot, engine=chosen.name)
         translator.translate([], task)  # a direction that it does not know shows before anything is read
         if input == "-":
             chunks = _decode(_arriving(sys.stdin.fileno()), "standard input")
@@ -153,50 +158,19 @@ def translate(
 
 def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, Config, tuple[str, str] | None]:
     """The folder with the model, the settings that belong to it, and what a system of a run must be."""
-    from nspec.run.checks import validate
     from nspec.run.config import Config
-    from nspec.run.read import check_written, read_config
-    from nspec.run.systems import SYSTEMS, system_names, system_of
-    from nspec.run.yaml import expand_paths
+    from nspec.run.trained import trained_model
 
     if bool(model) == bool(run):
         raise ValueError("translate needs either --model FOLDER or --run RUN --system NAME")
-    if model:
-        if system:
-            raise ValueError("--system goes with --run; --model is the folder of one system")
-        if not Path(model).is_dir():
-            raise ValueError(f"--model {model}: there is no such folder")
-        return Path(model), Config(), None
-    systems = Path(run) / "systems"
-    each: dict[str, dict[str, Path]] = {}  # a model for each direction
-    for path in sorted(systems.glob("*/*/model")):
-        each.setdefault(path.parents[1].name, {})[path.parent.name] = path
-    folders = {path.parent.name: path for path in systems.glob("*/model")}
-    if not (Path(run) / "config.yaml").is_file():
-        raise ValueError(f"--run {run}: there is no run in that folder, as it has no config.yaml")
-    if system not in folders and system not in each:
-        found = f"--system {system}" if system else "no --system"
-        names = ", ".join(sorted({*folders, *each})) or "none"
-        raise ValueError(f"{found}: {run} has the trained systems {names}")
-    config, _ = read_config(Path(run))
-    expand_paths(config)
-    validate(config)
-    if system not in [*SYSTEMS, *system_names(config)]:
-        raise ValueError(
-            f"--system {system}: {run}/config.yaml does not say what it is; give its folder as --model to take it as it is"
-        )
-    kind = system_of(config, system)
-    if kind.method == "each" and task not in each.get(system, {}):
-        known = ", ".join(each.get(system, {})) or "none"
-        raise ValueError(f"--system {system} has a model for each of {known}, none for {task}")
-    folder = each[system][task] if kind.method == "each" else systems / system / "model"
-    stage = "train" if system == "dense" else f"specialize:{system}"
-    remedy = (
-        f"put it back as it was, or make it anew with `nspec run` and --redo {stage}; --model {folder} takes the folder as "
-        "it is"
-    )
-    check_written(folder, systems / system / "stage.json", remedy)
-    return folder, config, kind.made_by
+    if not model:
+        found = trained_model(Path(run), system, task)
+        return found.folder, found.config, found.made_by
+    if system:
+        raise ValueError("--system goes with --run; --model is the folder of one system")
+    if not Path(model).is_dir():
+        raise ValueError(f"--model {model}: there is no such folder")
+    return Path(model), Config(), None
 
 
 def _arriving(descriptor: int) -> Iterator[list[bytes]]:
@@ -265,6 +239,54 @@ def analyze(
     from nspec.report.analyze import analyze_run, print_analysis
 
     print_analysis(analyze_run(Path(run), pivot, permutations, distances, heads))
+
+
+@tools.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder; or neurons that were saved, which go with --base.")
+    ],
+    system: Annotated[
+        str, typer.Option(metavar="NAME", help="A system of the run, such as forward; of `nspec finetune`: a method.")
+    ] = "",
+    task: Annotated[
+        str, typer.Option(metavar="en-de", help="The direction, or the language of `nspec finetune`.")
+    ] = "",
+    all_: Annotated[bool, typer.Option("--all", help="Every direction; what is the same is there once.")] = False,
+    format: Annotated[str, typer.Option(help="transformers or ctranslate2.")] = "transformers",
+    quantization: Annotated[
+        str, typer.Option(metavar="int8", help="Of ctranslate2: the type of the weights [as they are].")
+    ] = "",
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Must not be there [RUN/export/...].")] = "",
+    base: Annotated[str, typer.Option(metavar="PATH", help="Of saved neurons: the model that they are beside.")] = "",
+    dense_width: Annotated[
+        bool, typer.Option("--dense-width", help="Keeps masked neurons, so that all directions are of one size.")
+    ] = False,
+) -> None:
+    """Writes a direction as a plain model that other tools serve: model, tokenizer, and a README that translates.
+
+    Without the neurons that the direction does not use, where its masks are in the forward pass.
+    """
+    from nspec.run.export import export_run
+    from nspec.run.export_neurons import export_neurons, has_neurons
+    from nspec.run.machine import quieten
+    from nspec.serving.export import Settings
+    from nspec.terminal import Display
+
+    if bool(task) == all_:
+        raise ValueError("export needs either --task DIRECTION or --all")
+    settings = Settings(format, quantization or None, not dense_width)
+    place = Path(out) if out else None
+    quieten()
+    if base or has_neurons(Path(run)):
+        print(export_neurons(Path(run), base, system, task or None, place, settings), flush=True)
+        return
+    from nspec.mt.languages import normalized_task
+
+    with Display().bar("export", "directions") as progress:
+        wanted = normalized_task(task) if task else None
+        folder, tasks = export_run(Path(run), system, wanted, place, settings, progress)
+    print(f"{folder}: {system} for {format}, {', '.join(tasks)}", flush=True)
 
 
 @tools.command()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
 import sys
@@ -24,6 +25,7 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "sentencepiece",
+    "ctranslate2",
     "sacrebleu",
     "Babel",
     "qwanqwa",
@@ -64,6 +66,20 @@ def packages() -> Rows:
         except metadata.PackageNotFoundError:
             rows.append((name, "not installed"))
     return rows
+
+
+def engines() -> list[tuple[str, str, str]]:
+    """(what, engine, reason): what translates with ``decode.engine`` auto, by device."""
+    import torch
+
+    if importlib.util.find_spec("transformers") is None:
+        return [("search of translations", "none", "transformers is not installed (pip install 'nspec[mt]')")]
+    from nspec.mt.scoring.config import DecodeConfig
+    from nspec.mt.scoring.engine import choose
+
+    places = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    chosen = [(place.type, choose(DecodeConfig(), place)) for place in places]
+    return [(f"search of translations, {place}", engine.name, engine.reason) for place, engine in chosen]
 
 
 def operators() -> list[tuple[str, str, str]]:
@@ -108,12 +124,14 @@ def _cuda() -> str:
 
 
 def main() -> int:
-    """Prints three tables.
+    """Prints four tables.
 
     Returns:
         The exit code, 0.
     """
-    print_tables([("machine", system()), ("packages", packages()), ("operators", operators())])
+    print_tables(
+        [("machine", system()), ("packages", packages()), ("operators", operators()), ("translation", engines())]
+    )
     return 0
 
 

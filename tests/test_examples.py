@@ -56,6 +56,7 @@ def test_a_merged_model_serves_what_the_masks_give(tmp_path: Path, capsys: pytes
     main("serving.py")(str(tmp_path))
     shown = capsys.readouterr().out
     assert "the same tokens as with masks" in shown
+    assert re.search(r"as exported, with (\d+) of 128 neurons in a layer of the encoder: the same tokens", shown)
     assert "a batch of 2 directions: [16, " in shown
 
 

@@ -151,10 +151,15 @@ def _training(train: TrainConfig, own: Config, speed: Speed, tasks: list[str], t
     return train.updates * (train.accumulate * micro_batch + speed.step) + validations * (measured + translated)
 
 
-def measure(config: Config, data: PreparedData) -> Speed:
+def measure(config: Config, data: PreparedData, engine: str = "transformers") -> Speed:
     """Times a few steps of the dense model's training, from new weights, and a batch of translation.
 
     Nothing of it stays: neither weights nor random numbers.
+
+    Args:
+        config: of the run.
+        data: its text.
+        engine: what will translate.
     """
     import torch
 
@@ -193,7 +198,8 @@ def measure(config: Config, data: PreparedData) -> Speed:
             padded = max(padded, inputs["input_ids"].numel() + inputs["labels"].numel())
             steps.append(timed(optimizer.step))
             optimizer.zero_grad()
-        sentence = timed(lambda: _translate(model.eval(), config, data, device)) / _SENTENCES
+        searching = _converted if engine == "ctranslate2" else _generated
+        sentence = timed(searching(model.eval(), config, data, device)) / _SENTENCES
     micro_batch = statistics.median(micro_batches[1:])
     return Speed(micro_batch, statistics.median(steps[1:]), _FORWARD * micro_batch / max(padded, 1), sentence)
 
@@ -211,22 +217,43 @@ def _clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     return timed
 
 
-def _translate(model: Any, config: Config, data: PreparedData, device: torch.device) -> None:
-    """As many sentences, as long as the references: new weights would go on to the longest."""
+def _generated(model: Any, config: Config, data: PreparedData, device: torch.device) -> Callable[[], Any]:
+    """Translates as many sentences, as long as the references: new weights would go on to the longest."""
     import torch
 
     from nspec.mt.text.collate import collate
+
+    few, length = _few(data)
+    inputs = collate(few)
+
+    def translate() -> None:
+        with torch.no_grad():
+            model.generate(
+                input_ids=inputs["input_ids"].to(device),
+                attention_mask=inputs["attention_mask"].to(device),
+                num_beams=config.decode.beam,
+                min_new_tokens=length,
+                max_new_tokens=length,
+            )
+
+    return translate
+
+
+def _converted(model: Any, config: Config, data: PreparedData, device: torch.device) -> Callable[[], Any]:
+    """The same by CTranslate2."""
+    from nspec.mt.scoring.translate import converted
+
+    few, length = _few(data)
+    search = converted(model, data.tokenizer)
+    sources = [[search.names[row] for row in each.source] for each in few]
+    lengths = {"min_decoding_length": length, "max_decoding_length": length}
+    return lambda: search.translator.translate_batch(sources, beam_size=config.decode.beam, **lengths)
+
+
+def _few(data: PreparedData) -> tuple[list[Any], int]:
+    """Sentences to time a search with, and the mean tokens of their references."""
     from nspec.mt.text.prepared import Examples
 
-    examples, task = Examples(data, "valid"), data.tasks[0]
-    few = [examples[0, number % data.size("valid", task)] for number in range(_SENTENCES)]
-    inputs = collate(few)
-    length = max(1, round(float((inputs["labels"] >= 0).sum()) / _SENTENCES))
-    with torch.no_grad():
-        model.generate(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
-            num_beams=config.decode.beam,
-            min_new_tokens=length,
-            max_new_tokens=length,
-        )
+    pairs, task = Examples(data, "valid"), data.tasks[0]
+    few = [pairs[0, number % data.size("valid", task)] for number in range(_SENTENCES)]
+    return few, max(1, round(sum(len(each.target) for each in few) / _SENTENCES))

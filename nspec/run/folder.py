@@ -57,6 +57,7 @@ NEUTRAL = {
     "train.compile",
     "specialize.log_every",
     "specialize.compile",
+    "decode.engine",  # what was taken stands with the translations, and holds: nspec.run.engine
     "decode.batch_tokens",
 }
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nspec.files import read_json, sha256, write_json, write_text
-from nspec.mt.scoring.decoded import decoding, record_of, translations
+from nspec.mt.scoring.decoded import decoding, engine_of, record_of, translations
 from nspec.processes import World
 from nspec.run.config import Config
+from nspec.run.engine import choose_engine, recorded_engine
 from nspec.run.estimate import Estimate, estimate, measure
 from nspec.run.folder import Run
 from nspec.run.machine import check_machine, quieten
@@ -45,6 +46,7 @@ from nspec.run.systems import (
 from nspec.terminal import Display, duration
 
 if TYPE_CHECKING:
+    from nspec.mt.scoring.engine import Engine
     from nspec.mt.text.prepared import PreparedData
 
 
@@ -68,11 +70,16 @@ class Pipeline:
         self.folder = self.run.folder
         self._redo = redo
         self._estimate: Estimate | None = None  # of the whole run, while all of it is done
+        self._chosen: Engine | None = None
 
     def __enter__(self) -> Pipeline:
         self.world.connect(self.config.run.device)
-        self.world.lead(lambda: self.run.begin(self._redo, self.display.line))
+        self.world.lead(self._begin)
         return self
+
+    def _begin(self) -> None:
+        recorded_engine(self.config, self.run.following(self._redo))  # raises before anything is changed
+        self.run.begin(self._redo, self.display.line)
 
     def __exit__(self, *_: object) -> None:
         self.run.__exit__()
@@ -99,6 +106,7 @@ class Pipeline:
             The page.
         """
         self.prepare()
+        self._engine()
         self.world.lead(self._look_ahead)
         self.train()
         if any(masked_systems(self.config)):
@@ -114,7 +122,7 @@ class Pipeline:
         if not any(name.startswith(("train", "specialize", "evaluate")) for name in to_come):
             return
         quieten(self.config.run.threads)
-        speed = measure(self.config, self._data())
+        speed = measure(self.config, self._data(), self._engine().name)
         gc.collect()
         self._estimate = estimate(self.config, self._data(), to_come, speed, self.world.size)
         self.display.line(
@@ -270,6 +278,8 @@ class Pipeline:
         """
         chosen = [self._known(system)] if system else system_names(self.config)
         self.world.lead(functools.partial(check_score, self.config))
+        if not all(self.run.finished(f"evaluate:{name}") for name in chosen):
+            self.display.line(f"translations are made by {self._engine()}")
         for name in chosen:
             self._do(f"evaluate:{name}", functools.partial(self._translate, name), everyone=True)
         for name in system_names(self.config):  # the tests of others may be new too, when this is their baseline
@@ -285,7 +295,8 @@ class Pipeline:
         total = sum(len(data.text("test", task)[0]) for task in left)
         self.world.wait()  # so that all see the same tasks left
         method = system_of(self.config, system).method
-        of_task = translator_of(system, method, self._system, self.config.decode)
+        engine = self._engine()
+        of_task = translator_of(system, method, self._system, self.config.decode, engine.name)
         done = 0
         with self.display.bar(f"evaluate {system}", "sentences") as progress:
             for task in left[self.world.rank :: self.world.size]:
@@ -300,6 +311,7 @@ class Pipeline:
                 write_text(folder / f"{task}.hyp.txt", "".join(f"{line}\n" for line in hypotheses))
                 # Last, as it says that the direction is done.
                 facts = {"sentences": len(hypotheses), "seconds": time.monotonic() - begun}
+                facts |= {"engine": engine.name, "version": engine.version}
                 write_json(record_of(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 
     def _score(self, system: str, folder: Path) -> None:
@@ -323,8 +335,9 @@ class Pipeline:
         scores = score_system(self._hypotheses(system, data), references, self.config.score, pivot, baseline, groups)
         for warning in scores["warnings"]:
             self.display.line(f"  warning, {system} ({', '.join(warning['directions'])}): {warning['text']}")
-        seconds = sum(decoding(folder, task)["seconds"] for task in data.tasks)
-        decode = vars(self.config.decode)
+        records = [decoding(folder, task) for task in data.tasks]
+        seconds = sum(record["seconds"] for record in records)
+        decode = vars(self.config.decode) | {"engine": engine_of(records[0])}
         write_json(folder / "scores.json", {"system": system, "decode": decode, **scores, "seconds": round(seconds, 3)})
 
     def _is_translated(self, folder: Path, task: str, data: PreparedData) -> bool:
@@ -368,6 +381,15 @@ class Pipeline:
         return self.folder / "report" / "index.html"
 
     # Helpers
+
+    def _engine(self) -> Engine:
+        """What translates: chosen once for this command, by one of the processes."""
+        if self._chosen is None:
+            from nspec.processes import resolve_device
+
+            device = resolve_device(self.config.run.device)
+            self._chosen = self.world.lead(lambda: choose_engine(self.config, device))
+        return self._chosen
 
     def _data(self) -> PreparedData:
         from nspec.mt.text.prepared import PreparedData

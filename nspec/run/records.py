@@ -14,7 +14,7 @@ from nspec import __version__
 from nspec.files import read_json
 from nspec.run.stages import Stage
 
-_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "sacrebleu", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "ctranslate2", "sacrebleu", "numpy")
 
 
 def redo_hint(stage: Stage) -> str:

@@ -23,6 +23,7 @@ LAYERS = [
     ["nspec.baselines"],  # on any nn.Module, like specialisation; training and translating them is in nspec.mt
     ["nspec.mt"],  # translation itself; knows no run
     ["nspec.lm"],  # language models and text of single languages; knows no run
+    ["nspec.serving.export"],  # writes tokenizers and READMEs of translation
     ["nspec.analysis", "nspec.report", "nspec.run"],  # a run, and its page
     ["nspec.cli", "nspec.cli_tools", "nspec.env"],
 ]

@@ -1,6 +1,7 @@
-"""The tiny models of the tests of specialisation serve here too."""
+"""The tiny models of the tests of specialisation, and the toys of translation, serve here too."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1] / "specialization")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(TESTS / "specialization"), str(TESTS / "mt")]

@@ -14,7 +14,7 @@
 With the mask M of a task, a layer computes ``y = x (M ⊙ W)ᵀ + b``, and the gradient of a masked weight is exactly zero.
 """
 
-from .layer import LassLinear, apply_weight_masks, remove_weight_masks
+from .layer import LassLinear, apply_weight_masks, merge_weight_masks, remove_weight_masks
 from .masks import PackedMask, WeightMasks
 from .optimizer import kept_weights_only
 from .pruning import magnitude_masks, prunable_layers
@@ -26,6 +26,7 @@ __all__ = [
     "apply_weight_masks",
     "kept_weights_only",
     "magnitude_masks",
+    "merge_weight_masks",
     "prunable_layers",
     "remove_weight_masks",
 ]

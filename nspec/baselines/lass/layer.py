@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Iterable
@@ -126,6 +127,28 @@ def remove_weight_masks(model: nn.Module) -> nn.Module:
         module.__class__ = nn.Linear  # type: ignore[assignment]
         del module.__dict__["_nspec"]
     return model
+
+
+def merge_weight_masks(model: nn.Module, task: str) -> nn.Module:
+    """A plain copy of the model that computes what ``task`` computes: the weights that it does not keep are zero.
+
+    Raises:
+        ValueError: the model has no weight masks, or none of that task.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> model = apply_weight_masks(model, WeightMasks({"en-de": {"0": torch.tensor([[True, False]])}}))
+        >>> float(merge_weight_masks(model, "en-de")[0].weight[0, 1])
+        0.0
+    """
+    merged = copy.deepcopy(model)
+    masked = [module for module in merged.modules() if isinstance(module, LassLinear)]
+    with torch.no_grad():
+        for module in masked:
+            if task not in module.tasks:
+                raise ValueError(f"there are no masks of task {task!r}; {nearest(task, module.tasks)}")
+            module.weight.masked_fill_(~module._nspec.masks[task].unpack(module.weight.device), 0)
+    return remove_weight_masks(merged)
 
 
 class _MaskedWeight(torch.autograd.Function):

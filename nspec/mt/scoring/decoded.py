@@ -32,6 +32,11 @@ def decoding(folder: Path, task: str) -> dict[str, Any]:
     return dict(found)
 
 
+def engine_of(record: dict[str, Any]) -> str:
+    """What searched, by what :func:`decoding` gives; older versions wrote nothing and had one."""
+    return str(record.get("engine", "transformers"))
+
+
 def translations(folder: Path, task: str, sentences: int) -> list[str]:
     """The translations of a direction.
 

@@ -59,6 +59,27 @@ def check_beam(beam: int, vocabulary: int) -> None:
         )
 
 
+class TransformersSearch:
+    """:func:`search` with a model, on its device.
+
+    Args:
+        model: a ``transformers`` sequence-to-sequence model in evaluation mode, left as it is.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self, sources: Sequence[Sequence[int]], limits: Sequence[int], decode: DecodeConfig, tokens: SpecialTokens
+    ) -> list[list[int]]:
+        """The best translation of each line of a batch; ``sources`` are the token ids of each, the rest as there."""
+        width = max(map(len, sources))
+        ids = torch.tensor([[*s, *[tokens.pad] * (width - len(s))] for s in sources])
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
+        device = self.model.device
+        return search(self.model, ids.to(device), mask.to(device), limits, decode, tokens)
+
+
 def search(
     model: Any,
     input_ids: Tensor,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ import nspec
 from nspec.mt import zero_shot
 from nspec.mt.language_tags import tag_ids
 from nspec.mt.languages import normalized_code, normalized_task
+from nspec.mt.plain import decodes_by_task, plain, why_not_plain
 from nspec.mt.scoring.config import DecodeConfig
-from nspec.mt.scoring.search import SpecialTokens, check_beam, search
+from nspec.mt.scoring.ctranslate2_search import CTranslate2Search
+from nspec.mt.scoring.engine import CTRANSLATE2, TRANSFORMERS, Engine, choose, why_not_converted
+from nspec.mt.scoring.search import SpecialTokens, TransformersSearch, check_beam
 from nspec.mt.text.frame import Frame
 from nspec.mt.text.marian import is_marian
 from nspec.mt.text.tokenizer_fit import token_ids
 from nspec.mt.text.vocabulary import encode
-from nspec.nn.switched import TaskSwitched
+from nspec.serving import ctranslate2
 from nspec.specialization.tasks import specialized_layers
 
 logger = logging.getLogger(__name__)
@@ -32,9 +37,34 @@ WINDOW = 2000
 _ROOM = 10  # tokens that a translation may have beyond max_length_ratio times its source
 
 
-def decodes_by_task(model: PreTrainedModel) -> bool:
-    """Whether what the model computes depends on the task that it is switched to."""
-    return any(isinstance(module, TaskSwitched) and module.decodes_by_task for module in model.modules())
+Search = Callable[..., list[list[int]]]
+"""Of a batch; see :meth:`nspec.mt.scoring.search.TransformersSearch.__call__`."""
+
+
+def converted(model: Any, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Search:
+    """A plain model in CTranslate2, on the same device and with as many threads as PyTorch has."""
+    names = ctranslate2.row_names(model, tokenizer, token_ids(tokenizer))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        names = ctranslate2.convert(model, tokenizer, folder, names=names)
+        device = model.device
+        loaded = ctranslate2.load(folder, device.type, device.index or 0, torch.get_num_threads())
+    return CTranslate2Search(loaded, names)
+
+
+def choose_for(model: PreTrainedModel, decode: DecodeConfig, task: str, pivot: str = "") -> Engine:
+    """The engine that ``decode.engine`` means for a direction of one model.
+
+    Raises:
+        ValueError: CTranslate2 is asked for and cannot search here; says why.
+    """
+    config: Any = model.config
+    obstacle = why_not_plain(model) or why_not_converted(
+        config.model_type, getattr(config, "activation_function", None)
+    )
+    if decodes_by_task(model) and (pivot or normalized_task(task) not in specialized_layers(model)[0].tasks):
+        obstacle = obstacle or f"{task} is combined from two directions, which are not merged into one model"
+    return choose(decode, model.device, obstacle)
 
 
 class Translator:
@@ -53,6 +83,8 @@ class Translator:
             which then answers each line, else 2000.
         pivot: the language in which the two directions meet, where there are several; they are combined then for
             directions that the model knows as well.
+        engine: ``transformers``, or ``ctranslate2``, for which the plain model of each direction is converted when it is
+            first asked for (:func:`nspec.mt.plain.plain`).
 
     Raises:
         ValueError: a pivot for a model that computes the same for every direction; a beam that is wider than the
@@ -66,6 +98,7 @@ class Translator:
         decode: DecodeConfig,
         window: int = 0,
         pivot: str = "",
+        engine: str = TRANSFORMERS,
     ) -> None:
         self.model: Any = model  # transformers types what it adds to nn.Module too loosely
         self.tokenizer, self.decode, self.window = tokenizer, decode, window
@@ -83,6 +116,8 @@ class Translator:
         self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
         check_beam(decode.beam, len(known))
         self._tag_ids = frozenset(tag_ids(tokenizer))
+        self.engine = engine
+        self._converted: dict[str, CTranslate2Search] = {}  # of the last direction, or "" of all
         # Marian's would read a translation as a source.
         self._decoding: dict[str, Any] = {"use_source_tokenizer": False} if is_marian(tokenizer) else {}
 
@@ -134,16 +169,35 @@ class Translator:
         encoded = {i: self._whole(ids, first + i, before, frame.end_id) for i, ids in enumerate(pieces) if ids}
         outputs = [""] * len(lines)
         special = self._tokens(frame, tag)
+        with self._searching(task) as search:
+            for batch in self._batches(encoded):
+                sources = [encoded[i] for i in batch]
+                found = search(sources, [self._limit(len(source)) for source in sources], self.decode, special)
+                for i, tokens in zip(batch, found):
+                    outputs[i] = self._text(tokens)
+        return outputs
+
+    @contextmanager
+    def _searching(self, task: str) -> Iterator[Search]:
+        """What searches, within the block."""
+        if self.engine == CTRANSLATE2:
+            yield self._search_of(task)
+            return
         with torch.inference_mode(), self._task(task):
             training = self.model.training
             self.model.eval()
             try:
-                for batch in self._batches(encoded):
-                    for i, text in zip(batch, self._generate([encoded[i] for i in batch], special)):
-                        outputs[i] = text
+                yield TransformersSearch(self.model)
             finally:
                 self.model.train(training)
-        return outputs
+
+    def _search_of(self, task: str) -> CTranslate2Search:
+        """The converted model of a direction."""
+        key = task if self._by_task else ""
+        if key not in self._converted:
+            self._converted.clear()  # before the next one needs the memory
+            self._converted[key] = converted(plain(self.model, task), self.tokenizer)
+        return self._converted[key]
 
     def _whole(self, pieces: list[int], number: int, before: list[int], end: int) -> list[int]:
         """A line with what stands around its pieces; ``number`` counts from 1."""
@@ -165,26 +219,12 @@ class Translator:
         if batch:
             yield batch
 
-    def _generate(self, sources: list[list[int]], special: SpecialTokens) -> list[str]:
-        width = max(map(len, sources))
-        ids = torch.tensor([s + [special.pad] * (width - len(s)) for s in sources])
-        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sources])
-        generated = search(
-            self.model,
-            ids.to(self.model.device),
-            mask.to(self.model.device),
-            [self._limit(len(source)) for source in sources],
-            self.decode,
-            special,
+    def _text(self, tokens: list[int]) -> str:
+        tokens = [token for token in tokens if token not in self._tag_ids]  # M2M100's need not be special tokens
+        text = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False, **self._decoding
         )
-        texts = []
-        for tokens in generated:
-            tokens = [token for token in tokens if token not in self._tag_ids]  # M2M100's need not be special tokens
-            text = self.tokenizer.decode(
-                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False, **self._decoding
-            )
-            texts.append(" ".join(str(text).splitlines()).strip())
-        return texts
+        return " ".join(str(text).splitlines()).strip()
 
     def _limit(self, source_tokens: int) -> int:
         """Most tokens of a translation, its tag and the end of the sentence included."""

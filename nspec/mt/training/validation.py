@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 import nspec
 from nspec import processes
+from nspec.mt.plain import decodes_by_task
 from nspec.mt.scoring.bleu_tokenizer import bleu_tokenizer
 from nspec.mt.scoring.config import DecodeConfig
-from nspec.mt.scoring.translate import Translator, decodes_by_task
+from nspec.mt.scoring.translate import Translator
 from nspec.mt.text.batches import evaluation_batches
 from nspec.mt.text.collate import collate
 from nspec.mt.text.prepared import Examples, PreparedData, languages_of_task

@@ -159,7 +159,21 @@ def _speed(data: RunData) -> dict[str, Any]:
             }
         )
     lines = [what if len(hardware) == 1 else f"{', '.join(names)}: {what}" for what, names in hardware.items()]
-    return {"rows": rows, "base": words.in_sentence(words.system_name(base)), "hardware": lines}
+    return {
+        "rows": rows,
+        "base": words.in_sentence(words.system_name(base)),
+        "hardware": lines,
+        "engines": " and ".join(
+            dict.fromkeys(_engine(system.scores) for system in data.systems.values() if system.scores)
+        ),
+    }
+
+
+def _engine(scores: dict[str, Any]) -> str:
+    """What translated, by what a run wrote; older versions had one engine, and did not say so."""
+    decode = scores.get("decode")
+    name = str(decode.get("engine", "transformers")) if isinstance(decode, dict) else "transformers"
+    return {"ctranslate2": "CTranslate2", "transformers": "Transformers"}.get(name, name)
 
 
 def _hardware(summary: dict[str, Any]) -> str:

@@ -199,7 +199,7 @@ def test_a_translation_is_read_as_a_target(bilingual: Run, tmp_path: Path, monke
     (folder / "target.spm").write_bytes(spm(["a b a b"] * 9, 300, byte_fallback=True))
     pieces = ["▁a", "<0xD0>", "<0xB6>"]
     write_json(folder / "vocab.json", {piece: place for place, piece in enumerate(["</s>", "<unk>", *pieces, "<pad>"])})
-    monkeypatch.setattr("nspec.mt.scoring.translate.search", lambda *_: [[2, 3, 4]])
+    monkeypatch.setattr("nspec.mt.scoring.search.search", lambda *_: [[2, 3, 4]])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     translator = Translator(load_dense(bilingual.model), tokenizer, DecodeConfig(beam=1))
     assert list(translator.translate(["haus"], "de-en")) == ["aж"]

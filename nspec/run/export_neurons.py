@@ -1,0 +1,119 @@
+"""Fine-tuned neurons merged with their base: of a run of ``nspec finetune``, or that ``nspec.save_neurons`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nspec
+from nspec.files import read_json
+from nspec.serving.export import Settings, new_folder, write
+
+_NEURONS, _READABLE = "neurons.safetensors", "neurons.json"
+
+
+def has_neurons(folder: Path) -> bool:
+    """Whether a folder holds saved neurons, or is of a run of ``nspec finetune``."""
+    return (folder / _NEURONS).is_file() or (folder / "base_perplexity").is_dir() or (folder / "tuned").is_dir()
+
+
+def export_neurons(
+    source: Path, base: str, method: str, task: str | None, out: Path | None, settings: Settings
+) -> Path:
+    """Writes the base with the neurons of a task in their places, or one such folder for each task.
+
+    Args:
+        source: a folder that ``nspec.save_neurons`` wrote, or a run of ``nspec finetune``.
+        base: of saved neurons: the model that they are beside, a folder or a name on the hub; empty for a run.
+        method: of a run: how the neurons were chosen, such as ``lape``, or ``full``; empty for saved neurons.
+        task: its name; None: all.
+        out: must not be there yet; None: in the folder ``export`` of a run.
+        settings: of the format.
+
+    Raises:
+        ValueError: no neurons, no such method or task, no base or another one, or a folder that is there.
+        ImportError: CTranslate2 is not installed.
+    """
+    settings.check()
+    sources, base, dtype = _of_set(source, base, method) if base else _of_run(source, method)
+    if task is not None and task not in sources:
+        raise ValueError(f"--task {task}: {source} has {', '.join(sources)}")
+    if out is None and not (source / "tuned").is_dir():
+        raise ValueError("give --out FOLDER, where the merged model goes")
+    kind = f"{settings.format}-{settings.quantization}" if settings.quantization else settings.format
+    place = out if out is not None else source / "export" / f"{method}-{kind}" / (task or "all")
+    settings = replace(settings, base=base)
+    with new_folder(place) as part:
+        for each in sources if task is None else [task]:
+            folder = part if task is not None else part / each
+            folder.mkdir(exist_ok=True)
+            _write(each, sources[each], base, dtype, folder, settings)
+    return place
+
+
+def _write(task: str, source: Path, base: str, dtype: str, folder: Path, settings: Settings) -> None:
+    if not (source / _NEURONS).is_file():
+        model, tokenizer = _load(str(source / "model"), dtype)
+    else:
+        model, tokenizer = _load(base, dtype)
+        nspec.load_neurons(model, source)
+    write(model, [task], folder, settings, tokenizer if tokenizer is not None else _load(base, dtype)[1])
+
+
+def _of_set(source: Path, base: str, method: str) -> tuple[dict[str, Path], str, str]:
+    if method:
+        raise ValueError("--system goes with a run; saved neurons and their --base have none")
+    if not (source / _NEURONS).is_file():
+        raise ValueError(f"{source} has no saved neurons: {_NEURONS}, which nspec.save_neurons writes, is not there")
+    described = read_json(source / _READABLE)
+    tasks: Any = described.get("tasks") if isinstance(described, dict) else None
+    if not isinstance(tasks, list) or not tasks:
+        raise ValueError(f"{source / _READABLE} names no tasks; save the neurons again")
+    return {str(task): source for task in tasks}, base, "auto"
+
+
+def _of_run(source: Path, method: str) -> tuple[dict[str, Path], str, str]:
+    from nspec.run.finetune_config import load
+
+    if (source / _NEURONS).is_file():
+        raise ValueError(
+            f"{source} has neurons, which lie beside a model: give --base, the one that they were trained on"
+        )
+    config = load(source / "config.yaml")
+    methods = _names(source / "tuned")
+    if method not in methods:
+        raise ValueError(
+            f"--system {method or '(none)'}: {source} has fine-tuned by {', '.join(methods) or 'no method'}"
+        )
+    found = {name: source / "tuned" / method / name for name in _names(source / "tuned" / method)}
+    ready = {name: path for name, path in found.items() if (path / _NEURONS).is_file() or (path / "model").is_dir()}
+    if not ready:
+        reason = (
+            "its LoRA weights are merged by peft (PeftModel.merge_and_unload)" if method == "lora" else "none is kept"
+        )
+        raise ValueError(f"--system {method} has no model or neurons to export: {reason}")
+    return ready, config.model.pretrained or str(source / "base" / "model"), config.model.dtype
+
+
+def _names(folder: Path) -> list[str]:
+    listed: Iterable[Path] = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in listed if (path / "stage.json").is_file() or any(path.glob("*/stage.json")))
+
+
+def _load(source: str, dtype: str) -> tuple[Any, Any]:
+    """A model of either kind, and its tokenizer where there is one beside it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from nspec.mt.model_files import load_config, quiet_transformers, reading
+
+    config = load_config(source)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with quiet_transformers():
+        with reading("model", source):
+            model = kind.from_pretrained(source, dtype=dtype if Path(source).name != "model" else "auto")
+        has = not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file()
+        with reading("tokenizer", source):
+            tokenizer = AutoTokenizer.from_pretrained(source) if has else None
+    return model.eval(), tokenizer

@@ -1,0 +1,198 @@
+"""Models of ``transformers`` in the format of CTranslate2, converted from memory.
+
+The conversion is CTranslate2's own; what it asks of a tokenizer is answered here. Its converter of M2M100 and NLLB looks
+for the language tags where transformers 4 kept them, and leaves them out with later versions; a vocabulary with fewer
+entries than the embeddings have rows is refused when it is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
+"""Types of weights that CTranslate2 converts to."""
+
+_NAMED = ("M2M100Config", "MBartConfig", "MarianConfig")  # whose vocabulary is given row by row
+
+
+def why_not() -> str:
+    """Why CTranslate2 cannot be used here; empty where it can."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        return "ctranslate2 is not installed (pip install ctranslate2; it has wheels for Linux, macOS and Windows)"
+    try:
+        import ctranslate2  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"ctranslate2 cannot be imported: {error}"
+    return ""
+
+
+def version() -> str:
+    """The installed version."""
+    return metadata.version("ctranslate2")
+
+
+def check(quantization: str | None = None) -> None:
+    """Raises ImportError where CTranslate2 is not installed, ValueError for a quantization that it has not."""
+    if reason := why_not():
+        raise ImportError(reason)
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}")
+
+
+def takes_names(model: PreTrainedModel) -> bool:
+    """Whether :func:`convert` takes the names of the rows of the embeddings, rather than ask the tokenizer."""
+    return type(model.config).__name__ in _NAMED
+
+
+def gpus() -> int:
+    """How many GPUs CTranslate2 sees."""
+    import ctranslate2
+
+    return int(ctranslate2.get_cuda_device_count())
+
+
+def activations() -> list[str]:
+    """The names of the activation functions that CTranslate2 converts."""
+    from ctranslate2.converters import transformers
+
+    return sorted(transformers._SUPPORTED_ACTIVATIONS)
+
+
+def row_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[str]:
+    """A name for each row of the embeddings: the token, or one for a row that no token has.
+
+    Args:
+        model: with the embeddings.
+        tokenizer: of the model.
+        known: the ids of its tokens, of language tags too.
+
+    Raises:
+        ValueError: two rows have the same name, by which CTranslate2 could not tell them apart.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(known))
+    names = [f"<unused{row}>" for row in range(embeddings.num_embeddings)]
+    for row, token in zip(known, tokens):
+        names[row] = token
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the vocabulary has the token {twice!r} twice, and CTranslate2 knows tokens by their name")
+    return names
+
+
+def convert(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    *,
+    names: Sequence[str] = (),
+    quantization: str | None = None,
+) -> list[str]:
+    """Writes a model as a folder that ``ctranslate2.Translator`` or ``ctranslate2.Generator`` loads.
+
+    Args:
+        model: plain, of a family that CTranslate2 converts; it is left as it is.
+        tokenizer: of the model.
+        folder: must not be there yet.
+        names: of the rows of the embeddings (:func:`row_names`), for M2M100, NLLB, mBART and Marian; else the tokenizer
+            says them.
+        quantization: one of :data:`QUANTIZATIONS`; None: as the weights are.
+
+    Returns:
+        The names by which the folder knows the rows: ``names``, but for Marian's ``<pad>``, which is left out.
+
+    Raises:
+        ImportError: CTranslate2 is not installed.
+        ValueError: a model that CTranslate2 does not convert, or an unknown quantization.
+    """
+    check(quantization)
+    _check_start(model)
+    if quantization is not None:
+        model = copy.deepcopy(model)  # CTranslate2 scales and rounds the weights where they lie
+    with tempfile.TemporaryDirectory() as place:
+        model.config.save_pretrained(place)  # by which the converter finds how to convert
+        before, model.config = model.config, copy.deepcopy(model.config)  # the converter writes into it
+        try:
+            given: Any = _Rows(tokenizer, names) if takes_names(model) else tokenizer
+            _converter(place, model, given).convert(str(folder), quantization=quantization)
+        except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
+            kind = type(model).__name__
+            raise ValueError(f"CTranslate2 {version()} does not convert this {kind}: {error or type(error)}") from error
+        finally:
+            model.config = before
+    return list(names[:-1] if type(model.config).__name__ == "MarianConfig" else names)
+
+
+def load(folder: str | os.PathLike[str], device: str = "cpu", index: int = 0, threads: int = 0) -> Any:
+    """A ``ctranslate2.Translator`` of a folder that :func:`convert` wrote; ``threads`` 0: as CTranslate2 chooses."""
+    import ctranslate2
+
+    place = str(Path(folder))
+    return ctranslate2.Translator(place, device=device, device_index=index, inter_threads=1, intra_threads=threads)
+
+
+def _check_start(model: Any) -> None:
+    if type(model.config).__name__ != "MarianConfig":
+        return
+    weight, pad = model.get_input_embeddings().weight, model.config.pad_token_id
+    if pad != len(weight) - 1:
+        raise ValueError(
+            f"<pad> has the id {pad} of {len(weight)}, and CTranslate2 takes it to be the last one of a Marian's"
+        )
+    if bool(weight[pad].any()):
+        raise ValueError(
+            "the embedding of <pad>, which starts Marian's decoder, is not zero, as CTranslate2 takes it to be; this model "
+            "can be served by transformers only"
+        )
+
+
+class _Rows:
+    """What the converters ask of a tokenizer, with a name for every row of the embeddings."""
+
+    num_madeup_words = 0
+    special_tokens_map: dict[str, Any] = {}  # tags are among the names
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.bos_token, self.eos_token = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
+        self.unk_token, self.pad_token = tokenizer.unk_token, tokenizer.pad_token
+        self.unk_token_id = tokenizer.unk_token_id
+
+    def get_vocab(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.names)}
+
+    def convert_ids_to_tokens(self, row: int) -> str:
+        return self.names[row]
+
+
+def _converter(place: str, model: PreTrainedModel, tokenizer: Any) -> Any:
+    """CTranslate2's converter, for a model that is in memory."""
+    from ctranslate2.converters import TransformersConverter
+
+    class FromMemory(TransformersConverter):  # type: ignore[misc]
+        def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
+            return model
+
+        def load_tokenizer(self, *_: Any, **__: Any) -> Any:
+            return tokenizer
+
+        def _load(self) -> Any:
+            spec = super()._load()
+            if isinstance(tokenizer, _Rows) and spec.config.decoder_start_token is None:
+                start = (
+                    model.config.decoder_start_token_id
+                )  # mBART's is lost where its class is not in the configuration
+                spec.config.decoder_start_token = tokenizer.eos_token if start is None else tokenizer.names[start]
+            return spec
+
+    return FromMemory(place)
