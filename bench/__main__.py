@@ -30,20 +30,10 @@ QUICK_SECONDS = {"operators": 340, "steps": 190, "profiling": 25, "report": 5}
 """About how long each takes in the quick set on two cores."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = cli.parser("bench", __doc__, json=False)
-    made.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone; the report is always made")
-    made.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench/<UTC date and time>")
-    return made
-
-
 def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     """The arguments of Python for each part, in order."""
     rows = str(out / "rows.jsonl")
-    options = ["--set", args.set, "--device", args.device, "--json", rows]
-    if args.threads:
-        options += ["--threads", str(args.threads)]
+    options = ["--set", args.set, "--device", args.device, "--threads", str(args.threads), "--json", rows]
     found = {part: ["-m", f"bench.{part}", *options] for part in PARTS if args.only is None or part in args.only}
     return found | {"report": ["-m", "bench.report", rows, "--out", str(out)]}
 
@@ -54,8 +44,7 @@ def run(command: Sequence[str], log: BinaryIO) -> int:
     full = [sys.executable, *command]
     with subprocess.Popen(full, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        # Not by lines: a part shows its progress within one.
-        while chunk := os.read(process.stdout.fileno(), 2**16):
+        while chunk := os.read(process.stdout.fileno(), 2**16):  # not by lines: a part shows its progress within one
             say(chunk, log)
     return process.returncode
 
@@ -69,7 +58,9 @@ def say(text: bytes, log: BinaryIO) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs every part; the exit status is 1 if one failed."""
-    made = parser()
+    made = cli.parser("bench", __doc__, "quick", "json")
+    made.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone; the report is always made")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench/<UTC date and time>")
     args = made.parse_args(arguments)
     device = cli.device_of(made, args)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")

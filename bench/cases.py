@@ -18,7 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SETS = ("full", "quick", "smoke")
 BATCHES = ("one", "several", "all")
 """Of one task, of several, or both."""
-
+ACTIVATIONS = ("relu", "gelu", "swiglu")
+"""Of a block; SwiGLU is gated."""
 
 Shape = tuple[int, int, int, int]
 """Tokens, d_model, d_ff, tasks."""
@@ -30,7 +31,7 @@ class Case:
 
     ``tasks`` is 1 for a batch of one task; for more, tokens are sorted by task, equally many of each. ``compiled`` and
     ``grouped``: with the providers that torch.compile makes, and with PyTorch's grouped product. ``activation``: of a
-    block, one of ``bench.providers.blocks.ACTIVATIONS``; the operators that have one have ReLU.
+    block, one of ``ACTIVATIONS``; the operators that have one have ReLU.
     """
 
     operator: str
@@ -92,47 +93,45 @@ _A, _B = (4096, 512, 2048, 1), (2048, 1024, 4096, 1)  # the blocks of Transforme
 _GATED, _GPU_GATED = (4096, 512, 1376, 1), (16384, 1024, 2752, 1)  # three matrices as large as two of the others
 _MIXED = (4096, 512, 2048, 8)
 _GPU_BASE, _GPU_BIG, _GPU_MIXED = (16384, 512, 2048, 1), (16384, 1024, 4096, 1), (16384, 1024, 4096, 8)
-_ALL = ("linear_relu_count", "row_sparse_wgrad", "compact_ffn", "row_sparse_adamw", "block")
 _GROUPED = ("row_sparse_wgrad", "compact_ffn")
 _DENSITIES = (0.3, 0.5, 0.78, 1.0)  # 0.78 is that of the published masks
 _SMOKE = (
     Grid(("linear_relu_count",), ((96, 32, 128, 1),), ("float32",), (1.0,)),
-    Grid(_ALL[1:], ((96, 32, 128, 1),), ("float32", "bfloat16"), (0.5,), compiled=False),
+    Grid(OPERATORS[1:], ((96, 32, 128, 1),), ("float32", "bfloat16"), (0.5,), compiled=False),
     Grid(_GROUPED, ((96, 32, 128, 3),), ("float32",), (0.5,), compiled=False),
     Grid(("block",), ((96, 32, 128, 1),), ("float32",), (0.5,), activations=("gelu", "swiglu"), compiled=False),
 )
 
 
-def _others(plain: Shape, gated: Shape, dtypes: Sequence[str], densities: Sequence[float]) -> tuple[Grid, Grid]:
-    """Blocks with other activations than ReLU."""
-    make = functools.partial(Grid, ("block",), dtypes=dtypes, densities=densities, compiled=False)
-    return make((plain,), activations=("gelu",)), make((gated,), activations=("swiglu",))
-
+_others = functools.partial(Grid, ("block",), compiled=False)  # blocks with other activations than ReLU
 
 GRIDS: dict[str, dict[str, tuple[Grid, ...]]] = {
     "cpu": {
         "full": (
-            Grid(_ALL, (_A, _B), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            Grid(OPERATORS, (_A, _B), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_MIXED,), ("float32", "bfloat16"), _DENSITIES),
-            *_others(_A, _GATED, ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            _others((_A,), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0), activations=("gelu",)),
+            _others((_GATED,), ("float32", "bfloat16"), (0.3, 0.5, 0.78, 0.9, 1.0), activations=("swiglu",)),
         ),
         "quick": (
-            Grid(_ALL, (_A,), ("float32",), _DENSITIES),
-            Grid(_ALL, (_B,), ("float32",), (0.5, 0.78), compiled=False),
-            Grid(_ALL, (_A,), ("bfloat16",), (0.5, 0.78, 1.0), compiled=False),
+            Grid(OPERATORS, (_A,), ("float32",), _DENSITIES),
+            Grid(OPERATORS, (_B,), ("float32",), (0.5, 0.78), compiled=False),
+            Grid(OPERATORS, (_A,), ("bfloat16",), (0.5, 0.78, 1.0), compiled=False),
             Grid(_GROUPED, (_MIXED,), ("float32",), (0.78,), compiled=False),
-            *_others(_A, _GATED, ("float32",), (0.5, 0.78, 1.0)),
+            _others((_A,), ("float32",), (0.5, 0.78, 1.0), activations=("gelu",)),
+            _others((_GATED,), ("float32",), (0.5, 0.78, 1.0), activations=("swiglu",)),
         ),
         "smoke": _SMOKE,
     },
     "cuda": {
         "full": (
-            Grid(_ALL, (_GPU_BASE, _GPU_BIG), ("bfloat16", "float16", "float32"), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            Grid(OPERATORS, (_GPU_BASE, _GPU_BIG), ("bfloat16", "float16", "float32"), (0.3, 0.5, 0.78, 0.9, 1.0)),
             Grid(_GROUPED, (_GPU_MIXED,), ("bfloat16",), _DENSITIES),
-            *_others(_GPU_BIG, _GPU_GATED, ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0)),
+            _others((_GPU_BIG,), ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0), activations=("gelu",)),
+            _others((_GPU_GATED,), ("bfloat16",), (0.3, 0.5, 0.78, 0.9, 1.0), activations=("swiglu",)),
         ),
         "quick": (
-            Grid(_ALL, (_GPU_BIG,), ("bfloat16",), _DENSITIES),
+            Grid(OPERATORS, (_GPU_BIG,), ("bfloat16",), _DENSITIES),
             Grid(("row_sparse_adamw",), (_GPU_BIG,), ("float32",), _DENSITIES),
             Grid(
                 ("row_sparse_wgrad", "compact_ffn", "block"), (_GPU_BASE,), ("bfloat16",), (0.5, 0.78), compiled=False

@@ -20,9 +20,7 @@ of AdamW. ``saved``: bytes of the file that holds the result; the published code
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
 import importlib.util
 import io
 import sys
@@ -38,8 +36,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nspec
-from bench.machine import device_name, pick_device
-from bench.rows import Row, Writer, timing_fields
+from bench import cli
+from bench.report.cells import table as markdown
+from bench.report.figures import style
+from bench.rows import Row, timing_fields
 from bench.timing import interleaved, paired, peak_bytes, spread
 
 SHARES = (0.002, 0.01, 0.05)
@@ -127,21 +127,6 @@ def neurons_of(shape: Shape, share: float) -> list[Tensor]:
     return [torch.randperm(shape.d_ff, generator=generator)[:count].sort().values for _ in range(shape.layers)]
 
 
-def full(model: Any) -> System:
-    """All parameters."""
-    return System("full", 0.0, model, list(model.parameters()))
-
-
-def lora(model: Any) -> System:
-    """Rank 16 on the seven linear layers of each block."""
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers renames
-        wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules=LINEARS))
-    return System("lora", 0.0, wrapped, [p for p in wrapped.parameters() if p.requires_grad])
-
-
 class _Published(nn.Module):
     """A gated block whose rows are scattered into a clone of each weight at every call."""
 
@@ -159,25 +144,29 @@ class _Published(nn.Module):
         return functional.linear(hidden, down)
 
 
-def published(model: Any, shape: Shape, share: float) -> System:
-    """The same neurons as :func:`neurons`, as published code trains them."""
-    model.requires_grad_(False)
-    trained: list[Tensor] = []
-    for layer, index in zip(model.model.layers, neurons_of(shape, share)):
-        layer.mlp = block = _Published(layer.mlp, index)
-        trained += [block.gate, block.up, block.down]
-    return System("published", share, model, trained)
+def build(name: str, model: Any, shape: Shape, share: float = 0.0) -> System:
+    """A system made of a fresh model; of ``published`` and ``neurons`` with that share of the neurons, the same ones."""
+    if name == "lora":
+        from peft import LoraConfig, get_peft_model
 
-
-def neurons(model: Any, shape: Shape, share: float) -> System:
-    """``nspec.finetune``, in the dtype of the weights, as the other systems."""
-    masks = {
-        f"model.layers.{number}.mlp.gate_proj": torch.zeros(shape.d_ff, dtype=torch.bool).index_fill_(0, index, True)
-        for number, index in enumerate(neurons_of(shape, share))
-    }
-    dtype = model.model.layers[0].mlp.gate_proj.weight.dtype
-    nspec.finetune(model, nspec.NeuronMasks({"task": masks}), dtype=dtype, quiet=True)
-    return System("neurons", share, model, [p for p in model.parameters() if p.requires_grad])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft calls what Transformers renames
+            model = get_peft_model(model, LoraConfig(r=RANK, target_modules=LINEARS))
+    elif name == "published":
+        model.requires_grad_(False)
+        for layer, index in zip(model.model.layers, neurons_of(shape, share)):
+            frozen = layer.mlp
+            layer.mlp = _Published(frozen, index)
+    elif name == "neurons":
+        masks = {
+            f"model.layers.{number}.mlp.gate_proj": torch.zeros(shape.d_ff, dtype=torch.bool).index_fill_(
+                0, index, True
+            )
+            for number, index in enumerate(neurons_of(shape, share))
+        }
+        dtype = model.model.layers[0].mlp.gate_proj.weight.dtype  # as the other systems
+        nspec.finetune(model, nspec.NeuronMasks({"task": masks}), dtype=dtype, quiet=True)
+    return System(name, share, model, [p for p in model.parameters() if p.requires_grad])
 
 
 def check(ours: System, theirs: System, ids: Tensor) -> None:
@@ -216,21 +205,14 @@ def saved_bytes(system: System) -> int:
 
 
 def measure(
-    shape: Shape,
-    shares: Sequence[float],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    most_seconds: float,
+    shape: Shape, shares: Sequence[float], device: torch.device, dtype: torch.dtype, rounds: int, most_seconds: float
 ) -> Iterator[Row]:
     """A row for each system."""
-    systems = [full(base(shape, device, dtype))]
+    named = [("full", 0.0), ("lora", 0.0), ("published", max(shares)), *(("neurons", share) for share in shares)]
     if importlib.util.find_spec("peft") is None:
         print("lora is left out: peft is not installed (pip install 'nspec[bench]')", file=sys.stderr)
-    else:
-        systems.append(lora(base(shape, device, dtype)))
-    systems += [published(base(shape, device, dtype), shape, max(shares))]
-    systems += [neurons(base(shape, device, dtype), shape, share) for share in shares]
+        named.pop(1)
+    systems = [build(name, base(shape, device, dtype), shape, share) for name, share in named]
     generator = torch.Generator().manual_seed(2)
     size = (shape.tokens // shape.sequence, shape.sequence)
     batches = [torch.randint(0, VOCABULARY, size, generator=generator).to(device) for _ in range(4)]
@@ -247,10 +229,7 @@ def measure(
             "system": system.name,
             "share": system.share,
             "shape": shape.name,
-            "d_model": shape.d_model,
-            "d_ff": shape.d_ff,
-            "layers": shape.layers,
-            "tokens": shape.tokens,
+            **{name: getattr(shape, name) for name in ("d_model", "d_ff", "layers", "tokens")},
             "dtype": str(dtype).removeprefix("torch."),
             **timing_fields(times["full"], mine),
             "tokens_per_second": round(shape.tokens / spread(mine).median, 1),
@@ -267,8 +246,6 @@ def measure(
                 row |= {f"over_{other}": round(ratio.median, 4)}
                 row |= {f"over_{other}_low": round(ratio.low, 4), f"over_{other}_high": round(ratio.high, 4)}
         yield row
-    del systems
-    gc.collect()
 
 
 def label(row: Row) -> str:
@@ -279,22 +256,19 @@ def label(row: Row) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
-    head = (
-        f"{'system':24} {'ms/step':>9} {'tokens/s':>9} {'x full':>19} {'x LoRA':>19} {'x published':>19} "
-        f"{'trained':>11} {'state MB':>9} {'peak MB':>8} {'saved MB':>9}"
-    )
-    lines = [head]
-    for row in rows:
-        lines.append(
-            f"{label(row):24} {row['milliseconds']:9.1f} {row['tokens_per_second']:9.0f} {_ratio(row, 'speedup'):>19} "
-            f"{_ratio(row, 'over_lora'):>19} {_ratio(row, 'over_published'):>19} {row['trained']:11,} "
-            f"{row['state_bytes'] / 1e6:9.2f} {row['peak_bytes'] / 1e6:8.1f} {row['saved_bytes'] / 1e6:9.2f}"
-        )
-    return "\n".join(lines)
 
+    def ratio(row: Row, name: str) -> str:
+        return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]" if name in row else ""
 
-def _ratio(row: Row, name: str) -> str:
-    return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]" if name in row else ""
+    header = ["system", "ms/step", "tokens/s", "x full", "x LoRA", "x published"]
+    header += ["trained", "state MB", "peak MB", "saved MB"]
+    body = [
+        [label(row), f"{row['milliseconds']:.1f}", f"{row['tokens_per_second']:.0f}"]
+        + [ratio(row, name) for name in ("speedup", "over_lora", "over_published")]
+        + [f"{row['trained']:,}", *(f"{row[name] / 1e6:.2f}" for name in ("state_bytes", "peak_bytes", "saved_bytes"))]
+        for row in rows
+    ]
+    return "\n".join(markdown(header, body))
 
 
 _LABELS = {
@@ -334,13 +308,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.annotate(words, (share, value), xytext=(x, y), textcoords="offset points", fontsize=7.5, ha=align)
             if name == "speedup":
                 axes.vlines(share, row["speedup_low"], row["speedup_high"], color=colours[row["system"]], linewidth=1)
+        style(axes, title, "share of the model that is trained, %")
         axes.set_xscale("log")
-        axes.set_xlabel("share of the model that is trained, %")
-        axes.set_title(title, fontsize=10, loc="left")
         axes.margins(x=0.2, y=0.2)
-        axes.grid(True, axis="y", linewidth=0.5)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     one = rows[0]
     figure.suptitle(
         f"Llama blocks, d {one['d_model']}, d_ff {one['d_ff']}, {one['layers']} layers, {one['tokens']} tokens, "
@@ -351,41 +321,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m bench.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--shape", choices=SHAPES, help="default: small on a CPU, large on a GPU")
-    made.add_argument(
-        "--shares", type=float, nargs="+", default=list(SHARES), help="of neurons (default: 0.002 0.01 0.05)"
-    )
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    made.add_argument("--rounds", type=int, default=21, help="at least so many (default: 21)")
-    made.add_argument("--seconds", type=float, default=180, help="no round begins after so many (default: 180)")
-    made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="appends the rows to this file")
-    made.add_argument("--figure", type=Path, metavar="FILE", help="draws speed and memory against the trained share")
-    return made
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; the exit status."""
-    args = parser().parse_args(arguments)
-    if wrong := [share for share in args.shares if not 0 < share <= 1]:
-        parser().error(f"--shares: expected numbers in (0, 1], found {wrong[0]:g}")
-    try:
-        device = pick_device(args.device)
-    except (ValueError, RuntimeError) as error:
-        parser().error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    made = cli.parser("bench.finetune", __doc__, "", "set")
+    add = made.add_argument
+    add("--shape", choices=SHAPES, help="default: small on a CPU, large on a GPU")
+    add("--shares", type=cli.share, nargs="+", default=list(SHARES), help="of neurons (default: 0.002 0.01 0.05)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--rounds", type=cli.count, default=21, help="at least so many (default: 21)")
+    add("--seconds", type=float, default=180, help="no round begins after so many (default: 180)")
+    add("--figure", type=Path, metavar="FILE", help="draws speed and memory against the trained share")
+    args = made.parse_args(arguments)
+    device, write = cli.started(made, args)
     gpu = device.type == "cuda"
     shape = SHAPES[args.shape or ("large" if gpu else "small")]
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
-    print(f"{shape}, {dtype}, on {device_name(device)}", flush=True)
-    write = Writer(args.json, device)
+    print(f"{shape}, {dtype}", flush=True)
     rows = [write(row) for row in measure(shape, args.shares, device, dtype, args.rounds, args.seconds)]
     print(table(rows), flush=True)
     if args.figure is not None:

@@ -4,8 +4,8 @@ usage='usage: bench/gpu_check.sh FOLDER [--call 1|2|3] [--only PARTS] [--device 
 What wants a GPU, in commands of at most eight minutes, without a network. Runs from anywhere; the package need not be
 installed.
 
-FOLDER    new or empty; gets log.txt, rows.jsonl, summary.json, report.md with at most three figures, and training.html,
-          none of them larger than 16 MB
+FOLDER    new or empty; gets log.txt, rows.jsonl, summary.json, report.md with three figures, and training.html, none
+          of them larger than 16 MB
 --call    which parts (default: 1)
             1  does each kernel launch and is it right; what each takes on the device; operators; a training step; the
                tests marked gpu
@@ -59,14 +59,11 @@ esac
 declare -A shares=([environment]=15 [small_calls]=45 [probe]=110 [compact_ffn]=35 [block]=25 [row_sparse_wgrad]=30
   [linear_relu_count]=8 [row_sparse_adamw]=15 [steps]=75 [gpu_tests]=110 [tuning]=90 [compiled]=100 [base]=60 [grouped]=60
   [all_steps]=180 [profiling]=40 [finetune]=90 [training]=90 [memcheck]=60 [counters]=60 [report]=10)
-named='operators, environment, small_calls, probe, compact_ffn, block, row_sparse_wgrad, linear_relu_count,
-  row_sparse_adamw, steps, gpu_tests, tuning, compiled, base, grouped, all_steps, profiling, finetune, training,
-  memcheck, counters'
 if [ -n "$only" ]; then
   parts=()
   for part in ${only//,/ }; do
     if [ "$part" = operators ]; then parts+=("${operators[@]}"); continue; fi
-    [ -n "${shares[$part]:-}" ] || fail "--only $part: there is no such part; there are ${named//$'\n' /}"
+    [ -n "${shares[$part]:-}" ] || fail "--only $part: there is no such part; there are operators ${!shares[*]}"
     [ "$part" = report ] || parts+=("$part")
   done
 fi
@@ -83,12 +80,8 @@ PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" > /dev/null || fail "no interpreter $PYTHON; set PYTHON to one"
 case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac  # it is run from $root
 if [ "$device" = cuda ]; then
-  "$PYTHON" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 77)'
-  case $? in
-    0) ;;
-    77) fail "the PyTorch of $PYTHON sees no GPU; --device cpu runs the parts without one" ;;
-    *) fail "$PYTHON cannot import torch; set PYTHON to an interpreter that has it" ;;
-  esac
+  "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+    fail "the PyTorch of $PYTHON sees no GPU; --device cpu runs the parts without one"
 fi
 mkdir -p "$folder" || fail "cannot make the folder $folder"
 folder=$(cd "$folder" && pwd) || fail "cannot enter the folder $folder"
@@ -133,25 +126,7 @@ print(m.device_name(m.pick_device(sys.argv[1])), "| commit", m.commit() or "unkn
 env.main()' "$device"
 }
 
-small_calls() {
-  local operator process code=0
-  local -a processes=()
-  # Each into a file of its own, so that what they say of an error stays together.
-  for operator in linear_relu_count row_sparse_wgrad compact_ffn compact_fc1 compact_fc2 gated_activation neuron_wgrad \
-    write_neurons row_sparse_adamw; do
-    run_python -m bench.gpu.small_calls --device "$device" --operators "$operator" > "$work/$operator.said" 2>&1 &
-    processes+=($!)
-  done
-  for process in "${processes[@]}"; do wait "$process" || code=$?; done
-  said
-  return $code
-}
-said() { # what processes side by side have said, one after the other
-  local file
-  for file in "$work"/*.said; do
-    [ ! -f "$file" ] || { cat "$file"; rm "$file"; }
-  done
-}
+small_calls() { run_python -m bench.gpu.small_calls --device "$device" --apart; }
 
 probing() { # with the experiments; all but tiny sizes are called full there
   run_python -m bench.gpu.probe --device "$device" --set "${set/quick/full}" --json "$folder/rows.jsonl" --only "$1"
@@ -209,7 +184,7 @@ gpu_tests() {
     parallel=(-n $((workers < 12 ? workers : 12)))
   fi
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu\b' tests)
-  run_python -m pytest -q -m gpu -p bench.gpu.pytest_stand_ins -p no:cacheprovider --tb=short --durations=5 \
+  run_python -m pytest -q -m gpu -p no:cacheprovider --tb=short --durations=5 \
     "${parallel[@]}" "${files[@]}"
 }
 
@@ -248,46 +223,33 @@ counters() {
 }
 
 report() {
-  local figure count=0
   [ -s "$folder/rows.jsonl" ] || { echo 'no rows: nothing has been measured'; return 77; }
-  run_python -m bench.report "$folder/rows.jsonl" --out "$work/report" || return
-  cp "$work/report/report.md" "$folder/" || return
-  for figure in "$work"/report/*.svg; do
-    [ ! -f "$figure" ] || ((count++ >= 3)) || cp "$figure" "$folder/" || return
-  done
+  run_python -m bench.report "$folder/rows.jsonl" --out "$folder"
 }
 
-export -f "${!shares[@]}" run_python said probing benchmark operators kernels tool
-
-# The report has its share whatever the parts before it took.
-kept=$((shares[report] * budget / total))
-((kept > 0)) || kept=1
+export -f "${!shares[@]}" run_python probing benchmark operators kernels tool
 
 statuses=() times=() lost=()
-status=0 stopped=0
+status=0 stopped=0 shared=0
 for number in "${!parts[@]}"; do
-  part=${parts[number]} later=0
-  for after in "${parts[@]:number+1}"; do ((later += shares[$after])); done
-  left=$((budget - SECONDS))
-  if [ "$part" = report ]; then
-    limit=$((left > kept ? left : kept))
-  else
-    left=$((left - kept))
-    limit=$((left - later * budget / total + kept)) # of what comes later, the report's share has been taken
-    share=$((shares[$part] * budget / total))
-    ((limit >= share)) || limit=$((share < left ? share : left))
-    ((limit > 0)) || limit=0
+  part=${parts[number]}
+  # Each ends when the shares up to its own have passed; the report has its share whatever the parts before it took.
+  ((shared += shares[$part]))
+  limit=$(((shared * budget + total - 1) / total - SECONDS))
+  if [ "$part" = report ] && ((limit < 1 + shares[report] * budget / total)); then
+    limit=$((1 + shares[report] * budget / total))
   fi
   # Of the limit, a part that is interrupted has these tenths of a second to end in.
   grace=$((limit < 40 ? limit * 10 / 4 : 100)) told=$((limit * 10))
   ((told -= grace))
   ((stopped = interrupted))
   began=${EPOCHREALTIME/[.,]/}
+  printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
   if ((stopped)) && [ "$part" != report ]; then
     code=-2
-    printf '\n== %s\n' "$part"
-  elif ((limit > 0)); then
-    printf '\n== %s, at most %d s, %d s after the start\n' "$part" "$limit" "$SECONDS"
+  elif ((limit <= 0)); then
+    code=-1
+  else
     timeout --signal=INT --kill-after="$((grace / 10)).$((grace % 10))" "$((told / 10)).$((told % 10))" \
       bash -c "$part" < /dev/null &
     child=$!
@@ -300,11 +262,7 @@ for number in "${!parts[@]}"; do
     done
     kill -KILL -- "-$child" 2> /dev/null  # its process group: what is left of a part would hold memory, and pipes
     child=''
-    said
     ((interrupted == stopped)) || code=-2
-  else
-    code=-1
-    printf '\n== %s, %d s after the start\n' "$part" "$SECONDS"
   fi
   elapsed=$(((${EPOCHREALTIME/[.,]/} - began) / 100000)) # tenths of a second
   case $code in
@@ -323,13 +281,12 @@ done
 
 # A line a part, so that it can be read with the eye too.
 {
-  printf '{"device": "%s", "set": "%s", "commit": "%s", "seconds": %d, "parts": [\n' "$device" "$set" "$NSPEC_COMMIT" "$SECONDS"
+  printf '{"device": "%s", "set": "%s", "commit": "%s", "seconds": %d, "parts": [' "$device" "$set" "$NSPEC_COMMIT" "$SECONDS"
   for number in "${!parts[@]}"; do
-    ((number + 1 < ${#parts[@]})) && comma=, || comma=
-    printf '  {"part": "%s", "status": "%s", "seconds": %s}%s\n' "${parts[number]}" "${statuses[number]}" \
-      "${times[number]}" "$comma"
+    ((number == 0)) || printf ,
+    printf '\n  {"part": "%s", "status": "%s", "seconds": %s}' "${parts[number]}" "${statuses[number]}" "${times[number]}"
   done
-  echo ']}'
+  printf '\n]}\n'
 } > "$folder/summary.json"
 
 most=$((16 * 1000 * 1000 - 1000))

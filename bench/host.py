@@ -12,34 +12,28 @@ row. float16 stands for both 16-bit dtypes, which go the same way.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import functools
 import io
 import itertools
-import os
 import pstats
+import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bench import cli
 from bench.fake_gpu import PRODUCTS, FakeGpu, install
 from bench.machine import device_name, stamp
-from bench.providers.blocks import dense_block
+from bench.providers.block import dense_block
 from bench.rows import Row, Writer, figure
 from bench.timing import in_rounds, paired, spread
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from nspec.nn.masked_linear import Mode
@@ -219,8 +213,7 @@ def _dense(dtype: torch.dtype) -> dict[str, Measured]:
         dense = name + DENSE
         found[dense] = Measured(_step(dense_block(activation, D_MODEL, D_FF)[0], dtype, False), dense)
     if dtype != torch.float32:
-        model, _ = dense_block("relu", D_MODEL, D_FF)
-        found[DENSE_AUTOCAST] = Measured(_step(model, dtype, True), DENSE_AUTOCAST)
+        found[DENSE_AUTOCAST] = Measured(_step(dense_block("relu", D_MODEL, D_FF)[0], dtype, True), DENSE_AUTOCAST)
     return found
 
 
@@ -273,8 +266,6 @@ def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> l
 
 def _switches() -> int:
     """How often the thread has lost its core."""
-    if resource is None:
-        return 0
     used = resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF))
     return used.ru_nivcsw + used.ru_nvcsw
 
@@ -316,29 +307,20 @@ def profile(call: Call, calls: int) -> str:
     return text.getvalue()
 
 
-def _rounds(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 2 where the GPU path cannot run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=_rounds, default=200, help="of each row and the dense block (default: 200)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: float16)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name contains this")
-    parser.add_argument("-v", "--names", action="store_true", help="name what is counted")
-    parser.add_argument("--counts", action="store_true", help="print the counts alone, as the test holds them")
-    parser.add_argument("--profile", metavar="NAME", help="profile the row of this name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file that rows are appended to")
+    parser = cli.parser("bench.host", __doc__, "", "set", "device", "threads")
+    add = parser.add_argument
+    add("--rounds", type=cli.count, default=200, help="of each row and the dense block (default: 200)")
+    add("--dtype", choices=DTYPES, default="float16", help="(default: float16)")
+    add("--only", metavar="TEXT", default="", help="rows whose name contains this")
+    add("-v", "--names", action="store_true", help="name what is counted")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--counts", action="store_true", help="print the counts alone, as the test holds them")
+    instead.add_argument("--profile", metavar="NAME", help="profile the row of this name")
     args = parser.parse_args(arguments)
     if args.json is not None and (args.counts or args.profile is not None):
         parser.error("--json takes rows with their times; --counts and --profile measure none: leave it out")
-    if args.counts and args.profile is not None:
-        parser.error("--counts and --profile print different things; give one of them")
     try:
         fake = install()
     except RuntimeError as error:
@@ -347,14 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     every = rows(DTYPES[args.dtype])
+    chosen = {name: row for name, row in every.items() if args.only in name}
+    if not chosen or args.profile not in (None, *every):
+        parser.error(f"--only and --profile: expected (a part of) one of {', '.join(map(repr, every))}")
     if args.profile is not None:
-        if args.profile not in every:
-            parser.error(f"--profile {args.profile!r}: expected one of {', '.join(map(repr, every))}")
         print(profile(every[args.profile].call, args.rounds))
         return 0
-    chosen = {name: row for name, row in every.items() if args.only in name}
-    if not chosen:
-        parser.error(f"--only {args.only!r} is in no name; there are {', '.join(map(repr, every))}")
     if args.counts:
         for name, row in chosen.items():
             print(f'    "{name}": {totals(counts(row.call, fake))},', flush=True)
@@ -370,16 +350,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def command() -> int:
-    """As :func:`main`; quiet where nobody reads on, as after ``| head``."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what Python still holds goes
-        return 1
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

@@ -18,19 +18,19 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bench import cli, trouble
-from bench.cases import BATCHES, DTYPES, OPERATORS, Case, cases, target
+from bench.cases import ACTIVATIONS, BATCHES, DTYPES, OPERATORS, Case, cases, target
 from bench.ceilings import ceilings
-from bench.providers import Problem, problem
-from bench.providers.blocks import ACTIVATIONS
+from bench.providers import problem
+from bench.providers.shared import Problem
 from bench.report.cells import per_second
 from bench.rows import Row, Writer, line, timing_fields
-from bench.timing import Call, interleaved, interleaved_on_device, peak_bytes, synchronize
+from bench.timing import interleaved, interleaved_on_device, peak_bytes
 
 WHOLE_CASE = "every provider"
 """In the place of a provider, in the row of a case that could not be measured."""
@@ -47,7 +47,7 @@ def rows_of(
 ) -> Iterator[Row]:
     """Checks and times the providers of a case: one row each, and one for each that cannot run, raises or is wrong.
 
-    Without a baseline, which all ratios are over, nothing is timed.
+    Without a baseline, which all ratios are over, nothing is timed. What raises when it is timed ends the case.
 
     Args:
         made: the case with its inputs.
@@ -57,47 +57,31 @@ def rows_of(
         memory: measure peak memory too.
         again: makes the inputs anew for the second half of the rounds. Where memory lies decides how fast a product
             runs, for as long as it lies there.
-
-    Raises:
-        trouble.DeviceLost: after this error nothing more can be measured.
     """
-    case, base, absent = made.case, made.baseline.name, made.absent
+    case, base, absent = made.case, made.providers[0].name, made.absent
     failed: dict[str, str] = {}
 
-    def fails(name: str, error: Exception) -> None:
+    for name, error in made.wrong().items():
         wrong = isinstance(error, AssertionError)  # a wrong result: where it was noticed says nothing
         if wrong:
             print(f"error: not timed: {error}", file=sys.stderr, flush=True)
-        said = "" if wrong else trouble.report(f"not timed: {case.label}, {name}", error, device)
-        failed[name] = f"WRONG: {error}" if wrong else said
-
-    for name, error in made.wrong().items():
-        fails(name, error)
+        failed[name] = f"WRONG: {error}" if wrong else trouble.report(f"not timed: {case.label}, {name}", error)
     times: dict[str, list[float]] = {}
     on_device: dict[str, list[float]] = {}
     gpu = device.type == "cuda"
     halves = 1 if again is None else 2
-    for half in range(halves):
+    share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
+    for half in range(halves if base not in failed else 0):
         if half == 1 and again is not None:
             del made  # before the next, so that both need not fit
             made = again()
-        share, some = most_seconds / halves / (2 if gpu else 1), -(-rounds // halves)
-        while base not in failed:
-            calls = {one.name: one.call for one in made.providers if one.name not in failed}
-            try:
-                part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
-                queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share) if gpu else {}
-            except Exception:
-                if not (found := raising(calls, device)):
-                    raise
-                for name, error in found.items():
-                    fails(name, error)
-                continue  # the others once more, so that all rounds have the same providers
-            done = max(map(len, queued.values()), default=0)
-            for name, values in part.items():
-                times.setdefault(name, []).extend(values)
-                on_device.setdefault(name, []).extend(queued.get(name, [math.nan] * done))
-            break
+        calls = {one.name: one.call for one in made.providers if one.name not in failed}
+        part = interleaved(calls, device, rounds=some, least_seconds=share / 2, most_seconds=share, always=4)
+        queued = interleaved_on_device(calls, device, rounds=some, most_seconds=share) if gpu else {}
+        done = max(map(len, queued.values()), default=0)
+        for name, values in part.items():
+            times.setdefault(name, []).extend(values)
+            on_device.setdefault(name, []).extend(queued.get(name, [math.nan] * done))
     common = {**fields_of(case), "baseline": base}
     if base in failed:
         others = (one.name for one in made.providers if one.name not in failed)
@@ -131,18 +115,6 @@ def fields_of(case: Case) -> Row:
     """What a row says of its case."""
     named = ("operator", "activation", "tokens", "d_model", "d_ff", "tasks", "dtype", "density", "active")
     return {name: getattr(case, name) for name in named}
-
-
-def raising(calls: Mapping[str, Call], device: torch.device) -> dict[str, Exception]:
-    """Those of some calls that raise, each made once, and what they raise."""
-    found: dict[str, Exception] = {}
-    for name, call in calls.items():
-        try:
-            call(0)
-            synchronize(device)
-        except Exception as error:
-            found[name] = error
-    return found
 
 
 def show(row: Row) -> None:
@@ -182,22 +154,9 @@ def measure(
         except Exception as error:
             wrong += 1
             provider = f"all but {', '.join(row['provider'] for row in done)}" if done else WHOLE_CASE
-            lost = False
-            try:
-                reason = trouble.report(f"not timed: {case.label}", error, device)
-            except trouble.DeviceLost as end:
-                lost, reason = True, trouble.in_a_line(error) if end.__cause__ is error else str(end)
-            show(write(_lost(case, reason, provider)))
-            if lost:
-                print(f"error: {trouble.LOST}", file=sys.stderr, flush=True)
-                for other in chosen[number + 1 :]:
-                    write(_lost(other, "an error before it ended the use of the GPU"))
-                return wrong + len(chosen) - number - 1
+            lost = {"kind": "absent", **fields_of(case), "provider": provider, "failed": True}
+            show(write(lost | {"reason": trouble.report(f"not timed: {case.label}", error)}))
     return wrong
-
-
-def _lost(case: Case, reason: str, provider: str = WHOLE_CASE) -> Row:
-    return {"kind": "absent", **fields_of(case), "provider": provider, "reason": reason, "failed": True}
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:
@@ -214,14 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--operators", nargs="+", choices=OPERATORS)
     add("--activations", nargs="+", choices=ACTIVATIONS, help="blocks with these; relu: the operators too")
     add("--dtypes", nargs="+", choices=DTYPES)
-    add("--densities", type=float, nargs="+")
+    add("--densities", type=cli.share, nargs="+")
     add("--shapes", type=_shape, nargs="+", metavar="TOKENSxD_MODELxD_FF[xTASKS]")
     add("--batches", choices=BATCHES, default="all", help="of one task, of several, or all")
     add("--no-compile", action="store_true", help="without the torch.compile providers")
     add("--no-grouped", action="store_true", help="without those that call PyTorch's grouped product")
     add("--no-memory", action="store_true", help="without peak memory")
     add("--no-ceilings", action="store_true", help="without the device's best speeds")
-    add("--rounds", type=int, default=15, help="as many as fit into --seconds, at most about these")
+    add("--rounds", type=cli.count, default=15, help="as many as fit into --seconds, at most about these")
     add("--seconds", type=float, help="longest time for the rounds of one case")
     args = parser.parse_args(arguments)
     device, write = cli.started(parser, args)

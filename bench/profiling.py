@@ -30,7 +30,6 @@ from bench.steps.model import BASE, BIG, DTYPES, END, RESERVED, Batch, Shape, ba
 from bench.timing import interleaved, peak_bytes
 from nspec.specialization.feed_forward import FeedForward
 from nspec.specialization.layers import find_blocks
-from nspec.specialization.padding import RealTokens
 
 Corpus = dict[str, list[Batch]]
 """The batches of each task, on the CPU, as :func:`nspec.mt.text.collate.collate` makes them."""
@@ -104,24 +103,12 @@ def corpus(work: Work) -> Corpus:
 
 
 class HookCounts:
-    """The release's way of counting, with the option to leave padding out. ``totals[task][layer]``: int64 ``[d_ff]``.
+    """The release's way of counting, padding too. ``totals[task][layer]``: int64 ``[d_ff]``."""
 
-    Args:
-        pairs: the feed-forward layers.
-        tasks: names.
-        real: for :attr:`batch`, the bool mask of real tokens of a layer; None counts padding too, as the release does.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[FeedForward],
-        tasks: Sequence[str],
-        real: Callable[[str, Batch], Tensor | None] | None = None,
-    ) -> None:
+    def __init__(self, pairs: Sequence[FeedForward], tasks: Sequence[str]) -> None:
         self.totals = {task: {p.name: torch.zeros(p.d_ff, dtype=torch.int64) for p in pairs} for task in tasks}
         self.task = ""
-        self.batch: Batch = {}
-        self._pairs, self._real = pairs, real
+        self._pairs = pairs
 
     @contextmanager
     def attached(self) -> Iterator[HookCounts]:
@@ -135,11 +122,7 @@ class HookCounts:
 
     def _counting(self, pair: FeedForward) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            h = inputs[0].cpu().reshape(-1, pair.d_ff)
-            mask = self._real(pair.name, self.batch) if self._real else None
-            if mask is not None:
-                h = h[mask.reshape(-1)]
-            neurons = h.nonzero()[:, 1]
+            neurons = inputs[0].cpu().reshape(-1, pair.d_ff).nonzero()[:, 1]
             self.totals[self.task][pair.name] += torch.bincount(neurons, minlength=pair.d_ff)
 
         return hook
@@ -147,11 +130,11 @@ class HookCounts:
 
 @torch.no_grad()
 def run(model: nn.Module, text: Corpus, device: torch.device, counts: HookCounts | None = None) -> None:
-    """The model on every batch; ``counts``, attached by the caller, is told task and batch."""
+    """The model on every batch; ``counts``, attached by the caller, is told the task."""
     for task, batches in text.items():
+        if counts is not None:
+            counts.task = task
         for batch in batches:
-            if counts is not None:
-                counts.task, counts.batch = task, batch
             model(**{name: tensor.to(device) for name, tensor in batch.items()})
 
 
@@ -165,41 +148,38 @@ def release(model: nn.Module, text: Corpus, device: torch.device) -> HookCounts:
 def verify(model: nn.Module, text: Corpus, device: torch.device) -> None:
     """Compares the counts of ours with those of hooks.
 
-    Hooks that look on while ours computes must count the same integers, with padding and without it. The release's
-    count of a run of its own, whose products PyTorch computes, may differ where an activation is rounding noise around 0:
-    at most one in ten thousand in float32 and one in a hundred in 16 bits.
+    Hooks that look on while ours computes must count the same integers. The release's count of a run of its own, whose
+    products PyTorch computes, may differ where an activation is rounding noise around 0: at most one in ten thousand in
+    float32 and one in a hundred in 16 bits.
 
     Raises:
         RuntimeError: they differ.
     """
-    pairs, real = find_blocks(model), RealTokens(model)
-    for padding in ("include", "exclude"):
-        hooks = HookCounts(pairs, list(text), real if padding == "exclude" else None)
+    hooks = HookCounts(find_blocks(model), list(text))
 
-        def told(task: str, batches: list[Batch], hooks: HookCounts = hooks) -> Iterator[Batch]:
-            for batch in batches:
-                hooks.task, hooks.batch = task, batch
-                yield batch
+    def told(task: str, batches: list[Batch]) -> Iterator[Batch]:
+        hooks.task = task
+        yield from batches
 
-        with hooks.attached():
-            ours = nspec.profile(model, {t: told(t, batches) for t, batches in text.items()}, padding=padding)
-        for task, layer, count in _each(ours):
-            if not torch.equal(count, hooks.totals[task][layer]):
-                wrong = int((count != hooks.totals[task][layer]).sum())
-                raise RuntimeError(
-                    f"{task}, {layer}, padding {padding}: nspec.profile counts {wrong} of {len(count)} neurons unlike "
-                    "hooks on the same activations; expected equal counts"
-                )
-        if padding == "include":
-            theirs = release(model, text, device).totals
-            off = sum(int((count - theirs[task][layer]).abs().sum()) for task, layer, count in _each(ours))
-            every = sum(int(count.sum()) for _, _, count in _each(ours))
-            bound = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
-            if every == 0 or off > bound * every:
-                raise RuntimeError(
-                    f"nspec.profile counts {every} activations and the release's way differs in {off}; "
-                    f"expected at most one in {round(1 / bound)}"
-                )
+    with hooks.attached():
+        ours = nspec.profile(model, {task: told(task, batches) for task, batches in text.items()}, padding="include")
+    theirs = release(model, text, device).totals
+    off = every = 0
+    for task, layer, count in _each(ours):
+        if not torch.equal(count, hooks.totals[task][layer]):
+            wrong = int((count != hooks.totals[task][layer]).sum())
+            raise RuntimeError(
+                f"{task}, {layer}: nspec.profile counts {wrong} of {len(count)} neurons unlike hooks on the same "
+                "activations; expected equal counts"
+            )
+        off += int((count - theirs[task][layer]).abs().sum())
+        every += int(count.sum())
+    bound = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    if every == 0 or off > bound * every:
+        raise RuntimeError(
+            f"nspec.profile counts {every} activations and the release's way differs in {off}; "
+            f"expected at most one in {round(1 / bound)}"
+        )
 
 
 def _each(counts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:

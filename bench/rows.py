@@ -22,7 +22,6 @@ from bench.timing import spread
 
 Row = dict[str, Any]
 
-
 TIMES = ("milliseconds", "milliseconds_low", "milliseconds_high", "speedup", "speedup_low", "speedup_high")
 
 
@@ -46,15 +45,15 @@ def timing_fields(base: Sequence[float], own: Sequence[float], prefix: str = "",
 class Writer:
     """Appends stamped rows to a file, each complete on disk before the next is measured; without a file it only stamps.
 
-    A last line that a killed process has left half written is taken off first, with a warning: it is no row, and the next
-    row would be lost behind it.
+    A last line that a killed process has left half written is taken off first: the next row would be lost behind it.
     """
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
         self._path, self._device = path, device
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _mend(path)
+            if path.is_file() and (text := path.read_text(encoding="utf-8")):
+                path.write_text("".join(f"{line}\n" for line in _whole(path, text)), encoding="utf-8")
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
         """Writes and returns the row with its stamp."""
@@ -65,32 +64,17 @@ class Writer:
         return whole
 
 
-def torn(text: str) -> bool:
-    """Whether the last line is the beginning of a row, as a process leaves it that is killed while it writes."""
-    last = text[text.rfind("\n") + 1 :]
-    if not last.startswith("{"):
-        return False
-    try:
-        json.loads(last)
-    except json.JSONDecodeError:
-        return True
-    return False
-
-
-def _mend(path: Path) -> None:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if torn(text):
-        _warn(path, len(text.splitlines()), "taken off")
-        with open(path, "r+b") as file:
-            file.truncate(len(text[: text.rfind("\n") + 1].encode()))
-    elif text and not text.endswith("\n"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n")
-
-
-def _warn(path: Path, number: int, done: str) -> None:
-    said = "is cut short, as by a process that was killed while it wrote"
-    print(f"warning: {path}, line {number} {said}; {done}", file=sys.stderr, flush=True)
+def _whole(path: Path, text: str) -> list[str]:
+    """The lines of a file without a last one that is the beginning of a row, of which it warns."""
+    lines = text.splitlines()
+    if lines and lines[-1].startswith("{") and not text.endswith("\n"):
+        try:
+            json.loads(lines[-1])
+        except json.JSONDecodeError:
+            said = "is cut short, as by a process that was killed while it wrote; left out"
+            print(f"warning: {path}, line {len(lines)} {said}", file=sys.stderr, flush=True)
+            lines.pop()
+    return lines
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
@@ -101,12 +85,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
     """
     rows = []
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        if torn(text):
-            _warn(path, len(lines), "left out")
-            lines.pop()
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_whole(path, path.read_text(encoding="utf-8")), start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

@@ -22,8 +22,8 @@ import torch
 
 from bench.cases import Case, cases
 from bench.machine import pick_device, stamp
-from bench.providers import Problem, problem
-from bench.providers.shared import BACKENDS
+from bench.providers import problem
+from bench.providers.shared import Problem
 from bench.timing import synchronize
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (extra `bench`)")
@@ -34,10 +34,7 @@ def _names(case: Case, device: torch.device) -> list[str]:
     """The providers of such a case, seen on a tiny one: making a large one for its names alone would take seconds."""
     tiny = replace(case, tokens=32, d_model=32, d_ff=64, tasks=min(case.tasks, 2))
     with mock.patch("torch.compile", lambda function, **_: function):
-        names = [provider.name for provider in problem(tiny, device).providers]
-    found = [name for name in names if not name.startswith("ours: ")]
-    # Which backend `ours` is depends on the shape, so each is listed; that which it is skips.
-    return found + [f"ours: {name}" for name in BACKENDS if "ours" in names]
+        return [one.name for one in problem(tiny, device).providers if not one.name.startswith("ours: ")]
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,17 +48,13 @@ def _problem(case: Case, device: torch.device) -> Problem:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each case and provider."""
-    if "provider" not in metafunc.fixturenames:
-        return
-    options = metafunc.config.option
-    device = pick_device(options.bench_device)
-    chosen = cases(options.bench_set, device.type, compiled=options.bench_set == "full")
-    parameters = [
-        pytest.param(case, name, device, id=f"{case.label}, {name}")
-        for case in chosen
-        for name in _names(replace(case, density=1.0), device)
-    ]
-    metafunc.parametrize(("case", "provider", "device"), parameters)
+    if "provider" in metafunc.fixturenames:
+        options = metafunc.config.option
+        device = pick_device(options.bench_device)
+        chosen = cases(options.bench_set, device.type, compiled=options.bench_set == "full")
+        named = ((case, name) for case in chosen for name in _names(replace(case, density=1.0), device))
+        parameters = [pytest.param(case, name, device, id=f"{case.label}, {name}") for case, name in named]
+        metafunc.parametrize(("case", "provider", "device"), parameters)
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.25, disable_gc=True)
@@ -70,9 +63,7 @@ def test_operator(benchmark: Any, case: Case, provider: str, device: torch.devic
     made = _problem(case, device)
     one = next((one for one in made.providers if one.name == provider), None)
     if one is None:
-        taken = next((own.backend for own in made.providers if own.name == "ours"), "")
-        other = "it is `ours` here" if provider == f"ours: {taken}" else "this backend does not take the call"
-        pytest.skip(made.absent.get(provider, other))
+        pytest.skip(made.absent.get(provider, "it does not take the case"))
     replace(made, providers=[one]).check()
     numbers = itertools.count()
 

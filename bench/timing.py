@@ -85,16 +85,22 @@ def _by_events(device: torch.device, work: Callable[[], object], sleep: int = 0)
     return float(start.elapsed_time(end)) / 1e3, ahead
 
 
-def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) -> float:
-    """Mean seconds as called of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
-
-    On a GPU by device events: where the host is too slow to keep the device busy, the gaps count, as they do for a user.
-    """
+def _calling(call: Call, first: int, calls: int) -> Callable[[], None]:
+    """So many calls in a row, on input sets ``first``, ``first + 1``, ..."""
 
     def work() -> None:
         for number in range(calls):
             call(first + number)
 
+    return work
+
+
+def seconds(call: Call, device: torch.device, first: int = 0, calls: int = 1) -> float:
+    """Mean seconds as called of ``calls`` calls in a row, on input sets ``first``, ``first + 1``, ...
+
+    On a GPU by device events: where the host is too slow to keep the device busy, the gaps count, as they do for a user.
+    """
+    work = _calling(call, first, calls)
     if device.type == "cuda":
         return _by_events(device, work)[0] / calls
     began = time.perf_counter()
@@ -122,12 +128,8 @@ def queued_seconds(call: Call, device: torch.device, first: int, queue: Queue) -
 
     The device sleeps first. If it still does when all calls are queued, it computes them without a gap.
     """
-
-    def work() -> None:
-        for number in range(queue.calls):
-            call(first + number)
-
-    taken, ahead = _by_events(device, work, sleep=int(queue.sleep * _cycles_per_second(device)))
+    sleep = int(queue.sleep * _cycles_per_second(device))
+    taken, ahead = _by_events(device, _calling(call, first, queue.calls), sleep)
     return taken / queue.calls if ahead else None
 
 
@@ -171,22 +173,20 @@ def interleaved(
         warmup: calls of each that are not timed: allocations, compilation, caches of code.
         always: so many rounds are done however long they take.
     """
-    names = list(calls)
     for number in range(warmup):
-        for name in names:
-            calls[name](number)
+        for call in calls.values():
+            call(number)
     synchronize(device)
-    repeat = dict.fromkeys(names, 1)
+    repeat = dict.fromkeys(calls, 1)
     if device.type == "cuda":
-        for name in names:
-            once = seconds(calls[name], device)
-            repeat[name] = max(1, min(MOST_CALLS, math.ceil(GPU_SAMPLE_SECONDS / max(once, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in names}
+        for name, call in calls.items():
+            repeat[name] = max(1, min(MOST_CALLS, math.ceil(GPU_SAMPLE_SECONDS / max(seconds(call, device), 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
 
     def sample(name: str, number: int) -> None:
         times[name].append(seconds(calls[name], device, first=number, calls=repeat[name]))
 
-    in_rounds(names, sample, rounds, least_seconds, most_seconds, always)
+    in_rounds(list(calls), sample, rounds, least_seconds, most_seconds, always)
     return times
 
 

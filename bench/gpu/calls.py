@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.adamw import adamw
 
 from bench.gpu.experiments import block_calls
 from bench.gpu.lab import Lab, Operands, backend, forget, launches
+from bench.providers.row_sparse_adamw import BETAS, BYTES_PER_ELEMENT, LAYERS, OPTIONS, STEP, torch_adamw
 from bench.providers.shared import random_sets
 from bench.rows import Row
 from nspec.kernels.common import products
@@ -65,15 +65,11 @@ def host(lab: Lab) -> Iterator[Row]:
         yield lab.row("E6", f"host: {name}", functools.partial(lab.host_microseconds, call), of="host")
 
 
-LAYERS, BYTES_PER_ELEMENT = 12, 28  # parameter, gradient, moments read, all but the gradient written
-
-
 def optimizer(lab: Lab) -> Iterator[Row]:
     """E7: AdamW over twelve fc1.weight, by density and by the elements of a program, and PyTorch's fused one."""
     ad = backend("row_sparse_adamw")
     d, d_ff = lab.shapes["big"]
     lists: list[list[Tensor]] = [[torch.rand(d_ff, d, device=lab.device) for _ in range(LAYERS)] for _ in range(4)]
-    options = {"step": 3, "lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
     for density in (0.5, 1.0):
         active = list(random_sets(LAYERS, d_ff, round(density * d_ff), lab.device))
         moved = BYTES_PER_ELEMENT * LAYERS * d * round(density * d_ff)
@@ -84,7 +80,7 @@ def optimizer(lab: Lab) -> Iterator[Row]:
                 forget(ad)
 
                 def call(active: list[Tensor] = active) -> None:
-                    ad.row_sparse_adamw_(*lists, active, **options)
+                    ad.row_sparse_adamw_(*lists, active, step=STEP, betas=BETAS, **OPTIONS)
 
                 def right(call: Callable[[], None] = call, elements: int = elements) -> str | None:
                     (one,) = launches(lab.device, call)
@@ -94,14 +90,8 @@ def optimizer(lab: Lab) -> Iterator[Row]:
                 yield lab.timed("E7", name, call, right=right, moved=moved)
     ad._kept.clear()
     forget(ad)
-    steps = [torch.tensor(2.0, device=lab.device) for _ in range(LAYERS)]
-
-    def fused() -> None:
-        adamw(
-            lists[0], lists[1], lists[2], lists[3], [], steps, fused=True, foreach=False, amsgrad=False, beta1=0.9,
-            beta2=0.98, lr=1e-4, weight_decay=0.01, eps=1e-6, maximize=False,
-        )  # fmt: skip
-
+    steps = [torch.tensor(float(STEP - 1), device=lab.device) for _ in range(LAYERS)]
+    fused = functools.partial(torch_adamw, tuple(lists), steps)  # type: ignore[arg-type]
     yield lab.timed("E7", "fused AdamW", fused, moved=BYTES_PER_ELEMENT * LAYERS * d * d_ff)
 
 
@@ -124,24 +114,24 @@ def graphs(lab: Lab) -> Iterator[Row]:
                 yield lab.absent("E8", name)
                 continue
             o = lab.operands(shape, density or 0.5)
-            call = dense(o) if density is None else public(o)
+            replayed = functools.partial(_replayed, lab, dense(o) if density is None else public(o))
+            yield lab.row("E8", name, replayed, flops=12 * lab.tokens * d * round((density or 1.0) * d_ff), moved=0)
 
-            def replayed(call: Callable[[], Any] = call) -> float:
-                side = torch.cuda.Stream(lab.device)
-                side.wait_stream(torch.cuda.current_stream(lab.device))
-                with torch.cuda.stream(side):  # what is compiled and loaded at first use must not fall into the capture
-                    for _ in range(3):
-                        call()
-                torch.cuda.current_stream(lab.device).wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    kept = call()
-                taken = lab.device_microseconds(graph.replay)
-                del kept
-                return taken
 
-            flops = 12 * lab.tokens * d * round((density or 1.0) * d_ff)
-            yield lab.row("E8", name, replayed, flops=flops, moved=0)
+def _replayed(lab: Lab, call: Callable[[], Any]) -> float:
+    """Microseconds of a call that is captured and replayed."""
+    side, main = torch.cuda.Stream(lab.device), torch.cuda.current_stream(lab.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # what is compiled and loaded at first use must not fall into the capture
+        for _ in range(3):
+            call()
+    main.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    taken = lab.device_microseconds(graph.replay)
+    del kept
+    return taken
 
 
 def mixed(lab: Lab) -> Iterator[Row]:

@@ -111,12 +111,10 @@ class Lab:
             return 1e6 * timing.seconds(numbered, self.device)
         call()
         call()
-        queue = timing.queue_for(numbered, self.device)
-        found = (
-            [] if queue is None else [timing.queued_seconds(numbered, self.device, 0, queue) for _ in range(SAMPLES)]
-        )
-        known = [value for value in found if value is not None]
-        if len(known) < 3:
+        found = []
+        if queue := timing.queue_for(numbered, self.device):
+            found = [timing.queued_seconds(numbered, self.device, 0, queue) for _ in range(SAMPLES)]
+        if len(known := [value for value in found if value is not None]) < 3:
             raise RuntimeError("the call waits for the device, so its kernels cannot be queued")
         return 1e6 * statistics.median(known)
 
@@ -165,9 +163,6 @@ class Lab:
             moved: bytes that have to be moved at least.
             right: says what is wrong with the result, if anything; called first.
             note: beside it.
-
-        Raises:
-            trouble.DeviceLost: after this error nothing more can be measured.
         """
         row: Row = {"kind": "probe", "experiment": experiment, "name": name, "of": of, "flops": flops, "bytes": moved}
         row |= {"microseconds": None, "roof_share": None, "note": note, "reason": None, "small": self.small}
@@ -176,15 +171,19 @@ class Lab:
             if right is not None and (wrong := right()) is not None:
                 return row | {"reason": f"WRONG: {wrong}"}
             times: list[float] = []
+            measure = lambda: times.append(microseconds())
             if self.device.type == "cpu":  # whether kernels of Triton were in it, which its interpreter runs
-                row["interpreted"] = bool(launches(self.device, lambda: times.append(microseconds())))
-            found = times[0] if times else microseconds()
+                row["interpreted"] = bool(launches(self.device, measure))
+            else:
+                measure()
         except Exception as error:
-            return row | {"reason": trouble.report(f"{experiment}, {name}", error, self.device)}
-        asked = {"milliseconds": found / 1e3, "dtype": str(self.dtype).removeprefix("torch."), "flops": flops}
-        compared = of == "device" and not self.small  # tiny sizes are all start and end
-        share = roof({**asked, "bytes": moved}, dict(self.limits)) if compared else None
-        return row | {"microseconds": round(found, 2), "roof_share": None if share is None else round(share[0], 4)}
+            return row | {"reason": trouble.report(f"{experiment}, {name}", error)}
+        row["microseconds"] = round(times[0], 2)
+        if of == "device" and not self.small:  # tiny sizes are all start and end
+            asked = {"milliseconds": times[0] / 1e3, "dtype": str(self.dtype).removeprefix("torch.")}
+            share = roof({**asked, "flops": flops, "bytes": moved}, dict(self.limits))
+            row["roof_share"] = None if share is None else round(share[0], 4)
+        return row
 
     def timed(self, experiment: str, name: str, call: Call, **options: Any) -> Row:
         """As :meth:`row`, of a call's time on the device."""
@@ -205,8 +204,7 @@ def expected(experiment: str, name: str) -> Row:
 
 def not_made(experiment: str, done: Collection[str], reason: str, small: bool) -> list[Row]:
     """A row for each measurement of an experiment that was predicted and is not among those done."""
-    common: Row = {"kind": "probe", "experiment": experiment, "of": None, "microseconds": None, "roof_share": None}
-    common |= {"note": "", "reason": reason, "small": small}
+    common: Row = {"kind": "probe", "experiment": experiment, "microseconds": None, "reason": reason, "small": small}
     names = [name for one, name in PREDICTIONS if one == experiment and name not in done]
     return [{**common, "name": name, **expected(experiment, name)} for name in names]
 

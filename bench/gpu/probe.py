@@ -55,7 +55,7 @@ def chosen(text: str) -> list[str]:
 def line(row: Row) -> str:
     """One measurement as it comes."""
     name = f"  {row['name']:<58}"
-    if failed := row.get("absent") or row["reason"]:
+    if failed := row.get("absent") or row.get("reason"):
         return f"{name} {'not here' if row.get('absent') else 'FAILED'}: {failed}"
     said = [f"{name} {row['microseconds']:10.1f} us {row['of'] if row['device_type'] == 'cuda' else 'on the CPU'}"]
     said += [", in Triton's interpreter"] if row.get("interpreted") else []
@@ -76,7 +76,7 @@ def made(name: str, lab: Lab) -> Iterator[Row]:
             done.append(row["name"])
             yield row
     except Exception as error:
-        reason = trouble.report(name, error, lab.device)
+        reason = trouble.report(name, error)
         yield {"kind": "probe", "experiment": name, "name": "the experiment", "reason": reason}
         yield from not_made(name, done, reason, lab.small)
 
@@ -84,24 +84,13 @@ def made(name: str, lab: Lab) -> Iterator[Row]:
 def run(names: Sequence[str], lab: Lab, write: Writer) -> tuple[list[Row], list[str]]:
     """Makes the experiments; their rows, and the names of those in which something failed or that were not made."""
     rows: list[Row] = []
-    failed: list[str] = []
-    for number, name in enumerate(names):
+    for name in names:
         began = time.perf_counter()
-        try:
-            for row in made(name, lab):
-                rows.append(write(row))
-                print(line(rows[-1]), flush=True)
-                if row.get("reason") and name not in failed:
-                    failed.append(name)
-        except trouble.DeviceLost as error:
-            print(f"error: {error}\nerror: {trouble.LOST}", file=sys.stderr, flush=True)
-            for lost in names[number:]:
-                reason = str(error) if lost == name else "an error before it ended the use of the GPU"
-                done = {row["name"] for row in rows if row["experiment"] == lost}
-                rows += [write(row) for row in not_made(lost, done, reason, lab.small)]
-            return rows, [*failed, *(one for one in names[number:] if one not in failed)]
+        for row in made(name, lab):
+            rows.append(write(row))
+            print(line(rows[-1]), flush=True)
         print(f"  {name}: {time.perf_counter() - began:.1f} s", flush=True)
-    return rows, failed
+    return rows, list(dict.fromkeys(row["experiment"] for row in rows if row.get("reason")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

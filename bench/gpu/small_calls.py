@@ -10,12 +10,13 @@ at once. gpu_check.sh runs it first, a process for each operator, and later unde
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,14 +140,28 @@ def compared(operator: str, dtype: torch.dtype, shape: tuple[int, int, int], mix
     return len(found)
 
 
+def apart(operators: Sequence[str], device: str) -> int:
+    """A process for each operator; what each says stays together."""
+    command = [sys.executable, "-m", "bench.gpu.small_calls", "--device", device, "--operators"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, operator], **options) for operator in operators]
+    for process in processes:
+        try:
+            said, _ = process.communicate()
+        except KeyboardInterrupt:  # they are interrupted too, and say where
+            said, _ = process.communicate()
+        print(said, end="", flush=True)
+    return int(any(process.returncode for process in processes))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 if every result is right, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu.small_calls", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = cli.parser("bench.gpu.small_calls", __doc__, "", "set", "json")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="default: all")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda")
+    parser.add_argument("--apart", action="store_true", help="in a process for each operator, side by side")
     args = parser.parse_args(arguments)
+    if args.apart:
+        return apart(args.operators, args.device)
     device = cli.device_of(parser, args)
     asked = os.environ.setdefault("NSPEC_BACKEND", "triton" if device.type == "cuda" else "auto")
     checked = failed = 0
@@ -159,11 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"wrong: {what}: {error}", flush=True)
         except Exception as error:
             failed += 1
-            try:
-                trouble.report(what, error, device)
-            except trouble.DeviceLost:
-                print(f"error: {trouble.LOST}", flush=True)
-                return 1
+            trouble.report(what, error)
     which = ", ".join(args.operators)
     print(f"{checked} right results of {which} on {device.type} with backend {asked}; {failed} calls failed")
     return 1 if failed else 0

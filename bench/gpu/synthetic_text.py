@@ -15,99 +15,66 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 KINDS = {"noun": 16, "verb": 12, "adjective": 11, "place": 6, "time": 6, "preposition": 3}
 """Kinds of words, and how many there are of each."""
+ORDERS = {"qaa": "svo", "qab": "sov", "qac": "vso", "qad": "ovs"}
+"""The languages and their order of subject, verb and object; ISO 639 leaves these codes to private use."""
 
-
-class Thing(NamedTuple):
-    """A noun phrase: number of the noun and of the adjective (-1: none), and whether there are several."""
-
-    noun: int
-    adjective: int
-    several: bool
-
-
-class Meaning(NamedTuple):
-    """What a sentence says; ``place`` is a preposition and a place, or None; ``time`` is -1 for none."""
-
-    subject: Thing
-    verb: int
-    past: bool
-    object: Thing
-    place: tuple[int, int] | None
-    time: int
+Thing = tuple[int, int, bool]
+"""A noun phrase: number of the noun and of the adjective (-1: none), and whether there are several."""
+Meaning = tuple[Thing, int, bool, Thing, tuple[int, int] | None, int]
+"""Subject, verb, whether it is past, object, preposition and place or None, time or -1."""
 
 
 def meaning(chance: random.Random) -> Meaning:
     """One at random; common words are drawn more often than rare ones."""
     pick = lambda kind: int(KINDS[kind] * chance.random() ** 1.5)
-    thing = lambda: Thing(pick("noun"), pick("adjective") if chance.random() < 0.5 else -1, chance.random() < 0.4)
+    thing = lambda: (pick("noun"), pick("adjective") if chance.random() < 0.5 else -1, chance.random() < 0.4)
     place = (pick("preposition"), pick("place")) if chance.random() < 0.4 else None
     time = pick("time") if chance.random() < 0.4 else -1
-    return Meaning(thing(), pick("verb"), chance.random() < 0.5, thing(), place, time)
+    return thing(), pick("verb"), chance.random() < 0.5, thing(), place, time
 
 
 class Language:
-    """A language.
+    """A language; its words follow from its code."""
 
-    Args:
-        code: its name; the words follow from it.
-        order: of subject, verb and object, such as ``sov``.
-        adjective_last: whether adjectives follow their noun.
-        place_word_last: whether the word for near, behind, in follows the place.
-    """
-
-    def __init__(self, code: str, order: str, adjective_last: bool, place_word_last: bool) -> None:
-        self.code, self._order = code, order
-        self._adjective_last, self._place_word_last = adjective_last, place_word_last
+    def __init__(self, code: str) -> None:
+        self.code = code
         chance = random.Random(f"words of {code}")
         consonants, vowels = chance.sample("bdfgklmnprstvz", 9), chance.sample("aeiou", 4)
         syllables = [c + v for c in consonants for v in vowels]
-        drawn = ("".join(chance.choices(syllables, k=chance.randint(2, 3))) for _ in itertools.count())
-        words = iter(dict.fromkeys(itertools.islice(drawn, 10 * sum(KINDS.values()))))  # each once
-        self._words = {kind: list(itertools.islice(words, count)) for kind, count in KINDS.items()}
-        self._plural, self._past = chance.choice(consonants), chance.choice(consonants)
+        drawn = ("".join(chance.choices(syllables, k=chance.randint(2, 3))) for _ in range(10 * sum(KINDS.values())))
+        words = iter(dict.fromkeys(drawn))  # each once
+        self.words = {kind: list(itertools.islice(words, count)) for kind, count in KINDS.items()}
+        self.plural, self.past = chance.choice(consonants), chance.choice(consonants)
 
     def say(self, said: Meaning) -> str:
-        """The sentence in this language; it begins with the time."""
+        """The sentence in this language; it begins with the time. In qac adjectives follow, in qab prepositions do."""
+        subject, verb, past, thing, place, time = said
 
-        def phrase(thing: Thing) -> str:
-            ending = self._plural if thing.several else ""
-            parts = [self._words["noun"][thing.noun] + ending]
-            if thing.adjective >= 0:
-                parts.insert(1 if self._adjective_last else 0, self._words["adjective"][thing.adjective] + ending)
-            return " ".join(parts)
+        def phrase(noun: int, adjective: int, several: bool) -> str:
+            names = [self.words["noun"][noun]] + [self.words["adjective"][adjective]] * (adjective >= 0)
+            return " ".join(name + self.plural * several for name in (names if self.code == "qac" else names[::-1]))
 
-        verb = self._words["verb"][said.verb] + (self._past if said.past else "")
-        parts = {"s": phrase(said.subject), "v": verb, "o": phrase(said.object)}
-        words = [self._words["time"][said.time]] if said.time >= 0 else []
-        words += [parts[part] for part in self._order]
-        if said.place is not None:
-            place = [self._words[kind][n] for kind, n in zip(("preposition", "place"), said.place)]
-            words += reversed(place) if self._place_word_last else place
+        parts = {"s": phrase(*subject), "v": self.words["verb"][verb] + self.past * past, "o": phrase(*thing)}
+        words = [self.words["time"][time]] * (time >= 0) + [parts[part] for part in ORDERS[self.code]]
+        if place is not None:
+            where = [self.words["preposition"][place[0]], self.words["place"][place[1]]]
+            words += where[::-1] if self.code == "qab" else where
         return " ".join(words) + "."
-
-
-PIVOT = Language("qaa", "svo", adjective_last=False, place_word_last=False)
-LANGUAGES = (
-    Language("qab", "sov", adjective_last=False, place_word_last=True),
-    Language("qac", "vso", adjective_last=True, place_word_last=False),
-    Language("qad", "ovs", adjective_last=False, place_word_last=False),
-)
-"""The other languages; the codes are from the range that ISO 639 leaves to private use."""
 
 
 def write(folder: Path, train: int, valid: int, test: int, seed: int = 1) -> None:
     """Writes Moses pairs of the first language and each other one: so many sentences a split, none in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for language in LANGUAGES:
+    pivot, *others = map(Language, ORDERS)
+    for language in others:
         fresh = _distinct(random.Random(f"{seed} {language.code}"))
         for split, size in {"test": test, "valid": valid, "train": train}.items():
             said = list(itertools.islice(fresh, size))
-            for one in (PIVOT, language):
-                path = folder / f"{split}.{PIVOT.code}-{language.code}.{one.code}"
+            for one in (pivot, language):
+                path = folder / f"{split}.{pivot.code}-{language.code}.{one.code}"
                 path.write_text("".join(f"{one.say(what)}\n" for what in said), encoding="utf-8")
 
 
@@ -127,7 +94,7 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=size, help=f"sentences (default: {size}) of each language")
     args = parser.parse_args()
     write(args.folder, args.train, args.valid, args.test)
-    print(f"{args.folder}: {args.train} + {args.valid} + {args.test} sentences of {len(LANGUAGES)} languages each")
+    print(f"{args.folder}: {args.train} + {args.valid} + {args.test} sentences of {len(ORDERS) - 1} languages each")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ import importlib
 import torch
 
 from bench.cases import Case
-from bench.providers.shared import Problem, Provider
-
-__all__ = ["Problem", "Provider", "problem"]
+from bench.providers.shared import Problem
 
 
 def problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     """The inputs, providers and expected results of a case, made on the device."""
     torch.manual_seed(seed)
-    module = importlib.import_module(f"bench.providers.{case.operator}")
-    made: Problem = module.problem(case, device)
+    made: Problem = importlib.import_module(f"bench.providers.{case.operator}").problem(case, device)
     return made

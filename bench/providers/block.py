@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +13,43 @@ from torch import Tensor, nn
 import nspec
 from bench.cases import Case
 from bench.providers import shared
-from bench.providers.blocks import dense_block
-from bench.providers.shared import Computes, Problem, Provider, Results
+from bench.providers.shared import Computes, Problem, Provider, Results, Work
 from bench.release import mask_weights
 from nspec.nn.masked_linear import Mode
 
-Call = Callable[[int], tuple[Tensor | None, ...]]
+Answer = tuple[Tensor | None, ...]
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``: gated, three layers without biases, as in Llama."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., d_model]`` -> ``[..., d_model]``."""
+        y: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+def dense_block(activation: str, d_model: int, d_ff: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """A block with one of ``cases.ACTIVATIONS``, and its layers whose rows are neurons, that of the masks first."""
+    if activation == "swiglu":
+        return SwiGLU(d_model, d_ff), ("gate_proj", "up_proj")
+    between = nn.ReLU() if activation == "relu" else nn.GELU()
+    return nn.Sequential(nn.Linear(d_model, d_ff), between, nn.Linear(d_ff, d_model)), ("0",)
+
+
+class _Times(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
 
 
 def problem(case: Case, device: torch.device) -> Problem:
@@ -30,7 +61,6 @@ def problem(case: Case, device: torch.device) -> Problem:
     dense, firsts = dense_block(case.activation, d, d_ff)
     dense = dense.to(device)
     names = [name for name, _ in dense.named_parameters()]
-    masked = [f"{name}.weight" for name in firsts]
     active = shared.random_sets(1, d_ff, case.active, device)[0]
     masks = nspec.NeuronMasks({"task": {firsts[0]: active.cpu()}})
     count = shared.input_sets(8 * tokens * (d + d_ff))
@@ -46,21 +76,22 @@ def problem(case: Case, device: torch.device) -> Problem:
         check = drawn(integers)
         exact = {name: integers(*p.shape, device=device) for name, p in kept.items()}
         exact["0.bias"] += 0.5
+    take = lambda number: check if number == shared.CHECK else inputs[number % count]
     results = lambda answer: dict(zip(("y", "dx", *(f"gradient of {name}" for name in names)), answer))
 
-    def step(model: nn.Module) -> Call:
+    def step(model: nn.Module) -> Callable[[int], Answer]:
         parameters = list(model.parameters())
 
-        def call(number: int) -> tuple[Tensor | None, ...]:
+        def call(number: int) -> Answer:
             if number != shared.CHECK:
-                return compute(*inputs[number % count])
+                return compute(*take(number))
             model.load_state_dict(exact, strict=False)
             try:
                 return compute(*check)
             finally:
                 model.load_state_dict(kept, strict=False)
 
-        def compute(x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        def compute(x: Tensor, dy: Tensor) -> Answer:
             for tensor in (x, *parameters):
                 tensor.grad = None
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -75,12 +106,21 @@ def problem(case: Case, device: torch.device) -> Problem:
         nspec.set_task(model, "task")
         return model
 
-    def released() -> nn.Module:
-        model = mask_weights(copy.deepcopy(dense), {"task": {name: active for name in firsts}})
+    released = mask_weights(copy.deepcopy(dense), {"task": {name: active for name in firsts}})
+    for name in firsts:
+        layer: Any = released.get_submodule(name)
+        layer.mask = layer.masks["task"]
+
+    def update(answer: Answer) -> Results:
+        """Forward is dense's, and all gradients but of the masked weights, whose inactive rows have to have none."""
+        found = results(answer)
         for name in firsts:
-            layer: Any = model.get_submodule(name)
-            layer.mask = layer.masks["task"]
-        return model
+            rows = found.pop(f"gradient of {name}.weight")[~active]
+            if rows.any():
+                raise AssertionError(
+                    f"mode update: {int(rows.any(1).sum())} inactive rows of {name}.weight have a gradient"
+                )
+        return found
 
     def expected(computes: Computes) -> Results:
         wide: Any = copy.deepcopy(dense).double()
@@ -96,42 +136,17 @@ def problem(case: Case, device: torch.device) -> Problem:
         y.backward(dy.double())
         return results((y.detach(), x.grad, *(parameters[name].grad for name in names)))
 
-    def work(computes: Computes) -> tuple[int, int]:
+    def work(computes: Computes) -> Work:
         n = case.active if computes == "active" else d_ff
         passes = {"relu": 7, "gelu": 8, "swiglu": 13}[case.activation]  # over matrices [tokens, n]
         moved = dtype.itemsize * (passes * tokens * n + 6 * tokens * d) + 4 * case.matrices * (2 * n * d + d_ff * d)
         return 6 * case.matrices * tokens * d * n, moved
 
-    made = Problem(
-        case,
-        [
-            Provider("dense", step(dense), results, computes="all"),
-            Provider("weight x mask", step(released()), results),
-        ],
-        expected,
-        work,
-        count,
-    )
-    made.providers.append(Provider("mode forward", step(specialized("forward")), results, ours=True))
-    # Forward as dense; of the gradients all but those of the masked weights are dense's, which the other providers hold.
-    update = lambda answer: _update(results(answer), masked, active)
-    made.providers.append(Provider("mode update", step(specialized("update")), update, "all", ours=True))
+    made = Problem(case, take, results, expected, work, count)
+    made.providers += [
+        Provider("dense", step(dense), results, "all"),
+        Provider("weight x mask", step(released), results),
+        Provider("mode forward", step(specialized("forward")), results, ours=True),
+        Provider("mode update", step(specialized("update")), update, "all", ours=True),
+    ]
     return made
-
-
-class _Times(nn.Module):
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
-
-
-def _update(found: Results, masked: Sequence[str], active: Tensor) -> Results:
-    """The results of mode ``update`` that equal the dense ones; that inactive rows have no gradient is asserted here."""
-    for name in masked:
-        rows = found.pop(f"gradient of {name}")[~active]
-        if rows.any():
-            raise AssertionError(f"mode update: {int(rows.any(1).sum())} inactive rows of {name} have a gradient")
-    return found

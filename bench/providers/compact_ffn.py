@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from torch.nn import functional as F
 
 from bench.cases import Case
 from bench.providers import shared
-from bench.providers.shared import Computes, Problem, Provider, Results
+from bench.providers.shared import Computes, Problem, Results, Work
 from nspec.kernels.common.active import active_index
 from nspec.kernels.compact_ffn import compact_ffn
 
-NAMES = ("x", "w1", "b1", "w2", "b2")
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Inputs = tuple[Tensors, Tensor]
-"""What is differentiated, and the gradient of the output."""
+NAMES = ("y", *(f"gradient of {name}" for name in ("x", "w1", "b1", "w2", "b2")))
+Block = Callable[..., Tensor]
+"""``x, w1, b1, w2, b2`` -> ``y``."""
 
 
 def _dense(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -36,6 +36,16 @@ def _selected(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, on: Ten
     return F.linear(h, w2.index_select(1, on)) + constant
 
 
+def _step(block: Block) -> Callable[..., tuple[Tensor, ...]]:
+    """Forward and backward: of ``x, w1, b1, w2, b2`` and the gradient of y."""
+
+    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        y = block(*inputs[:-1])
+        return (y.detach(), *torch.autograd.grad(y, inputs[:-1], inputs[-1]))
+
+    return step
+
+
 def problem(case: Case, device: torch.device) -> Problem:
     """Least work: six products over the active neurons.
 
@@ -44,18 +54,15 @@ def problem(case: Case, device: torch.device) -> Problem:
     """
     tokens, d, d_ff, dtype = case.tokens, case.d_model, case.d_ff, getattr(torch, case.dtype)
     size = dtype.itemsize * (2 * tokens * d + 2 * d * d_ff)
-    make = lambda *shape: shared.noise(*shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
     shapes = ((tokens, d), (d_ff, d), (d_ff,), (d, d_ff), (d,))
-    sets: list[Inputs] = [
-        (tuple(make(*shape) for shape in shapes), shared.noise(tokens, d, device=device).to(dtype))  # type: ignore[misc]
+    make = lambda *shape: shared.noise(*shape, device=device).div_(shape[-1] ** 0.5).to(dtype).requires_grad_()
+    sets: list[tuple[Tensor, ...]] = [
+        (*(make(*shape) for shape in shapes), shared.noise(tokens, d, device=device).to(dtype))
         for _ in range(shared.input_sets(size + dtype.itemsize * tokens * d_ff))
     ]
-    whole = [shared.small_integers(*shape, device=device, dtype=dtype) for shape in shapes]
-    whole[2] += 0.5
-    check: Inputs = (
-        tuple(t.requires_grad_() for t in whole),  # type: ignore[assignment]
-        shared.small_integers(tokens, d, device=device, dtype=dtype),
-    )
+    exact = [shared.small_integers(*shape, device=device, dtype=dtype) for shape in (*shapes, (tokens, d))]
+    exact[2] += 0.5
+    check = (*(t.requires_grad_() for t in exact[:-1]), exact[-1])
     active = shared.random_sets(case.tasks, d_ff, case.active, device)
     offsets = shared.equal_offsets(tokens, case.tasks, device) if case.tasks > 1 else None
     chosen = active if offsets is not None else active[0]
@@ -63,86 +70,50 @@ def problem(case: Case, device: torch.device) -> Problem:
     rows = [(one.nonzero().squeeze(1), (~one).nonzero().squeeze(1)) for one in active]
     lengths = [b - a for a, b in pairwise(offsets.tolist())] if offsets is not None else [tokens]
     take = lambda number: check if number == shared.CHECK else sets[number % len(sets)]
-    results = lambda answer: dict(zip(("y", *("gradient of " + name for name in NAMES)), answer))
+    results = lambda answer: dict(zip(NAMES, answer))
 
-    def step(block: Callable[[Tensors], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
-        def call(number: int) -> tuple[Tensor, ...]:
-            tensors, dy = take(number)
-            y = block(tensors)
-            return (y.detach(), *torch.autograd.grad(y, tensors, dy))
-
-        return call
-
-    def by_task(block: Callable[..., Tensor], extra: list[tuple[Tensor, ...]]) -> Callable[[Tensors], Tensor]:
-        def joined(t: Tensors) -> Tensor:
-            parts = t[0].split(lengths) if len(lengths) > 1 else (t[0],)
-            found = [block(part, *t[1:], *more) for part, more in zip(parts, extra)]
+    def by_task(block: Block, extra: list[tuple[Tensor, ...]]) -> Block:
+        def joined(x: Tensor, *weights: Tensor) -> Tensor:
+            parts = x.split(lengths) if len(lengths) > 1 else (x,)
+            found = [block(part, *weights, *more) for part, more in zip(parts, extra)]
             return torch.cat(found) if len(found) > 1 else found[0]
 
         return joined
 
-    def expected(computes: Computes) -> Results:
-        wide, dy = [t.detach().double().requires_grad_() for t in check[0]], check[1]
-        with shared.backend("reference"):
-            x, w1, b1, w2, b2 = wide
-            sets_of = chosen if computes == "active" else torch.ones_like(chosen)
-            y = compact_ffn(x, w1, b1, w2, b2, sets_of, task_offsets=offsets)
-            return results((y.detach(), *torch.autograd.grad(y, wide, dy.double())))
+    def own(*tensors: Tensor, sets_of: Tensor = chosen, **options: Any) -> Tensor:
+        return compact_ffn(*tensors, sets_of, task_offsets=offsets, **options)  # type: ignore[misc]
 
-    def work(computes: Computes) -> tuple[int, int]:
+    def expected(computes: Computes) -> Results:
+        wide = [t.detach().double().requires_grad_() for t in check]
+        sets_of = chosen if computes == "active" else torch.ones_like(chosen)
+        with shared.backend("reference"):
+            return results(_step(lambda *t: own(*t, sets_of=sets_of))(*wide))
+
+    def work(computes: Computes) -> Work:
         n = case.active if computes == "active" else d_ff
         moved = 7 * tokens * n + 6 * tokens * d + 4 * n * d + 2 * d_ff * d
         return 12 * tokens * d * n, dtype.itemsize * moved
 
-    made = Problem(
-        case,
-        [
-            Provider("dense", step(lambda t: _dense(*t)), results, computes="all"),
-            Provider("weight x mask", step(by_task(_masked, [(mask,) for mask in masks])), results),
-            Provider("index_select", step(by_task(_selected, list(rows))), results),
-        ],
-        expected,
-        work,
-        len(sets),
-    )
-    dense, mask = torch.compile(_dense, dynamic=False), torch.compile(_masked, dynamic=False)
-    theirs = [Provider("dense, compiled", step(lambda t: dense(*t)), results, computes="all")]
-    if offsets is None:
-        theirs.append(Provider("weight x mask, compiled", step(lambda t: mask(*t, masks[0])), results))
-    shared.compiled(made, *theirs)
-    if offsets is not None and case.grouped:
-        _grouped(made, step, results, index, active, offsets)
-    made.providers += shared.ours(
-        compact_ffn,
-        (*sets[0][0], chosen),
-        {"task_offsets": offsets, "index": index},
-        step(lambda t: compact_ffn(*t, chosen, task_offsets=offsets, index=index)),
-        results,
-    )
-    return made
-
-
-def _grouped(
-    made: Problem,
-    step: Callable[[Callable[[Tensors], Tensor]], Callable[[int], tuple[Tensor, ...]]],
-    results: Callable[[tuple[Tensor, ...]], Results],
-    index: Tensor,
-    active: Tensor,
-    offsets: Tensor,
-) -> None:
-    """PyTorch's grouped products over packed weights of each task, ``[tasks, width, d_model]``, padded to one width."""
-    ends = offsets[1:].to(torch.int32)
-    pad, places = index < 0, index.clamp(min=0)
-    of_token = torch.repeat_interleave(offsets.diff())
-    off = ~active
-
-    def block(t: Tensors) -> Tensor:
-        x, w1, b1, w2, b2 = t
-        w1_tasks = w1[places].masked_fill(pad[:, :, None], 0)
+    def grouped(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        """PyTorch's grouped products over packed weights of each task, ``[tasks, width, d_model]``, padded to one width."""
+        assert offsets is not None
+        ends, of_token = offsets[1:].to(torch.int32), torch.repeat_interleave(offsets.diff())
+        pad, places = index < 0, index.clamp(min=0)
+        w1_tasks, w2_tasks = (w[places].masked_fill(pad[:, :, None], 0) for w in (w1, w2.t()))
         b1_tasks = b1[places].masked_fill(pad, 0)
-        w2_tasks = w2.t()[places].masked_fill(pad[:, :, None], 0)
         h = F.relu(F.grouped_mm(x, w1_tasks.transpose(1, 2), offs=ends) + b1_tasks[of_token])
-        constant = (F.relu(b1) * off) @ w2.t() + b2
+        constant = (F.relu(b1) * ~active) @ w2.t() + b2
         return F.grouped_mm(h, w2_tasks, offs=ends) + constant[of_token]
 
-    shared.attempt(made, Provider("grouped_mm", step(block), results))  # an older PyTorch has no such function
+    made = Problem(case, take, results, expected, work, len(sets))
+    made.add("dense", _step(_dense), "all")
+    made.add("weight x mask", _step(by_task(_masked, [(mask,) for mask in masks])))
+    made.add("index_select", _step(by_task(_selected, list(rows))))
+    made.compiled("dense", _dense, "all", of=_step)
+    if offsets is None:
+        made.compiled("weight x mask", _masked, of=lambda one: _step(by_task(one, [(masks[0],)])))
+    elif case.grouped:
+        made.attempt("grouped_mm", _step(grouped))
+    step = _step(lambda *t: own(*t, index=index))
+    made.ours(compact_ffn, step, *sets[0][:-1], chosen, task_offsets=offsets, index=index)
+    return made

@@ -11,40 +11,31 @@ from torch.optim.adamw import adamw
 
 from bench.cases import Case
 from bench.providers import shared
-from bench.providers.shared import Computes, Problem, Provider, Results
+from bench.providers.shared import Computes, Problem, Results, Work
 from nspec.kernels.row_sparse_adamw import row_sparse_adamw_
 
 LAYERS = 12
 BYTES_PER_ELEMENT = 28  # parameter, gradient and two moments read, all but the gradient written
-LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.01
 STEP = 3
-OPTIONS: dict[str, Any] = {"step": STEP, "lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.01}
+BETAS = (0.9, 0.98)
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-Step = Callable[[Lists, list[Tensor]], None]
+"""Parameters, gradients, first and second moments."""
 
 
-def _torch(lists: Lists, steps: list[Tensor], *, fused: bool) -> None:
+def torch_adamw(lists: Lists, steps: list[Tensor], fused: bool = True) -> Lists:
+    """PyTorch's step, with the options of ours."""
     params, grads, first, second = lists
-    adamw(
-        params, grads, first, second, [], steps, foreach=not fused, fused=fused, amsgrad=False, beta1=BETAS[0],
-        beta2=BETAS[1], lr=LR, weight_decay=DECAY, eps=EPS, maximize=False,
-    )  # fmt: skip
-
-
-def _selected(lists: Lists, steps: list[Tensor], rows: list[Tensor]) -> None:
-    """The active rows gathered, stepped by PyTorch's fused AdamW, and put back."""
-    packed: Lists = tuple([t.index_select(0, own) for t, own in zip(column, rows)] for column in lists)  # type: ignore[assignment]
-    _torch(packed, steps, fused=True)
-    for column, small in zip((lists[0], *lists[2:]), (packed[0], *packed[2:])):
-        for whole, own, part in zip(column, rows, small):
-            whole.index_copy_(0, own, part)
+    options: dict[str, Any] = {**OPTIONS, "beta1": BETAS[0], "beta2": BETAS[1], "foreach": not fused, "fused": fused}
+    adamw(params, grads, first, second, [], steps, amsgrad=False, maximize=False, **options)
+    return lists
 
 
 def problem(case: Case, device: torch.device) -> Problem:
     """Least work: the active rows of parameter, gradient and moments read, and all but the gradient written.
 
-    One set of inputs: twelve layers with their moments are larger than a cache. Each provider is checked on clones.
+    One set of inputs: twelve layers with their moments are larger than a cache. Checked on clones of the first two.
     """
     d, d_ff, operator = case.d_model, case.d_ff, cast(Callable[..., Any], row_sparse_adamw_)
     draw = lambda: [shared.noise(d_ff, d, device=device) for _ in range(LAYERS)]
@@ -53,53 +44,47 @@ def problem(case: Case, device: torch.device) -> Problem:
     rows = [one.nonzero().squeeze(1) for one in active]
     # A fused step counts on the parameters' device. It is at step STEP when it is called, and adds one itself.
     steps = [torch.tensor(float(STEP - 1), device=device) for _ in range(LAYERS)]
+    start = [[t.clone() for t in column[:2]] for column in lists]
 
-    def provider(name: str, step: Step, computes: Computes = "active") -> Provider:
-        def call(number: int) -> Step:
-            step(lists, steps)
-            return step
+    def inputs(number: int) -> tuple[Lists, list[Tensor]]:
+        if number != shared.CHECK:
+            return lists, steps
+        clones: Any = tuple([t.clone() for t in column] for column in start)
+        return clones, [torch.full_like(s, STEP - 1) for s in steps[:2]]
 
-        return Provider(name, call, checked, computes)
-
-    def checked(step: Step) -> Results:
-        clones: Lists = tuple([t.clone() for t in column[:2]] for column in start)  # type: ignore[assignment]
-        step(clones, [torch.full_like(s, STEP - 1) for s in steps[:2]])
-        return _named(clones)
-
-    start: Lists = tuple([t.clone() for t in column[:2]] for column in lists)  # type: ignore[assignment]
+    def results(answer: Lists) -> Results:
+        names = ("parameter", "first moment", "second moment")
+        return {f"{name} {i}": t for name, c in zip(names, (answer[0], *answer[2:])) for i, t in enumerate(c)}
 
     def expected(computes: Computes) -> Results:
-        wide: Lists = tuple([t.double() for t in column] for column in start)  # type: ignore[assignment]
+        wide: Any = tuple([t.double() for t in column] for column in start)
         sets = active[:2] if computes == "active" else [torch.ones_like(one) for one in active[:2]]
         with shared.backend("reference"):
-            operator(*wide, sets, **OPTIONS)
-        return _named(wide)
+            operator(*wide, sets, step=STEP, betas=BETAS, **OPTIONS)
+        return results(wide)
 
-    def own(all_lists: Lists, _: list[Tensor]) -> None:
-        operator(*all_lists, active[: len(all_lists[0])], **OPTIONS)
+    def selected(whole: Lists, steps: list[Tensor]) -> Lists:
+        """The active rows gathered, stepped by PyTorch's fused AdamW, and put back."""
+        packed: Any = tuple([t.index_select(0, own) for t, own in zip(column, rows)] for column in whole)
+        torch_adamw(packed, steps)
+        for column, small in zip((whole[0], *whole[2:]), (packed[0], *packed[2:])):
+            for tensor, own, part in zip(column, rows, small):
+                tensor.index_copy_(0, own, part)
+        return whole
 
-    def work(computes: Computes) -> tuple[int, int]:
+    def own(whole: Lists, _: list[Tensor]) -> Lists:
+        operator(*whole, active[: len(whole[0])], step=STEP, betas=BETAS, **OPTIONS)
+        return whole
+
+    def work(computes: Computes) -> Work:
         elements = LAYERS * d * (case.active if computes == "active" else d_ff)
         return 12 * elements, BYTES_PER_ELEMENT * elements
 
-    made = Problem(
-        case,
-        [
-            provider("fused AdamW", lambda all_lists, s: _torch(all_lists, s, fused=True), "all"),
-            provider("foreach AdamW", lambda all_lists, s: _torch(all_lists, s, fused=False), "all"),
-            provider("index_select, fused AdamW", lambda all_lists, s: _selected(all_lists, s, rows)),
-        ],
-        expected,
-        work,
-        1,
-    )
+    made = Problem(case, inputs, results, expected, work, 1)
+    made.add("fused AdamW", torch_adamw, "all")
+    made.add("foreach AdamW", lambda whole, s: torch_adamw(whole, s, fused=False), "all")
+    made.add("index_select, fused AdamW", selected)
     if device.type == "cuda":  # on a CPU the loop it makes takes minutes to compile, and is no faster
-        whole = torch.compile(lambda all_lists, s: _torch(all_lists, s, fused=False), dynamic=False)
-        shared.compiled(made, provider("foreach AdamW, compiled", whole, "all"))
-    made.providers += shared.ours(row_sparse_adamw_, (*lists, active), OPTIONS, provider("", own).call, checked)
+        made.compiled("foreach AdamW", lambda whole, s: torch_adamw(whole, s, fused=False), "all")
+    made.ours(row_sparse_adamw_, own, *lists, active, step=STEP, betas=BETAS, **OPTIONS)
     return made
-
-
-def _named(lists: Lists) -> Results:
-    names = ("parameter", "first moment", "second moment")
-    return {f"{name} {i}": t for name, c in zip(names, (lists[0], *lists[2:])) for i, t in enumerate(c)}

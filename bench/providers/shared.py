@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,10 +18,13 @@ from bench.cases import Case
 
 Computes = Literal["active", "all"]
 Results = dict[str, Tensor]
+Work = tuple[int, int]
+"""Floating-point operations, bytes moved."""
 
 ROTATED_BYTES = 2**28
 """Input sets together are at least this large: more than a GPU's cache, and than a core's share of a CPU's."""
-
+CHECK = -1
+"""The number of the input set that results are checked on."""
 BACKENDS = ("triton", "native", "reference")
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest relative error (norm of the difference over norm) of a result that was computed in this dtype."""
@@ -54,33 +57,76 @@ class Problem:
 
     Attributes:
         case: what was asked for.
-        providers: the baseline first.
-        expected: the results on input set ``CHECK`` for ``active`` or ``all``, float64.
-        work: least floating-point operations and bytes moved for ``active`` or ``all`` (see each module).
+        inputs: the arguments of every provider's function, by number of the input set, or for ``CHECK``.
+        results: the named results of a function's answer, as far as it has them.
+        expected: the results on ``CHECK`` for ``active`` or ``all``, float64.
+        work: least work for ``active`` or ``all`` (see each module).
         input_sets: how many sets of inputs rotate.
+        providers: the baseline first: what users run today, with the fastest that PyTorch has for it.
         absent: providers that cannot run here, and why.
     """
 
     case: Case
-    providers: list[Provider]
+    inputs: Callable[[int], tuple[Any, ...]]
+    results: Callable[[Any], Results]
     expected: Callable[[Computes], Results]
-    work: Callable[[Computes], tuple[int, int]]
+    work: Callable[[Computes], Work]
     input_sets: int
+    providers: list[Provider] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def baseline(self) -> Provider:
-        """What the speed-ups are over: what users run today, with the fastest that PyTorch has for it."""
-        return self.providers[0]
+    def provider(self, name: str, function: Callable[..., Any], computes: Computes = "active", **more: Any) -> Provider:
+        """One that calls ``function`` with the inputs."""
+        return Provider(name, lambda number: function(*self.inputs(number)), self.results, computes, **more)
 
-    def check(self) -> None:
-        """Compares every provider with the definition.
+    def add(self, name: str, function: Callable[..., Any], computes: Computes = "active") -> None:
+        """Adds a provider that calls ``function`` with the inputs."""
+        self.providers.append(self.provider(name, function, computes))
 
-        Raises:
-            AssertionError: one is wrong: by how much, and what was expected. What a provider raises is passed on.
+    def attempt(self, name: str, function: Callable[..., Any], computes: Computes = "active", said: str = "") -> None:
+        """As :meth:`add`, of what an older PyTorch may not have; or the reason why it does not run."""
+        one = self.provider(name, function, computes)
+        try:
+            one.call(0)
+        except Exception as error:  # a kind of failure of its own in each version
+            self.absent[name] = f"{said}{str(error).strip().splitlines()[0][:200]}"
+        else:
+            self.providers.append(one)
+
+    def compiled(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        computes: Computes = "active",
+        of: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda made: made,
+    ) -> None:
+        """Adds ``of`` what torch.compile makes of ``function``, where the case asks for it."""
+        if self.case.compiled:
+            made = of(torch.compile(function, dynamic=False))
+            self.attempt(f"{name}, compiled", made, computes, "torch.compile: ")
+
+    def ours(self, operator: Callable[..., Any], function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Adds ours: as nspec chooses, then each other backend that takes the call.
+
+        Args:
+            operator: says for ``arguments`` and ``options`` with ``explain=True`` what would take the call.
+            function: of the inputs, calls it.
+            arguments: of the operator.
+            options: likewise.
         """
-        for error in self.wrong().values():
-            raise error
+        chosen = operator(*arguments, **options, explain=True).backend
+        one = self.provider("ours", function, ours=True, backend=chosen)
+        self.providers.append(one)
+        for name in BACKENDS:
+            if name == chosen or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+                continue  # an interpreter is for tests, and no contender
+            try:
+                with backend(name):
+                    operator(*arguments, **options, explain=True)
+            except ValueError:
+                continue  # refuses these arguments; `nspec env` says why
+            forced = backend(name)(one.call)  # the setting is read at each call of an operator
+            self.providers.append(Provider(f"ours: {name}", forced, self.results, ours=True, backend=name))
 
     def wrong(self) -> dict[str, Exception]:
         """By provider what is wrong with its results, an AssertionError, or what it raised."""
@@ -98,6 +144,11 @@ class Problem:
                 found[provider.name] = error
         return found
 
+    def check(self) -> None:
+        """Raises what is wrong with the first provider that is: by how much, and what was expected."""
+        for error in self.wrong().values():
+            raise error
+
 
 def same(name: str, found: Tensor, expected: Tensor, case: Case) -> None:
     """Raises AssertionError unless two results agree: integers exactly, floats to the bound of the case's dtype."""
@@ -108,7 +159,6 @@ def same(name: str, found: Tensor, expected: Tensor, case: Case) -> None:
             raise AssertionError(f"{name} differs in {int((found != expected).sum())} of {found.numel()} integers")
         return
     bound = BOUNDS[getattr(torch, case.dtype)]
-    # In float64 and not in place: both are needed again.
     error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
     if not error <= bound:
         raise AssertionError(f"{name} has relative error {error:.2g}, expected at most {bound:.0e}")
@@ -126,17 +176,10 @@ def noise(*shape: int, device: torch.device) -> Tensor:
     """
     if device.type != "cpu":
         return torch.randn(shape, device=device)
-    made, source, at = torch.empty(shape), _drawn(), 0
-    flat, place = made.view(-1), int(torch.randint(2**22, ()))
-    while at < flat.numel():
-        count = min(flat.numel() - at, source.numel() - place)
-        flat[at : at + count] = source[place : place + count]
-        at, place = at + count, 0
-    return made
-
-
-CHECK = -1
-"""The number of the input set that results are checked on; it is not among those that are timed."""
+    drawn, place = _drawn(), int(torch.randint(2**22, ()))
+    first = drawn[place : place + math.prod(shape)]
+    whole, rest = divmod(math.prod(shape) - len(first), 2**22)
+    return torch.cat([first, *[drawn] * whole, drawn[:rest]]).view(shape)
 
 
 def small_integers(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -169,50 +212,3 @@ def backend(name: str) -> Iterator[None]:
     """``NSPEC_BACKEND`` as long as the block lasts."""
     with mock.patch.dict(os.environ, NSPEC_BACKEND=name):
         yield
-
-
-def ours(
-    operator: Callable[..., Any],
-    arguments: Sequence[Any],
-    options: Mapping[str, Any],
-    call: Callable[[int], Any],
-    results: Callable[[Any], Results],
-) -> Iterator[Provider]:
-    """Our providers: as nspec chooses, then each other backend that takes the call.
-
-    Args:
-        operator: which says for ``arguments`` and ``options`` with ``explain=True`` what would take the call.
-        arguments: of the operator.
-        options: likewise.
-        call: the operator's call.
-        results: as in :class:`Provider`.
-    """
-    chosen = operator(*arguments, **options, explain=True).backend
-    yield Provider("ours", call, results, ours=True, backend=chosen)
-    for name in BACKENDS:
-        if name == chosen or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-            continue  # an interpreter is for tests, and no contender
-        forced = backend(name)(call)  # the setting is read at each call of an operator
-        try:
-            with backend(name):
-                operator(*arguments, **options, explain=True)
-        except ValueError:
-            continue  # refuses these arguments; `nspec env` says why
-        yield Provider(f"ours: {name}", forced, results, ours=True, backend=name)
-
-
-def attempt(problem: Problem, *providers: Provider, said: str = "") -> None:
-    """Adds providers that may not exist here (no compiler, an older PyTorch), or the reason why they do not run."""
-    for provider in providers:
-        try:
-            provider.call(0)
-        except Exception as error:  # a kind of failure of its own in each version
-            problem.absent[provider.name] = f"{said}{str(error).strip().splitlines()[0][:200]}"
-        else:
-            problem.providers.append(provider)
-
-
-def compiled(problem: Problem, *providers: Provider) -> None:
-    """Adds providers that were made with torch.compile, where the case asks for them."""
-    if problem.case.compiled:
-        attempt(problem, *providers, said="torch.compile: ")

@@ -11,20 +11,18 @@ Of several measurements of a case on one device the newest is shown. A page has 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from bench.machine import ROOT
 from bench.report import figures, tables
 from bench.report.cells import Lines
-from bench.report.headline import headline
 from bench.report.summary import KINDS, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
@@ -46,8 +44,7 @@ _HOST = (
 )
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of the report: the kind of its rows, how those of one device are written, what is said of an empty table."""
 
     title: str
@@ -64,15 +61,12 @@ _MEASURED = {
     "profiling": "Profiling was",
     "probe": "Kernel by kernel nothing was",
 }
-_operators: Callable[..., Any] = lambda **how: functools.partial(tables.operators, **how)
 PARTS: dict[str, Part] = {
     "targets": Part("Targets", "operator", tables.targets, "No case that has a target was measured."),
     "losses": Part("Where something else is faster", "operator", tables.losses, "Nothing was faster than ours."),
     "operators": Part("Operators", "operator", tables.operators),
-    "providers": Part(
-        "Operators, every provider", "operator", functools.partial(tables.operators, spread=True, all_providers=True)
-    ),
-    "step-spread": Part("Training steps", "step", functools.partial(tables.steps, spread=True)),
+    "providers": Part("Operators, every provider", "operator", partial(tables.operators, spread=True, every=True)),
+    "step-spread": Part("Training steps", "step", partial(tables.steps, spread=True)),
     "step-parts": Part("Training steps by part", "step", tables.step_parts),
     "tasks": Part("Growth with the number of tasks", "tasks", tables.tasks),
     "profiling": Part("Profiling", "profiling", tables.profiling),
@@ -82,13 +76,9 @@ PARTS: dict[str, Part] = {
     "probe": Part("Kernels and products one by one", "probe", tables.probe),
 }
 """The parts of the report in their order, the last two where a GPU was probed; a page may have each."""
+_BLOCK = partial(tables.operators, only="block", every=True)
 _ON_PAGES = {
-    "block": Part(
-        "A feed-forward block",
-        "operator",
-        _operators(only=("block",), all_providers=True),
-        "The block was not measured.",
-    ),
+    "block": Part("A feed-forward block", "operator", _BLOCK, "The block was not measured."),
     "steps": Part("Training steps", "step", tables.steps),
 }
 FIGURE_PARTS = {f"figure-{name}": name for name in figures.FIGURES}
@@ -97,22 +87,18 @@ FRAGMENTS = ("machine", "headline", *PARTS, *_ON_PAGES, *FIGURE_PARTS)
 
 def machine(rows: Sequence[Row]) -> str:
     """One line: device, versions, commit and date of rows of one device."""
-
-    def said(name: str, before: str = "") -> str:
-        found = ", ".join(str(value) for value in values(rows, name) if value)
-        return f"{before}{found}" if found else ""
-
     days = sorted({str(row["date"])[:10] for row in rows if row.get("date")})
-    known = [str(rows[0].get("device") or "unnamed device"), said("driver"), said("torch", "torch ")]
-    known += [said("triton", "triton "), said("python", "Python "), " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))]
-    return ", ".join(part for part in [*known, said("commit", "commit ")] if part)
+    said = lambda name: ", ".join(str(value) for value in values(rows, name) if value)
+    known = [("", str(rows[0].get("device") or "unnamed device")), ("", said("driver")), ("torch ", said("torch"))]
+    known += [("triton ", said("triton")), ("Python ", said("python"))]
+    known += [("", " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))), ("commit ", said("commit"))]
+    return ", ".join(before + text for before, text in known if text)
 
 
 def machines(devices: Mapping[str, Sequence[Row]]) -> Lines:
     """What was measured on, and what was not."""
-    lines = [f"* {machine(rows)}" for rows in devices.values()]
     gpu = any(row.get("device_type") == "cuda" for rows in devices.values() for row in rows)
-    return lines if gpu else [*lines, "", GPU_MISSING]
+    return [*(f"* {machine(rows)}" for rows in devices.values()), *([] if gpu else ["", GPU_MISSING])]
 
 
 def section(part: Part, devices: Mapping[str, Sequence[Row]]) -> Lines:
@@ -143,12 +129,11 @@ class Report:
         # Those of the host's part, on one thread, are of no device that anything else was measured on.
         self.hosts = by_device(of_kind(self.rows, "host"))
         self.devices = by_device(row for row in self.rows if row["kind"] != "host")
-        self.drawing = functools.cache(lambda name: figures.draw(name, self.devices))
+        self.drawing = cache(lambda name: figures.draw(name, self.devices))
 
     def command(self) -> str:
         """What writes the pages from the files, as seen from the checkout's root."""
-        names = [shlex.quote(_relative(path, ROOT)) for path in self.files]
-        pages = [shlex.quote(_relative(path, ROOT)) for path in self.pages]
+        names, pages = ([shlex.quote(_relative(path, ROOT)) for path in paths] for paths in (self.files, self.pages))
         docs = [] if self.docs == ROOT / "docs" else ["--docs", shlex.quote(_relative(self.docs, ROOT))]
         return " ".join(["python -m bench.report", *names, "--update", *pages, *docs])
 
@@ -163,7 +148,7 @@ class Report:
         elif name == "machine":
             lines = machines(self.devices)
         elif name == "headline":
-            lines = [line for rows in self.devices.values() for line in headline(rows)] or ["Not measured."]
+            lines = [line for rows in self.devices.values() for line in tables.headline(rows)] or ["Not measured."]
         elif part := (PARTS | _ON_PAGES).get(name):
             lines = section(part, self.devices)
         else:
@@ -179,8 +164,7 @@ class Report:
 
     def draw(self, folder: Path, names: Iterable[str]) -> list[Path]:
         """Writes those of some figures that were measured into a folder; returns their paths."""
-        found = {folder / f"bench-{name}.svg": self.drawing(name) for name in names}
-        drawings = {path: drawing for path, drawing in found.items() if drawing is not None}
+        drawings = {folder / f"bench-{name}.svg": found for name in names if (found := self.drawing(name)) is not None}
         for path, drawing in drawings.items():
             folder.mkdir(parents=True, exist_ok=True)
             write_text(path, drawing)
@@ -211,34 +195,33 @@ class Report:
         if not found:
             raise ValueError(f"{page}: no markers; put <!-- bench:NAME:begin --> and <!-- bench:NAME:end --> into it")
         for name in found:
-            between = "\n".join(["", self.fragment(name, page), ""])
-            parts = rf"(<!-- bench:{name}:begin -->).*(<!-- bench:{name}:end -->)"
+            parts = rf"(<!-- bench:{name}:begin -->\n).*(\n<!-- bench:{name}:end -->)"
+            between = self.fragment(name, page)
             text = re.sub(parts, lambda marks: marks[1] + between + marks[2], text, flags=re.S)  # noqa: B023
         return text
 
     def markdown(self, folder: Path | None) -> str:
         """The whole report; its figures are written into ``folder``, and linked, where one is given."""
-        if not self.devices:
-            return "\n".join(["# Benchmarks", "", *self._hosts()])
-        lines = ["# Benchmarks", "", *machines(self.devices), "", _SPEED, ""]
-        lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
-        if folder is not None:
+        lines = ["# Benchmarks", ""]
+        if self.devices:
+            lines += [*machines(self.devices), "", _SPEED, ""]
+            lines += [_TWO_TIMES, ""] if any(map(has_device_time, self.rows)) else []
+        if self.devices and folder is not None:
             self.draw(folder, figures.FIGURES)
             for name, (_, words) in figures.FIGURES.items():
                 lines += [f"## {words}", "", *self._picture(name, "."), ""]
-        for part in PARTS.values():
+        for part in PARTS.values() if self.devices else ():
             if part.kind != "probe" or of_kind(self.rows, "probe"):
                 lines += [f"## {part.title}", "", *section(part, self.devices), ""]
-        lines += [*self._hosts(), "## Two runs of the same", "", tables.agreement(self.rows), ""]
-        others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
-        lines += [f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else []
-        return "\n".join(lines)
-
-    def _hosts(self) -> Lines:
-        lines: Lines = ["## The host, without a GPU", "", _HOST, ""] if self.hosts else []
+        lines += ["## The host, without a GPU", "", _HOST, ""] if self.hosts else []
         for rows in self.hosts.values():
             lines += [f"* {machine(rows)}", "", *tables.host(rows), ""]
-        return lines
+        if self.devices:
+            lines += ["## Two runs of the same", "", tables.agreement(self.rows), ""]
+        others = sorted({str(row["kind"]) for row in self.rows} - set(KINDS))
+        return "\n".join(
+            [*lines, *([f"Rows of these kinds are not shown: {', '.join(others)}.", ""] if others else [])]
+        )
 
 
 def _relative(path: Path, to: Path) -> str:

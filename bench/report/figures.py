@@ -14,23 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bench.cases import OPERATORS
-from bench.report import cells
-from bench.report.summary import (
-    amdahl,
-    block_share,
-    ceilings,
-    fields,
-    groups,
-    is_ours,
-    near_real,
-    of_kind,
-    operator_case,
-    part_names,
-    rank,
-    roof,
-    step_key,
-    values,
-)
+from bench.report import cells, summary
+from bench.report.summary import fields, groups, is_ours, of_kind, operator_case, rank, values
 from bench.rows import Row
 
 if TYPE_CHECKING:
@@ -51,7 +36,8 @@ _STEP = "training step"
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "row_sparse_adamw": "row-sparse AdamW"}
 
 
-def _style(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["x", "y"] = "y") -> None:
+def style(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["x", "y"] = "y") -> None:
+    """Title, labels and frame of a panel."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -138,7 +124,7 @@ def _step_lines(axes: Axes, rows: Sequence[Row]) -> list[Any]:
     """Draws a line per system and shape, and what is possible at most; returns the keys."""
     models = list(dict.fromkeys(map(_model, rows)))
     keys: dict[Any, Any] = {}
-    found = groups(sorted(rows, key=step_key), lambda row: (_model(row), row["system"], row["optimizer"]))
+    found = groups(sorted(rows, key=summary.step_key), lambda row: (_model(row), row["system"], row["optimizer"]))
     for (model, system, optimizer), points in found.items():
         # of a system with both optimisers the row-sparse one is drawn: what belongs with it
         if optimizer == "adamw" and (model, system, "row_sparse_adamw") in found:
@@ -149,10 +135,10 @@ def _step_lines(axes: Axes, rows: Sequence[Row]) -> list[Any]:
         keys[name] = _key(name, color=tint, lw=3)
     top = max(row["speedup"] for row in rows)
     for model, style in zip(models, _STYLES):
-        share = block_share(row for row in rows if _model(row) == model)
+        share = summary.block_share(row for row in rows if _model(row) == model)
         if share is not None:
             x = np.linspace(min(values(rows, "density")), 1, 100)
-            y = [amdahl(share, density) for density in x]
+            y = [summary.amdahl(share, density) for density in x]
             axes.plot(x, y, color=_GREY, lw=1.0, ls=style[0])
             keys["bound"] = _key("if only the blocks were to shrink", lw=1.0)
             top = max(top, *y)
@@ -178,7 +164,7 @@ def speed(devices: Devices) -> Figure | None:
         keys = {"operators": _operator_keys(drawn, shapes) if drawn else [], _STEP: []}
         for axes, (name, rows) in zip(places, found.items()):
             over = ", ".join(dict.fromkeys(str(row["baseline"]) for row in rows if row.get("baseline")))
-            _style(axes, name, "density: share of active neurons", f"speed-up over {over}")
+            style(axes, name, "density: share of active neurons", f"speed-up over {over}")
             densities = values(rows, "density")
             x = np.linspace(min(densities), 1, 100)
             axes.plot(x, 1 / x, **_IDEAL)
@@ -201,14 +187,16 @@ def speed(devices: Devices) -> Figure | None:
 
 def _reached(rows: Sequence[Row]) -> dict[str, list[tuple[str, float, float | None, str]]]:
     """By operator ours in each case at about the published masks' density: words, share of the roof, baseline's, bound."""
-    limits, found = ceilings(rows), []
+    limits, found = summary.ceilings(rows), []
     cases = groups(of_kind(rows, "operator"), operator_case)
     for members in sorted(cases.values(), key=lambda case: rank(OPERATORS, case[0].get("operator"))):
-        density = near_real(values(members, "density"))
+        density = summary.near_real(values(members, "density"))
         members = [row for row in members if row.get("density") == density]
-        baseline = next((roof(row, limits) for row in members if row.get("provider") == row.get("baseline")), None)
+        baseline = next(
+            (summary.roof(row, limits) for row in members if row.get("provider") == row.get("baseline")), None
+        )
         for row in filter(is_ours, members):
-            if (ours := roof(row, limits)) is not None:
+            if (ours := summary.roof(row, limits)) is not None:
                 mode = "" if row["provider"] == "ours" else f"{row['provider']}, "
                 at = "" if density in (None, 1) else f", density {density:g}"
                 words = f"{mode}{row.get('dtype')}, {cells.shape_of(row)}"
@@ -229,7 +217,7 @@ def roofline(devices: Devices) -> Figure | None:
         named = [row for row in of_kind(devices[device], "ceiling") if row.get("per_second")]
         names = [" ".join(filter(None, (row["what"], row.get("dtype"), cells.per_second(row)))) for row in named]
         note = "\n".join(textwrap.wrap("measured ceilings: " + "; ".join(names), 100))
-        _style(axes, "", f"time that flops and bytes take at the ceilings / time taken\n{note}", grid="x")
+        style(axes, "", f"time that flops and bytes take at the ceilings / time taken\n{note}", grid="x")
         place, ticks, longest = 0, [], 1.0
         for operator, cases in found.items():
             ticks.append((place, operator, True))
@@ -260,7 +248,7 @@ def roofline(devices: Devices) -> Figure | None:
 def _part_groups(rows: Sequence[Row]) -> dict[Any, list[Row]]:
     steps = [row for row in of_kind(rows, "step") if row.get("parts")]
     pure = [row for row in steps if row.get("batch") == "pure"] or steps
-    return groups(sorted(pure, key=step_key), _model)
+    return groups(sorted(pure, key=summary.step_key), _model)
 
 
 def _part_label(row: Row) -> str:
@@ -285,7 +273,7 @@ def parts(devices: Devices) -> Figure | None:
         for axes, members in zip(places, found.values()):
             model = f"{cells.model_name(members[0]).split(' (')[0]}, {members[0].get('dtype')}"
             tokens = f", {members[0]['tokens']} tokens" if members[0].get("tokens") else ""
-            _style(axes, f"{model}\n{cells.batch_name(members[0])} a batch{tokens}", "ms", grid="x")
+            style(axes, f"{model}\n{cells.batch_name(members[0])} a batch{tokens}", "ms", grid="x")
             used |= _stack(axes, members)
     figure.legend(used.values(), used.keys(), loc="outside lower center", ncols=len(used), fontsize=9)
     return figure
@@ -294,7 +282,7 @@ def parts(devices: Devices) -> Figure | None:
 def _stack(axes: Axes, rows: Sequence[Row]) -> dict[str, Any]:
     """The bars of one panel; what the parts leave of the step's time is "rest". Returns a handle for each part."""
     handles: dict[str, Any] = {}
-    names = part_names(rows)
+    names = summary.part_names(rows)
     place, labels, before = 0.0, [], None
     for row in rows:
         group = (row.get("system"), row.get("optimizer"))

@@ -128,7 +128,8 @@ def has_device_time(row: Row) -> bool:
     return row.get("device_speedup") is not None
 
 
-operator_case = fields("operator", "activation", "dtype", "tokens", "d_model", "d_ff", "tasks")
+OPERATOR_CASE = ("operator", "activation", "dtype", "tokens", "d_model", "d_ff", "tasks")
+operator_case = fields(*OPERATOR_CASE)
 """All that a case has but provider and density."""
 
 

@@ -94,7 +94,7 @@ def check(
             if checked and (moved := _moved(system, batch, task, masks)):
                 wrong[name] = f"an update changed rows of {moved} that {task} does not use"
         except Exception as error:
-            wrong[name] = f"it raised {trouble.report(name, error, dense.device)}"
+            wrong[name] = f"it raised {trouble.report(name, error)}"
     return wrong
 
 

@@ -79,6 +79,13 @@ def tiny(shape: Shape) -> Shape:
     return replace(scaled_down(shape), d_model=d, d_ff=d_ff, heads=4, vocabulary=200, length=6)
 
 
+def shape_for(name: str, which: str, device: torch.device) -> Shape:
+    """The real shape on a GPU, a smaller one on a CPU and in a smoke test."""
+    if which == "smoke":
+        return tiny(SHAPES[name])
+    return SHAPES[name] if device.type == "cuda" else scaled_down(SHAPES[name])
+
+
 def build(shape: Shape, device: torch.device) -> M2M100ForConditionalGeneration:
     """A new model in float32 with the options that nspec trains with: pre-norm, ReLU, tied embeddings, dropout 0.1."""
     of_sides: dict[str, Any] = {"attention_heads": shape.heads, "ffn_dim": shape.d_ff, "layerdrop": 0.0}

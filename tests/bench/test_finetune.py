@@ -13,8 +13,8 @@ from bench import finetune as bench
 TINY, CPU = bench.SHAPES["tiny"], torch.device("cpu")
 
 
-def built(make: object, share: float = 0.1) -> bench.System:
-    return make(bench.base(TINY, CPU, torch.float32), TINY, share)  # type: ignore[operator]
+def built(name: str, share: float = 0.1) -> bench.System:
+    return bench.build(name, bench.base(TINY, CPU, torch.float32), TINY, share)
 
 
 def ids(seed: int = 0) -> torch.Tensor:
@@ -22,7 +22,7 @@ def ids(seed: int = 0) -> torch.Tensor:
 
 
 def test_neurons_and_rows_as_published_learn_the_same() -> None:
-    ours, theirs = built(bench.neurons), built(bench.published)
+    ours, theirs = built("neurons"), built("published")
     bench.check(ours, theirs, ids())
     losses = []
     for system in (ours, theirs):
@@ -35,7 +35,7 @@ def test_neurons_and_rows_as_published_learn_the_same() -> None:
 
 
 def test_other_neurons_than_the_published_ones_are_found_out() -> None:
-    ours, theirs = built(bench.neurons), built(bench.published)
+    ours, theirs = built("neurons"), built("published")
     theirs.model.model.layers[1].mlp.index += 1
     with pytest.raises(ValueError, match="gradients differ from the published way's"):
         bench.check(ours, theirs, ids())

@@ -9,13 +9,9 @@ import ast
 import importlib.util
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,15 +139,6 @@ def test_a_call_that_takes_another_path_while_it_is_watched_is_an_error() -> Non
         host.counts(call, fake)
 
 
-def test_every_call_is_timed_once_a_round_after_calls_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_switches", lambda: 0)
-    seen: list[str] = []
-    note: Callable[[str], Callable[[], None]] = lambda name: lambda: seen.append(name)
-    times = host.processor_seconds([note("a"), note("b")], rounds=4, warmup=0)
-    assert [len(one) for one in times] == [4, 4]
-    assert "".join(seen) == "".join(name * host.CALLS for name in "abbaabba")
-
-
 def test_a_sample_in_which_another_program_had_the_core_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     switches = iter([0, 1, 1, 3, 3, 3])
     monkeypatch.setattr(host, "_switches", lambda: next(switches))
@@ -164,44 +151,6 @@ def test_an_operator_that_would_not_reach_triton_is_an_error(monkeypatch: pytest
     monkeypatch.setattr(op, "BACKENDS", op.BACKENDS[1:])
     with pytest.raises(RuntimeError, match="linear_relu_count has 0 backends 'triton', expected one"):
         fake_gpu._admit_cpu_tensors()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--rounds", "0"], "argument --rounds: '0': expected a whole number of 1 or more"),
-        (["--rounds", "some"], "argument --rounds: 'some': expected a whole number of 1 or more"),
-        (
-            ["--counts", "--json", "rows.jsonl"],
-            "--json takes rows with their times; --counts and --profile measure none",
-        ),
-        (["--profile", "compact_ffn", "--counts"], "give one of them"),
-    ],
-)
-def test_options_that_cannot_be_met_are_one_error(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        host.main(arguments)
-    assert said in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_profile_is_of_processor_time() -> None:
-    def waiting() -> None:
-        time.sleep(0.02)
-
-    total = re.search(r"function calls in ([\d.]+) seconds", host.profile(waiting, 5))
-    assert total is not None
-    assert float(total[1]) < 0.05, "a tenth of a second has passed"
-
-
-def test_nothing_is_said_of_a_reader_that_has_gone() -> None:
-    printing = (
-        "import time; from bench import host; host.main = lambda *_: time.sleep(1) or print('x') or 0; host.command()"
-    )
-    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(printing)} | true"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_interpreted_kernels_are_not_measured(

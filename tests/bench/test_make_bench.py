@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,34 +71,6 @@ def test_a_part_that_fails_fails_the_command_after_the_others_ran(
     assert capfdbinary.readouterr().out.decode() == shown
 
 
-def test_every_part_is_told_the_same(tmp_path: Path) -> None:
-    args = whole.parser().parse_args(["--set", "quick", "--device", "cpu", "--threads", "2", "--only", "steps"])
-    rows = str(tmp_path / "rows.jsonl")
-    assert whole.commands(args, tmp_path) == {
-        "steps": ["-m", "bench.steps", "--set", "quick", "--device", "cpu", "--json", rows, "--threads", "2"],
-        "report": ["-m", "bench.report", rows, "--out", str(tmp_path)],
-    }
-    assert list(whole.commands(whole.parser().parse_args([]), tmp_path)) == [
-        "operators",
-        "steps",
-        "profiling",
-        "report",
-    ]
-    assert set(whole.QUICK_SECONDS) == {"operators", "steps", "profiling", "report"}
-    assert sum(whole.QUICK_SECONDS.values()) <= 600
-
-
-def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="2"):
-        whole.main(["--device", "cuda", "--out", str(tmp_path / "out")])
-    assert "error: --device cuda: PyTorch" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 def test_pytest_benchmark_runs_the_declared_cases_checked_and_described(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
@@ -125,13 +96,3 @@ def test_pytest_benchmark_runs_the_declared_cases_checked_and_described(tmp_path
         providers = [one["extra_info"]["provider"] for one in found if one["group"] == label]
         assert "ours" in providers
         assert len(providers) == len(set(providers)) >= 3
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_bench_runs_the_suite_in_the_size_that_is_asked_for() -> None:
-    for arguments, expected in ((["bench"], "quick"), (["bench", "BENCH=smoke"], "smoke")):
-        # Quiet about folders, which it announces where the tests themselves were started by make.
-        command = ["make", "-n", "--no-print-directory", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].strip().endswith(f"-m bench --set {expected}")

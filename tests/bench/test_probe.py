@@ -58,15 +58,6 @@ def test_what_raises_costs_its_own_line(experiments: None) -> None:
     assert [row["experiment"] for row in rows if row.get("microseconds") is not None] == ["E1", "E3"]
 
 
-def test_after_an_error_that_ends_the_use_of_the_gpu_nothing_more_is_tried(
-    experiments: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(labs.trouble, "device_is_lost", lambda _: True)
-    rows, failed = probe.run(["E1", "E2", "E3"], Lab(CPU, True), Writer(None, CPU))
-    assert (rows, failed) == ([], ["E1", "E2", "E3"])
-    assert "run it again" in capsys.readouterr().err
-
-
 def test_a_prediction_is_compared_on_the_device_and_at_the_size_that_it_is_for() -> None:
     row = {"kind": "probe", "experiment": "E3", "name": "h", "expected_low": 120.0, "expected_high": 135.0}
     said = lambda **more: tables.predictions([{**row, **more}])[-1].split("|")[5].strip()
@@ -81,16 +72,14 @@ def test_a_prediction_is_compared_on_the_device_and_at_the_size_that_it_is_for()
     assert said(microseconds=121.0, **{**gpu, "small": True}) == tiny
 
 
-@pytest.mark.parametrize("lost", [False, True])
 def test_what_was_predicted_of_an_experiment_that_raises_has_failed_and_what_was_measured_stays(
-    lost: bool, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def half(lab: Lab) -> Iterator[Row]:
         yield lab.timed("E3", "h", lambda: None)
         raise AttributeError("the kernels have changed")
 
     pretend(monkeypatch, ("h", "gate"), E3=half)
-    monkeypatch.setattr(labs.trouble, "device_is_lost", lambda _: lost)
     rows, failed = probe.run(["E3"], Lab(CPU, True), Writer(None, CPU))
     assert failed == ["E3"]
     *_, first, second = tables.predictions(rows)
