@@ -11,7 +11,7 @@ from typing import Any
 
 from nspec.files import read_json, sha256
 from nspec.run.trained import trained_model
-from nspec.serving.export import Settings, new_folder, write
+from nspec.serving.export import Settings, check_absent, new_folder, write
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +52,10 @@ def export_run(
     if not (run / "systems" / system / "stage.json").is_file():
         raise ValueError(f"--system {system} is not trained to its end in {run}: `nspec run` goes on with it")
     decode = found.config.decode
-    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, base=_base(found.config))
+    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, system=system)
+    settings = replace(settings, base=found.config.model.pretrained)
     place = out if out is not None else _place(run, system, task, settings)
+    check_absent(place)
 
     def fill(tasks: Sequence[str], folder: Path, model: Any, tokenizer: Any) -> None:
         write(model, tasks, folder, settings, tokenizer, _pieces(run))
@@ -94,10 +96,6 @@ def _tasks(run: Path) -> list[str]:
     if not isinstance(tasks, list) or not tasks:
         raise ValueError(f"{path} names no directions; make it anew with `nspec run` and --redo prepare")
     return [str(task) for task in tasks]
-
-
-def _base(config: Any) -> str:
-    return str(config.model.pretrained)
 
 
 def _place(run: Path, system: str, task: str | None, settings: Settings) -> Path:

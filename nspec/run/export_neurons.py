@@ -9,7 +9,7 @@ from typing import Any
 
 import nspec
 from nspec.files import read_json
-from nspec.serving.export import Settings, new_folder, write
+from nspec.serving.export import Settings, check_absent, new_folder, write
 
 _NEURONS, _READABLE = "neurons.safetensors", "neurons.json"
 
@@ -44,6 +44,7 @@ def export_neurons(
         raise ValueError("give --out FOLDER, where the merged model goes")
     kind = f"{settings.format}-{settings.quantization}" if settings.quantization else settings.format
     place = out if out is not None else source / "export" / f"{method}-{kind}" / (task or "all")
+    check_absent(place)
     settings = replace(settings, base=base)
     with new_folder(place) as part:
         for each in sources if task is None else [task]:
@@ -54,12 +55,12 @@ def export_neurons(
 
 
 def _write(task: str, source: Path, base: str, dtype: str, folder: Path, settings: Settings) -> None:
-    if not (source / _NEURONS).is_file():
-        model, tokenizer = _load(str(source / "model"), dtype)
-    else:
-        model, tokenizer = _load(base, dtype)
+    if (source / _NEURONS).is_file():
+        model = _model(base, dtype)
         nspec.load_neurons(model, source)
-    write(model, [task], folder, settings, tokenizer if tokenizer is not None else _load(base, dtype)[1])
+    else:
+        model = _model(str(source / "model"), "auto")
+    write(model, [task], folder, settings, _tokenizer(base))
 
 
 def _of_set(source: Path, base: str, method: str) -> tuple[dict[str, Path], str, str]:
@@ -94,7 +95,9 @@ def _of_run(source: Path, method: str) -> tuple[dict[str, Path], str, str]:
             "its LoRA weights are merged by peft (PeftModel.merge_and_unload)" if method == "lora" else "none is kept"
         )
         raise ValueError(f"--system {method} has no model or neurons to export: {reason}")
-    return ready, config.model.pretrained or str(source / "base" / "model"), config.model.dtype
+    own = config.model
+    base, dtype = (own.pretrained, own.dtype) if own.pretrained else (str(source / "base" / "model"), "auto")
+    return ready, base, dtype
 
 
 def _names(folder: Path) -> list[str]:
@@ -102,18 +105,24 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in listed if (path / "stage.json").is_file() or any(path.glob("*/stage.json")))
 
 
-def _load(source: str, dtype: str) -> tuple[Any, Any]:
-    """A model of either kind, and its tokenizer where there is one beside it."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+def _model(source: str, dtype: str) -> Any:
+    """A language model, or one of encoder and decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from nspec.mt.model_files import load_config, quiet_transformers, reading
 
-    config = load_config(source)
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with quiet_transformers():
-        with reading("model", source):
-            model = kind.from_pretrained(source, dtype=dtype if Path(source).name != "model" else "auto")
-        has = not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file()
-        with reading("tokenizer", source):
-            tokenizer = AutoTokenizer.from_pretrained(source) if has else None
-    return model.eval(), tokenizer
+    kind: Any = AutoModelForSeq2SeqLM if load_config(source).is_encoder_decoder else AutoModelForCausalLM
+    with quiet_transformers(), reading("model", source):
+        return kind.from_pretrained(source, dtype=dtype).eval()
+
+
+def _tokenizer(source: str) -> Any:
+    """That beside a model; None where there is none."""
+    from transformers import AutoTokenizer
+
+    from nspec.mt.model_files import reading
+
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        return None
+    with reading("tokenizer", source):
+        return AutoTokenizer.from_pretrained(source)

@@ -310,7 +310,7 @@ class Pipeline:
                     progress("", min(done * self.world.size, total), total)
                 write_text(folder / f"{task}.hyp.txt", "".join(f"{line}\n" for line in hypotheses))
                 # Last, as it says that the direction is done.
-                facts = {"sentences": len(hypotheses), "seconds": time.monotonic() - begun}
+                facts: dict[str, Any] = {"sentences": len(hypotheses), "seconds": time.monotonic() - begun}
                 facts |= {"engine": engine.name, "version": engine.version}
                 write_json(record_of(folder, task), facts | {"sha256": sha256(folder / f"{task}.hyp.txt")})
 

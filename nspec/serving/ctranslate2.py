@@ -179,7 +179,7 @@ def _converter(place: str, model: PreTrainedModel, tokenizer: Any) -> Any:
     """CTranslate2's converter, for a model that is in memory."""
     from ctranslate2.converters import TransformersConverter
 
-    class FromMemory(TransformersConverter):  # type: ignore[misc]
+    class FromMemory(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
             return model
 

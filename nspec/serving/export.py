@@ -33,6 +33,7 @@ class Settings:
         beam: of the search that the README shows.
         length_penalty: likewise.
         base: the name of the model before it was specialised, for the README.
+        system: the name of the system in its run, likewise.
     """
 
     format: str = "transformers"
@@ -41,6 +42,7 @@ class Settings:
     beam: int = 5
     length_penalty: float = 1.0
     base: str = ""
+    system: str = ""
 
     def check(self) -> None:
         """Raises ValueError for a format or quantization that there is not, ImportError without CTranslate2."""
@@ -169,6 +171,8 @@ def _readme(model: Any, merged: Any, tasks: Sequence[str], settings: Settings, t
             lines = usage.of_ctranslate2 if settings.format == "ctranslate2" else usage.of_transformers
             blocks.append(lines(framed, settings.beam, settings.length_penalty))
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if settings.system:
+        text = f"The system `{settings.system}` of a run.\n\n{text}"
     if len(tasks) > 1:
         text += "\n\n" + _other_tasks(tasks, tokenizer)
     languages: list[str] = []
@@ -227,6 +231,12 @@ def _sentencepiece(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def check_absent(folder: Path) -> None:
+    """Raises ValueError where something is at ``folder``, before the work."""
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder} is there already; remove it, or name another folder")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes ``folder`` when the body has ended without an error.
@@ -235,8 +245,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ValueError: there is one already.
         OSError: what the operating system said; nothing is left.
     """
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{folder} is there already; remove it, or name another folder")
+    check_absent(folder)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:

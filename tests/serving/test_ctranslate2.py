@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from alone import readme, without_nspec
 from marian_folder import write_model, write_tokenizer
 from transformers import M2M100Config, M2M100ForConditionalGeneration, M2M100Tokenizer
 
+import nspec
 from nspec.files import write_json
 from nspec.mt.model import load_system
 from nspec.mt.scoring.config import DecodeConfig
@@ -92,6 +94,16 @@ def test_marians_translations_are_the_same(tmp_path: Path, tokens: list[str], ta
     transformers, by_ctranslate2 = both(marian(tmp_path / "model", tokens), task)
     assert transformers == by_ctranslate2
     assert len(set(transformers)) > 5
+
+
+def test_the_readme_of_an_export_translates_alone(m2m100: Path, tmp_path: Path) -> None:
+    beam = DecodeConfig(max_length_ratio=50)
+    for folder, task in ((m2m100, "de-en"), (marian(tmp_path / "marian", [">>eng<<", ">>fra<<"]), "de-fr")):
+        model, tokenizer = load_system(folder)
+        out = nspec.export(model, task, tmp_path / task, "ctranslate2", tokenizer=tokenizer)
+        text = [*lines(6), "haus ẞ §"]
+        expected = list(Translator(model, tokenizer, beam, engine="ctranslate2").translate(text, task))
+        assert without_nspec(readme(out, text)) == expected
 
 
 def test_a_marian_whose_decoder_starts_from_something_else_than_zeros_is_refused(tmp_path: Path) -> None:

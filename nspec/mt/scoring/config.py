@@ -11,9 +11,9 @@ from nspec.options import option
 class DecodeConfig:
     engine: str = option(
         "auto",
-        "what searches: transformers, or ctranslate2, which is some times as fast on a CPU. auto: ctranslate2 where it is "
-        "installed, the device is the CPU and every system can be converted, else transformers; all translations of a run "
-        "are by the same one. BLEU in training is by transformers",
+        "what searches: transformers, or ctranslate2, which is several times as fast on a CPU. auto: ctranslate2 where it "
+        "is installed, the device is the CPU and every system can be converted, else transformers; all translations of a "
+        "run are by the same one. BLEU in training is by transformers",
         ("auto", "transformers", "ctranslate2"),
     )
     beam: int = option(5, "beam size; 1 is greedy search", least=1, most=1000)
