@@ -37,7 +37,9 @@ def test_rows_of_every_model_and_their_tables(
     assert all(row["rounds"] == 3 and row["speedup"] == 1 for row in rows if row["form"] == "dense")
     assert "ctranslate2 int8, compact 0.5" in capsys.readouterr().out
 
-    page.write_text("".join(f"<!-- serving:{n}:begin -->\n\n<!-- serving:{n}:end -->\n" for n in ("headline", "tables")))
+    page.write_text(
+        "".join(f"<!-- serving:{n}:begin -->\n\n<!-- serving:{n}:end -->\n" for n in ("headline", "tables"))
+    )
     assert bench.main(["--from", str(path), "--update", str(page)]) == 0
     text = page.read_text()
     assert "| decoding in CTranslate2, beam 2, 2 sentences a batch |" in text
