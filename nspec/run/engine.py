@@ -88,7 +88,12 @@ def _obstacle(config: Config) -> str:
         if system_of(config, system).method == "adapters":
             return f"the system {system} cannot be converted: {ADAPTERS}"
     path = Path(config.run.folder) / "systems" / "dense" / "model" / "config.json"
-    if not path.is_file():
-        return ""
-    described = read_json(path)
-    return why_not_converted(described.get("model_type"), described.get("activation_function"))
+    if path.is_file():
+        described = read_json(path)
+        return why_not_converted(described.get("model_type"), described.get("activation_function"))
+    if config.model.pretrained:  # before hours of training
+        from nspec.mt.model_files import load_config
+
+        own = load_config(config.model.pretrained)
+        return why_not_converted(own.model_type, getattr(own, "activation_function", None))
+    return ""

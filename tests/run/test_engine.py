@@ -43,6 +43,12 @@ def test_a_new_run_takes_ctranslate2_where_every_system_can_be_converted(config:
         choose_engine(config, CPU)
 
 
+def test_a_pretrained_model_that_is_not_converted_is_known_before_it_is_trained(config: Config, tmp_path: Path) -> None:
+    write_json(tmp_path / "own/config.json", {"model_type": "marian", "activation_function": "mish"})
+    config.model.pretrained = str(tmp_path / "own")
+    assert choose_engine(config, CPU).reason.startswith("the activation mish is not converted")
+
+
 def test_a_run_goes_on_with_the_engine_that_it_has(config: Config) -> None:
     translated(config, "forward")  # as older versions wrote it
     assert choose_engine(config, CPU).name == TRANSFORMERS

@@ -101,6 +101,10 @@ def test_scores_are_of_all_directions_against_the_baseline(tiny: Tiny) -> None:
         scores = read_json(tiny.folder / f"scores/{system}/scores.json")
         assert scores["system"] == system
         assert scores["decode"]["beam"] == 2
+        engine = scores["decode"]["engine"]
+        assert f"translations are made by {engine} (" in tiny.errors
+        records = [read_json(tiny.folder / f"scores/{system}/{task}.decode.json") for task in TASKS]
+        assert {record["engine"] for record in records} == {engine}
         assert scores["seconds"] > 0
         assert sorted(scores["tasks"]) == TASKS
         for task in TASKS:

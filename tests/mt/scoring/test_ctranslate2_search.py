@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+import nspec
+from nspec.baselines import adapters
 from nspec.mt.config import ModelConfig
 from nspec.mt.model import build_model
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.ctranslate2_search import why_not
 from nspec.mt.scoring.engine import CTRANSLATE2, TRANSFORMERS, Engine, choose
 from nspec.mt.scoring.search import SpecialTokens, TransformersSearch
-from nspec.mt.scoring.translate import Translator, converted
+from nspec.mt.scoring.translate import Translator, choose_for, converted
 from nspec.mt.text import vocabulary
 from nspec.mt.text.config import TokenizerConfig
 
@@ -182,3 +184,15 @@ def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(DecodeConfig(), cpu) == Engine(TRANSFORMERS, "it is not installed")
     with pytest.raises(ValueError, match="which cannot be: it is not installed; take auto or transformers"):
         choose(DecodeConfig(engine=CTRANSLATE2), cpu)
+
+
+def test_a_combined_direction_and_adapters_are_searched_by_transformers(model: Any) -> None:
+    layers = {"model.encoder.layers.0.fc1": torch.arange(32) < 20}
+    masked = nspec.specialize(copy.deepcopy(model), nspec.NeuronMasks({"en-de": layers, "de-en": layers}))
+    assert choose_for(masked, DecodeConfig(), "en-de").name == CTRANSLATE2
+    for task, pivot in (("en-de", "de"), ("de-fr", "")):
+        assert "is combined from two directions" in choose_for(masked, DecodeConfig(), task, pivot).reason
+    with pytest.raises(ValueError, match="is combined from two directions"):
+        choose_for(masked, DecodeConfig(engine=CTRANSLATE2), "de-fr")
+    adapters.add_adapters(adapted := copy.deepcopy(model), {"en-de": "all"}, 2)
+    assert "adapters are layers of their own" in choose_for(adapted, DecodeConfig(), "en-de").reason
