@@ -36,7 +36,7 @@ _COLUMNS += ("chrf_high", "chrf_p", "sentences_per_second", "speedup")
 
 
 @dataclass(frozen=True)
-class Curve:
+class SizeQuality:
     """What was measured.
 
     Attributes:
@@ -76,7 +76,7 @@ def export_curve(
     out: Path | None,
     settings: Settings,
     progress: Progress = lambda text, done, total: None,
-) -> Curve:
+) -> SizeQuality:
     """Exports a direction with the neurons that ``nspec.select`` keeps at each ``k``, and measures each model.
 
     Nothing is trained. The first point, ``dense``, is the direction as the system computes it, as wide as the dense model;
@@ -140,7 +140,7 @@ def export_curve(
             point["speedup"] = median(a / b for a, b in zip(seconds[DENSE], seconds[name]))
         facts["points"] = list(points.values())
         _write(part, facts)
-    return Curve(place, facts)
+    return SizeQuality(place, facts)
 
 
 def _counts(run: Path, system: str, task: str, config: Any) -> nspec.ActivationCounts:
