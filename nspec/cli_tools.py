@@ -20,6 +20,7 @@ from nspec.files import check_output, replacing
 
 if TYPE_CHECKING:
     from nspec.run.config import Config
+    from nspec.serving.export import Settings
 
 tools = typer.Typer()
 
@@ -265,10 +266,19 @@ def export(
     dense_width: Annotated[
         bool, typer.Option("--dense-width", help="Keeps masked neurons, so that all directions are of one size.")
     ] = False,
+    k: Annotated[
+        str,
+        typer.Option(
+            "--k",
+            metavar="0.5,0.9",
+            help="A model for each share of the activations, and how good, fast and large it is on the validation set.",
+        ),
+    ] = "",
 ) -> None:
     """Writes a direction as a plain model that other tools serve: model, tokenizer, and a README that translates.
 
-    Without the neurons that the direction does not use, where its masks are in the forward pass.
+    Without the neurons that the direction does not use, where its masks are in the forward pass. With --k neurons are
+    selected anew, without training, and the folder has a curve of size and quality.
     """
     from nspec.run.export import export_run
     from nspec.run.export_neurons import export_neurons, has_neurons
@@ -278,6 +288,11 @@ def export(
 
     if bool(task) == all_:
         raise ValueError("export needs either --task DIRECTION or --all")
+    if k and (all_ or dense_width or base or has_neurons(Path(run))):
+        raise ValueError(
+            "--k measures a direction of a run of translation: it goes with --system and --task, not with --all, "
+            "--dense-width or --base"
+        )
     settings = Settings(format, quantization or None, not dense_width)
     place = Path(out) if out else None
     quieten()
@@ -286,10 +301,27 @@ def export(
         return
     from nspec.mt.languages import normalized_task
 
+    if k:
+        _curve(Path(run), system, normalized_task(task), k, place, settings)
+        return
     with Display().bar("export", "directions") as progress:
         wanted = normalized_task(task) if task else None
         folder, tasks = export_run(Path(run), system, wanted, place, settings, progress)
     print(f"{folder}: {system} for {format}, {', '.join(tasks)}", flush=True)
+
+
+def _curve(run: Path, system: str, task: str, k: str, place: Path | None, settings: Settings) -> None:
+    from nspec.report.curve import table
+    from nspec.run.curve import export_curve, shares_of
+    from nspec.terminal import Display, show
+
+    shares = shares_of(k)
+    with Display().bar("export", "sentences") as progress:
+        curve = export_curve(run, system, task, shares, place, settings, progress)
+    for warning in curve.facts["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    show(table(curve.facts), *(f"{name}: {text}" for name, text in curve.facts["signatures"].items()))
+    print(curve.folder, flush=True)
 
 
 @tools.command()

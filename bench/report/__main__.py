@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from bench.machine import ROOT
 from bench.report import figures, tables
 from bench.report.cells import Lines
+from bench.report.fragments import filled, fragments_of
 from bench.report.summary import KINDS, by_device, check, has_device_time, of_kind, values
 from bench.rows import Row, read
 from nspec.files import write_text
@@ -191,14 +191,7 @@ class Report:
         Raises:
             ValueError: it has no markers, or they do not match.
         """
-        found = fragments_of(page, text)
-        if not found:
-            raise ValueError(f"{page}: no markers; put <!-- bench:NAME:begin --> and <!-- bench:NAME:end --> into it")
-        for name in found:
-            parts = rf"(<!-- bench:{name}:begin -->\n).*(\n<!-- bench:{name}:end -->)"
-            between = self.fragment(name, page)
-            text = re.sub(parts, lambda marks: marks[1] + between + marks[2], text, flags=re.S)  # noqa: B023
-        return text
+        return filled(page, text, lambda name: self.fragment(name, page))
 
     def markdown(self, folder: Path | None) -> str:
         """The whole report; its figures are written into ``folder``, and linked, where one is given."""
@@ -226,22 +219,6 @@ class Report:
 
 def _relative(path: Path, to: Path) -> str:
     return Path(os.path.relpath(path.resolve(), to.resolve())).as_posix()
-
-
-def fragments_of(page: Path, text: str) -> list[str]:
-    """The names of the fragments that a page has places for.
-
-    Raises:
-        ValueError: a marker without its partner, twice, or one inside another.
-    """
-    marks = re.findall(r"<!-- bench:([\w-]+):(begin|end) -->", text)
-    names = [name for name, _ in marks[::2]]
-    if marks != [(name, side) for name in names for side in ("begin", "end")] or len(set(names)) < len(names):
-        found = ", ".join(":".join(mark) for mark in marks)
-        raise ValueError(
-            f"{page}: markers are {found}; expected each NAME once, its begin directly followed by its end"
-        )
-    return names
 
 
 def parser() -> argparse.ArgumentParser:

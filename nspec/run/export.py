@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nspec.files import read_json, sha256
-from nspec.run.trained import trained_model
+from nspec.run.trained import Trained, trained_model
 from nspec.serving.export import Settings, check_absent, new_folder, write
 
 Progress = Callable[[str, int, int], None]
@@ -43,29 +43,17 @@ def export_run(
             computes, a folder that is there.
         ImportError: CTranslate2 is not installed.
     """
-    settings.check()
-    tasks = _tasks(run)
-    if task is not None and task not in tasks:
-        raise ValueError(f"--task {task}: {run} has the directions {', '.join(tasks)}")
-    chosen = tasks if task is None else [task]
-    found = trained_model(run, system, chosen[0])
-    if not (run / "systems" / system / "stage.json").is_file():
-        raise ValueError(f"--system {system} is not trained to its end in {run}: `nspec run` goes on with it")
-    decode = found.config.decode
-    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, system=system)
-    settings = replace(settings, base=found.config.model.pretrained)
-    place = out if out is not None else _place(run, system, task, settings)
+    found, chosen, settings = trained(run, system, task, settings)
+    place = out if out is not None else place_of(run, system, task or "all", settings)
     check_absent(place)
 
     def fill(tasks: Sequence[str], folder: Path, model: Any, tokenizer: Any) -> None:
-        write(model, tasks, folder, settings, tokenizer, _pieces(run))
+        write(model, tasks, folder, settings, tokenizer, pieces_of(run))
 
     from nspec.mt.model import load_system
-    from nspec.mt.plain import decodes_by_task, why_not_plain
+    from nspec.mt.plain import decodes_by_task
 
-    model, tokenizer = load_system(found.folder, made_by=found.made_by)
-    if reason := why_not_plain(model):
-        raise ValueError(f"--system {system} cannot be exported: {reason}; `nspec translate` serves it")
+    model, tokenizer = loaded(found, system)
     with new_folder(place) as part:
         if len(chosen) == 1 or not (found.each or decodes_by_task(model)):
             fill(chosen, part, model, tokenizer)
@@ -83,6 +71,40 @@ def export_run(
     return place, chosen
 
 
+def trained(run: Path, system: str, task: str | None, settings: Settings) -> tuple[Trained, list[str], Settings]:
+    """The model of a system, the directions that are meant (None: all), and settings with what the run says.
+
+    Raises:
+        ValueError, ImportError: see :func:`export_run`.
+    """
+    settings.check()
+    tasks = _tasks(run)
+    if task is not None and task not in tasks:
+        raise ValueError(f"--task {task}: {run} has the directions {', '.join(tasks)}")
+    chosen = tasks if task is None else [task]
+    found = trained_model(run, system, chosen[0])
+    if not (run / "systems" / system / "stage.json").is_file():
+        raise ValueError(f"--system {system} is not trained to its end in {run}: `nspec run` goes on with it")
+    decode = found.config.decode
+    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, system=system)
+    return found, chosen, replace(settings, base=found.config.model.pretrained)
+
+
+def loaded(found: Trained, system: str) -> tuple[Any, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        ValueError: no plain model computes what it does.
+    """
+    from nspec.mt.model import load_system
+    from nspec.mt.plain import why_not_plain
+
+    model, tokenizer = load_system(found.folder, made_by=found.made_by)
+    if reason := why_not_plain(model):
+        raise ValueError(f"--system {system} cannot be exported: {reason}; `nspec translate` serves it")
+    return model, tokenizer
+
+
 def _tasks(run: Path) -> list[str]:
     path = run / "prepared" / "meta.json"
     if not (run / "config.yaml").is_file():
@@ -98,12 +120,13 @@ def _tasks(run: Path) -> list[str]:
     return [str(task) for task in tasks]
 
 
-def _place(run: Path, system: str, task: str | None, settings: Settings) -> Path:
+def place_of(run: Path, system: str, name: str, settings: Settings) -> Path:
+    """Where an export goes if nothing is said."""
     kind = f"{settings.format}-{settings.quantization}" if settings.quantization else settings.format
-    return run / "export" / f"{system}-{kind}" / (task or "all")
+    return run / "export" / f"{system}-{kind}" / name
 
 
-def _pieces(run: Path) -> Path | None:
+def pieces_of(run: Path) -> Path | None:
     """The SentencePiece model of a vocabulary that the run made."""
     from nspec.mt.text.vocabulary import MODEL_FILE
 

@@ -41,12 +41,12 @@ Search = Callable[..., list[list[int]]]
 """Of a batch; see :meth:`nspec.mt.scoring.search.TransformersSearch.__call__`."""
 
 
-def converted(model: Any, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Search:
+def converted(model: Any, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> CTranslate2Search:
     """A plain model in CTranslate2, on the same device and with as many threads as PyTorch has."""
     names = ctranslate2.row_names(model, tokenizer, token_ids(tokenizer))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        names = ctranslate2.convert(model, tokenizer, folder, names=names)
+        names = ctranslate2.convert(model, tokenizer, folder, names=names, quantization=quantization)
         device = model.device
         loaded = ctranslate2.load(folder, device.type, device.index or 0, torch.get_num_threads())
     return CTranslate2Search(loaded, names)
@@ -85,6 +85,7 @@ class Translator:
             directions that the model knows as well.
         engine: ``transformers``, or ``ctranslate2``, for which the plain model of each direction is converted when it is
             first asked for (:func:`nspec.mt.plain.plain`).
+        quantization: of the weights in CTranslate2, such as ``int8``; None: as they are.
 
     Raises:
         ValueError: a pivot for a model that computes the same for every direction; a beam that is wider than the
@@ -99,6 +100,7 @@ class Translator:
         window: int = 0,
         pivot: str = "",
         engine: str = TRANSFORMERS,
+        quantization: str | None = None,
     ) -> None:
         self.model: Any = model  # transformers types what it adds to nn.Module too loosely
         self.tokenizer, self.decode, self.window = tokenizer, decode, window
@@ -116,7 +118,7 @@ class Translator:
         self._spare = [index for index in range(embeddings.num_embeddings) if index not in known]
         check_beam(decode.beam, len(known))
         self._tag_ids = frozenset(tag_ids(tokenizer))
-        self.engine = engine
+        self.engine, self.quantization = engine, quantization
         self._converted: dict[str, CTranslate2Search] = {}  # of the last direction, or "" of all
         # Marian's would read a translation as a source.
         self._decoding: dict[str, Any] = {"use_source_tokenizer": False} if is_marian(tokenizer) else {}
@@ -196,7 +198,7 @@ class Translator:
         key = task if self._by_task else ""
         if key not in self._converted:
             self._converted.clear()  # before the next one needs the memory
-            self._converted[key] = converted(plain(self.model, task), self.tokenizer)
+            self._converted[key] = converted(plain(self.model, task), self.tokenizer, self.quantization)
         return self._converted[key]
 
     def _whole(self, pieces: list[int], number: int, before: list[int], end: int) -> list[int]:
