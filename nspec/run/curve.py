@@ -20,19 +20,9 @@ ROUNDS = 3
 """How often each model translates the validation set: speed is the median of the ratios within a round."""
 DENSE = "dense"
 _COLUMNS = (
-    "name",
-    "k",
-    "density",
-    "parameters",
-    "bytes",
-    "bleu",
-    "bleu_low",
-    "bleu_high",
-    "bleu_p",
-    "chrf",
-    "chrf_low",
+    *("name", "k", "density", "parameters", "bytes", "bleu", "bleu_low", "bleu_high"),
+    *("bleu_p", "chrf", "chrf_low", "chrf_high", "chrf_p", "sentences_per_second", "speedup"),
 )
-_COLUMNS += ("chrf_high", "chrf_p", "sentences_per_second", "speedup")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nspec.files import read_json, sha256
-from nspec.run.trained import Trained, trained_model
+from nspec.run.trained import TrainedSystem, trained_model
 from nspec.serving.export import Settings, check_absent, new_folder, write
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +71,7 @@ def export_run(
     return place, chosen
 
 
-def trained(run: Path, system: str, task: str | None, settings: Settings) -> tuple[Trained, list[str], Settings]:
+def trained(run: Path, system: str, task: str | None, settings: Settings) -> tuple[TrainedSystem, list[str], Settings]:
     """The model of a system, the directions that are meant (None: all), and settings with what the run says.
 
     Raises:
@@ -90,7 +90,7 @@ def trained(run: Path, system: str, task: str | None, settings: Settings) -> tup
     return found, chosen, replace(settings, base=found.config.model.pretrained)
 
 
-def loaded(found: Trained, system: str) -> tuple[Any, Any]:
+def loaded(found: TrainedSystem, system: str) -> tuple[Any, Any]:
     """The model and its tokenizer.
 
     Raises:
