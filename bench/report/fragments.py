@@ -38,7 +38,7 @@ def filled(page: Path, text: str, write: Callable[[str], str], mark: str = "benc
     if not found:
         raise ValueError(f"{page}: no markers; put <!-- {mark}:NAME:begin --> and <!-- {mark}:NAME:end --> into it")
     for name in found:
-        parts = rf"(<!-- {mark}:{name}:begin -->\n).*(\n<!-- {mark}:{name}:end -->)"
-        between = write(name)
+        parts = rf"(<!-- {mark}:{name}:begin -->).*(<!-- {mark}:{name}:end -->)"
+        between = f"\n{write(name)}\n"
         text = re.sub(parts, lambda marks: marks[1] + between + marks[2], text, flags=re.S)  # noqa: B023
     return text
