@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -163,6 +164,34 @@ def _projection(model: nn.Module, name: str, masks: NeuronMasks) -> Any:
 def _keep(projection: Any, inputs: Any) -> Any:
     """The hook. At module level, so that a model with it can be pickled and copied."""
     return (projection.heads(inputs[0]), *inputs[1:])
+
+
+def merge_heads(model: nn.Module, task: str) -> nn.Module:
+    """A plain copy of the model that computes what ``task`` computes: the columns of ``out_proj`` of other heads are zero.
+
+    Raises:
+        ValueError: no heads are masked, or there are none of that task.
+
+    Example:
+        >>> attention = nn.Module()
+        >>> attention.out_proj, attention.num_heads = nn.Linear(4, 4), 2
+        >>> model = nn.ModuleDict({"attention": attention})
+        >>> model = mask_heads(model, nspec.NeuronMasks({"en-de": {"attention": torch.tensor([True, False])}}))
+        >>> merge_heads(model, "en-de")["attention"].out_proj.weight[0, 2:].tolist()
+        [0.0, 0.0]
+    """
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in merged.modules():
+            if _HANDLE not in module.__dict__:
+                continue
+            projection: Any = module
+            heads, weight = projection.heads, projection.weight
+            if task not in heads.tasks:
+                raise ValueError(f"there are no heads of task {task!r}; {nearest(task, heads.tasks)}")
+            kept = heads.kept[heads.tasks.index(task)].to(weight.device)
+            weight.unflatten(1, (len(kept), -1)).masked_fill_(~kept[:, None], 0)
+    return unmask_heads(merged)
 
 
 def unmask_heads(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import nn
 
 import nspec
 from nspec.baselines.adapters import TaskAdapters
+from nspec.baselines.heads import TaskHeads, merge_heads
 from nspec.baselines.lass import LassLinear, merge_weight_masks
 from nspec.nn.ffn import CompactLayer
 from nspec.nn.switched import TaskSwitched
@@ -48,6 +49,8 @@ def plain(model: PreTrainedModel, task: str, compact: bool = True) -> PreTrained
     found: Any = model
     if any(isinstance(module, LassLinear) for module in switched):
         found = merge_weight_masks(model, task)
+    elif any(isinstance(module, TaskHeads) for module in switched):
+        found = merge_heads(model, task)
     elif decodes_by_task(model):
         masked = any(isinstance(module, CompactLayer) for module in switched)
         found = nspec.merge(model, task, compact=compact and masked)

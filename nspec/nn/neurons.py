@@ -49,25 +49,30 @@ class Written:
     Changes through ``.data`` are not seen.
 
     Args:
-        weight: the weight.
+        base: the weight and the bias that were written into; None: there is none.
         parameters: those of its neurons that were written.
     """
 
     steps = 0
     """Of optimisers that write no rows; their fused kernels need not raise the version of a parameter."""
 
-    def __init__(self, weight: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._weight, self._steps = weight.data_ptr(), Written.steps
+    def __init__(self, base: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        self._base, self._steps = _stamps(base), Written.steps
         self._versions = {p.data_ptr(): p._version for p in parameters}
 
-    def holds(self, weight: Tensor, *parameters: Tensor | None) -> bool:
-        """Whether the weight has these parameters, as they are."""
-        if self._steps != Written.steps or self._weight != weight.data_ptr():
+    def holds(self, base: Sequence[Tensor | None], *parameters: Tensor | None) -> bool:
+        """Whether weight and bias have these parameters, as they are, and nothing was written to them since."""
+        if self._steps != Written.steps or self._base != _stamps(base):
             return False
         return all(p is None or self._versions.get(p.data_ptr()) == p._version for p in parameters)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy has other tensors
+
+
+def _stamps(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+    """Where each tensor lies, and how often PyTorch has written to it."""
+    return [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 class TunedState(LayerState):

@@ -133,7 +133,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             self._step_group(group, touched, tuned, written)
         for layer, parameters in written.items():
-            layer._nspec.written = Written(layer.weight, parameters)
+            layer._nspec.written = Written((layer.weight, layer.bias), parameters)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -249,7 +249,7 @@ class TunedLayer(TaskSwitched):
                     writes += self._writes(weight, there, there.base, there.base_bias)
             put(writes)  # by itself: a launch writes its matrices side by side
             writes, kept.content, kept.written = [], None, None
-        if use is not None and not (kept.written is not None and kept.written.holds(weight, rows, bias)):
+        if use is not None and not (kept.written is not None and kept.written.holds((weight, self.bias), rows, bias)):
             kept.content, kept.written = use.task, None
             writes += self._writes(weight, use.on(weight.device), rows, bias)
         return writes

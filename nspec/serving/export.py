@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -178,13 +179,13 @@ def _readme(model: Any, merged: Any, tasks: Sequence[str], settings: Settings, t
     languages: list[str] = []
     if framed is not None:
         languages = list(dict.fromkeys(code for task in tasks for code in languages_of_task(task)))
-    try:
-        return model_card(model, tasks[0], merged, base=settings.base or None, languages=languages, text=text)
-    except ValueError:  # no neurons of tasks: dense, or masks of weights
-        count = sum(parameter.numel() for parameter in merged.parameters())
-        made = f"A model of {count:,} parameters, exported by nspec {nspec.__version__}."
-        of = f" Its base is `{settings.base}`." if settings.base else ""
-        return f"# {', '.join(tasks)}\n\n{made}{of}\n\n{text}\n"
+    if len(tasks) == 1:  # else one model computes the same for all, and the card of one would be of no use
+        with contextlib.suppress(ValueError):  # no neurons of tasks: dense, or masks of weights or heads
+            return model_card(model, tasks[0], merged, base=settings.base or None, languages=languages, text=text)
+    count = sum(parameter.numel() for parameter in merged.parameters())
+    made = f"A model of {count:,} parameters, exported by nspec {nspec.__version__}."
+    of = f" Its base is `{settings.base}`." if settings.base else ""
+    return f"# {', '.join(tasks)}\n\n{made}{of}\n\n{text}\n"
 
 
 def _other_tasks(tasks: Sequence[str], tokenizer: Any) -> str:
@@ -251,6 +252,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        readable = part.stat().st_mode & 0o666  # safetensors lets the owner alone read; a server may be another user
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)
         os.rename(part, folder)
     except OSError as error:
         raise disk_error(error, folder) from error

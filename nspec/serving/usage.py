@@ -68,9 +68,9 @@ def of_ctranslate2(framed: Framed, beam: int, length_penalty: float) -> str:
             _CLEAN,
             f"sources = [[{first}*{tokens}, {_text(framed.end)}] for line in lines]",
             f"search = dict({search})",
-            f"for result in translator.translate_batch(sources, {prefix}, **search):",
+            f"for line, result in zip(lines, translator.translate_batch(sources, {prefix}, **search)):",
             f"    words = {words}",
-            f"    print({name}.decode(words))",
+            f"    print({name}.decode(words) if line else '')",
         ]
     )
 
@@ -97,7 +97,8 @@ def of_transformers(framed: Framed, beam: int, length_penalty: float) -> str:
             _CLEAN,
             f'batch = tokenizer({text}, return_tensors="pt", padding=True, truncation=True, max_length={framed.most})',
             f"ids = model.generate(**batch, {tag}{search})",
-            'print(*map(str.strip, tokenizer.batch_decode(ids, skip_special_tokens=True)), sep="\\n")',
+            "for line, text in zip(lines, tokenizer.batch_decode(ids, skip_special_tokens=True)):",
+            "    print(text.strip() if line else '')",
         ]
     )
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import nspec
 from nspec.analysis.heads import attention_layers
-from nspec.baselines.heads import mask_heads, unmask_heads
+from nspec.baselines.heads import mask_heads, merge_heads, unmask_heads
 from tests.specialization.models import batch, m2m100
 
 SIZE = 6  # of a head of the small M2M100: 4 heads, width 24
@@ -92,6 +92,19 @@ def test_copies_and_pickles_keep_their_heads_and_generate_under_the_task() -> No
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with nspec.task(other, "en-de"):
             assert torch.equal(other.generate(ids, num_beams=2, max_new_tokens=6), want)
+
+
+def test_a_merged_model_is_plain_and_computes_what_the_task_computes() -> None:
+    plain, data, kept = m2m100().eval(), batch(), masks()
+    model = mask_heads(copy.deepcopy(plain), kept)
+    merged = merge_heads(model, "en-de")
+    assert all(type(module).__module__.split(".")[0] != "nspec" for module in merged.modules())
+    expected = pruned(plain, kept, "en-de")
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in merged.state_dict().items())
+    with nspec.task(model, "en-de"):
+        torch.testing.assert_close(loss(merged, data), loss(model, data))
+    with pytest.raises(ValueError, match="there are no heads of task 'en-nl'"):
+        merge_heads(model, "en-nl")
 
 
 def test_masks_that_do_not_fit_are_an_error_and_change_nothing() -> None:

@@ -80,7 +80,7 @@ def exported(run: Run, out: Path, *options: str) -> Path:
 def test_a_direction_translates_with_ctranslate2_and_sentencepiece_alone(run: Run, tmp_path: Path) -> None:
     task = "en-de"
     folder = exported(run, tmp_path / "out", "--system", "forward", "--task", task, "--format", "ctranslate2")
-    lines = [*run.lines(task), "a  b\u00a0x c"]  # spaces, and a letter that the vocabulary has not
+    lines = [*run.lines(task), "a  b\u00a0x c", " "]  # spaces, a letter that the vocabulary has not, a blank line
     model, tokenizer = load_system(run.folder / "systems/forward/model")
     expected = list(Translator(model, tokenizer, DECODE).translate(lines, task))
     assert without_nspec(readme(folder, lines)) == expected
@@ -97,9 +97,10 @@ def test_a_folder_of_transformers_translates_alike(
     task = "fr-en"
     folder = exported(run, tmp_path / "out", "--system", system, "--task", task)
     capsys.readouterr()
-    exec(readme(folder, run.lines(task)), {})
+    exec(readme(folder, [*run.lines(task), ""]), {})
     found = capsys.readouterr().out.split("\n")[:-1]
-    assert found == run.expected(f"{system}/{task}" if system == "finetuned" else system, task)
+    assert found == [*run.expected(f"{system}/{task}" if system == "finetuned" else system, task), ""]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     width = read_json(folder / "config.json")["encoder_ffn_dim"]
     kept = int(run.toy.masks()[task]["model.encoder.layers.0.fc1"].sum())
     assert width == (kept if system == "forward" else 64)
@@ -115,6 +116,7 @@ def test_all_directions_share_what_is_the_same(run: Run, tmp_path: Path) -> None
         assert without_nspec(readme(folder / task, run.lines(task))) == run.expected("forward", task)
     one = exported(run, tmp_path / "update", "--system", "update", "--all", "--format", "ctranslate2")
     assert (one / "model.bin").is_file()
+    assert "density" not in (one / "README.md").read_text(encoding="utf-8"), "of one direction"
     assert all(
         f"| {task} | `__{task[:2]}__` | `__{task[3:]}__` |" in (one / "README.md").read_text() for task in run.tasks
     )

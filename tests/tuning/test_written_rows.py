@@ -92,6 +92,12 @@ def _base_between(model: nn.Module) -> None:
         output(LLAMA, model, inputs(LLAMA))
 
 
+@torch.no_grad()
+def _base_changed(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer.weight.add_(1)
+
+
 def _averages_between(model: nn.Module) -> None:
     before = {name: p.detach().clone() for name, p in own(model).items()}
     for p in own(model).values():
@@ -102,7 +108,7 @@ def _averages_between(model: nn.Module) -> None:
         p.data.copy_(before[name])
 
 
-@pytest.mark.parametrize("change", [_adamw, _assigned, _in_place, _loaded, _base_between, _averages_between])
+@pytest.mark.parametrize("change", [_adamw, _assigned, _in_place, _loaded, _base_between, _base_changed, _averages_between])
 def test_what_changes_between_a_step_and_a_pass_is_seen(change: Callable[[nn.Module], None]) -> None:
     _, model = tuned()
     optimizer = optimizer_of(model)
