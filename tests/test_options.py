@@ -131,7 +131,7 @@ def test_no_number_is_0_in_float32_that_is_none(name: str) -> None:
     for value in (1e-300, 1e-46, 1e-38):
         config = Config()
         if types()[section][key] in (float, list[float]):
-            setattr(getattr(config, section), key, [value, value] if key == "betas" else value)
+            setattr(getattr(config, section), key, [value, value] if key in ("betas", "grid") else value)
             with pytest.raises(ValueError, match=f"^{name}: expected "):
                 validate(config)
 

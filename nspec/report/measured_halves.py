@@ -88,13 +88,9 @@ def measure_halves(run: Path) -> tuple[NeuronMasks, NeuronMasks]:
 
 
 def _selected(counts: Any, config: Config) -> NeuronMasks:
-    import nspec
-    from nspec.run.systems import SELECT_USES
+    from nspec.run.selecting import select_neurons
 
-    select = config.select
-    options: dict[str, Any] = {used: getattr(select, used) for used in SELECT_USES[select.rule]}
-    options["rule"] = select.rule
-    return nspec.select(counts.only(select.layers) if select.layers else counts, **options)
+    return select_neurons(counts, config.select, config.corpus.pivot, config.run.seed)
 
 
 def save(masks: tuple[NeuronMasks, NeuronMasks], run: Path) -> None:

@@ -82,7 +82,6 @@ def choose_engine(config: Config, device: torch.device) -> Engine:
 def _obstacle(config: Config) -> str:
     """What CTranslate2 cannot do of a run; empty where it can do all."""
     from nspec.mt.plain import ADAPTERS
-    from nspec.mt.scoring.engine import why_not_converted
 
     for system in system_names(config):
         if system_of(config, system).method == "adapters":
@@ -90,10 +89,19 @@ def _obstacle(config: Config) -> str:
     path = Path(config.run.folder) / "systems" / "dense" / "model" / "config.json"
     if path.is_file():
         described = read_json(path)
-        return why_not_converted(described.get("model_type"), described.get("activation_function"))
+        return _why_not_of(described.get("model_type"), described.get("activation_function"))
     if config.model.pretrained:  # before hours of training
         from nspec.mt.model_files import load_config
 
         own = load_config(config.model.pretrained)
-        return why_not_converted(own.model_type, getattr(own, "activation_function", None))
+        return _why_not_of(own.model_type, getattr(own, "activation_function", None))
     return ""
+
+
+def _why_not_of(model_type: str | None, activation: str | None) -> str:
+    from nspec.mt.scoring.engine import why_not_converted
+
+    reason = why_not_converted(model_type, activation)
+    if model_type == "marian" and not reason:
+        return "training moves the embedding of <pad>, which starts Marian's decoder and which CTranslate2 takes to be zero"
+    return reason

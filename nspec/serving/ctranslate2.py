@@ -116,12 +116,15 @@ def convert(
         ValueError: a model that CTranslate2 does not convert, or an unknown quantization.
     """
     check(quantization)
-    _check_start(model)
+    if reason := why_not_started(model):
+        raise ValueError(reason)
     if quantization is not None:
         model = copy.deepcopy(model)  # CTranslate2 scales and rounds the weights where they lie
     with tempfile.TemporaryDirectory() as place:
         model.config.save_pretrained(place)  # by which the converter finds how to convert
         before, model.config = model.config, copy.deepcopy(model.config)  # the converter writes into it
+        if type(before).__name__ == "MBartConfig":
+            model.config.normalize_before = True  # what every mBART does; configurations no longer say it
         try:
             given: Any = _Rows(tokenizer, names) if takes_names(model) else tokenizer
             _converter(place, model, given).convert(str(folder), quantization=quantization)
@@ -141,19 +144,19 @@ def load(folder: str | os.PathLike[str], device: str = "cpu", index: int = 0, th
     return ctranslate2.Translator(place, device=device, device_index=index, inter_threads=1, intra_threads=threads)
 
 
-def _check_start(model: Any) -> None:
+def why_not_started(model: Any) -> str:
+    """Why CTranslate2's decoder cannot start as this model's does; empty where it can."""
     if type(model.config).__name__ != "MarianConfig":
-        return
+        return ""
     weight, pad = model.get_input_embeddings().weight, model.config.pad_token_id
     if pad != len(weight) - 1:
-        raise ValueError(
-            f"<pad> has the id {pad} of {len(weight)}, and CTranslate2 takes it to be the last one of a Marian's"
-        )
+        return f"<pad> has the id {pad} of {len(weight)}, and CTranslate2 takes it to be the last one of a Marian's"
     if bool(weight[pad].any()):
-        raise ValueError(
+        return (
             "the embedding of <pad>, which starts Marian's decoder, is not zero, as CTranslate2 takes it to be; this model "
             "can be served by transformers only"
         )
+    return ""
 
 
 class _Rows:

@@ -29,7 +29,7 @@ def planted_masks(
 
     tasks: dict[str, dict[str, torch.Tensor]] = {}
     for layer in LAYERS:
-        for direction in proximity.DIRECTIONS:
+        for direction in ("from", "to"):
             drawn: dict[tuple[str, ...], np.ndarray] = {(): rng.random(d_ff) < 0.7}
             for code in codes:
                 task = proximity.task_name(direction, "en", code)

@@ -293,7 +293,7 @@ def test_a_copy_without_git_and_with_a_broken_kernel_delivers_every_other_part(t
 def test_small_calls_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("NSPEC_BACKEND", "reference")
     assert small_calls.main(["--device", "cpu"]) == 0
-    right = len(small_calls.SHAPES) * 4 * (2 + 3 + 6 + 4 + 5 + 7 + 1 + 2 + 4)
+    right = len(small_calls.SHAPES) * 4 * (2 + 3 + 6 + 4 + 5 + 7 + 3 + 2 + 5)
     said = f"{right} right results of {', '.join(OPERATORS)} on cpu"
     assert said in capsys.readouterr().out
     real = small_calls.row_sparse_wgrad

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nspec.files import read_json
+from tests.system.own_lines import own_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "mt"))  # for marian_folder
@@ -59,7 +60,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     command = [sys.executable, "-m", "nspec.cli", "run", str(run.config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    run.output, run.errors = done.stdout, done.stderr
+    run.output, run.errors = done.stdout, own_lines(done.stderr)
     return run
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from nspec import NeuronMasks, cli
 from nspec.mt.scoring.config import DecodeConfig
+from tests.system.own_lines import own_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,12 +25,6 @@ Tiny = Any  # tests/system/conftest.py
 
 def sources(tiny: Tiny) -> list[str]:
     return (tiny.folder / "prepared/text/test/de-en.de.txt").read_text().splitlines()
-
-
-def own_lines(errors: str) -> str:
-    """What nspec itself wrote: libraries of quantised weights that Transformers imports where they are there warn, too."""
-    foreign = re.compile(r"W\d{4} .* torch/|Failed to load CPU ")
-    return "".join(line for line in errors.splitlines(keepends=True) if not foreign.match(line))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -198,12 +192,13 @@ def test_every_option_of_the_search_reaches_it(tiny: Tiny, tmp_path: Path, monke
     from nspec.mt.scoring import translate
 
     seen: list[Any] = []
-    monkeypatch.setattr(translate, "search", lambda *given: seen.append(given[4]) or [[] for _ in given[3]])
+    searched = lambda _, sources, limits, decode, special: seen.append(decode) or [[] for _ in sources]
+    monkeypatch.setattr(translate.TransformersSearch, "__call__", searched)
     (tmp_path / "in").write_text("eins\n")
     given = ["--length-penalty", "0.5", "--max-length-ratio", "3", "--no-repeat-ngram-size", "4"]
-    given += ["--repetition-penalty", "1.5", "--batch-tokens", "99", "--beam", "7"]
+    given += ["--repetition-penalty", "1.5", "--batch-tokens", "99", "--beam", "7", "--engine", "transformers"]
     assert translated(tiny, "--input", tmp_path / "in", "--output", tmp_path / "out", *given) == 0
-    assert seen == [DecodeConfig(7, 0.5, 3.0, 4, 1.5, 99)]
+    assert seen == [DecodeConfig("transformers", 7, 0.5, 3.0, 4, 1.5, 99)]
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(DecodeConfig)}
     assert {name.removeprefix("--") for name in given[::2]} == fields
 

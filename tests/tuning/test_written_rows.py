@@ -108,7 +108,9 @@ def _averages_between(model: nn.Module) -> None:
         p.data.copy_(before[name])
 
 
-@pytest.mark.parametrize("change", [_adamw, _assigned, _in_place, _loaded, _base_between, _base_changed, _averages_between])
+@pytest.mark.parametrize(
+    "change", [_adamw, _assigned, _in_place, _loaded, _base_between, _base_changed, _averages_between]
+)
 def test_what_changes_between_a_step_and_a_pass_is_seen(change: Callable[[nn.Module], None]) -> None:
     _, model = tuned()
     optimizer = optimizer_of(model)

@@ -59,9 +59,9 @@ def choose_for(model: PreTrainedModel, decode: DecodeConfig, task: str, pivot: s
         ValueError: CTranslate2 is asked for and cannot search here; says why.
     """
     config: Any = model.config
-    obstacle = why_not_plain(model) or why_not_converted(
-        config.model_type, getattr(config, "activation_function", None)
-    )
+    activation = getattr(config, "activation_function", None)
+    obstacle = why_not_plain(model) or why_not_converted(config.model_type, activation)
+    obstacle = obstacle or ctranslate2.why_not_started(model)
     if decodes_by_task(model) and (pivot or normalized_task(task) not in specialized_layers(model)[0].tasks):
         obstacle = obstacle or f"{task} is combined from two directions, which are not merged into one model"
     return choose(decode, model.device, obstacle)

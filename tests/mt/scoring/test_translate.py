@@ -276,7 +276,7 @@ def test_a_direction_is_taken_with_hyphens_in_its_codes(
     given = ["translate", "--model", str(tmp_path / "model"), "--input", str(tmp_path / "in.txt"), "--threads", "1"]
     outputs = []
     for task in ("en-zh-Hans", "en-zh_Hans"):
-        assert cli.main([*given, "--device", "cpu", "--task", task]) == 0
+        assert cli.main([*given, "--device", "cpu", "--engine", "transformers", "--task", task]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     model, tokenizer = load_system(tmp_path / "model")
