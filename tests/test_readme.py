@@ -69,9 +69,11 @@ def test_the_file_tree_is_the_tree(folder: str, left_out: tuple[str, ...]) -> No
 
 
 def test_every_speed_up_in_the_text_is_in_the_table() -> None:
-    begin, end = "<!-- bench:headline:begin -->", "<!-- bench:headline:end -->"
-    table = README.partition(begin)[2].partition(end)[0]
-    said = re.findall(r"\b\d\.\d\d(?:×| as fast)", README.replace(table, ""))
+    text, table = README, ""
+    for mark in ("bench", "serving"):
+        written = text.partition(f"<!-- {mark}:headline:begin -->")[2].partition(f"<!-- {mark}:headline:end -->")[0]
+        text, table = text.replace(written, ""), table + written
+    said = re.findall(r"\b\d\.\d\d(?:×| as fast)", text)
     assert said
     for figure in said:
         assert f"{figure[:4]}×" in table, figure
