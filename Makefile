@@ -26,7 +26,7 @@ help:
 	@echo 'make run    train, compare and report: nspec run $$(CONFIG)'
 	@echo '            CONFIG=configs/NAME.yaml          another experiment'
 	@echo '            SET="train.updates=100 run.seed=2"  other options'
-	@echo 'make finetune  neurons, LoRA and full fine-tuning of a language model: about ten minutes on two cores; takes SET'
+	@echo 'make finetune  neurons, LoRA and full fine-tuning of a language model: six minutes on two cores; takes SET'
 	@echo 'make test   the tests; TESTS=tests/nn for a part, PYTEST_OPTIONS="-x -k name", JOBS=0 for one process'
 	@echo 'make bench  operators, training steps, profiling and their report: ten minutes on two cores, into runs/bench/'
 	@echo '            BENCH=full|quick|smoke            how much; smoke measures nothing, it shows that all runs'
