@@ -100,9 +100,11 @@ class RowSparseAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self._model, self._write_rows = model, write_rows
         if write_rows:
+            if model is None:
+                raise ValueError("write_rows is True and model is None: give the fine-tuned model as model=")
             if not self._tuned():
                 raise ValueError(
-                    "write_rows is True, and no parameter is of the neurons of a fine-tuned model: give that as model="
+                    "write_rows is True, and no parameter is of the neurons of this model: call nspec.finetune(model, masks) first"
                 )
             _watch_other_optimizers()
         elif not self._owners():

@@ -143,5 +143,8 @@ def test_several_tasks_are_stepped_and_not_written(writes: list[int]) -> None:
 
 
 def test_a_model_without_neurons_of_its_own_is_refused() -> None:
-    with pytest.raises(ValueError, match="write_rows is True, and no parameter is of the neurons"):
+    with pytest.raises(ValueError, match="write_rows is True and model is None: give the fine-tuned model"):
         nspec.RowSparseAdamW([nn.Parameter(torch.ones(2))], write_rows=True)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="write_rows is True, and no parameter is of the neurons of this model"):
+        nspec.RowSparseAdamW(model.parameters(), model=model, write_rows=True)
