@@ -104,7 +104,8 @@ class RowSparseAdamW(torch.optim.Optimizer):
                 raise ValueError("write_rows is True and model is None: give the fine-tuned model as model=")
             if not self._tuned():
                 raise ValueError(
-                    "write_rows is True, and no parameter is of the neurons of this model: call nspec.finetune(model, masks) first"
+                    "write_rows is True, and no parameter is of the neurons of this model: call "
+                    "nspec.finetune(model, masks) first"
                 )
             _watch_other_optimizers()
         elif not self._owners():
