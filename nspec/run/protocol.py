@@ -39,7 +39,7 @@ class Primary:
 
 
 def primary_of(config: Config) -> Primary | None:
-    """What ``run.primary`` says; None where it is empty.
+    """What ``run.primary`` says; None where it is empty, or where the run compares nothing (the dense model alone).
 
     Raises:
         ValueError: it cannot be read, or names the baseline or no system of the run.
@@ -54,6 +54,8 @@ def primary_of(config: Config) -> Primary | None:
             f"all, from_en or level:low, found {show(text)}"
         )
     names, baseline = system_names(config), baseline_of(config)
+    if set(names) <= {"dense", baseline}:
+        return None  # the dense model that others will start from is trained with the same configuration
     if system not in names or system == baseline:
         others = ", ".join(name for name in names if name != baseline)
         raise ValueError(f"run.primary: expected one of {others}, to compare with the baseline, found {show(system)}")

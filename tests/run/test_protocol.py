@@ -46,6 +46,11 @@ def test_what_cannot_be_compared_is_an_error_before_the_run(text: str, message: 
         load(None, [f"run.primary={text}"])
 
 
+def test_the_dense_model_of_a_declared_run_is_trained_with_its_configuration() -> None:
+    alone = load(None, ["run.systems=[dense]", "run.primary=forward loss"])
+    assert primary_of(alone) is None  # nothing is compared yet
+
+
 def test_a_declaration_says_which_scores_were_there(tmp_path: Path) -> None:
     declare(tmp_path, config_of())
     assert declarations(tmp_path) == []
