@@ -365,3 +365,24 @@ def seeds(
     if out:
         seeds_write.write(compared, Path(out))
     print(seeds_write.markdown(compared), end="")
+
+
+@tools.command()
+def sweep(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders; the others are compared with the first.")
+    ],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Writes sweep.md, sweep.tsv and figures.")] = "",
+) -> None:
+    """Compares runs that differ in an option: what each system gains over the baseline, by that option.
+
+    Validation losses, which runs have before they are scored. Runs that differ in run.seed alone are one point.
+    """
+    from nspec.report.sweep import compare_runs, markdown, write
+
+    if out:
+        check_output("--out", out, folder=True)
+    compared = compare_runs(runs)
+    if out:
+        write(compared, Path(out))
+    print(markdown(compared), end="")
