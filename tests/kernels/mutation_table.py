@@ -295,7 +295,7 @@ MUTATIONS = [
         ("columns behind the result's", "tl.store(out, total.to(out_ptr.dtype.element_ty), mask=there)", "tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns + 1)[None, :])", "view"),
     ),
     *_of("neuron_wgrad", "triton", "triton.py",
-        ("rows of any stride taken for whole ones", "stride >= width and stride % unit(columns.dtype) == 0 and there", "stride >= width and there", "integers padded"),
+        ("rows of any stride taken for whole ones", "stride >= width and stride % unit(columns.dtype) == 0 and there", "stride >= width and there", "whole"),
         ("wider than memory", "there = last * columns.itemsize <= columns.untyped_storage().nbytes()", "there = True", "padded"),
         ("chunks that are no whole parts", "padded(k, dz.dtype)))\n            grid", "k))\n            grid", "integers"),
     ),

@@ -121,6 +121,16 @@ def test_columns_that_are_padded_give_what_others_give(place: Any, draw: Any) ->
         assert torch.equal(neuron_wgrad(end, x, None), neuron_wgrad(dz, x, None))
 
 
+def test_the_product_reads_rows_of_whole_16_bytes(place: Any) -> None:
+    if place.backend != "triton":
+        pytest.skip("others take rows of any stride")
+    for stride in (16, 17, 18, 20):
+        wide = torch.zeros(37, stride, device=place.device)
+        rows = place.module._whole_rows(wide[:, :11])
+        assert (rows.data_ptr() % 16, rows.stride(0) % 4, rows.shape[0]) == (0, 0, 37)
+        assert (rows.data_ptr() == wide.data_ptr()) == (stride % 4 == 0)  # no copy where there need not be one
+
+
 def test_sums_are_in_float32_under_autocast_too(place: Any, draw: Any) -> None:
     dz, x = draw.normal(3000, 20), draw.normal(3000, 8, seed=1)
     want = dz.double().t() @ x.double()
