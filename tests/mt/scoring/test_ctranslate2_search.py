@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -79,6 +80,21 @@ def test_the_translations_are_the_same(model: Any, tokenizer: Any, options: dict
     transformers, ctranslate2 = (translate(model, tokenizer, decode, text, name) for name in ENGINES)
     assert ctranslate2 == transformers
     assert len(set(transformers)) > 25
+
+
+def test_directions_of_a_specialised_model_come_without_a_word(model: Any, tokenizer: Any) -> None:
+    """No layer of it runs: CTranslate2 has the merged models."""
+    layers = [name for name, _ in model.named_modules() if name.endswith("fc1")]
+    kept = {
+        task: {layer: torch.arange(32) < 20 + number for layer in layers}
+        for number, task in enumerate(("en-de", "de-en"))
+    }
+    special = nspec.specialize(copy.deepcopy(model), nspec.NeuronMasks(kept))
+    search = Translator(special, tokenizer, DecodeConfig(beam=1, max_length_ratio=0.5), engine="ctranslate2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for task in list(sizes) * 5:
+            assert len(list(search.translate(lines(2), task))) == 2
 
 
 def test_those_that_differ_had_an_end_among_the_first_words_and_are_as_good(model: Any, tokenizer: Any) -> None:
