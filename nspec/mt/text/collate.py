@@ -10,7 +10,7 @@ import torch
 from nspec.mt.text.prepared import Example
 
 IGNORED = -100
-"""The label of padding, which no loss counts."""
+"""The label of padding and of the target's tag, which no loss counts."""
 
 
 def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[str, Any]:
@@ -22,9 +22,13 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
 
     Returns:
         ``input_ids``, ``attention_mask`` int64 [sentences, source tokens]; ``decoder_input_ids``,
-        ``decoder_attention_mask`` and ``labels`` int64 [sentences, target tokens], with labels of -100 on padding and
-        the decoder's input the labels one place to the right behind ``start_id``; ``task``, the direction, or a list
-        with the direction of each sentence where there are several.
+        ``decoder_attention_mask`` and ``labels`` int64 [sentences, target tokens]; the decoder's input is the target one
+        place to the right behind ``start_id``, the labels are the target with -100 on padding and on what the search is
+        given (:class:`~nspec.mt.text.prepared.Example`); ``task``, the direction, or a list with the direction of each
+        sentence where there are several.
+
+    A tag is no prediction of the translation: the decoder is given it. From English, the encoder of a dense model does not
+    know it, and masks of a direction do, random ones too, which would show as a gain of ``ln(languages) / tokens`` nats.
 
     Raises:
         ValueError: no examples.
@@ -39,8 +43,10 @@ def collate(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[st
     decoder_input_ids = torch.full_like(labels, first.pad_id)
     decoder_input_ids[:, 0] = first.start_id
     decoder_input_ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, first.pad_id)
-    # A place counts where its label does: the end of a sentence is in the labels, and not in the decoder's input.
+    # A place is real where the target has a token: the end of a sentence is one, and not in the decoder's input.
     decoder_input_ids.masked_fill_(decoder_mask == 0, first.pad_id)
+    for row, example in enumerate(examples):
+        labels[row, : example.given] = IGNORED
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -43,6 +43,7 @@ class Example:
         target: int64 [tokens], labels: tokens with their frame.
         pad_id: what fills up shorter sequences.
         start_id: what the decoder starts with.
+        given: tokens at the start of ``target`` that the search is given, not asked for: the tag of the language.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Example:
     target: Ids
     pad_id: int
     start_id: int
+    given: int = 0
 
 
 class PreparedData:
@@ -234,7 +236,8 @@ class Examples:
     def __getitem__(self, key: Sequence[int]) -> Example:
         task = self.data.tasks[key[0]]
         source, target = self.data.ids(self.split, task, int(key[1]))
-        return Example(task, source, target, self.data.frame.pad_id, self.data.frame.start_id)
+        frame = self.data.frame
+        return Example(task, source, target, frame.pad_id, frame.start_id, given=len(frame.before(task)[1]))
 
 
 def summary(meta: dict[str, Any]) -> list[str]:

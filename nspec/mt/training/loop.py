@@ -28,7 +28,7 @@ from nspec.files import disk_error
 from nspec.mt.methods import Method
 from nspec.mt.model_files import load_weights, quiet_transformers
 from nspec.mt.text.batches import TaskBatchSampler
-from nspec.mt.text.collate import collate
+from nspec.mt.text.collate import IGNORED, collate
 from nspec.mt.text.prepared import Examples, PreparedData
 from nspec.mt.training import checkpoints
 from nspec.mt.training.checkpoints import TrainingLog
@@ -184,9 +184,10 @@ class Loop:
             places = list(dict.fromkeys(b["task"] for b in batches))
             batches = sorted(batches, key=lambda b: places.index(b["task"]))
         tasks = [[b["task"]] if isinstance(b["task"], str) else list(dict.fromkeys(b["task"])) for b in batches]
-        # Target tokens, and those of both sides, over all processes; not read from the device before all is computed.
-        own, read = (sum(int(b[name].sum()) for b in batches) for name in ("decoder_attention_mask", "attention_mask"))
-        counts = torch.tensor([own, own + read], device=self.device)
+        # Tokens with a loss, and those of both sides, over all processes; not read from the device before all is computed.
+        own = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
+        read = sum(int(b[name].sum()) for b in batches for name in ("decoder_attention_mask", "attention_mask"))
+        counts = torch.tensor([own, read], device=self.device)
         if self.world > 1:
             torch.distributed.all_reduce(counts)
         losses = []

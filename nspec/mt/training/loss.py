@@ -18,7 +18,7 @@ def label_smoothed_loss(
 
     Args:
         logits: float [..., V] in any precision; the loss is computed in float32 at least.
-        labels: int64 [...], -100 where there is padding.
+        labels: int64 [...], -100 where no loss counts.
         epsilon: e, in [0, 1).
         num_items: target tokens that the sum is divided by. Those of all micro-batches of an update on all processes
             make the gradient that of one large batch, however it is split.
@@ -43,7 +43,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
 
     Args:
         logits: float [..., V].
-        labels: int64 [...], -100 where there is padding.
+        labels: int64 [...], -100 where no loss counts.
 
     Returns:
         (sum of ``-log p[label]`` in nats, number of target tokens), both float64 scalars on the device of ``logits``.

@@ -139,7 +139,8 @@ def test_sampler_dataset_and_collate_make_task_pure_batches_for_a_data_loader(pr
         source, target = languages_of_task(batch["task"])
         assert batch["task"] == TASKS[sampler.plan[number]]
         assert set(batch["input_ids"][:, 0].tolist()) == {data.frame.tags[source]}
-        assert set(batch["labels"][:, 0].tolist()) == {data.frame.tags[target]}
+        assert set(batch["decoder_input_ids"][:, 1].tolist()) == {data.frame.tags[target]}
+        assert set(batch["labels"][:, 0].tolist()) == {-100}
         assert set(batch["decoder_input_ids"][:, 0].tolist()) == {data.frame.end_id}
         rows, width = batch["input_ids"].shape
         assert rows * (width + batch["labels"].shape[1]) <= 150 or rows == 1

@@ -165,15 +165,15 @@ def test_validation_in_forward_mode_has_the_masks_on(toy: Toy) -> None:
 
 
 def token_loss(toy: Toy, model: Any, task: str) -> float:
-    """-log p of the target tokens, one sentence at a time."""
+    """-log p of the target's tokens behind its tag, which a translation is given, one sentence at a time."""
     data = toy.data
     total = tokens = 0.0
     for i in range(data.size("valid", task)):
         source, target = (torch.from_numpy(ids)[None] for ids in data.ids("valid", task, i))
         with torch.no_grad():
             logits = model(input_ids=source, decoder_input_ids=torch.cat([target.new_tensor([[2]]), target[:, :-1]], 1))
-        total -= logits.logits[0].log_softmax(-1)[torch.arange(target.shape[1]), target[0]].sum().item()
-        tokens += target.shape[1]
+        total -= logits.logits[0].log_softmax(-1)[torch.arange(target.shape[1]), target[0]][1:].sum().item()
+        tokens += target.shape[1] - 1
     return total / tokens
 
 
@@ -182,7 +182,7 @@ def test_the_validation_loss_is_weighted_by_tokens(toy: Toy) -> None:
     row = rows(folder)[-1]
     model, _ = load_system(folder / "model")
     data = toy.data
-    tokens = {task: int(data.lengths("valid", task)[1].sum()) for task in TASKS}
+    tokens = {task: int((data.lengths("valid", task)[1] - 1).sum()) for task in TASKS}
     losses = {task: token_loss(toy, model, task) for task in TASKS}
     assert {task: row["tasks"][task]["loss"] for task in TASKS} == pytest.approx(losses, rel=1e-5)
     mean = sum(losses[task] * tokens[task] for task in TASKS) / sum(tokens.values())
