@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nspec.analysis import order_tasks
 from nspec.files import read_json
 from nspec.mt.scoring.averages import kind_of_group
-from nspec.mt.training.checkpoints import read_log
+from nspec.mt.training.checkpoints import LOSS_OF, read_log
 from nspec.report import words
 from nspec.report.words import METRICS
 from nspec.run.config import Config
@@ -186,9 +186,13 @@ def _system(run: Path, name: str) -> SystemData:
 
 
 def _losses(summary: dict[str, Any] | None, validation: list[dict[str, Any]]) -> dict[str, float]:
-    """The loss of each direction in the validation that picked the checkpoint; empty before training has ended."""
+    """The loss of each direction in the validation that picked the checkpoint; empty before training has ended.
+
+    Empty too where an older version measured it, which counted the tag of the target.
+    """
     best = (summary or {}).get("best_step")
-    rows = [row["tasks"] for row in validation if row["step"] == best and isinstance(row.get("tasks"), dict)]
+    found = [row for row in validation if row["step"] == best and row.get("loss_of") == LOSS_OF]
+    rows = [row["tasks"] for row in found if isinstance(row.get("tasks"), dict)]
     losses = {task: entry.get("loss") for task, entry in (rows[-1] if rows else {}).items() if isinstance(entry, dict)}
     return {task: float(loss) for task, loss in losses.items() if loss is not None and _number(loss)}
 

@@ -72,7 +72,8 @@ def compare_runs(folders: Iterable[Path | str]) -> Sweep:
             )
         if not mean_losses(run, run.baseline):
             raise ValueError(
-                f"{run.folder} has no validation losses of {run.baseline} yet; `nspec specialize` makes them"
+                f"{run.folder} has no validation losses of {run.baseline}, or those of a version that counted the tag "
+                f"of the target; `nspec specialize` makes them (with `--redo specialize:{run.baseline}` anew)"
             )
     together: dict[str, list[RunData]] = {}
     for run in runs:

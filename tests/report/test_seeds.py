@@ -319,8 +319,9 @@ def with_losses(folder: Path, seed: int, systems: list[str]) -> Path:
             losses = {"en-de": 3.0 + seed / 10, "de-en": 2.0 + seed / 10}
             if system == "forward":
                 losses = {"en-de": losses["en-de"] - (0.10, 0.12, 0.11)[seed - 1], "de-en": losses["de-en"] + 0.02}
-            best = {"step": 20, "valid_loss": 2.5, "tasks": {t: {"loss": losses[t], "bleu": None} for t in tasks}}
-            later = {"step": 40, "valid_loss": 2.6, "tasks": {t: {"loss": 9.0, "bleu": None} for t in tasks}}
+            row = {"step": 20, "valid_loss": 2.5, "loss_of": "text"}
+            best = row | {"tasks": {t: {"loss": losses[t], "bleu": None} for t in tasks}}
+            later = row | {"step": 40, "valid_loss": 2.6, "tasks": {t: {"loss": 9.0, "bleu": None} for t in tasks}}
             write_text(folder / part / "log.jsonl", "".join(json.dumps(row) + "\n" for row in (best, later)))
             write_json(folder / part / "summary.json", {"updates": 40, "best_step": 20})
     return run

@@ -23,6 +23,10 @@ _WEIGHTS = "model*.safetensors"
 _ONLY_WEIGHTS = "weights_only"
 
 
+LOSS_OF = "text"
+"""What the losses of a log count. Where a row does not say it, the target's tag is among them: not to be compared."""
+
+
 @dataclass
 class TrainingState:
     """What a resumed training must know beside weights, optimiser, scheduler and random state."""

@@ -19,6 +19,7 @@ from nspec.mt.scoring.translate import Translator
 from nspec.mt.text.batches import evaluation_batches
 from nspec.mt.text.collate import collate
 from nspec.mt.text.prepared import Examples, PreparedData, languages_of_task
+from nspec.mt.training.checkpoints import LOSS_OF
 from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.loss import token_losses
 from nspec.mt.training.precision import autocast
@@ -54,9 +55,9 @@ class Validator:
         """The loss and BLEU now; the model is left in the mode (training or evaluation) in which it was.
 
         Returns:
-            ``valid_loss`` (nats per target token over all directions, without smoothing), ``valid_bleu`` (macro average
-            in points; None without BLEU sentences) and ``tasks`` with ``loss`` and ``bleu`` of each direction; the same
-            on every process.
+            ``valid_loss`` (nats per target token over all directions, without smoothing), ``loss_of`` (``text``: the tag
+            is not counted, as versions did that do not say so), ``valid_bleu`` (macro average in points; None without BLEU
+            sentences) and ``tasks`` with ``loss`` and ``bleu`` of each direction; the same on every process.
         """
         training = self.model.training
         self.model.eval()
@@ -71,6 +72,7 @@ class Validator:
         }
         return {
             "valid_loss": sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums),
+            "loss_of": LOSS_OF,
             "valid_bleu": sum(bleu.values()) / len(bleu) if bleu else None,
             "tasks": tasks,
         }
