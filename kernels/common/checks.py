@@ -28,6 +28,19 @@ def boolean(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.bool")
 
 
+def numbers(name: str, index: Tensor, below: int) -> None:
+    """Checks an index ``[k]`` of rows or columns: int64; on the CPU that each is one of ``below``.
+
+    A look at those on a GPU would wait for it: kernels take none that is not there.
+    """
+    if index.dtype is not torch.int64 or index.dim() != 1:
+        raise TypeError(f"{name} is {index.dtype} {list(index.shape)}, expected torch.int64 [k]")
+    if index.device.type == "cpu" and index.numel():
+        least, most = (int(end) for end in index.aminmax())
+        if least < 0 or most >= below:
+            raise ValueError(f"{name} holds {least if least < 0 else most}, expected numbers from 0 to {below - 1}")
+
+
 def active_sets(active: Tensor, d_ff: int, task_offsets: Tensor | None) -> None:
     """Checks ``active``: bool ``[d_ff]``, or ``[tasks, d_ff]`` together with ``task_offsets`` ``[tasks + 1]``."""
     boolean("active", active)

@@ -6,27 +6,29 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["tokens", "columns"])
+@triton.jit(do_not_specialize=["tokens", "columns", "width"])
 def gather_kernel(
     dz_ptr,
     index_ptr,
     out_ptr,
     tokens,
     columns,
+    width,
     stride,
     column_stride,
     out_stride,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Some columns of a matrix, beside one another: each number is a load of its own."""
+    """Some columns of a matrix of ``width``, beside one another, each number a load of its own; NaN where there is none."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = (token < tokens)[:, None] & (column < columns)[None, :]
     neuron = tl.load(index_ptr + column, mask=column < columns, other=0)
     source = dz_ptr + token.to(tl.int64)[:, None] * stride + neuron[None, :] * column_stride
     target = out_ptr + token.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(target, tl.load(source, mask=there, other=0.0), mask=there)
+    inside = (neuron >= 0) & (neuron < width)
+    tl.store(target, tl.load(source, mask=there & inside[None, :], other=float("nan")), mask=there)
 
 
 @triton.jit(do_not_specialize=["parts", "rows"])

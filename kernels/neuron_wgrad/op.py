@@ -36,6 +36,10 @@ def _prepare(
 ) -> _Args:
     checks.shape("dz", dz, [None, None])
     checks.shape("x", x, [dz.shape[0], None])
+    if index is not None:
+        checks.numbers("index", index, dz.shape[1])
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, expected a floating dtype")
     if x.dtype != dz.dtype:  # a layer that autocast has cast to 16 bits for
         x = x.to(dz.dtype)
     if add_to is None:
@@ -65,7 +69,8 @@ def neuron_wgrad(
     Args:
         dz: gradient of the layer's output, ``[tokens, n]``.
         x: the layer's input, ``[tokens, d]``, same dtype.
-        index: int64 ``[k]``, k from 0 on; None: all columns of dz, where they have been taken out before.
+        index: int64 ``[k]``, k from 0 on, rising; None: all columns of dz, where they have been taken out before. On a
+            GPU a number that is no column's gives NaN.
         dtype: of the result, in place of that of ``dz``; sums are in float32 anyway (float64 in float64).
         add_to: ``[k, d]``, a gradient of any floating dtype to which the new one is added in place, and which is returned:
             without a tensor of that size in between, and without a pass of its own over both.
@@ -76,8 +81,9 @@ def neuron_wgrad(
     With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
 
     Raises:
-        ValueError: shapes that do not fit, ``add_to`` that is a leaf whose gradient is recorded.
-        TypeError: ``add_to`` of another dtype than ``dtype``, or of no floating one.
+        ValueError: shapes that do not fit, an index on the CPU that holds other numbers than those of columns, ``add_to``
+            that is a leaf whose gradient is recorded.
+        TypeError: an index that is not int64 ``[k]``, no floating dtype, ``add_to`` of another one than ``dtype``.
 
     Example:
         >>> neuron_wgrad(torch.tensor([[1.0, 2.0]]), torch.ones(1, 3), torch.tensor([1])).tolist()

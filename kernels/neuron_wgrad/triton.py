@@ -74,8 +74,9 @@ def supports(dz: Tensor, x: Tensor, index: Tensor | None, dtype: torch.dtype, ad
     """None, or why these arguments are not taken. Any strides and addresses are: what does not fit is copied."""
     if dz.dtype not in DTYPES or dtype not in DTYPES:
         return f"the dtypes are {dz.dtype} and, of the result, {dtype}; it takes float32, bfloat16 and float16"
-    if dz.device.type == "cpu" and dz.dtype == torch.bfloat16 and gpu.interpreted():
-        return "Triton's interpreter multiplies the bit patterns of bfloat16"  # triton-lang/triton#11584
+    if dz.device.type == "cpu" and torch.bfloat16 in (dz.dtype, dtype) and gpu.interpreted():
+        # triton-lang/triton#11584
+        return "Triton's interpreter multiplies the bit patterns of bfloat16, and truncates where it should round"
     for t in (dz, x, index, add_to):
         if t is not None and (t.device != dz.device or t.layout is not torch.strided):
             return f"a tensor is {t.layout} on {t.device}, the first one on {dz.device}"
@@ -117,7 +118,7 @@ class _Plan:
             # What pads its rows is not written: it comes into rows of the parts that nothing reads.
             left = dz.new_empty((tokens, padded(k, dz.dtype)))
             grid = (cdiv(tokens, _GATHER["TOKENS"]), cdiv(k, _GATHER["COLUMNS"]), 1)
-            self.gather(grid, dz, index, left, tokens, k, *dz.stride(), left.stride(0))
+            self.gather(grid, dz, index, left, tokens, k, dz.shape[1], *dz.stride(), left.stride(0))
         else:
             left = dz
         parts, _ = self.product(left, x, Tasks(tokens, 1, None), None)

@@ -13,6 +13,7 @@ def _put(
     index_ptr,
     neurons,
     numbers,
+    height,
     stride,
     COLUMNS: tl.constexpr,
     NEURONS: tl.constexpr,
@@ -23,6 +24,7 @@ def _put(
     there = (neuron < neurons)[:, None] & (number < numbers)[None, :]
     rows = tl.load(rows_ptr + neuron.to(tl.int64)[:, None] * numbers + number[None, :], mask=there)
     place = tl.load(index_ptr + neuron, mask=neuron < neurons, other=0)
+    there &= ((place >= 0) & (place < height))[:, None]  # nothing is written beside a weight
     if COLUMNS:
         target = weight_ptr + number.to(tl.int64)[None, :] * stride + place[:, None]
     else:
@@ -30,7 +32,7 @@ def _put(
     tl.store(target, rows.to(weight_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["neurons"])
+@triton.jit(do_not_specialize=["neurons", "height0", "height1", "height2"])
 def write_kernel(
     weight0_ptr,
     weight1_ptr,
@@ -43,6 +45,9 @@ def write_kernel(
     index2_ptr,
     neurons,
     numbers,
+    height0,
+    height1,
+    height2,
     stride0,
     stride1,
     stride2,
@@ -55,8 +60,8 @@ def write_kernel(
     """A tile of the rows of one of three matrices."""
     matrix = tl.program_id(2)
     if matrix == 0:
-        _put(weight0_ptr, rows0_ptr, index0_ptr, neurons, numbers, stride0, COLUMNS0, NEURONS, NUMBERS)
+        _put(weight0_ptr, rows0_ptr, index0_ptr, neurons, numbers, height0, stride0, COLUMNS0, NEURONS, NUMBERS)
     elif matrix == 1:
-        _put(weight1_ptr, rows1_ptr, index1_ptr, neurons, numbers, stride1, COLUMNS1, NEURONS, NUMBERS)
+        _put(weight1_ptr, rows1_ptr, index1_ptr, neurons, numbers, height1, stride1, COLUMNS1, NEURONS, NUMBERS)
     else:
-        _put(weight2_ptr, rows2_ptr, index2_ptr, neurons, numbers, stride2, COLUMNS2, NEURONS, NUMBERS)
+        _put(weight2_ptr, rows2_ptr, index2_ptr, neurons, numbers, height2, stride2, COLUMNS2, NEURONS, NUMBERS)

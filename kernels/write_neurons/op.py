@@ -40,6 +40,7 @@ def _prepare(
         )
     for weight, mine, at, transposed in zip(weights, rows, index, columns):
         checks.shape("weight", weight, [None, None])
+        checks.numbers("index", at, weight.shape[1 if transposed else 0])
         checks.shape("rows", mine, [at.shape[0], weight.shape[0 if transposed else 1]])
     return weights, rows, index, columns
 
@@ -55,13 +56,15 @@ def write_neurons_(
     Args:
         weights: matrices ``[n, d]``, or ``[d, n]`` where neurons are columns.
         rows: of each, ``[k, d]``, any floating dtype; rounded to that of the weight.
-        index: of each, int64 ``[k]``, no number twice.
+        index: of each, int64 ``[k]``, no number twice. On a GPU one that is no neuron's is passed over.
         columns: of each, whether its neurons are columns.
 
     With ``explain=True`` it computes nothing and returns the :class:`Choice` of the backend for these arguments.
 
     Raises:
-        ValueError: shapes that do not fit, or lists of different lengths.
+        ValueError: shapes that do not fit, lists of different lengths, an index on the CPU that holds other numbers than
+            those of neurons.
+        TypeError: an index that is not int64 ``[k]``.
 
     Example:
         >>> weight = torch.zeros(2, 3)

@@ -56,6 +56,7 @@ def _launch(some: list[Any]) -> None:
     rows = [mine.contiguous() for _, mine, _, _ in some]
     index = [at.contiguous() for _, _, at, _ in some]
     neurons, numbers = rows[0].shape
+    heights = [weight.shape[1 if transposed else 0] for weight, _, _, transposed in some]
     strides = [weight.stride(0) for weight in weights]
     alike = (
         *[t.dtype for t in (*weights, *rows)],
@@ -65,4 +66,4 @@ def _launch(some: list[Any]) -> None:
     device = weights[0].device
     plan = _plan(device, tuple([bool(one) for _, _, _, one in some]), *alike)
     grid = (cdiv(neurons, _TILE["NEURONS"]), cdiv(numbers, _TILE["NUMBERS"]), count)
-    launching(device, plan, grid, *weights, *rows, *index, neurons, numbers, *strides)
+    launching(device, plan, grid, *weights, *rows, *index, neurons, numbers, *heights, *strides)

@@ -167,3 +167,22 @@ def test_wrong_shapes_are_named() -> None:
         neuron_wgrad(torch.ones(3, 5), torch.ones(3, 2), None, dtype=torch.float64, add_to=torch.zeros(5, 2))
     with pytest.raises(ValueError, match="add_to is a leaf that requires a gradient"):
         neuron_wgrad(torch.ones(3, 5), torch.ones(3, 2), None, add_to=torch.zeros(5, 2, requires_grad=True))
+    for wrong in ([5], [0, -1, 2]):
+        with pytest.raises(
+            ValueError, match=f"index holds {wrong[-1] if wrong == [5] else -1}, expected numbers from 0 to 4"
+        ):
+            neuron_wgrad(torch.ones(3, 5), torch.ones(3, 2), torch.tensor(wrong))
+    with pytest.raises(TypeError, match=r"index is torch.int32 \[1\], expected torch.int64 \[k\]"):
+        neuron_wgrad(torch.ones(3, 5), torch.ones(3, 2), torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(TypeError, match="dtype is torch.int32, expected a floating dtype"):
+        neuron_wgrad(torch.ones(3, 5), torch.ones(3, 2), None, dtype=torch.int32)
+
+
+def test_a_number_of_no_column_is_nan_where_nobody_looks_at_it(place: Any) -> None:
+    """As on a GPU, where a look at the index would wait for it; what lies beside the matrix is not read."""
+    if place.backend != "triton":
+        pytest.skip("looked at before")
+    dz, x = torch.ones(3, 5, device=place.device), torch.ones(3, 2, device=place.device)
+    found = place.module.forward(dz, x, torch.tensor([-1, 1, 5], device=place.device), torch.float32)
+    assert found.isnan().all(1).tolist() == [True, False, True]
+    assert found[1].tolist() == [3.0, 3.0]

@@ -69,3 +69,21 @@ def test_wrong_shapes_are_named() -> None:
         write_neurons_([torch.ones(5, 4)], [torch.ones(2, 3)], [index], [False])
     with pytest.raises(ValueError, match="there are 1 weights, 0 rows"):
         write_neurons_([torch.ones(5, 4)], [], [index], [False])
+    with pytest.raises(ValueError, match="index holds -1, expected numbers from 0 to 4"):
+        write_neurons_([torch.ones(5, 4)], [torch.ones(2, 4)], [torch.tensor([1, -1])], [False])
+    with pytest.raises(ValueError, match="index holds 4, expected numbers from 0 to 3"):
+        write_neurons_([torch.ones(5, 4)], [torch.ones(1, 5)], [torch.tensor([4])], [True])
+
+
+def test_nothing_is_written_beside_a_weight_where_nobody_looks_at_the_index(place: Any) -> None:
+    """As on a GPU, where a look at it would wait for the device."""
+    if place.backend != "triton":
+        pytest.skip("looked at before")
+    for columns in (False, True):
+        whole = torch.zeros(9, 9, device=place.device)
+        at = torch.tensor([-1, 1, 3], device=place.device)
+        place.module.write([whole[3:6, 3:6]], [torch.ones(3, 3, device=place.device)], [at], [columns])
+        want = torch.zeros(3, 3, device=place.device)
+        (want.t() if columns else want)[1] = 1
+        assert torch.equal(whole[3:6, 3:6], want)
+        assert int(whole.count_nonzero()) == 3
