@@ -78,8 +78,8 @@ class CompactLayer(TaskLayer):
         if self._backward_hooks or self._backward_pre_hooks or global_hooks.on_gradients():
             whose = "" if self._backward_hooks or self._backward_pre_hooks else ", those of all modules"
             raise ValueError(
-                f"{self.qualified_name} has backward hooks{whose}, and there is no gradient of its activations under a task in "
-                "mode 'forward': take them off, or use mode='update'"
+                f"{self.qualified_name} has backward hooks{whose}, and there is no gradient of its activations under a "
+                "task in mode 'forward': take them off, or use mode='update'"
             )
         if not self._nspec.shared.hooked and (self._forward_hooks or global_hooks.on_outputs()):
             self._nspec.shared.hooked = True
