@@ -93,8 +93,7 @@ def finetune(
     """
     if not isinstance(masks, NeuronMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
+    check_dtype(dtype)
     blocks, masks = tunable(model, masks, layers)
     used = [block for block in blocks if any(bool(masks[task][block.name].any()) for task in masks.tasks)]
     if not used:
@@ -121,6 +120,18 @@ def finetune(
 
 def _rank() -> int:
     return torch.distributed.get_rank()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError unless parameters may have that dtype; None: it is chosen."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
+
+
+def trained_dtype(layer: Any, given: torch.dtype) -> torch.dtype:
+    """In which numbers are trained that are given in a dtype: float32, or that, or that of the weight, if it is wider."""
+    wider = torch.promote_types(given, torch.float32)
+    return wider if is_packed(layer) else torch.promote_types(wider, layer.weight.dtype)
 
 
 def tunable(
@@ -209,7 +220,7 @@ def initial(
     found = {}
     for part in parts:
         rows, bias = base_values(layer_of(block, part), index_in(block, part, index), part not in ("down", "fc2"))
-        wanted = dtype or torch.promote_types(rows.dtype, torch.float32)
+        wanted = dtype or trained_dtype(layer_of(block, part), rows.dtype)
         found[part] = Values(rows.to(wanted), bias.to(wanted) if biases and bias is not None else None)
     return found
 
