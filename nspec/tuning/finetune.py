@@ -34,6 +34,7 @@ from .layers import (
     prepare,
     tuned_layers,
 )
+from .sharing import check_apart
 
 
 def finetune(
@@ -80,8 +81,9 @@ def finetune(
 
     Raises:
         ValueError: masks of another model or without a neuron; parts that no block has; a model that is specialised or
-            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; a 4-bit weight
-            that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
+            wrapped; a layer that does not compute what a linear layer does, has a ``forward`` of its own, or is part of
+            something else too, as is its weight or the memory of it (a whole block may be in several places); a 4-bit
+            weight that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -181,19 +183,11 @@ def chosen_parts(blocks: Sequence[FeedForward], parts: Sequence[str] | None) -> 
 def check_layers(model: nn.Module, blocks: Sequence[FeedForward], parts: dict[str, tuple[str, ...]]) -> None:
     """Raises ValueError where a layer is not one whose rows or columns can be replaced."""
     names = {id(module): name for name, module in model.named_modules()}
-    shared: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = f"{shared[id(parameter)]}, {name}" if id(parameter) in shared else name
     for block in blocks:
         for part in parts[block.name]:
-            layer: Any = layer_of(block, part)
-            if is_packed(layer):
-                continue
-            check_plain(layer, names[id(layer)])
-            if "," in shared.get(id(layer.weight), ""):
-                raise ValueError(
-                    f"{shared[id(layer.weight)]} are one parameter: neurons of one layer would change others"
-                )
+            if not is_packed(layer := layer_of(block, part)):
+                check_plain(layer, names[id(layer)])
+    check_apart(model, blocks, parts)
 
 
 def _found(model: nn.Module, also: Iterable[str]) -> list[nn.Parameter]:
