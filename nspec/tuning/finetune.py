@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def finetune(
     Args:
         model: any module with the blocks that ``masks`` names; not yet wrapped for distributed training or compiled.
             Weights may be packed (quantised).
-        masks: the neurons of each task, none in a layer too. Where tasks share neurons, each gets its own numbers.
+        masks: the neurons of each task, none in a layer too; a task that has none at all is warned of. Where tasks share
+            neurons, each gets its own numbers.
         parts: which parts of a neuron are trained: some of ``gate``, ``up`` and ``down``, or of ``fc1`` and ``fc2``; None:
             all.
         biases: whether the biases of gate, up and fc1 belong to the neuron. Those of down and fc2 belong to none.
@@ -105,6 +107,12 @@ def finetune(
     check_differentiable(model)
     found = _found(model, also)
     tuning = Tuning(chosen, biases)
+    if without := [task for task in masks.tasks if not any(bool(masks[task][block.name].any()) for block in used)]:
+        warnings.warn(
+            f"masks have no neuron of {', '.join(without)}: batches of that train none, and where also names nothing "
+            "PyTorch says of their loss that it does not require grad. Leave them out, or select neurons for them",
+            stacklevel=2,
+        )
     freeze(model)
     for parameter in found:
         parameter.requires_grad_(True)
