@@ -20,6 +20,7 @@ from nspec.kernels.compact_fc2 import compact_fc2
 from nspec.kernels.compact_ffn import compact_ffn
 from nspec.kernels.compact_ffn.reference import Packed, forward_packed, pack
 
+from . import global_hooks
 from .activations import Activations, GateAndUp
 from .active import ActiveSet
 from .batch import TaskBatch, reorder
@@ -74,12 +75,13 @@ class CompactLayer(TaskLayer):
 
     def _check_hooks(self) -> None:
         """What hooks on the layer would miss without a word: they get what stands for the activations, and no gradient."""
-        if self._backward_hooks or self._backward_pre_hooks:
+        if self._backward_hooks or self._backward_pre_hooks or global_hooks.on_gradients():
+            whose = "" if self._backward_hooks or self._backward_pre_hooks else ", those of all modules"
             raise ValueError(
-                f"{self.qualified_name} has backward hooks, and there is no gradient of its activations under a task in "
-                "mode 'forward': take them off, or use mode='update'"
+                f"{self.qualified_name} has backward hooks{whose}, and there is no gradient of its activations under a "
+                "task in mode 'forward': take them off, or use mode='update'"
             )
-        if self._forward_hooks and not self._nspec.shared.hooked:
+        if not self._nspec.shared.hooked and (self._forward_hooks or global_hooks.on_outputs()):
             self._nspec.shared.hooked = True
             warnings.warn(
                 f"{self.qualified_name} has forward hooks, which get a value that stands for its activations under a task "

@@ -42,9 +42,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
     ``Conv1D``, the linear layer of GPT-2, has its neurons in the columns of its weight, and is refused: take
     ``torch.optim.AdamW`` there.
 
-    Of a model that is fine-tuned (``nspec.finetune``) it steps the neurons' parameters, all of their rows, and with
-    ``write_rows`` writes them into the weights of the base in the launch of the step, where one task has neurons and
-    computes in place. The training passes until the next step then write nothing.
+    Of a model that is fine-tuned (``nspec.finetune``), given as ``model``, it steps the neurons' parameters, all of their
+    rows, as AdamW does. With ``write_rows`` it writes them into the weights of the base in the launch of the step, where
+    one task has neurons and computes in place; the training passes until the next step then write nothing.
 
     A step cannot be captured in a CUDA graph, which would replay its step count, learning rate and rows: capture forward
     and backward pass, and step outside.
@@ -55,14 +55,15 @@ class RowSparseAdamW(torch.optim.Optimizer):
         betas: decay rates of the moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
-        model: the model, or what wraps it, whose specialised layers the parameters are of. None: all specialised layers
-            of the process are searched for them, in each step.
+        model: the model, or what wraps it, whose specialised layers or neurons the parameters are of. None: all
+            specialised layers of the process are searched for them, in each step.
         write_rows: whether steps of a fine-tuned ``model`` write its rows. Training passes see what operations of PyTorch
             and other optimisers change between steps, and then write themselves; what is written through ``.data`` between
             a step and the training pass after it they do not see.
 
     Raises:
-        ValueError: options out of range or not finite, no parameter belongs to a specialised layer, the weight of one is
+        ValueError: options out of range or not finite, no parameter belongs to a specialised layer or to neurons of
+            ``model``, ``write_rows`` without such neurons, the weight of one is
             made anew in each pass (prune, weight_norm, parametrisations), has its neurons in columns (``Conv1D``), or is
             not a matrix any more (``FullyShardedDataParallel``, the older FSDP, flattens it).
         TypeError: an option that is no number, betas that are not two, a model that is no module.
@@ -102,18 +103,18 @@ class RowSparseAdamW(torch.optim.Optimizer):
         if write_rows:
             if model is None:
                 raise ValueError("write_rows is True and model is None: give the fine-tuned model as model=")
-            if not self._tuned():
+            if not self._of_neurons():
                 raise ValueError(
                     "write_rows is True, and no parameter is of the neurons of this model: call "
                     "nspec.finetune(model, masks) first"
                 )
             _watch_other_optimizers()
-        elif not self._owners():
-            where = "" if model is None else f" of the {type(model).__name__}"
-            raise ValueError(
-                f"no parameter belongs to a specialised layer{where}: call nspec.specialize(model, masks) first, or use "
-                "torch.optim.AdamW"
-            )
+        elif not (self._owners() or self._of_neurons()):
+            if model is None:
+                what = ": call nspec.specialize(model, masks) first, give a fine-tuned model as model="
+            else:
+                what = f", or to neurons, of the {type(model).__name__}: call nspec.specialize or nspec.finetune first"
+            raise ValueError(f"no parameter belongs to a specialised layer{what}, or use torch.optim.AdamW")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -131,7 +132,7 @@ class RowSparseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        touched, tuned = self._touched(), self._tuned()
+        touched, tuned = self._touched(), self._of_neurons() if self._write_rows else {}
         written: dict[TunedLayer, list[Tensor]] = {}
         for group in self.param_groups:
             self._step_group(group, touched, tuned, written)
@@ -145,9 +146,9 @@ class RowSparseAdamW(torch.optim.Optimizer):
         for owner in self._owners().values():
             owner.gradient_is_dropped()
 
-    def _tuned(self) -> dict[Tensor, tuple[TunedLayer, bool]]:
-        """The parameters of neurons that are written, each with its layer, and whether it is one of biases."""
-        if not self._write_rows or self._model is None:
+    def _of_neurons(self) -> dict[Tensor, tuple[TunedLayer, bool]]:
+        """The parameters of neurons of a fine-tuned model, each with its layer, and whether it is one of biases."""
+        if self._model is None:
             return {}
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         layers = [module for module in self._model.modules() if isinstance(module, TunedLayer)]

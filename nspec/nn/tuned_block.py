@@ -4,8 +4,9 @@ The module around the layers keeps its code and gets a ``forward`` before it tha
 or ``fc2(act(fc1(x)))``, by the layers' own functions, bit for bit, and a backward pass of its own. Of the forward pass of
 a gated block ``x``, gate and up and the columns of the neurons are kept. Where nothing below is trained, ``x`` needs no
 gradient, and the backward pass is over the columns of the neurons alone; a plain block is computed as one there only, as
-its own code loses nothing elsewhere. Whenever something is not as it was found (hooks, other layers in place of these, a
-batch of several tasks, a compiled graph), the module's own code runs, with the layers as they are.
+its own code loses nothing elsewhere. Whenever something is not as it was found (hooks, those of all modules too, other
+layers in place of these, a batch of several tasks, a compiled graph), the module's own code runs, with the layers as they
+are.
 
 A plain block whose layers lie in a larger module (the encoder layers of Marian and BART) runs its own code too: what it
 has between its layers is open to hooks and to ``retain_grad``, which would find gradients of the neurons' columns alone.
@@ -25,6 +26,7 @@ from nspec.kernels.common.derivatives import once
 from nspec.kernels.gated_activation import gated_gradients
 from nspec.kernels.neuron_wgrad import neuron_wgrad
 
+from . import global_hooks
 from .neurons import NeuronSet
 from .overlay import cast, flat
 from .tuned_linear import TunedLayer, plain_class, put
@@ -178,6 +180,8 @@ class TunedBlock:
     def _as_found(self, x: Any) -> Any:
         """The layers where the block can be computed at once; None else."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(x, Tensor):
+            return None
+        if global_hooks.anywhere():
             return None
         if not self._nspec_gated and x.requires_grad:
             return None

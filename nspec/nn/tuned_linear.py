@@ -132,13 +132,13 @@ class TunedLayer(TaskSwitched):
     def set_task(self, task: str | TaskBatch | None) -> None:
         """Switches to the neurons of a task, or of each task of a batch; None is the base."""
         sets = self._nspec.sets
-        if isinstance(task, TaskBatch) and not task.single:
-            use = tuple([None if name is None else sets[name] for name in task.names])
-            self.switch(SwitchedTo(task.tasks, use, task, backward_pass()))
+        if not isinstance(task, TaskBatch):
+            self.switch(SwitchedTo(task, None if task is None else sets[task], None, backward_pass()))
             return
-        name = task.names[0] if isinstance(task, TaskBatch) else task
-        shown = task.tasks if isinstance(task, TaskBatch) else task
-        self.switch(SwitchedTo(shown, None if name is None else sets[name], None, backward_pass()))
+        task = task.along(self._nspec.batch_dim)
+        use: Any = tuple([None if name is None else sets[name] for name in task.names])
+        # The batch of a single task is kept to be compared with the sentences that come.
+        self.switch(SwitchedTo(task.tasks, use[0] if task.single else use, task, backward_pass()))
 
     def switch(self, to: SwitchedTo) -> None:
         """Switches; the weight does not keep what another task has written."""
@@ -180,9 +180,14 @@ class TunedLayer(TaskSwitched):
         self.check_thread()
         kept = self._nspec
         use, batch = kept.current()
-        if batch is not None:
+        if isinstance(use, tuple):
             check_sentences(x, batch, kept)
-        elif use is None and not torch.compiler.is_compiling() and self._trains_untold():
+            return use, batch
+        if torch.compiler.is_compiling():  # each number of sentences of one task would cost a graph
+            return use, None
+        if batch is not None and not kept.routed:  # of whichever sentence a token of an expert is, its task is the same
+            batch.check(x, kept.name)
+        elif use is None and self._trains_untold():
             kept.shared.told = True
             warnings.warn(
                 f"{kept.name}: a training pass runs without a task, and the model has neurons of several: it computes the "
@@ -190,7 +195,7 @@ class TunedLayer(TaskSwitched):
                 "base is meant (with nspec.task(model, None)). This is said once",
                 stacklevel=2,
             )
-        return use, batch
+        return use, None
 
     def _trains_untold(self) -> bool:
         if self._nspec.shared.told or not self.training:  # type: ignore[attr-defined]
@@ -269,7 +274,7 @@ class TunedLayer(TaskSwitched):
         """
         kept = self._nspec
         use = kept.use
-        if len(kept.sets) != 1 or not isinstance(use, NeuronSet) or kept.content != use.task or kept.batch is not None:
+        if len(kept.sets) != 1 or not isinstance(use, NeuronSet) or kept.content != use.task:
             return None
         if type(parameter) not in PLAIN or not self.is_writable() or self._base_is_trained():
             return None
@@ -283,7 +288,8 @@ class TunedLayer(TaskSwitched):
         kept = self._nspec
         self._nspec.written = None
         if self.is_writable() and not self.weight.is_meta:
-            self.bring(*self.of(None if kept.batch is not None or self._base_is_trained() else kept.use))
+            one = isinstance(kept.use, NeuronSet) and not self._base_is_trained()
+            self.bring(*self.of(kept.use if one else None))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[out_features, in_features]``."""

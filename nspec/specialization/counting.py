@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nspec.kernels.linear_relu_count import linear_relu_count
+from nspec.nn import global_hooks
 from nspec.nn.task_layers import TaskLayer
 
 from .alignment import Alignment
@@ -101,7 +102,7 @@ class _Pass(Pass):
                 if block.name not in self._wanted:
                     continue
                 between = self._between[block.name]
-                hooked = bool(block.fc1._forward_hooks)
+                hooked = bool(block.fc1._forward_hooks) or global_hooks.on_outputs()
                 if between.relu and not hooked and _is_plain(block.fc1):
                     block.fc1.forward = functools.partial(self._fused, block)
                     hooks.callback(delattr, block.fc1, "forward")

@@ -193,7 +193,7 @@ def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
             first, other = seen.setdefault(id(parameter), (name, module))
             block = mine.get(id(module))
             if first != name and (
-                other is not module or block is None or not _is_within(name, block.parent, everywhere)
+                other is not module or block is None or not is_within(name, block.parent, everywhere)
             ):
                 raise ValueError(
                     f"{name}.{attribute} and {first}.{attribute} are one parameter: a projection whose rows are masked "
@@ -201,7 +201,8 @@ def _check_not_shared(model: nn.Module, blocks: Sequence[FeedForward]) -> None:
                 )
 
 
-def _is_within(name: str, parent: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+def is_within(name: str, parent: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the module of a name is inside of another by that name; ``modules`` are all, by each of their names."""
     parts = name.split(".")
     return any(modules[".".join(parts[:end])] is parent for end in range(len(parts)))
 

@@ -91,7 +91,8 @@ def set_task(
         model: specialised.
         task: a name, or its place in ``masks.tasks``; or for batches of several tasks a sequence, tensor or array with
             that of each sentence, in any order, and None for sentences that the dense model computes. A layer's input may
-            then have ``n * k`` rows for n sentences, those of a sentence together (beams). Layers whose tokens a router
+            then have ``n * k`` rows for n sentences, those of a sentence together (beams); another number of rows is an
+            error of the pass. Layers whose tokens a router
             chooses (experts) take one task at a time. Numbers that are on a device are waited for.
         batch_dim: with a sequence, the dimension of the layers' input along which sentences lie; 1 for models that keep
             time first. None: each layer's own, where its class or the ``batch_first`` of an attention beside it says it

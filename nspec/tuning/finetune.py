@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from .layers import (
     prepare,
     tuned_layers,
 )
+from .sharing import check_apart
 
 
 def finetune(
@@ -66,7 +68,8 @@ def finetune(
     Args:
         model: any module with the blocks that ``masks`` names; not yet wrapped for distributed training or compiled.
             Weights may be packed (quantised).
-        masks: the neurons of each task, none in a layer too. Where tasks share neurons, each gets its own numbers.
+        masks: the neurons of each task, none in a layer too; a task that has none at all is warned of. Where tasks share
+            neurons, each gets its own numbers.
         parts: which parts of a neuron are trained: some of ``gate``, ``up`` and ``down``, or of ``fc1`` and ``fc2``; None:
             all.
         biases: whether the biases of gate, up and fc1 belong to the neuron. Those of down and fc2 belong to none.
@@ -80,8 +83,9 @@ def finetune(
 
     Raises:
         ValueError: masks of another model or without a neuron; parts that no block has; a model that is specialised or
-            wrapped; a layer that does not compute what a linear layer does, or has a ``forward`` of its own; a 4-bit weight
-            that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
+            wrapped; a layer that does not compute what a linear layer does, has a ``forward`` of its own, or is part of
+            something else too, as is its weight or the memory of it (a whole block may be in several places); a 4-bit
+            weight that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
         TypeError: ``masks`` is not a ``NeuronMasks``.
 
     Example:
@@ -93,8 +97,7 @@ def finetune(
     """
     if not isinstance(masks, NeuronMasks):
         raise TypeError(f"masks is a {type(masks).__name__}, expected nspec.NeuronMasks")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
+    check_dtype(dtype)
     blocks, masks = tunable(model, masks, layers)
     used = [block for block in blocks if any(bool(masks[task][block.name].any()) for task in masks.tasks)]
     if not used:
@@ -104,6 +107,12 @@ def finetune(
     check_differentiable(model)
     found = _found(model, also)
     tuning = Tuning(chosen, biases)
+    if without := [task for task in masks.tasks if not any(bool(masks[task][block.name].any()) for block in used)]:
+        warnings.warn(
+            f"masks have no neuron of {', '.join(without)}: batches of that train none, and where also names nothing "
+            "PyTorch says of their loss that it does not require grad. Leave them out, or select neurons for them",
+            stacklevel=2,
+        )
     freeze(model)
     for parameter in found:
         parameter.requires_grad_(True)
@@ -121,6 +130,18 @@ def finetune(
 
 def _rank() -> int:
     return torch.distributed.get_rank()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError unless parameters may have that dtype; None: it is chosen."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
+
+
+def trained_dtype(layer: Any, given: torch.dtype) -> torch.dtype:
+    """In which numbers are trained that are given in a dtype: float32, or that, or that of the weight, if it is wider."""
+    wider = torch.promote_types(given, torch.float32)
+    return wider if is_packed(layer) else torch.promote_types(wider, layer.weight.dtype)
 
 
 def tunable(
@@ -170,19 +191,11 @@ def chosen_parts(blocks: Sequence[FeedForward], parts: Sequence[str] | None) -> 
 def check_layers(model: nn.Module, blocks: Sequence[FeedForward], parts: dict[str, tuple[str, ...]]) -> None:
     """Raises ValueError where a layer is not one whose rows or columns can be replaced."""
     names = {id(module): name for name, module in model.named_modules()}
-    shared: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = f"{shared[id(parameter)]}, {name}" if id(parameter) in shared else name
     for block in blocks:
         for part in parts[block.name]:
-            layer: Any = layer_of(block, part)
-            if is_packed(layer):
-                continue
-            check_plain(layer, names[id(layer)])
-            if "," in shared.get(id(layer.weight), ""):
-                raise ValueError(
-                    f"{shared[id(layer.weight)]} are one parameter: neurons of one layer would change others"
-                )
+            if not is_packed(layer := layer_of(block, part)):
+                check_plain(layer, names[id(layer)])
+    check_apart(model, blocks, parts)
 
 
 def _found(model: nn.Module, also: Iterable[str]) -> list[nn.Parameter]:
@@ -209,7 +222,7 @@ def initial(
     found = {}
     for part in parts:
         rows, bias = base_values(layer_of(block, part), index_in(block, part, index), part not in ("down", "fc2"))
-        wanted = dtype or torch.promote_types(rows.dtype, torch.float32)
+        wanted = dtype or trained_dtype(layer_of(block, part), rows.dtype)
         found[part] = Values(rows.to(wanted), bias.to(wanted) if biases and bias is not None else None)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from nspec.kernels.common.derivatives import once
+from nspec.nn.tuned_linear import TunedLayer
 from nspec.specialization.tuned import TuningHook
 
 from .layers import parameters_of, tuned_layers
@@ -46,7 +48,7 @@ def _reenters(module: nn.Module) -> bool:
 
 
 class _ForTask(TuningHook):
-    """Has the gradient of a loss that no neuron has a part in say that no task was switched on.
+    """Has the gradient of a loss that no neuron has a part in say that no task was switched on, or one without neurons.
 
     PyTorch's own error says that a tensor requires no gradient. The forward pass stays: a loss may be wanted alone.
     """
@@ -58,19 +60,35 @@ class _ForTask(TuningHook):
         if not isinstance(loss, Tensor) or loss.requires_grad or not loss.is_floating_point():
             return
         layers = tuned_layers(module)
-        if layers and layers[0].is_untold():
-            trained = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
-            if trained:
-                start = torch.zeros((), device=loss.device, dtype=loss.dtype, requires_grad=True)
-                output["loss"] = _Untrained.apply(loss, start, trained, layers[0].tasks)
+        why = _why_untrained(layers) if layers else None
+        trained = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
+        if why is not None and trained:
+            start = torch.zeros((), device=loss.device, dtype=loss.dtype, requires_grad=True)
+            output["loss"] = _Untrained.apply(loss, start, trained, f"nothing is trained by this loss: {why}")
+
+
+def _why_untrained(layers: Sequence[TunedLayer]) -> str | None:
+    """Why no neuron has a part in a loss; None: not because of the task."""
+    if layers[0].is_untold():
+        return (
+            f"the model has neurons of {', '.join(layers[0].tasks)}, and none of them was switched on in the forward pass. "
+            "Wrap it in nspec.task(model, name), name the task of each sentence (nspec.task(model, [names])), or, in a "
+            "Trainer of Transformers, use nspec.TaskTrainerMixin and a column with the task"
+        )
+    task = layers[0].task
+    names = dict.fromkeys([task] if isinstance(task, str) else task or ())
+    without = [name for name in names if name is not None and all(layer._nspec.sets[name] is None for layer in layers)]
+    if not without:
+        return None
+    return f"the masks have no neuron of {', '.join(without)}. Leave these batches out, or select neurons for them"
 
 
 class _Untrained(torch.autograd.Function):
     """A loss, as it is, whose gradient is an error unless the same backward pass reaches what is trained by another way."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, start: Tensor, trained: list[nn.Parameter], tasks: list[str]) -> Tensor:
-        ctx.trained, ctx.tasks = trained, tasks
+    def forward(ctx: Any, loss: Tensor, start: Tensor, trained: list[nn.Parameter], why: str) -> Tensor:
+        ctx.trained, ctx.why = trained, why
         return loss.view_as(loss)
 
     @staticmethod
@@ -80,12 +98,7 @@ class _Untrained(torch.autograd.Function):
         with contextlib.suppress(RuntimeError):  # torch.autograd.grad tells itself of parameters that it does not reach
             reached = any(torch._C._will_engine_execute_node(get_gradient_edge(p).node) for p in ctx.trained)
         if not reached:
-            raise RuntimeError(
-                f"nothing is trained by this loss: the model has neurons of {', '.join(ctx.tasks)}, and none of them was "
-                "switched on in the forward pass. Wrap it in nspec.task(model, name), name the task of each sentence "
-                "(nspec.task(model, [names])), or, in a Trainer of Transformers, use nspec.TaskTrainerMixin and a column "
-                "with the task"
-            )
+            raise RuntimeError(ctx.why)
         return None, None, None, None
 
 

@@ -110,7 +110,9 @@ def prepare(model: nn.Module, blocks: Sequence[FeedForward], tuning: Tuning) -> 
         taken = {id(layer_of(block, part)) for part in tuning.parts[block.name]}
         taken |= {id(layer) for layer in (block.fc1, block.up, block.fc2) if around is not None}
         for layer, outputs in ((block.fc1, True), (block.up, True), (block.fc2, False)):
-            if layer is None or id(layer) not in taken:
+            if (
+                layer is None or id(layer) not in taken or isinstance(layer, TunedLayer)
+            ):  # blocks may share what is not chosen
                 continue
             turned = tuned(layer, names[id(layer)], outputs, tuning)
             rebind(layer)

@@ -9,16 +9,15 @@ of what it has in these rows, the tasks, the parts and the sizes of each block, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from nspec.specialization.naming import Layer
 from nspec.specialization.patterns import alike, nearest
 from nspec.specialization.quantised import check_differentiable, is_packed
 
-from .finetune import check_layers, default_task, freeze, tunable
+from .finetune import check_dtype, check_layers, default_task, freeze, trained_dtype, tunable
 from .hooks import add_hooks
 from .layers import (
     Tuning,
@@ -44,9 +43,9 @@ from .layers import (
     prepare,
     tuned_layers,
 )
+from .stored import FILE, FORMAT, Stored, digest_of, stored_in
 
-FORMAT = 1
-_FILE, _READABLE = "neurons.safetensors", "neurons.json"
+_READABLE = "neurons.json"
 
 
 def save_neurons(
@@ -61,12 +60,13 @@ def save_neurons(
     Args:
         model: after ``nspec.finetune`` or ``nspec.load_neurons``; a wrapper around it too (DistributedDataParallel).
         folder: to write into.
-        tasks: whose; None: all.
-        dtype: of the rows; None: that of the base's weights, in which the model computes with them. To go on training,
-            save those in which they are trained (``torch.float32``).
+        tasks: whose, one or more; None: all.
+        dtype: of the rows; None: that of the base's weights, in which the model computes with them. To go on training
+            without a loss of digits, save those in which they are trained (``torch.float32``).
 
     Raises:
-        ValueError: no such neurons, or an unknown task.
+        ValueError: no such neurons, or an unknown task, or ``tasks`` is empty. Nothing is written.
+        TypeError: ``tasks`` is one text.
         OSError: a file cannot be written; what was there is unchanged.
 
     Example:
@@ -85,12 +85,17 @@ def save_neurons(
         )
     tuning: Any = next(iter(layers.values()))._nspec.shared
     known = list(tuning.index)
-    if unknown := [task for task in tasks or () if task not in known]:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks is {tasks!r}, expected a list of names such as [{tasks!r}]")
+    tasks = known if tasks is None else list(tasks)
+    if not tasks:
+        raise ValueError(f"tasks is empty, expected some of {', '.join(known)}, or None for all")
+    if unknown := [task for task in tasks if task not in known]:
         raise ValueError(f"there are no neurons of task {unknown[0]!r}; {nearest(str(unknown[0]), known)}")
     tensors: dict[str, Tensor] = {}
     base: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
-    for task in known if tasks is None else dict.fromkeys(tasks):
+    for task in dict.fromkeys(tasks):
         digest, counts[task] = hashlib.sha256(), {}
         for block, index in tuning.index[task].items():
             if not len(index):
@@ -119,8 +124,8 @@ def save_neurons(
         "sizes": tuning.sizes,
         "neurons": counts,
     }
-    about["sha256"] = _digest(about, tensors)
-    with replacing(Path(folder) / _FILE) as part_file:
+    about["sha256"] = digest_of(about, tensors)
+    with replacing(Path(folder) / FILE) as part_file:
         try:
             save_file(tensors, part_file, metadata={"nspec": json.dumps(about, ensure_ascii=False)})
         except SafetensorError as error:  # what the library makes of a full disk
@@ -157,29 +162,12 @@ def _digest_base(digest: Any, one: NeuronSet, here: slice) -> None:
             digest.update(tensor[here].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class Stored(NamedTuple):
-    """What a file holds of one task.
-
-    Attributes:
-        neurons: of each block, int64 ``[k]``.
-        values: of each block and part.
-        about: the file's metadata.
-        path: of the file.
-        task: its name there.
-    """
-
-    neurons: dict[str, Tensor]
-    values: dict[str, dict[str, Values]]
-    about: dict[str, Any]
-    path: Path
-    task: str
-
-
 def load_neurons(
     model: nn.Module,
     folders: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     *,
     trained: bool = False,
+    dtype: torch.dtype | None = None,
     verify: bool = True,
     layers: Sequence[Layer] | None = None,
 ) -> nn.Module:
@@ -193,6 +181,9 @@ def load_neurons(
         folders: one, all of whose tasks are loaded; or by the name that a task is to have, each the folder of one task, or
             of several among which is that name.
         trained: whether the parameters are trained on; else they are frozen too.
+        dtype: of the parameters; None: of those that are trained, as in ``nspec.finetune``, float32, or that of the weight
+            or the file where it is wider; of others that of the file. Rows that were saved in bfloat16 are the same
+            numbers in float32, and so are the outputs.
         verify: whether the base must have the same numbers in these rows as the base of the training, to the bit.
         layers: as in ``nspec.specialize``.
 
@@ -202,7 +193,7 @@ def load_neurons(
     Raises:
         FileNotFoundError: no file there.
         ValueError: a file that is broken; another base: its rows, its blocks or their sizes differ; a task that is there
-            already; sets whose parts or biases differ.
+            already; sets whose parts or biases differ; a dtype that is not floating.
 
     Example:
         >>> import copy, tempfile
@@ -215,7 +206,8 @@ def load_neurons(
         >>> torch.equal(loaded(x), model(x))
         True
     """
-    stored = dict(_stored(folders))
+    check_dtype(dtype)
+    stored = dict(stored_in(folders))
     first = next(iter(stored.values()))
     for name, one in stored.items():
         for entry in ("parts", "biases"):
@@ -262,84 +254,21 @@ def load_neurons(
     for name, one in stored.items():
         empty = torch.empty(0, dtype=torch.int64)
         index = {mine[block]: one.neurons.get(block, empty) for block in names}
-        attach(model, blocks, name, index, {mine[block]: v for block, v in one.values.items()}, tuning, trained)
+        values = {mine[block]: _cast(parts, known[mine[block]], dtype, trained) for block, parts in one.values.items()}
+        attach(model, blocks, name, index, values, tuning, trained)
     default_task(model, list(tuning.index))
     return model
 
 
-def _stored(folders: Any) -> Iterator[tuple[str, Stored]]:
-    if isinstance(folders, Mapping):
-        if not folders:
-            raise ValueError("folders is empty, expected one or more, such as {'cy': 'welsh'}")
-        for name, folder in folders.items():
-            about, path, tensors = _read(Path(folder))
-            tasks = about["tasks"]
-            task = name if name in tasks else tasks[0] if len(tasks) == 1 else None
-            if task is None:
-                raise ValueError(f"{path} has neurons of {', '.join(tasks)}, none of {name!r}")
-            yield name, _of_task(about, path, tensors, task)
-        return
-    about, path, tensors = _read(Path(folders))
-    for task in about["tasks"]:
-        yield task, _of_task(about, path, tensors, task)
-
-
-def _of_task(about: dict[str, Any], path: Path, tensors: Mapping[str, Tensor], task: str) -> Stored:
-    """What a file holds of a task, checked."""
-    index: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Values]] = {}
-    for block, count in about["neurons"][task].items():
-        with _broken(path):
-            d_ff, d_model = about["sizes"][block]
-            rows = tensors[f"{task}/{block}/rows"].to(torch.int64)
-            fits = rows.shape == (count,) and count > 0 and bool((rows.diff() > 0).all())
-            if not fits or int(rows[0]) < 0 or int(rows[-1]) >= d_ff:
-                raise ValueError(f"the neurons of {block} are not {count} rising numbers below {d_ff}")
-            index[block], values[block] = rows, {}
-            for part in about["parts"][block]:
-                mine, bias = tensors[f"{task}/{block}/{part}"], tensors.get(f"{task}/{block}/{part}.bias")
-                if mine.shape != (count, d_model) or (bias is not None and bias.shape != (count,)):
-                    raise ValueError(f"{part} of {block} is {list(mine.shape)}, expected {[count, d_model]}")
-                values[block][part] = Values(mine, bias)
-    return Stored(index, values, about, path, task)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
-    """The metadata, the path and the tensors of a folder's file."""
-    path = folder / _FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a folder that nspec.save_neurons wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("nspec", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is broken: {str(error)[:300]}; write it again") from error
-    if not isinstance(about, dict) or about.get("kind") != "neurons":
-        raise ValueError(f"{path} holds something else, expected neurons")
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {about.get('format')!r}, this version reads {FORMAT}")
-    if about.get("sha256") != _digest(about, tensors):
-        raise ValueError(f"{path} is broken: its contents are not those that were written, by their SHA-256")
-    return about, path, tensors
-
-
-@contextlib.contextmanager
-def _broken(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is broken: {error}; write it again") from error
-
-
-def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what the metadata says, but for the digest itself, and over the tensors in the order of their names."""
-    found = hashlib.sha256(json.dumps({key: value for key, value in about.items() if key != "sha256"}).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def _cast(
+    values: Mapping[str, Values], block: FeedForward, dtype: torch.dtype | None, trained: bool
+) -> dict[str, Values]:
+    """The numbers of a block in the dtype in which they become parameters."""
+    found = {}
+    for part, (rows, bias) in values.items():
+        wanted = dtype or (trained_dtype(layer_of(block, part), rows.dtype) if trained else rows.dtype)
+        found[part] = Values(rows.to(wanted), None if bias is None else bias.to(wanted))
+    return found
 
 
 def _check_sizes(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedForward]) -> None:

@@ -260,6 +260,24 @@ def test_hooks_that_would_miss_their_values_are_told_of(recwarn: pytest.Warnings
     assert ["which get a value that stands for its activations" in str(w.message) for w in recwarn] == [True]
 
 
+def test_hooks_of_all_modules_that_would_miss_their_values_are_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    model, _ = specialised(nn.ReLU())
+    x = torch.ones(5, 8).double()
+    of_all = nn.modules.module
+    for register in (of_all.register_module_full_backward_hook, of_all.register_module_full_backward_pre_hook):
+        handle = register(lambda *_: None)
+        with nspec.task(model, "a"), pytest.raises(ValueError, match="^fc1 has backward hooks, those of all modules"):
+            model(x)
+        handle.remove()
+    handle = of_all.register_module_forward_hook(lambda module, inputs, y: None)
+    for _ in range(3):
+        with nspec.task(model, "a"):
+            model(x)
+    handle.remove()
+    told = ["which get a value that stands for its activations" in str(w.message) for w in recwarn]
+    assert sum(told) == 1
+
+
 class Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any) -> Any:

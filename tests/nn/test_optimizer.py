@@ -110,7 +110,7 @@ def test_a_given_model_is_asked_for_its_layers_and_nothing_else(wrapped: bool, m
         RowSparseAdamW(model.parameters(), **OPTIONS)
     optimizer = RowSparseAdamW(model.parameters(), **OPTIONS, model=nn.Sequential(model) if wrapped else model)
     assert torch.equal(step(model, optimizer, "low"), LOW)
-    with pytest.raises(ValueError, match="belongs to a specialised layer of the Linear: call"):
+    with pytest.raises(ValueError, match="belongs to a specialised layer, or to neurons, of the Linear: call"):
         RowSparseAdamW(model.parameters(), **OPTIONS, model=nn.Linear(1, 1))
     with pytest.raises(TypeError, match="model is a str, expected a torch.nn.Module or None"):
         RowSparseAdamW(model.parameters(), **OPTIONS, model="model")

@@ -60,6 +60,17 @@ def test_hooks_that_change_an_output_are_counted_as_they_compute() -> None:
     assert torch.equal(nspec.profile(model, {"t": [x]})["t"]["0"], fired(model, x))
 
 
+def test_hooks_of_all_modules_that_change_an_output_are_counted_as_they_compute() -> None:
+    model, x = mlp(), torch.randn(20, 4)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: -output if module is model[0] else None
+    )
+    try:
+        assert torch.equal(nspec.profile(model, {"t": [x]})["t"]["0"], fired(model, x))
+    finally:
+        handle.remove()
+
+
 def test_a_model_that_accelerate_offloads_is_counted_and_works_afterwards() -> None:
     accelerate = pytest.importorskip("accelerate")
     one = batch()

@@ -139,8 +139,7 @@ def test_a_mixed_batch_is_its_parts_in_outputs_and_gradients(family: Family) -> 
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     tasks = ["b", None, "a", "b"]
     given = inputs(family)
-    switch: dict[str, Any] = {"batch_dim": 1} if family.options.get("time_first") else {}
-    with nspec.task(model, tasks, **switch):
+    with nspec.task(model, tasks):
         y = output(family, model, given)
     weights = torch.randn(y.shape, generator=generator, dtype=y.dtype)
     (y * weights).sum().backward()
@@ -194,6 +193,40 @@ def test_a_step_is_seen_by_the_next_pass_however_it_writes(kind: dict[str, bool]
         for p in own(model).values():
             p.data.mul_(1.5)
         assert torch.equal(output(LLAMA, model, given), output(LLAMA, nspec.merge(model, "cy"), given))
+
+
+@pytest.mark.parametrize("tasks", [["cy"] * 3, ["cy"] * 5, ["cy", "mt", "cy"]])
+@pytest.mark.parametrize("own_numbers", [True, False], ids=["tuned", "specialised"])
+def test_a_list_of_another_length_than_the_batch_is_an_error(tasks: list[str], own_numbers: bool) -> None:
+    base = make(LLAMA)
+    masks, given = masks_of(base, ("cy", "mt")), inputs(LLAMA)
+    model = nspec.finetune(base, masks, quiet=True) if own_numbers else nspec.specialize(base, masks)
+    with nspec.task(model, tasks), pytest.raises(ValueError, match=f"4 rows along .* multiple of the {len(tasks)} sen"):
+        output(LLAMA, model, given)
+
+
+def test_a_list_of_one_task_is_that_task_for_beams_too() -> None:
+    base = make(LLAMA)
+    model, given = nspec.finetune(base, masks_of(base, ("cy", "mt")), quiet=True), inputs(LLAMA)
+    with torch.no_grad():
+        for p in own(model).values():
+            p += 0.3
+    with nspec.task(model, "cy"):
+        wanted = gradients_and_output(model, given)
+    for tasks in (["cy"] * 4, ["cy"] * 2):
+        with nspec.task(model, tasks):
+            found = gradients_and_output(model, given)
+            assert torch.equal(found[0], wanted[0])
+            assert same(found[1], wanted[1])
+            held, merged = model.state_dict(), nspec.merge(model, "cy").state_dict()
+            assert all(torch.equal(held[name], weight) for name, weight in merged.items())
+
+
+def gradients_and_output(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss_of(LLAMA, model, given).backward()
+    y = output(LLAMA, model, given).detach()
+    return y, {name: p.grad for name, p in own(model).items() if p.grad is not None}
 
 
 def test_training_follows_the_full_one_masked_to_the_neurons() -> None:

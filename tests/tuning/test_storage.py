@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, Family, inputs, make, output
 from test_finetune import LLAMA, masks_of, near, own, steps
 from torch import nn
 
 import nspec
+from nspec.tuning.stored import digest_of
 
 NAMES = ("Llama, with biases", "Phi3", "T5, gated-gelu", "M2M100", "GPT2")
 
@@ -74,6 +76,23 @@ def test_training_goes_on_from_a_file(tmp_path: Path) -> None:
     steps(LLAMA, model)
     steps(LLAMA, other)
     assert all(torch.equal(p, own(other)[name]) for name, p in own(model).items())
+
+
+def test_what_was_saved_in_the_dtype_of_the_base_trains_on_in_float32(tmp_path: Path) -> None:
+    base, model = trained(LLAMA, dtype=torch.bfloat16)
+    nspec.save_neurons(model, tmp_path)
+    other = nspec.load_neurons(copy.deepcopy(base), tmp_path, trained=True)
+    assert {p.dtype for p in own(other).values()} == {torch.float32}
+    assert torch.equal(logits(other), logits(model))
+    before = {name: p.detach().clone() for name, p in own(other).items()}
+    steps(LLAMA, other, count=1, lr=1e-6)  # less than bfloat16 shows
+    assert all(not torch.equal(p, before[name]) for name, p in own(other).items())
+    frozen = nspec.load_neurons(copy.deepcopy(base), tmp_path)
+    assert {p.dtype for p in own(frozen).values()} == {torch.bfloat16}
+    asked = nspec.load_neurons(copy.deepcopy(base), tmp_path, trained=True, dtype=torch.float64)
+    assert {p.dtype for p in own(asked).values()} == {torch.float64}
+    with pytest.raises(ValueError, match=r"dtype is torch.int8, expected a floating one"):
+        nspec.load_neurons(copy.deepcopy(base), tmp_path, dtype=torch.int8)
 
 
 @pytest.mark.parametrize(("dtype", "saved"), [(torch.bfloat16, None), (torch.bfloat16, torch.float32)])
@@ -137,6 +156,51 @@ def test_a_broken_file_is_refused(change: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neurons.safetensors (is broken|holds something else)"):
         nspec.load_neurons(base, tmp_path)
     assert not any(".neuron" in name for name, _ in base.named_parameters())
+
+
+CHANGES: dict[str, Any] = {
+    "no tasks": lambda about: about.pop("tasks"),
+    "no task at all": lambda about: about.update(tasks=[]),
+    "unknown task": lambda about: about.update(tasks=["zz"]),
+    "no base": lambda about: about.pop("base"),
+    "no digest": lambda about: about["base"].update(rows_sha256={}),
+    "no dtypes": lambda about: about["base"].update(dtypes={}),
+    "no name": lambda about: about["base"].pop("name"),
+    "no parts": lambda about: about.pop("parts"),
+    "parts a text": lambda about: about.update(parts=dict.fromkeys(about["parts"], "gate")),
+    "unknown part": lambda about: about.update(parts={key: ["gates"] for key in about["parts"]}),
+    "no biases": lambda about: about.pop("biases"),
+    "sizes a list": lambda about: about.update(sizes=[]),
+    "no width": lambda about: about.update(sizes={key: [72] for key in about["sizes"]}),
+    "counts below 0": lambda about: about["neurons"].update(cy=dict.fromkeys(about["neurons"]["cy"], -1)),
+    "a block without parts": lambda about: about["parts"].popitem(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_metadata_that_lack_something_are_a_broken_file(change: str, tmp_path: Path) -> None:
+    base, model = trained(LLAMA)
+    nspec.save_neurons(model, tmp_path)
+    path = tmp_path / "neurons.safetensors"
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["nspec"])
+    CHANGES[change](about)
+    tensors = load_file(path)
+    save_file(tensors, path, {"nspec": json.dumps(about | {"sha256": digest_of(about, tensors)})})
+    with pytest.raises(ValueError, match=r"neurons.safetensors is broken: .*; write it again"):
+        nspec.load_neurons(base, tmp_path)
+    assert not any(".neuron" in name for name, _ in base.named_parameters())
+
+
+def test_no_task_to_save_leaves_what_was_there(tmp_path: Path) -> None:
+    _, model = trained(LLAMA)
+    nspec.save_neurons(model, tmp_path)
+    before = (tmp_path / "neurons.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="tasks is empty, expected some of cy"):
+        nspec.save_neurons(model, tmp_path, tasks=[])
+    with pytest.raises(TypeError, match=r"tasks is 'cy', expected a list of names such as \['cy'\]"):
+        nspec.save_neurons(model, tmp_path, tasks="cy")
+    assert (tmp_path / "neurons.safetensors").read_bytes() == before
 
 
 def test_a_model_without_neurons_has_nothing_to_save(tmp_path: Path) -> None:

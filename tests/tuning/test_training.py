@@ -359,6 +359,25 @@ def test_what_is_wrong_is_said_before_anything_is_changed() -> None:
     assert all(p.requires_grad for p in base.parameters())
 
 
+def test_a_task_without_neurons_is_warned_of_and_named_in_the_backward_pass_of_its_loss() -> None:
+    base = make(LLAMA)
+    masks = {task: dict(layers.items()) for task, layers in masks_of(base, ("a", "b")).items()}
+    masks["b"] = {name: torch.zeros_like(mask) for name, mask in masks["b"].items()}
+    with pytest.warns(UserWarning, match="masks have no neuron of b: batches of that train none"):
+        model = nspec.finetune(copy.deepcopy(base), nspec.NeuronMasks(masks), quiet=True)
+    given = inputs(LLAMA) | {"labels": inputs(LLAMA)["input_ids"]}
+    model.train()
+    for task in ("b", ["b", None, "b", "b"]):
+        with (
+            nspec.task(model, task),
+            pytest.raises(RuntimeError, match="this loss: the masks have no neuron of b. Leave"),
+        ):
+            model(**given).loss.backward()
+    with nspec.task(model, ["b", "a", "b", "b"]):
+        model(**given).loss.backward()
+    assert all(p.grad is not None for p in own(model).values())
+
+
 def test_training_several_sets_without_a_task_is_warned_of() -> None:
     _, model = tuned(tasks=("a", "b"))
     with pytest.warns(UserWarning, match="a training pass runs without a task, and the model has neurons of several"):

@@ -22,6 +22,27 @@ def optimizer_of(model: nn.Module) -> nspec.RowSparseAdamW:
     return nspec.RowSparseAdamW(trained, lr=0.05, weight_decay=0.1, model=model, write_rows=True)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_without_write_rows_it_is_adamw(weight_decay: float) -> None:
+    base, model = tuned()
+    other = copy.deepcopy(model)
+    optimizers = []
+    for one in (model, other):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        options: dict[str, Any] = {"lr": 0.05, "weight_decay": weight_decay}
+        mine = nspec.RowSparseAdamW(trained, model=one, **options) if one is model else None
+        optimizers.append(mine or torch.optim.AdamW(trained, fused=True, **options))
+    for _ in range(3):
+        step(model, optimizers[0])
+        step(other, optimizers[1])
+    assert same(dict(own(model)), dict(own(other)))
+    assert not same(dict(own(model)), dict(own(tuned()[1])))
+    with pytest.raises(ValueError, match="give a fine-tuned model as model="):
+        nspec.RowSparseAdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="or to neurons, of the LlamaForCausalLM: call"):
+        nspec.RowSparseAdamW(model.parameters(), model=base)
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, family: Any = LLAMA) -> None:
     optimizer.zero_grad()
     loss_of(family, model, inputs(family)).backward()
