@@ -259,7 +259,7 @@ class TrainingLog:
         if self._board is None:
             return
         numbers = {f"valid_{m}/{task}": value for task, by in row.get("tasks", {}).items() for m, value in by.items()}
-        for name in row.keys() - {"step", "updates", "tasks"}:
+        for name in row.keys() - {"step", "updates", "tasks", "loss_of"}:
             group = "valid" if name.startswith("valid_") else "train"
             numbers[f"{group}/{name.removeprefix('valid_')}"] = row[name]
         for name, number in numbers.items():
