@@ -85,7 +85,15 @@ def test_the_tensorboard_log_has_the_same_numbers(tmp_path: Path) -> None:
 
     log = TrainingLog(tmp_path, 0)
     log.write({"step": 5, "updates": 5, "loss": 2.5, "lr": 1e-3})
-    log.write({"step": 5, "valid_loss": 2.25, "loss_of": "text", "valid_bleu": 7.5, "tasks": {"en-de": {"loss": 2.25, "bleu": 7.5}}})
+    log.write(
+        {
+            "step": 5,
+            "valid_loss": 2.25,
+            "loss_of": "text",
+            "valid_bleu": 7.5,
+            "tasks": {"en-de": {"loss": 2.25, "bleu": 7.5}},
+        }
+    )
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
