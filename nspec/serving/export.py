@@ -204,7 +204,10 @@ def _code(tokens: list[str]) -> str:
 
 
 def _framed(task: str, model: Any, tokenizer: Any, folder: Path) -> usage.Framed | None:
-    """What stands around a line; None where the task is no direction that the tokenizer has tags for."""
+    """What stands around a line; None where the task is no direction that the tokenizer has tags for.
+
+    Nor of an mBART (not mBART-50) whose decoder starts from the tag of a language, which its sources have at their end.
+    """
     from nspec.mt.language_tags import languages_of
     from nspec.mt.text.frame import Frame
     from nspec.mt.text.marian import is_marian
@@ -214,6 +217,8 @@ def _framed(task: str, model: Any, tokenizer: Any, folder: Path) -> usage.Framed
     try:
         frame = Frame.of(tokenizer, [task])
     except ValueError:
+        return None
+    if model.config.decoder_start_token_id not in (None, frame.start_id):
         return None
     before, prefix = ([tokenizer.convert_ids_to_tokens(row) for row in side] for side in frame.before(task))
     language = ""
