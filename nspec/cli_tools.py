@@ -165,7 +165,7 @@ def _model_folder(model: str, run: str, system: str, task: str) -> tuple[Path, C
     if bool(model) == bool(run):
         raise ValueError("translate needs either --model FOLDER or --run RUN --system NAME")
     if not model:
-        found = trained_model(Path(run), system, task)
+        found = trained_model(Path(run), system, task, translating=True)
         return found.folder, found.config, found.made_by
     if system:
         raise ValueError("--system goes with --run; --model is the folder of one system")
@@ -287,7 +287,8 @@ def export(
     from nspec.terminal import Display
 
     if bool(task) == all_:
-        raise ValueError("export needs either --task DIRECTION or --all")
+        known = "a direction such as en-de; of `nspec finetune` and saved neurons a language"
+        raise ValueError(f"--task {task} and --all: give one of them" if task else f"give --task ({known}) or --all")
     if k and (all_ or dense_width or base or has_neurons(Path(run))):
         raise ValueError(
             "--k measures a direction of a run of translation: it goes with --system and --task, not with --all, "

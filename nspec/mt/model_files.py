@@ -71,7 +71,7 @@ def reading(what: str, source: Location, hint: str = "") -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, KeyError):  # whose text is the key alone
             text = f"transformers does not know, or does not find in the files, {text}"
-        reason = text.splitlines()[0]
+        reason = text.splitlines()[0].rstrip(":")
         if "trust_remote_code" in text:
             reason = (
                 "it comes with code of its own, which nspec does not run; take a model whose class transformers has"

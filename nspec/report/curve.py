@@ -1,4 +1,4 @@
-"""The curve of size and quality that ``nspec export --k`` measures: as a figure, and as a table for a terminal."""
+"""The curve of size, speed and quality that ``nspec export --k`` measures: as a figure, and as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ _METRICS = {"bleu": ("BLEU", "#0072b2", "o"), "chrf": ("chrF++", "#d55e00", "s")
 _MEGABYTE = 1e6
 
 
-def draw(facts: Mapping[str, Any], speed: bool = True) -> Figure:
-    """BLEU and chrF++ with their 95 % intervals against size on disk and against speed.
+def engine_of(facts: Mapping[str, Any]) -> str:
+    """What translated, with its version and the type of its weights: ``ctranslate2 4.8.5, int8``."""
+    return f"{facts['format']} {facts['version']}" + (f", {facts['quantization']}" if facts["quantization"] else "")
+
+
+def draw(facts: Mapping[str, Any]) -> Figure:
+    """BLEU and chrF++ with their 95 % intervals against size on disk and against speed, with its slowest and fastest round.
 
     Args:
         facts: the contents of ``curve.json``.
-        speed: whether speed is shown; not of a machine that was busy with other things.
     """
-    figure, panels = new_figure(9.6 if speed else 6.4, 3.8, 2 if speed else 1, sharey=True)
-    left = panels[0]
-    kind = facts["format"] + (f", {facts['quantization']}" if facts["quantization"] else "")
-    style(left, f"size of the folder, MB ({kind})", "score on the validation set")
+    figure, (left, right) = new_figure(9.6, 3.8, 2, sharey=True)
+    engine, threads = engine_of(facts), facts["threads"]
+    style(left, f"size of the folder, MB ({engine})", "score on the validation set")
+    style(right, f"sentences/s ({engine}, beam {facts['decode']['beam']}, {threads} thread{'s' * (threads > 1)})", "")
     points = [*facts["points"][1:], facts["points"][0]]  # dense keeps most
     _against(left, points, lambda point: point["bytes"] / _MEGABYTE)
-    if speed:
-        style(panels[1], f"times as fast as dense (beam {facts['decode']['beam']}, {facts['threads']} threads)", "")
-        _against(panels[1], points, lambda point: point["speedup"])
+    _against(right, points, lambda point: point["sentences_per_second"], _rounds(points))
     left.set_ylim(0, 1.12 * max(point[f"{metric}_high"] for point in points for metric in _METRICS))
     legend_of(figure, left, 2)
     title = (
@@ -41,7 +43,13 @@ def draw(facts: Mapping[str, Any], speed: bool = True) -> Figure:
     return figure
 
 
-def _against(axes: Axes, points: list[Point], x: Callable[[Point], float]) -> None:
+def _rounds(points: list[Point]) -> list[list[float]]:
+    """How far the slowest and the fastest round of each point lie from the median one."""
+    speed = "sentences_per_second"
+    return [[abs(point[f"{speed}_{end}"] - point[speed]) for point in points] for end in ("low", "high")]
+
+
+def _against(axes: Axes, points: list[Point], x: Callable[[Point], float], across: Any = None) -> None:
     for metric, (name, colour, marker) in _METRICS.items():
         values = [point[metric] for point in points]
         ends = [[v - p[f"{metric}_low"], p[f"{metric}_high"] - v] for v, p in zip(values, points)]
@@ -54,7 +62,7 @@ def _against(axes: Axes, points: list[Point], x: Callable[[Point], float]) -> No
             "lw": 1.4,
             "ms": 4.5,
         }
-        axes.errorbar([x(point) for point in points], values, yerr=bars, label=f"{name} [95 %]", **shown)
+        axes.errorbar([x(point) for point in points], values, yerr=bars, xerr=across, label=f"{name} [95 %]", **shown)
     for number, point in enumerate(reversed(points)):  # names of near points are not at one height
         top = max(point[f"{metric}_high"] for metric in _METRICS)
         words = "dense" if point["k"] is None else f"{point['k']:g}"
@@ -74,7 +82,7 @@ def table(facts: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     made = Table(
-        title=f"{facts['system']}, {facts['task']}, {facts['sentences']} validation sentences, {facts['format']}"
+        title=f"{facts['system']}, {facts['task']}, {facts['sentences']} validation sentences, {engine_of(facts)}"
     )
     made.add_column("k")
     for name in ("density", "MB", "x size", "BLEU [95 %]", "p", "chrF++ [95 %]", "p", "sentences/s", "x speed"):

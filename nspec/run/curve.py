@@ -1,4 +1,4 @@
-"""Size against quality: a direction of a run with fewer and fewer neurons, without training, on the validation set."""
+"""Size and speed against quality: a direction with fewer and fewer neurons, without training, on the validation set."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from nspec.serving.export import Settings, check_absent, new_folder, write
 
 Progress = Callable[[str, int, int], None]
 ROUNDS = 3
-"""How often each model translates the validation set: speed is the median of the ratios within a round."""
+"""How often each model translates the validation set, in turn with the others: speed is the median of the rounds."""
 DENSE = "dense"
 _COLUMNS = (
     *("name", "k", "density", "parameters", "bytes", "bleu", "bleu_low", "bleu_high"),
-    *("bleu_p", "chrf", "chrf_low", "chrf_high", "chrf_p", "sentences_per_second", "speedup"),
+    *("bleu_p", "chrf", "chrf_low", "chrf_high", "chrf_p"),
+    *("sentences_per_second", "sentences_per_second_low", "sentences_per_second_high", "speedup", "engine", "threads"),
 )
 
 
@@ -126,8 +127,7 @@ def export_curve(
         facts = _facts(run, system, task, config, settings, len(sources))
         facts |= _scored(points, hypotheses, references, task, config)
         for name, point in points.items():
-            point["sentences_per_second"] = len(sources) / median(seconds[name])
-            point["speedup"] = median(a / b for a, b in zip(seconds[DENSE], seconds[name]))
+            point |= _speed(len(sources), seconds[name], seconds[DENSE])
         facts["points"] = list(points.values())
         _write(part, facts)
     return SizeQuality(place, facts)
@@ -188,6 +188,16 @@ def _translate(
     return hypotheses, seconds
 
 
+def _speed(sentences: int, seconds: list[float], dense: list[float]) -> dict[str, float]:
+    """Sentences/s of the median round, the slowest and the fastest; the median over rounds of the ratio to dense."""
+    return {
+        "sentences_per_second": sentences / median(seconds),
+        "sentences_per_second_low": sentences / max(seconds),
+        "sentences_per_second_high": sentences / min(seconds),
+        "speedup": median(a / b for a, b in zip(dense, seconds)),
+    }
+
+
 def _scored(
     points: dict[str, dict[str, Any]], hypotheses: dict[str, list[str]], references: list[str], task: str, config: Any
 ) -> dict[str, Any]:
@@ -228,11 +238,12 @@ def _facts(run: Path, system: str, task: str, config: Any, settings: Settings, s
 
 
 def _write(folder: Path, facts: dict[str, Any]) -> None:
-    from nspec.report.curve import draw
+    from nspec.report.curve import draw, engine_of
     from nspec.report.drawing import svg_file
 
     write_json(folder / "curve.json", facts)
-    lines = ["\t".join(_COLUMNS)]
-    lines += ["\t".join("" if point[c] is None else f"{point[c]}" for c in _COLUMNS) for point in facts["points"]]
+    same = {"engine": engine_of(facts), "threads": facts["threads"]}
+    rows = [[(point | same)[column] for column in _COLUMNS] for point in facts["points"]]
+    lines = ["\t".join("" if cell is None else f"{cell}" for cell in row) for row in (_COLUMNS, *rows)]
     write_text(folder / "curve.tsv", "\n".join(lines) + "\n")
     write_text(folder / "curve.svg", svg_file(draw, "curve", facts))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nspec.files import read_json, sha256
+from nspec.run.read import check_run
 from nspec.run.trained import TrainedSystem, trained_model
 from nspec.serving.export import Settings, check_absent, new_folder, write
 
@@ -107,8 +108,7 @@ def loaded(found: TrainedSystem, system: str) -> tuple[Any, Any]:
 
 def _tasks(run: Path) -> list[str]:
     path = run / "prepared" / "meta.json"
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"--run {run}: there is no run in that folder, as it has no config.yaml")
+    check_run(run, "RUN")
     if not path.is_file():
         raise ValueError(
             f"{run} has no prepared text ({path} is not there): it is no run of translation, or has not begun"

@@ -9,9 +9,11 @@ from typing import Any
 
 import nspec
 from nspec.files import read_json
+from nspec.run.read import check_run
 from nspec.serving.export import Settings, check_absent, new_folder, write
 
 _NEURONS, _READABLE = "neurons.safetensors", "neurons.json"
+_OF_TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.spm")
 
 
 def has_neurons(folder: Path) -> bool:
@@ -39,7 +41,8 @@ def export_neurons(
     settings.check()
     sources, base, dtype = _of_set(source, base, method) if base else _of_run(source, method)
     if task is not None and task not in sources:
-        raise ValueError(f"--task {task}: {source} has {', '.join(sources)}")
+        of = f" of {method}" if method else ""
+        raise ValueError(f"--task {task}: {source} has {', '.join(sources)}{of}")
     if out is None and not (source / "tuned").is_dir():
         raise ValueError("give --out FOLDER, where the merged model goes")
     kind = f"{settings.format}-{settings.quantization}" if settings.quantization else settings.format
@@ -64,10 +67,17 @@ def _write(task: str, source: Path, base: str, dtype: str, folder: Path, setting
 
 
 def _of_set(source: Path, base: str, method: str) -> tuple[dict[str, Path], str, str]:
-    if method:
-        raise ValueError("--system goes with a run; saved neurons and their --base have none")
     if not (source / _NEURONS).is_file():
-        raise ValueError(f"{source} has no saved neurons: {_NEURONS}, which nspec.save_neurons writes, is not there")
+        run = (source / "config.yaml").is_file()
+        raise ValueError(
+            f"--base goes with saved neurons, and {source} is a run, which knows its base: leave --base out"
+            if run
+            else f"{source} has no saved neurons: {_NEURONS}, which nspec.save_neurons writes, is not there"
+        )
+    if method:
+        raise ValueError(f"--system {method} goes with a run, and {source} has saved neurons: leave --system out")
+    if not (source / _READABLE).is_file():
+        raise ValueError(f"{source / _READABLE}, which names the tasks, is not there: copy the whole folder again")
     described = read_json(source / _READABLE)
     tasks: Any = described.get("tasks") if isinstance(described, dict) else None
     if not isinstance(tasks, list) or not tasks:
@@ -80,14 +90,14 @@ def _of_run(source: Path, method: str) -> tuple[dict[str, Path], str, str]:
 
     if (source / _NEURONS).is_file():
         raise ValueError(
-            f"{source} has neurons, which lie beside a model: give --base, the one that they were trained on"
+            f"{source} has neurons without a model: give --base, the one that they were trained on{_way(source)}"
         )
+    check_run(source, "RUN")
     config = load(source / "config.yaml")
     methods = _names(source / "tuned")
     if method not in methods:
-        raise ValueError(
-            f"--system {method or '(none)'}: {source} has fine-tuned by {', '.join(methods) or 'no method'}"
-        )
+        given = f"--system {method}" if method else "give --system"
+        raise ValueError(f"{given}: {source} has fine-tuned by {', '.join(methods) or 'no method'}")
     found = {name: source / "tuned" / method / name for name in _names(source / "tuned" / method)}
     ready = {name: path for name, path in found.items() if (path / _NEURONS).is_file() or (path / "model").is_dir()}
     if not ready:
@@ -98,6 +108,15 @@ def _of_run(source: Path, method: str) -> tuple[dict[str, Path], str, str]:
     own = config.model
     base, dtype = (own.pretrained, own.dtype) if own.pretrained else (str(source / "base" / "model"), "auto")
     return ready, base, dtype
+
+
+def _way(neurons: Path) -> str:
+    """How the run is exported that neurons in a folder are of; empty where they are of none."""
+    task = neurons.resolve()
+    method, run = task.parent, task.parent.parent.parent
+    if method.parent != run / "tuned" or not (run / "config.yaml").is_file():
+        return ""
+    return f", or export them from their run: nspec export {run} --system {method.name} --task {task.name}"
 
 
 def _names(folder: Path) -> list[str]:
@@ -117,12 +136,12 @@ def _model(source: str, dtype: str) -> Any:
 
 
 def _tokenizer(source: str) -> Any:
-    """That beside a model; None where there is none."""
+    """That beside a model; None where there is no file of one."""
     from transformers import AutoTokenizer
 
     from nspec.mt.model_files import reading
 
-    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+    if Path(source).is_dir() and not any(any(Path(source).glob(name)) for name in _OF_TOKENIZERS):
         return None
-    with reading("tokenizer", source):
+    with reading("tokenizer", source, "; it needs tokenizer.json and tokenizer_config.json, or what its class has"):
         return AutoTokenizer.from_pretrained(source)

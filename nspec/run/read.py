@@ -14,6 +14,22 @@ from nspec.run.yaml import WRITE_ANEW, flatten, parse_given
 from nspec.yaml_text import read_text
 
 
+def check_run(run: Path, given: str) -> None:
+    """Raises ValueError where there is no run in a folder.
+
+    Args:
+        run: the folder.
+        given: how the command takes it, for the message: ``RUN`` or ``--run``.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{given} {run}: there is no such folder")
+    if (run / "config.yaml").is_file():
+        return
+    around = next((place for place in run.resolve().parents if (place / "config.yaml").is_file()), None)
+    hint = f"; the one that it is a part of is {around}" if around else ""
+    raise ValueError(f"{given} {run}: there is no run in that folder, as it has no config.yaml{hint}")
+
+
 def read_config(run: Path) -> tuple[Config, str]:
     """The configuration of a run, and its text; not validated.
 

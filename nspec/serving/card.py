@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -68,7 +70,8 @@ def model_card(
         model: specialised, or with neurons of their own.
         task: that was merged.
         merged: what :func:`nspec.merge` made of it.
-        base: the model that was specialised: a name on the hub, or a path.
+        base: the model that was specialised: a name on the hub, or a path, whose end alone is told
+            (:func:`base_name`).
         languages: codes of languages (``["en", "de"]``).
         text: Markdown that follows the first paragraph, such as how to use it.
 
@@ -88,7 +91,7 @@ def model_card(
     """
     kept = _kept(model, task)
     head = ["---", "tags:", "- neuron-specialization"]
-    head += [f"base_model: {_quoted(base)}"] if base else []
+    head += [f"base_model: {_quoted(base)}"] if base and _on_hub(base) else []
     head += ["language:", *(f"- {_quoted(code)}" for code in languages)] if (languages := list(languages)) else []
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (model, merged))
     lines = [*head, "---", "", f"# {task}", "", _told(model, task, bool(kept), base), ""]
@@ -109,9 +112,25 @@ def model_card(
     return "\n".join([*lines, ""])
 
 
+def base_name(base: str) -> str:
+    """What others are told of a model: its name on the hub; of a path, which is of this machine, its end.
+
+    That is the folder's name; within a folder of a run (one with a ``config.yaml``) the way from that.
+    """
+    if _on_hub(base):
+        return base
+    path = Path(base).expanduser().resolve()
+    run = next((place for place in path.parents if (place / "config.yaml").is_file()), path)
+    return path.relative_to(run.parent).as_posix()
+
+
+def _on_hub(base: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) is not None and not Path(base).exists()
+
+
 def _told(model: nn.Module, task: str, masked: bool, base: str | None) -> str:
     """How the model was made, in a sentence or two."""
-    of = f" of `{base}`" if base else ""
+    of = f" of `{base_name(base)}`" if base else ""
     forward = any(isinstance(layer, TaskLayer) and layer.mode == "forward" for layer in model.modules())
     if not masked:
         what = f"The weights{of} with the neurons that were fine-tuned for the task {task} in their places"

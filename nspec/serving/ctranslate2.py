@@ -2,7 +2,8 @@
 
 The conversion is CTranslate2's own; what it asks of a tokenizer is answered here. Its converter of M2M100 and NLLB looks
 for the language tags where transformers 4 kept them, and leaves them out with later versions; a vocabulary with fewer
-entries than the embeddings have rows is refused when it is loaded.
+entries than the embeddings have rows is refused when it is loaded. Options of configurations have moved likewise, and some
+it never reads: what was written is compared with the model before anybody takes it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nspec.serving.same_scores import check_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 """Types of weights that CTranslate2 converts to."""
 
+_OTHERWISE = "take transformers in its place"
 _NAMED = ("M2M100Config", "MBartConfig", "MarianConfig")  # whose vocabulary is given row by row
 
 
@@ -113,27 +118,52 @@ def convert(
 
     Raises:
         ImportError: CTranslate2 is not installed.
-        ValueError: a model that CTranslate2 does not convert, or an unknown quantization.
+        ValueError: a model that CTranslate2 does not convert, or of which it writes something else than it computes; an
+            unknown quantization.
     """
     check(quantization)
     if reason := why_not_started(model):
         raise ValueError(reason)
-    if quantization is not None:
-        model = copy.deepcopy(model)  # CTranslate2 scales and rounds the weights where they lie
+    kind, given = type(model).__name__, _Rows(tokenizer, names) if takes_names(model) else tokenizer
+    try:
+        _write(_copied(model, weights=quantization is not None), given, folder, quantization)
+    except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
+        said = f"CTranslate2 {version()} does not convert this {kind}: {error or type(error)}"
+        raise ValueError(f"{said}; {_OTHERWISE}") from error
+    if reason := check_scores(_copied(model, weights=False).eval(), Path(folder), quantization):
+        shutil.rmtree(folder)
+        said = f"what CTranslate2 {version()} writes of this {kind} is another model: {reason}"
+        raise ValueError(f"{said}. It may not know options of the configuration; {_OTHERWISE}")
+    return list(names[:-1] if type(model.config).__name__ == "MarianConfig" else names)
+
+
+def _copied(model: PreTrainedModel, weights: bool) -> PreTrainedModel:
+    """A copy, of the weights too or with those of ``model``.
+
+    The converter writes into configurations and takes layers out that it has read; with a quantization it scales and
+    rounds the weights where they lie.
+    """
+    shared = () if weights else (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _write(model: PreTrainedModel, tokenizer: Any, folder: str | os.PathLike[str], quantization: str | None) -> None:
     with tempfile.TemporaryDirectory() as place:
         model.config.save_pretrained(place)  # by which the converter finds how to convert
-        before, model.config = model.config, copy.deepcopy(model.config)  # the converter writes into it
-        if type(before).__name__ == "MBartConfig":
-            model.config.normalize_before = True  # what every mBART does; configurations no longer say it
-        try:
-            given: Any = _Rows(tokenizer, names) if takes_names(model) else tokenizer
-            _converter(place, model, given).convert(str(folder), quantization=quantization)
-        except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
-            kind = type(model).__name__
-            raise ValueError(f"CTranslate2 {version()} does not convert this {kind}: {error or type(error)}") from error
-        finally:
-            model.config = before
-    return list(names[:-1] if type(model.config).__name__ == "MarianConfig" else names)
+        _spell_as_read(model.config)
+        _converter(place, model, tokenizer).convert(str(folder), quantization=quantization)
+
+
+def _spell_as_read(config: Any) -> None:
+    """Writes options into a configuration where the converters read them."""
+    kind = type(config).__name__
+    if kind == "MBartConfig":
+        config.normalize_before = True  # what every mBART does; configurations no longer say it
+    if kind in ("T5Config", "MT5Config"):  # whether logits are scaled: not of T5 1.1 and mT5
+        config.tie_word_embeddings = bool(getattr(config, "scale_decoder_outputs", False))
+    rope = getattr(config, "rope_parameters", None)
+    if kind == "GemmaConfig" and rope and not hasattr(config, "rope_theta"):
+        config.rope_theta = rope["rope_theta"]
 
 
 def load(folder: str | os.PathLike[str], device: str = "cpu", index: int = 0, threads: int = 0) -> Any:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
+
 import nspec
 from nspec.files import disk_error
 from nspec.serving import ctranslate2, usage
-from nspec.serving.card import model_card
+from nspec.serving.card import base_name, model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +35,7 @@ class Settings:
         compact: without the neurons that the task does not use.
         beam: of the search that the README shows.
         length_penalty: likewise.
-        base: the name of the model before it was specialised, for the README.
+        base: the model before it was specialised, for the README: a name on the hub, or a path.
         system: the name of the system in its run, likewise.
     """
 
@@ -80,7 +82,7 @@ def export(
         tokenizer: goes into the folder; CTranslate2 needs it.
         quantization: of CTranslate2, such as ``int8``; None: as the weights are.
         compact: without the masked neurons, in mode ``forward`` (``nspec.merge(..., compact=True)``).
-        base: the model that was specialised, for the model card: a name on the hub, or a path.
+        base: the model that was specialised, for the model card: a name on the hub, or a path, whose end alone is told.
 
     Returns:
         The folder.
@@ -147,6 +149,7 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     if pieces is not None:
+        _check_pieces(pieces, tokenizer)
         shutil.copyfile(pieces, folder / pieces.name)
     (folder / "README.md").write_text(_readme(model, merged, tasks, settings, tokenizer, folder), encoding="utf-8")
 
@@ -157,6 +160,20 @@ def _names(model: Any, tokenizer: Any) -> list[str]:
     if not ctranslate2.takes_names(model):
         return []
     return ctranslate2.row_names(model, tokenizer, token_ids(tokenizer))
+
+
+def _check_pieces(pieces: Path, tokenizer: Any) -> None:
+    """Raises ValueError where a SentencePiece model is broken, or of another vocabulary than the tokenizer's."""
+    import sentencepiece
+
+    way = "put it back; where it is not there, the tokenizer serves in its place"
+    try:
+        found = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    except (RuntimeError, OSError):
+        raise ValueError(f"{pieces} cannot be read as a SentencePiece model: {way}") from None
+    known = tokenizer.get_vocab()
+    if other := next((name for name in map(found.id_to_piece, range(len(found))) if name not in known), None):
+        raise ValueError(f"{pieces} has the piece {other!r}, and the tokenizer of the model has not: {way}")
 
 
 def _readme(model: Any, merged: Any, tasks: Sequence[str], settings: Settings, tokenizer: Any, folder: Path) -> str:
@@ -184,7 +201,7 @@ def _readme(model: Any, merged: Any, tasks: Sequence[str], settings: Settings, t
             return model_card(model, tasks[0], merged, base=settings.base or None, languages=languages, text=text)
     count = sum(parameter.numel() for parameter in merged.parameters())
     made = f"A model of {count:,} parameters, exported by nspec {nspec.__version__}."
-    of = f" Its base is `{settings.base}`." if settings.base else ""
+    of = f" Its base is `{base_name(settings.base)}`." if settings.base else ""
     return f"# {', '.join(tasks)}\n\n{made}{of}\n\n{text}\n"
 
 
@@ -204,7 +221,10 @@ def _code(tokens: list[str]) -> str:
 
 
 def _framed(task: str, model: Any, tokenizer: Any, folder: Path) -> usage.Framed | None:
-    """What stands around a line; None where the task is no direction that the tokenizer has tags for."""
+    """What stands around a line; None where the task is no direction that the tokenizer has tags for.
+
+    Nor of an mBART (not mBART-50) whose decoder starts from the tag of a language, which its sources have at their end.
+    """
     from nspec.mt.language_tags import languages_of
     from nspec.mt.text.frame import Frame
     from nspec.mt.text.marian import is_marian
@@ -214,6 +234,8 @@ def _framed(task: str, model: Any, tokenizer: Any, folder: Path) -> usage.Framed
     try:
         frame = Frame.of(tokenizer, [task])
     except ValueError:
+        return None
+    if model.config.decoder_start_token_id not in (None, frame.start_id):
         return None
     before, prefix = ([tokenizer.convert_ids_to_tokens(row) for row in side] for side in frame.before(task))
     language = ""
@@ -257,7 +279,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(readable)
         os.rename(part, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # what the library makes of a full disk
         raise disk_error(error, folder) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from nspec.mt.methods import NeuronSpecialization
 from nspec.mt.model import load_system, save_system
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.translate import Translator
+from nspec.run import curve
 from nspec.run.curve import shares_of
 from nspec.run.yaml import render_complete
 
@@ -80,8 +83,16 @@ def test_each_point_is_a_model_whose_translations_are_scored(
     sources, references = toy.data.text("valid", "en-de")
     counts = nspec.ActivationCounts.load(run / "profile")
     decode = DecodeConfig(beam=2, engine=format)
-    told = (folder / "curve.tsv").read_text().splitlines()
-    assert len(told) == 4
+    head, *told = [line.split("\t") for line in (folder / "curve.tsv").read_text().splitlines()]
+    assert len(told) == 3
+    engine = f"{format} {metadata.version(format)}"
+    for point, cells in zip(facts["points"], told):
+        row = dict(zip(head, cells))
+        assert (row["engine"], row["threads"]) == (engine, "1")
+        speeds = [float(row[f"sentences_per_second{end}"]) for end in ("_low", "", "_high")]
+        assert speeds[1] == point["sentences_per_second"]
+        assert sorted(speeds) == speeds
+    assert f"sentences/s ({engine}, beam 2, 1 thread)" in (folder / "curve.svg").read_text()
     for point in (dense, few):
         if point["k"] is not None:
             masks = nspec.select(nspec.ActivationCounts({"en-de": counts["en-de"]}), point["k"])
@@ -93,6 +104,40 @@ def test_each_point_is_a_model_whose_translations_are_scored(
     if format == "transformers":
         width = AutoModelForSeq2SeqLM.from_pretrained(folder / "k-0.3").config.encoder_ffn_dim
         assert width == int(masks["en-de"][LAYERS[0]].sum())
+
+
+def test_models_take_turns_and_speed_is_that_of_the_median_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, turns = [0.0], []
+    costs = {
+        "dense": iter((0.5, 4.0, 2.0, 3.0)),
+        "k-0.3": iter((0.5, 1.0, 8.0, 2.0)),
+        "k-0.9": iter((9.0, 2.0, 2.0, 1.0)),
+    }
+
+    class Timed:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def translate(self, lines: list[str], task: str) -> Iterator[str]:
+            turns.append((self.name, len(lines)))
+            clock[0] += next(costs[self.name])
+            return iter(lines)
+
+    monkeypatch.setattr(curve.time, "perf_counter", lambda: clock[0])
+    _, seconds = curve._translate({name: Timed(name) for name in costs}, ["a", "b"], "en-de", lambda *_: None)
+    assert turns[:3] == [(name, 1) for name in costs], "what is done once is no part of the speed"
+    assert [[name for name, _ in turns[first : first + 3]] for first in (3, 6, 9)] == [
+        ["dense", "k-0.3", "k-0.9"],
+        ["k-0.3", "k-0.9", "dense"],
+        ["k-0.9", "dense", "k-0.3"],
+    ]
+    assert seconds["dense"] == [4.0, 2.0, 3.0]
+    assert curve._speed(12, seconds["k-0.3"], seconds["dense"]) == {
+        "sentences_per_second": 6.0,
+        "sentences_per_second_low": 1.5,
+        "sentences_per_second_high": 12.0,
+        "speedup": 1.5,  # of 4, 1/4 and 3/2
+    }
 
 
 def test_what_cannot_be_measured_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,10 @@ def test_a_run_gives_a_folder_for_each_language(run: tuple[Path, Any], tmp_path:
     for code, other in (("cy", "mt"), ("mt", "cy")):
         assert same(tmp_path / "all" / code, model, code)
         assert not same(tmp_path / "all" / code, model, other)
-    assert "AutoModelForCausalLM" in (tmp_path / "all" / "cy" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "all" / "cy" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForCausalLM" in card
+    assert f"The weights of `{folder.name}/base/model` with" in card
+    assert "base_model" not in card
 
 
 def test_saved_neurons_go_with_their_base(run: tuple[Path, Any], tmp_path: Path) -> None:
@@ -89,11 +93,18 @@ def test_ctranslate2_goes_on_with_a_text_as_the_merged_model_does(run: tuple[Pat
 def test_what_is_wrong_is_one_line(run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = run
     saved = [str(folder / "tuned" / "lape" / "mt"), "--task", "mt"]
+    base = ["--base", str(folder / "base" / "model")]
+    (tmp_path / "half").mkdir()
+    shutil.copy(folder / "tuned" / "lape" / "mt" / "neurons.safetensors", tmp_path / "half")
     wrong = {
-        "--system (none): ": [str(folder), "--task", "cy"],
-        "has cy, mt": [str(folder), "--system", "lape", "--task", "fr"],
+        f"give --system: {folder} has fine-tuned by lape, lora": [str(folder), "--task", "cy"],
+        "has cy, mt of lape": [str(folder), "--system", "lape", "--task", "fr"],
         "its LoRA weights are merged by peft": [str(folder), "--system", "lora", "--task", "cy"],
-        "which lie beside a model: give --base": saved,
+        f"give --base, the one that they were trained on, or export them from their run: nspec export {folder} "
+        "--system lape --task mt": saved,
+        "has saved neurons: leave --system out": [*saved, *base, "--system", "lape"],
+        "is a run, which knows its base: leave --base out": [str(folder), "--system", "lape", "--task", "cy", *base],
+        "neurons.json, which names the tasks, is not there": [str(tmp_path / "half"), "--task", "mt", *base],
         "there is no such folder": [*saved, "--base", str(tmp_path / "nothing")],
         "has no saved neurons": [str(tmp_path), "--task", "mt", "--base", str(folder / "base" / "model")],
     }

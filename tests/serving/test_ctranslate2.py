@@ -12,8 +12,20 @@ import pytest
 import sentencepiece
 import torch
 from alone import readme, without_nspec
-from marian_folder import write_model, write_tokenizer
-from transformers import M2M100Config, M2M100ForConditionalGeneration, M2M100Tokenizer
+from marian_folder import spm, write_model, write_tokenizer
+from transformers import (
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
+    MBart50Tokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
 
 import nspec
 from nspec.files import write_json
@@ -24,6 +36,7 @@ from nspec.mt.text.config import TokenizerConfig
 from nspec.mt.text.tokenizer_fit import token_ids
 from nspec.mt.text.vocabulary import train_sentencepiece
 from nspec.serving import ctranslate2 as converter
+from nspec.specialization.layers import find_blocks
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 pytestmark = [
@@ -63,6 +76,22 @@ def marian(folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
+def pieces() -> list[tuple[str, float]]:
+    """The pieces of a Unigram vocabulary with their scores."""
+    found = sentencepiece.SentencePieceProcessor(model_proto=spm(lines(60)))
+    return [(found.id_to_piece(row), found.get_score(row)) for row in range(3, len(found))]
+
+
+def mbart(tokenizer: PreTrainedTokenizerBase, start: int) -> Any:
+    torch.manual_seed(3)
+    config = MBartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, init_std=0.8,
+        decoder_start_token_id=start, forced_eos_token_id=None,
+    )  # fmt: skip
+    return MBartForConditionalGeneration(config).eval()
+
+
 def both(folder: Path, task: str) -> list[list[str]]:
     """What the two engines translate some lines to."""
     model, tokenizer = load_system(folder)
@@ -98,12 +127,51 @@ def test_marians_translations_are_the_same(tmp_path: Path, tokens: list[str], ta
 
 def test_the_readme_of_an_export_translates_alone(m2m100: Path, tmp_path: Path) -> None:
     beam = DecodeConfig(max_length_ratio=50)
-    for folder, task in ((m2m100, "de-en"), (marian(tmp_path / "marian", [">>eng<<", ">>fra<<"]), "de-fr")):
+    tokenizer = MBart50Tokenizer(vocab=[(name, 0.0) for name in ("<unk>", "<s>", "</s>")] + pieces())
+    for part in (mbart(tokenizer, 2), tokenizer):
+        part.save_pretrained(tmp_path / "mbart")
+    tried = [(m2m100, "de-en"), (marian(tmp_path / "marian", [">>eng<<", ">>fra<<"]), "de-fr")]
+    for folder, task in [*tried, (tmp_path / "mbart", "en-de")]:
         model, tokenizer = load_system(folder)
         out = nspec.export(model, task, tmp_path / task, "ctranslate2", tokenizer=tokenizer)
         text = [*lines(6), "haus ẞ §"]
         expected = list(Translator(model, tokenizer, beam, engine="ctranslate2").translate(text, task))
         assert without_nspec(readme(out, text)) == expected
+
+
+def test_the_readme_of_what_has_another_frame_says_what_generate_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mBART, whose decoder starts from a tag, and T5 1.1, whose embeddings have more rows than the tokenizer has tokens."""
+    special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+    tags = [(name, 0.0) for name in (*MBartTokenizer().lang_code_to_id, "<mask>")]
+    tagged = MBartTokenizer(vocab=special + pieces() + tags, src_lang="de_DE")
+    extra = [(f"<extra_id_{number}>", 0.0) for number in range(9, -1, -1)]
+    tokenizer = T5Tokenizer(vocab=[(name, 0.0) for name in ("<pad>", "</s>", "<unk>")] + pieces() + extra, extra_ids=10)
+    config = T5Config(
+        vocab_size=len(tokenizer) + 6, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, initializer_factor=3.0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    models = {
+        "mbart": (mbart(tagged, tagged.convert_tokens_to_ids("en_XX")), tagged),
+        "t5": (T5ForConditionalGeneration(config).eval(), tokenizer),
+    }
+    models["t5"][0].shared.weight.data[len(tokenizer) - 10 :] *= 0.05  # trained models do not choose them
+    for name, (model, own) in models.items():
+        masks = nspec.NeuronMasks({"de-en": {block.name: torch.arange(24) % 3 > 0 for block in find_blocks(model)}})
+        nspec.specialize(model, masks)
+        nspec.set_task(model, "de-en")
+        out = nspec.export(model, "de-en", tmp_path / name, "ctranslate2", tokenizer=own)
+        text = (out / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+        said = set()
+        for line in lines(6):
+            code = text.replace('folder = "."', f"folder = {str(out)!r}").replace("A text", line)
+            exec(code.replace("max_decoding_length=50", "max_decoding_length=8, beam_size=1"), {})
+            ids = model.generate(**own(line, return_tensors="pt"), num_beams=1, do_sample=False, max_new_tokens=8)
+            assert capsys.readouterr().out.strip() == own.decode(ids[0], skip_special_tokens=True).strip()
+            said.add(tuple(ids[0].tolist()))
+        assert len(said) > 3
 
 
 def test_a_marian_whose_decoder_starts_from_something_else_than_zeros_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from nspec.mt.methods import Adapters, Lass, Method, NeuronSpecialization
 from nspec.mt.model import load_system, save_system
 from nspec.mt.scoring.config import DecodeConfig
 from nspec.mt.scoring.translate import Translator
+from nspec.mt.text.config import TokenizerConfig
+from nspec.mt.text.vocabulary import train_sentencepiece
 from nspec.run.yaml import render_complete
 
 pytest.importorskip("ctranslate2")
@@ -153,9 +158,14 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     save_system(run.model(), run.tokenizer, begun / "model")
     good = [str(run.folder), "--system", "dense", "--task", "en-de"]
     wrong = {
-        "needs either --task DIRECTION or --all": [str(run.folder), "--system", "dense"],
-        "there is no run in that folder": [str(tmp_path / "empty"), *good[1:]],
-        "there is no system": [str(run.folder), "--system", "bilingual", "--task", "en-de"],
+        "give --task (a direction such as en-de; ": [str(run.folder), "--system", "dense"],
+        "--task en-de and --all: give one of them": [*good, "--all"],
+        f"RUN {tmp_path / 'none'}: there is no such folder": [str(tmp_path / "none"), *good[1:]],
+        f"RUN {tmp_path / 'empty'}: there is no run in that folder": [str(tmp_path / "empty"), *good[1:]],
+        f"the one that it is a part of is {run.folder}": [str(run.folder / "systems"), *good[1:]],
+        "give --system: ": [str(run.folder), "--task", "en-de"],
+        "--system bilingual: ": [str(run.folder), "--system", "bilingual", "--task", "en-de"],
+        "leave --base out": [*good, "--base", str(begun / "model")],
         "has the directions en-de": [*good[:-1], "en-xx"],
         "is there already": [*good, "--out", str(tmp_path / "there")],
         "the format is 'onnx'; expected transformers or ctranslate2": [*good, "--format", "onnx"],
@@ -164,7 +174,6 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
         "adapters are layers of their own": [str(run.folder), "--system", "adapters", "--task", "en-de"],
         "is not trained to its end": [str(run.folder), "--system", "continued", "--task", "en-de"],
     }
-    wrong["has the trained systems"] = wrong.pop("there is no system")
     for message, options in wrong.items():
         given = options if "--out" in options else [*options, "--out", str(out)]
         assert cli.main(["export", *given]) == 2, message
@@ -172,6 +181,66 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
         assert message in said.splitlines()[-1], said
         assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there"]
+
+
+def test_damage_is_one_line_without_options_that_the_command_has_not(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    record, pieces = folder / "systems" / "dense" / "stage.json", folder / "prepared" / "tokenizer" / "spm.model"
+    good = ["export", str(folder), "--system", "dense", "--task", "en-de", "--out", str(tmp_path / "out")]
+
+    def said(options: list[str] = good) -> str:
+        assert cli.main(options) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    changed = record.parent / "model" / "config.json"
+    write_json(record, {"outputs": {"model/config.json": "0" * 64}})
+    assert said().endswith(f"{changed} has changed since it was written: put it back as it was, or make it anew with "
+                           "`nspec run` and --redo train")  # fmt: skip
+    write_json(record, {"outputs": {}})
+    (record.parents[1] / "dense").rename(record.parents[1] / "mine")
+    assert said([*good[:3], "mine", *good[4:]]).endswith("does not say what it is; `nspec translate --model` takes it")
+    (record.parents[1] / "mine").rename(record.parents[1] / "dense")
+    pieces.write_bytes(train_sentencepiece(["zz yy xx"] * 9, TokenizerConfig(vocab_size=8)))
+    assert ", and the tokenizer of the model has not: put it back" in said()
+    pieces.write_bytes(b"no model")
+    assert "spm.model cannot be read as a SentencePiece model: put it back" in said()
+    pieces.unlink()  # the tokenizer serves in its place
+    assert cli.main([*good, "--format", "ctranslate2"]) == 0
+    lines = run.lines("en-de")
+    assert without_nspec(readme(tmp_path / "out", lines)) == run.expected("dense", "en-de")
+
+
+@pytest.mark.parametrize("format", ["transformers", "ctranslate2"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, format: str) -> None:
+    """No file may grow over 20 kB: writing fails as on a full disk (EFBIG for ENOSPC)."""
+    options = ["export", str(run.folder), "--system", "dense", "--task", "en-de", "--format", format]
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+    code += "from nspec import cli; sys.exit(cli.main(sys.argv[1:]))"
+    given = [sys.executable, "-c", code, *options, "--out", str(tmp_path / "out")]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"cannot write {tmp_path / 'out'}: " in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_a_path_is_told_by_its_end(run: Run, tmp_path: Path) -> None:
+    model = run.model(NeuronSpecialization(run.toy.masks(), "forward"))
+    for number, (base, told) in enumerate(
+        {
+            "facebook/some_model": "facebook/some_model",
+            str(run.folder / "systems" / "dense" / "model"): f"{run.folder.name}/systems/dense/model",
+            str(tmp_path / "gone"): "gone",
+        }.items()
+    ):
+        folder = nspec.export(model, "de-en", tmp_path / str(number), tokenizer=run.tokenizer, base=base)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"of `{told}`" in card
+        assert ("base_model:" in card) == (base == told)
+        assert str(tmp_path) not in card
 
 
 def test_the_call_of_a_live_model_writes_the_same_weights(run: Run, tmp_path: Path) -> None:
