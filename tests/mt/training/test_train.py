@@ -244,6 +244,7 @@ def test_two_processes_give_the_losses_of_one(toy: Toy, tasks_per_batch: int) ->
 
 def flat(row: dict[str, Any]) -> dict[str, float]:
     tasks = row.pop("tasks", {})
+    row.pop("loss_of", None)  # a word
     return {**row, **{f"{t}/{name}": value for t, values in tasks.items() for name, value in values.items()}}
 
 
