@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from nspec.mt.scoring.averages import AVERAGED_BY, LEVEL, kind_of_group
 from nspec.report import drawing
 from nspec.report.declared import compared
 from nspec.report.seeds import COSTS, Difference, SeedComparison, SeedResult
-from nspec.report.tables import write_tsv
+from nspec.report.tables import markdown_cell, markdown_table, write_tsv
 from nspec.report.words import METRICS, bare_p, count, group_name, p_text, sign, signed, system_name
 
 if TYPE_CHECKING:
@@ -91,8 +91,10 @@ def markdown(comparison: SeedComparison) -> str:
     ]
     lines[2:2] = _declared_lines(comparison)
     lines += [*_loss_lines(comparison), *_average_lines(comparison)]
-    rows = [[_cell(system_name(system)), *_cost_cells(comparison.costs[system])] for system in comparison.systems]
-    lines += ["", "## Costs, mean over seeds", "", *_table(_COST_HEADS, rows), ""]
+    rows = [
+        [markdown_cell(system_name(system)), *_cost_cells(comparison.costs[system])] for system in comparison.systems
+    ]
+    lines += ["", "## Costs, mean over seeds", "", *markdown_table(_COST_HEADS, rows), ""]
     lines += [f"- {note}" for note in comparison.notes]
     lines += [f"- {names[m]} signature: `{each}`" for m in METRICS for each in comparison.signatures[m]]
     return "\n".join(lines) + "\n"
@@ -120,7 +122,7 @@ def _loss_lines(comparison: SeedComparison) -> list[str]:
     groups = list(dict.fromkeys(result.group for result in comparison.losses))
     if not groups:
         return []
-    base = _cell(system_name(comparison.baseline))
+    base = markdown_cell(system_name(comparison.baseline))
     lines = [
         "",
         "## Validation loss",
@@ -137,8 +139,8 @@ def _loss_lines(comparison: SeedComparison) -> list[str]:
             rows.insert(0, [base, *(f"{result.mean:.3f} ± {result.sd:.3f}" for result in found)])
         else:
             cells = [f"{_difference(r.difference, 3)} {_p(r.difference)}" for r in found if r.difference]
-            rows.append([_cell(system_name(system)), *cells])
-    return [*lines, *_table(["system", *(_cell(group_name(group)) for group in groups)], rows)]
+            rows.append([markdown_cell(system_name(system)), *cells])
+    return [*lines, *markdown_table(["system", *(markdown_cell(group_name(group)) for group in groups)], rows)]
 
 
 def _average_lines(comparison: SeedComparison) -> list[str]:
@@ -149,10 +151,13 @@ def _average_lines(comparison: SeedComparison) -> list[str]:
             continue
         heads = [cell for metric in METRICS for cell in (comparison.metric_names[metric], "Δ", "p (Holm)", "seeds")]
         rows = [
-            [_cell(system_name(system)), *(c for m in METRICS for c in _cells(comparison.find(system, m, group)))]
+            [
+                markdown_cell(system_name(system)),
+                *(c for m in METRICS for c in _cells(comparison.find(system, m, group))),
+            ]
             for system in comparison.systems
         ]
-        lines += ["", f"## Average of {group_name(group)}", "", *_table(["system", *heads], rows)]
+        lines += ["", f"## Average of {group_name(group)}", "", *markdown_table(["system", *heads], rows)]
     for kind in AVERAGED_BY:
         lines += _group_lines(comparison, kind)
     return lines
@@ -175,9 +180,9 @@ def _group_lines(comparison: SeedComparison, kind: str) -> list[str]:
     ]
     for metric in METRICS:
         found = [[comparison.find(system, metric, group).difference for group in columns] for system in systems]
-        rows = [[_cell(system_name(s)), *(_short(d) for d in row if d)] for s, row in zip(systems, found)]
-        heads = [_cell(group_name(group)) for group in columns]
-        lines += ["", *_table([comparison.metric_names[metric], *heads], rows)]
+        rows = [[markdown_cell(system_name(s)), *(_short(d) for d in row if d)] for s, row in zip(systems, found)]
+        heads = [markdown_cell(group_name(group)) for group in columns]
+        lines += ["", *markdown_table([comparison.metric_names[metric], *heads], rows)]
     return lines
 
 
@@ -205,12 +210,3 @@ def _cells(result: SeedResult) -> list[str]:
 def _cost_cells(costs: Mapping[str, float | None]) -> list[str]:
     found = costs.items()
     return ["–" if value is None else f"{value:.3f}" if key == "density" else count(value) for key, value in found]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]

@@ -13,7 +13,7 @@ from nspec.mt.scoring.averages import kind_of_group
 from nspec.report import drawing
 from nspec.report.losses import mean_losses
 from nspec.report.run_data import RunData, load_run
-from nspec.report.tables import write_tsv
+from nspec.report.tables import markdown_cell, markdown_table, write_tsv
 from nspec.report.words import group_name, signed, system_name
 from nspec.run.yaml import flatten
 from nspec.yaml_text import one_line
@@ -152,14 +152,15 @@ def markdown(sweep: Sweep) -> str:
     ]
     for group in sweep.groups:
         heads = ["differs in", "directions", "runs", base, *(system_name(system) for system in sweep.systems)]
-        lines += ["", f"## {group_name(group)}", "", f"| {' | '.join(heads)} |"]
-        lines.append(f"| --- {'| ---: ' * (len(heads) - 1)}|")
-        for point in sweep.points:
-            deltas = [sweep.delta(point, system, group) for system in sweep.systems]
-            cells = [_name(point).replace("|", "\\|"), str(point.directions), str(len(point.folders))]
-            cells.append(f"{point.losses[sweep.baseline][group]:.3f}")
-            cells += ["–" if delta is None else signed(delta, 3) for delta in deltas]
-            lines.append(f"| {' | '.join(cells)} |")
+        rows = [
+            [
+                *(markdown_cell(_name(point)), str(point.directions), str(len(point.folders))),
+                f"{point.losses[sweep.baseline][group]:.3f}",
+                *("–" if (d := sweep.delta(point, s, group)) is None else signed(d, 3) for s in sweep.systems),
+            ]
+            for point in sweep.points
+        ]
+        lines += ["", f"## {group_name(group)}", "", *markdown_table(heads, rows)]
     return "\n".join(lines) + "\n"
 
 

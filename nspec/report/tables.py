@@ -47,6 +47,17 @@ def write_tsv(path: Path, heads: Sequence[str], rows: Iterable[Iterable[Any]]) -
     write_text(path, "".join("\t".join(map(text, row)) + "\n" for row in [heads, *rows]))
 
 
+def markdown_cell(text: str) -> str:
+    """Text as it may stand in a cell of a table in Markdown."""
+    return text.replace("|", "\\|")
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown: the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)]
+
+
 def write_scores(scored: Scored, tasks: Sequence[str], path: Path) -> None:
     """Every score with its interval, tests and signature: a line per system and direction, then its averages.
 
