@@ -242,7 +242,7 @@ def processor_seconds(calls: Sequence[Call], rounds: int, warmup: int = 20) -> l
     """Seconds of each call in each round, of processor time: what other programs get of the core is not counted.
 
     A sample is the last of ``CALLS`` in a row; one in which another program had the core, and left other caches, is taken
-    again. As in :func:`bench.timing.interleaved`, no call is always first.
+    again. Rounds are ordered as in :func:`bench.timing.interleaved`.
     """
     for _, call in itertools.product(range(warmup), calls):
         call()

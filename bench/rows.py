@@ -49,7 +49,7 @@ class Writer:
     """
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        self._path, self._device = path, device
+        self._path, self._stamp = path, stamp(device)  # of the start: threads may change between rows
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and (text := path.read_text(encoding="utf-8")):
@@ -57,7 +57,7 @@ class Writer:
 
     def __call__(self, row: Mapping[str, Any]) -> Row:
         """Writes and returns the row with its stamp."""
-        whole = {**row, **stamp(self._device)}
+        whole = {**row, **self._stamp}
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(whole) + "\n")

@@ -15,6 +15,7 @@ import functools
 import gc
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -162,7 +163,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds as called of each call in each round.
 
-    Each round begins with another call than the one before, so that no provider always follows the same one.
+    Each call is first in turn, and the order of the others is drawn anew in each round: what a call leaves behind (threads
+    that spin on, full caches) slows the next one, which in an order that only begins elsewhere is always the same one.
 
     Args:
         calls: by name; each is given a running number to choose its inputs with, the same for all within a round.
@@ -222,7 +224,8 @@ def in_rounds(
     most_seconds: float = math.inf,
     always: int = 1,
 ) -> None:
-    """Samples each name once a round, none always first; see :func:`interleaved`."""
+    """Samples each name once a round, each first in turn, the others in an order drawn anew; see :func:`interleaved`."""
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection in the middle of one provider's turn would be charged to it
@@ -232,8 +235,9 @@ def in_rounds(
             elapsed = time.perf_counter() - began
             if done >= always and (elapsed >= most_seconds or (done >= rounds and elapsed >= least_seconds)):
                 return
-            shift = done % len(names)
-            for name in (*names[shift:], *names[:shift]):
+            first = done % len(names)
+            rest = [*names[:first], *names[first + 1 :]]
+            for name in (names[first], *order.sample(rest, len(rest))):
                 sample(name, done)
     finally:
         if collecting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,11 @@ def tree(linkage: Floats, names: Sequence[str], groups: Sequence[str], title: st
 
     figure, panels = new_figure(6.4, 1.1 + 0.22 * len(names))
     axes = panels[0]
-    hierarchy.dendrogram(linkage, labels=list(names), orientation="left", link_color_func=lambda _: INK, ax=axes)
+    with (
+        warnings.catch_warnings()
+    ):  # SciPy sets limits of no width where all masks are the same; those that hold are below
+        warnings.filterwarnings("ignore", "Attempting to set identical")
+        hierarchy.dendrogram(linkage, labels=list(names), orientation="left", link_color_func=lambda _: INK, ax=axes)
     axes.invert_yaxis()
     style(axes, "mask distance, 1 - IoU", "", title, frame=["left"])
     axes.grid(False)

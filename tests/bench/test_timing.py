@@ -31,15 +31,17 @@ def test_drift_of_the_machine_cancels_in_paired_ratios() -> None:
     assert found == timing.Spread(2.0, 2.0, 2.0)
 
 
-def test_every_call_runs_once_a_round_on_the_round_s_inputs_and_none_is_always_first() -> None:
+def test_every_call_runs_once_a_round_on_the_round_s_inputs_and_after_each_of_the_others() -> None:
     seen: list[tuple[str, int]] = []
     note = lambda name: lambda number: seen.append((name, number))
-    times = timing.interleaved({n: note(n) for n in "abc"}, CPU, rounds=6, least_seconds=0.0, warmup=1)
-    assert [len(times[n]) for n in "abc"] == [6, 6, 6]
-    by_round = [seen[3 * i : 3 * i + 3] for i in range(7)]
+    times = timing.interleaved({n: note(n) for n in "abc"}, CPU, rounds=12, least_seconds=0.0, warmup=1)
+    assert [len(times[n]) for n in "abc"] == [12, 12, 12]
+    by_round = [seen[3 * i : 3 * i + 3] for i in range(13)]
     assert all({name for name, _ in one} == set("abc") and len({number for _, number in one}) == 1 for one in by_round)
-    assert [number for ((_, number), *_) in by_round[1:]] == list(range(6))
+    assert [number for ((_, number), *_) in by_round[1:]] == list(range(12))
     assert {one[0][0] for one in by_round[1:]} == set("abc")
+    timed = [name for name, _ in seen[3:]]
+    assert {before for before, after in zip(timed, timed[1:]) if after == "b"} >= {"a", "c"}
 
 
 def test_rounds_end_when_the_time_is_up_but_three_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
