@@ -38,6 +38,7 @@ def _prepare(
     checks.shape("x", x, [dz.shape[0], None])
     if index is not None:
         checks.numbers("index", index, dz.shape[1])
+        index = index.contiguous()
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, expected a floating dtype")
     if x.dtype != dz.dtype:  # a layer that autocast has cast to 16 bits for

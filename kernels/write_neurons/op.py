@@ -40,6 +40,8 @@ def _prepare(
         )
     for weight, mine, at, transposed in zip(weights, rows, index, columns):
         checks.shape("weight", weight, [None, None])
+        if not (weight.is_floating_point() and mine.is_floating_point()):
+            raise TypeError(f"weight has dtype {weight.dtype} and rows {mine.dtype}, expected floating ones")
         checks.numbers("index", at, weight.shape[1 if transposed else 0])
         checks.shape("rows", mine, [at.shape[0], weight.shape[0 if transposed else 1]])
     return weights, rows, index, columns
@@ -64,7 +66,7 @@ def write_neurons_(
     Raises:
         ValueError: shapes that do not fit, lists of different lengths, an index on the CPU that holds other numbers than
             those of neurons.
-        TypeError: an index that is not int64 ``[k]``.
+        TypeError: an index that is not int64 ``[k]``, weights or rows that are not floating.
 
     Example:
         >>> weight = torch.zeros(2, 3)

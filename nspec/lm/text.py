@@ -66,8 +66,14 @@ def _place(config: LinesConfig, code: str) -> str:
 
 
 def _hint(config: LinesConfig, found: Lines, part: str) -> str:
-    if part == "held-out" and found.train and config.type != "cldr":
+    if config.type == "cldr":
+        return ""
+    if part == "held-out" and found.train:
         return f" (text.held_out is {config.held_out}; give a larger share, or a test file or split)"
+    if part == "training" and found.test:
+        return (
+            f" besides {len(found.test)} held out (text.held_out is {config.held_out}; give more text, or a test file)"
+        )
     return ""
 
 

@@ -39,8 +39,36 @@ class NeuronSet:
             self._copies.setdefault(device, NeuronSet(self.task, moved[0], moved[1], moved[2]))
         return self._copies[device]
 
+    def note_base(self, weight: Tensor, dim: int, bias: Tensor | None) -> None:
+        """What the base has there now."""
+        here = self.on(weight.device).index
+        rows = weight.detach().index_select(dim, here)
+        self.base = (rows.t() if dim == 1 else rows).contiguous().to(self.index.device)
+        if bias is not None and self.base_bias is not None:
+            self.base_bias = bias.detach().index_select(0, here).to(self.index.device)
+        self._copies = {}
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_copies": {}}
+
+
+class Unwritten:
+    """That nothing writes to weights between a forward pass and its backward pass, which autograd knows of its own nodes.
+
+    Rows of neurons are written through ``.data``, which it does not count.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights, self._versions = list(weights), [_version(weight) for weight in weights]
+
+    def check(self, name: str) -> None:
+        """Raises RuntimeError where one was written to."""
+        if [_version(weight) for weight in self._weights] != self._versions:
+            raise RuntimeError(
+                f"{name}: its weight has been modified by an inplace operation between the forward and the backward pass, "
+                "which would give the gradient of another model: write to weights before the forward pass, or after the "
+                "backward pass"
+            )
 
 
 class Written:
@@ -57,12 +85,12 @@ class Written:
     """Of optimisers that write no rows; their fused kernels need not raise the version of a parameter."""
 
     def __init__(self, base: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
-        self._base, self._steps = _stamps(base), Written.steps
+        self._base, self._steps = stamps(base), Written.steps
         self._versions = {p.data_ptr(): p._version for p in parameters}
 
     def holds(self, base: Sequence[Tensor | None], *parameters: Tensor | None) -> bool:
         """Whether weight and bias have these parameters, as they are, and nothing was written to them since."""
-        if self._steps != Written.steps or self._base != _stamps(base):
+        if self._steps != Written.steps or self._base != stamps(base):
             return False
         return all(p is None or self._versions.get(p.data_ptr()) == p._version for p in parameters)
 
@@ -70,9 +98,16 @@ class Written:
         return type(None), ()  # a copy has other tensors
 
 
-def _stamps(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+Stamps = list["tuple[int, int] | None"]
+
+
+def stamps(tensors: Sequence[Tensor | None]) -> Stamps:
     """Where each tensor lies, and how often PyTorch has written to it."""
-    return [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [None if tensor is None else (tensor.data_ptr(), _version(tensor)) for tensor in tensors]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of inference mode count nothing
 
 
 class TunedState(LayerState):
@@ -85,6 +120,8 @@ class TunedState(LayerState):
         sets: the neurons of each task; None where it has none here.
         content: whose rows the weight holds now; None: those of the base.
         written: that they were written by an optimiser; None where a pass has done it.
+        stamps: of weight and bias when ``content`` was last known; None: nothing has looked yet.
+        base_trained: whether the weight has been trained itself since what the base has was last noted.
         routed: whether a router chooses the tokens of the layer.
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.
@@ -97,6 +134,8 @@ class TunedState(LayerState):
         self.sets: dict[str, NeuronSet | None] = {}
         self.content: str | None = None
         self.written: Written | None = None
+        self.stamps: Stamps | None = None
+        self.base_trained = False
         self.routed, self.flattens = False, False
         self.batch_dim: int | None = None
         self.around: Any = None

@@ -15,9 +15,11 @@ has between its layers is open to hooks and to ``retain_grad``, which would find
 from __future__ import annotations
 
 import functools
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from nspec.kernels.gated_activation import gated_gradients
 from nspec.kernels.neuron_wgrad import neuron_wgrad
 
 from . import global_hooks
-from .neurons import NeuronSet
+from .neurons import NeuronSet, Unwritten
 from .overlay import cast, flat
 from .tuned_linear import TunedLayer, plain_class, put
 
@@ -52,7 +54,7 @@ class _Block(torch.autograd.Function):
         y = down.plain_forward(h)
         index = next(use.index for use in uses[::-1] if use is not None)
         ctx.layers, ctx.uses, ctx.kind, ctx.lead = layers, uses, block._nspec_kind, x.shape[:-1]
-        ctx.weights, ctx.index = weights, index
+        ctx.weights, ctx.index, ctx.unwritten = weights, index, Unwritten(weights)
         _, _, _, *needed = ctx.needs_input_grad
         columns = take_columns(flat(h), index) if needed[count - 1] else None
         g, u = flat(g), flat(u)
@@ -71,6 +73,7 @@ class _Block(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (2 * count)
         own: Any = ()
         dx = None
+        ctx.unwritten.check(ctx.layers[-1].qualified_name)
         if needed[count - 1]:
             gradients[count - 1] = neuron_wgrad(columns, dy, None, dtype=rows[-1].dtype)
         if whole:
@@ -79,7 +82,7 @@ class _Block(torch.autograd.Function):
             dg, du, *own = gated_gradients(dh, g, u, ctx.kind, ctx.index)
             gate, up = ctx.weights[:2] if count == 3 else ctx.weights[0].chunk(2)
             dx = torch.mm(dg, cast(gate, dg.dtype))
-            dx = dx.addmm_(du, cast(up, du.dtype)).view(*ctx.lead, -1)
+            dx = dx.addmm_(du, cast(up, du.dtype)).view(*ctx.lead, dx.shape[1])
         elif any(needed[: count - 1]) or any(needed[count:]):
             dh = _columns_below(down, rows[-1], ctx.index, dy)
             own = gated_gradients(dh, g, u, ctx.kind, None)[2:]
@@ -106,7 +109,8 @@ class _Lowest(torch.autograd.Function):
         h = block._nspec_activation(z)
         y = fc2.plain_forward(h)
         ctx.index = next(use.index for use in uses if use is not None)
-        ctx.kind, ctx.down = block._nspec_kind, weights[1]
+        ctx.kind, ctx.down, ctx.unwritten = block._nspec_kind, weights[1], Unwritten(weights)
+        ctx.name = fc2.qualified_name
         first, second, bias, _ = ctx.needs_input_grad[3:]
         ctx.save_for_backward(
             flat(x) if first else None,
@@ -125,6 +129,7 @@ class _Lowest(torch.autograd.Function):
         drows = neuron_wgrad(h, dy, None, dtype=down.dtype) if second else None
         if not (first or third):
             return None, None, None, None, drows, None, None
+        ctx.unwritten.check(ctx.name)
         # The slope is that of a gated activation with 1 as its other half.
         dz = gated_gradients(_columns_below(ctx.down, down, ctx.index, dy), z, torch.ones_like(z), ctx.kind, None)[0]
         dfirst = neuron_wgrad(dz, x, None, dtype=rows.dtype) if first else None
@@ -155,7 +160,7 @@ class TunedBlock:
     _nspec_names: tuple[str, ...]
     _nspec_kind: str
     _nspec_gated: bool
-    _nspec_known: tuple[Any]
+    _nspec_known: _Found
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the module's own class computes."""
@@ -186,8 +191,10 @@ class TunedBlock:
         if not self._nspec_gated and x.requires_grad:
             return None
         layers = self.projections()
-        activation = self._nspec_activation
-        if activation is not self._nspec_known[0]:
+        activation, known = self._nspec_activation, self._nspec_known
+        if activation is not known.activation or super().forward.__func__ is not known.forward:  # type: ignore[misc]
+            return None
+        if _settings(self) != known.settings:
             return None
         for layer in layers:
             if not isinstance(layer, TunedLayer) or _is_watched(layer) or not layer.in_place():
@@ -217,6 +224,25 @@ class TunedBlock:
         return _blank, (plain_class(self, TunedBlock),), self.__dict__.copy()
 
 
+class _Found(NamedTuple):
+    """What a module computed with when it was recognised; a tuple, or the activation would be twice in the model.
+
+    Attributes:
+        activation: the module.
+        forward: of the module's class.
+        settings: see :func:`_settings`.
+    """
+
+    activation: Any
+    forward: Any
+    settings: dict[str, int]
+
+
+def _settings(module: Any) -> dict[str, int]:
+    """Which objects a module's plain attributes are, but whether it trains."""
+    return {name: id(value) for name, value in module.__dict__.items() if name[0] != "_" and name != "training"}
+
+
 def _is_watched(module: Any) -> bool:
     """Whether hooks, or a ``forward`` of its own, would miss that the module is not called."""
     return any(module.__dict__[hooks] for hooks in _HOOKS) or "forward" in module.__dict__
@@ -244,7 +270,7 @@ def tuned_block(module: Any, names: tuple[str, ...], kind: str, gated: bool) -> 
     plain: Any = type(module)
     module.__class__ = _class(plain)
     module._nspec_names, module._nspec_kind, module._nspec_gated = names, kind, gated
-    module._nspec_known = (module._nspec_activation,)  # a tuple, or it would be a module of the model
+    module._nspec_known = _Found(module._nspec_activation, plain.forward, _settings(module))
 
 
 def untuned_block(module: Any) -> None:
@@ -258,8 +284,9 @@ def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, 
     """The names of the layers and of the activation, and the kind of the activation, of a module that is nothing else.
 
     It has these layers (gate, up and down, or gate and up in one, and down, or fc1 and fc2) and an activation that is one
-    of those known, and gives on random numbers, bit for bit, what ``down(act(gate(x)) * up(x))``, or ``fc2(act(fc1(x)))``,
-    does. None else: such a module runs its own code.
+    of those known, calls each of them once and does nothing else than multiply and divide into chunks, and gives on random
+    numbers, bit for bit, what ``down(act(gate(x)) * up(x))``, or ``fc2(act(fc1(x)))``, does. None else: such a module runs
+    its own code.
     """
     children = module._modules
     names = [next((name for name, child in children.items() if child is part), None) for part in layers]
@@ -289,7 +316,7 @@ def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, 
                     h = activation(g) * u
                 else:
                     h = activation(first[0](x))
-                if not torch.equal(module(x), down(h)):
+                if not (torch.equal(module(x), down(h)) and _calls(module) == sorted([*names, name])):
                     return None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
@@ -298,11 +325,35 @@ def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, 
     return (*names, name), kind
 
 
+_HARMLESS = {operator.mul, operator.getitem, torch.mul, torch.chunk, "mul", "chunk"}
+"""What a block may do between its layers. Numbers tell the rest, but not what comes into play far from them alone."""
+
+
+class _Calls(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every module is called, not looked into."""
+        return True
+
+
+def _calls(module: nn.Module) -> list[str] | None:
+    """The names of the modules that a module's forward pass calls, sorted; None where it does more than that."""
+    try:
+        nodes = list(_Calls().trace(module).nodes)
+    except Exception:  # whatever its code does with a tensor that is none: it is not what is looked for
+        return None
+    if any(node.op in ("call_function", "call_method") and node.target not in _HARMLESS for node in nodes):
+        return None
+    if any(node.op == "get_attr" for node in nodes):
+        return None
+    return sorted(str(node.target) for node in nodes if node.op == "call_module")
+
+
 def _kind_of(activation: nn.Module) -> str | None:
     """Which activation of the fused gradient a module is, by its values."""
     if [*activation.parameters(), *activation.buffers()]:
         return None
-    z = torch.linspace(-12, 12, 2401, dtype=torch.float64)
+    far = torch.logspace(1, 30, 117, dtype=torch.float64)
+    z = torch.cat([torch.linspace(-12, 12, 2401, dtype=torch.float64), far, -far])
     known = {
         "silu": F.silu(z),
         "gelu": F.gelu(z),
@@ -317,4 +368,4 @@ def _kind_of(activation: nn.Module) -> str | None:
         return None
     if not isinstance(got, Tensor) or got.shape != z.shape or not torch.equal(given, z):  # written to, and kept
         return None
-    return next((kind for kind, values in known.items() if torch.allclose(got, values, rtol=0, atol=1e-10)), None)
+    return next((kind for kind, values in known.items() if torch.allclose(got, values, rtol=1e-12, atol=1e-10)), None)

@@ -27,7 +27,7 @@ from nspec.kernels.neuron_wgrad import neuron_wgrad
 from nspec.kernels.write_neurons import write_neurons_
 
 from .batch import TaskBatch, check_sentences
-from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState
+from .neurons import UNKNOWN, NeuronSet, Parameters, TunedState, Unwritten, stamps
 from .overlay import cast, flat, with_inputs, with_outputs
 from .recompute import backward_pass
 from .state import SwitchedTo
@@ -45,6 +45,7 @@ class _InPlace(torch.autograd.Function):
         layer.bring(use, rows, bias)
         y = layer.plain_forward(x)
         ctx.layer, ctx.use, ctx.weight, ctx.lead = layer, use, layer.weight, x.shape[:-1]
+        ctx.unwritten = Unwritten([layer.weight])
         kept = None
         if use is not None and ctx.needs_input_grad[1]:
             kept = flat(x) if layer._nspec.outputs else take_columns(flat(x), use.index)
@@ -59,8 +60,10 @@ class _InPlace(torch.autograd.Function):
         dy = flat(dy)
         dx = drows = dbias = None
         if ctx.needs_input_grad[0]:
+            ctx.unwritten.check(layer.qualified_name)
             layer.bring(use, rows, bias, ctx.weight)
-            dx = (dy @ cast(layer.matrix(ctx.weight), dy.dtype)).view(*ctx.lead, -1)
+            dx = dy @ cast(layer.matrix(ctx.weight), dy.dtype)
+            dx = dx.view(*ctx.lead, dx.shape[1])
         if ctx.needs_input_grad[1]:
             drows = rows_gradient(layer._nspec.outputs, dy, kept, use.index, rows)
         if ctx.needs_input_grad[2]:
@@ -174,10 +177,15 @@ class TunedLayer(TaskSwitched):
         """Begins a forward pass: what it uses.
 
         Raises:
-            RuntimeError: another thread has switched the model.
+            RuntimeError: another thread has switched the model, or the weight was parametrised.
             ValueError: ``x`` does not say which of its tokens are of which sentence.
         """
         self.check_thread()
+        if "parametrizations" in self._modules:  # type: ignore[operator]
+            raise RuntimeError(
+                f"{self.qualified_name}: its weight was parametrised after its neurons got parameters of their own, and is "
+                "made anew in each pass, without them: remove the parametrisation, or merge the neurons first (nspec.merge)"
+            )
         kept = self._nspec
         use, batch = kept.current()
         if isinstance(use, tuple):
@@ -227,9 +235,13 @@ class TunedLayer(TaskSwitched):
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def is_writable(self) -> bool:
-        """Whether the weight is a matrix here, neither packed nor sharded."""
+        """Whether the weight is a matrix here, neither packed nor sharded, and the layer's own.
+
+        ``torch.func.functional_call`` lends another one, which is the caller's, and is taken for the base as it is.
+        """
         weight = self.weight
-        return type(weight) in PLAIN and weight.is_floating_point() and weight.dim() == 2
+        own = isinstance(weight, nn.Parameter) or getattr(self, "_is_replica", False)
+        return own and type(weight) in PLAIN and weight.is_floating_point() and weight.dim() == 2
 
     def bring(
         self, use: NeuronSet | None, rows: Tensor | None = None, bias: Tensor | None = None, weight: Any = None
@@ -246,6 +258,8 @@ class TunedLayer(TaskSwitched):
     ) -> list[Write]:
         """The rows that :meth:`bring` writes, for :func:`put`; what another task has written is undone here."""
         kept, weight = self._nspec, self.weight if weight is None else weight
+        if weight is self.weight:
+            self.look()
         writes: list[Write] = []
         if kept.content is not None and (use is None or kept.content != use.task):
             for one in kept.sets.values():
@@ -258,6 +272,24 @@ class TunedLayer(TaskSwitched):
             kept.content, kept.written = use.task, None
             writes += self._writes(weight, use.on(weight.device), rows, bias)
         return writes
+
+    def look(self) -> None:
+        """Looks whether the weight may hold something else than was noted.
+
+        Averages, broadcasts, optimisers and copies write to it, or bring rows of a task along; what is written through
+        ``.data`` is not seen. The base is what it was when its neurons got parameters, or when it was last trained itself.
+        """
+        kept, now = self._nspec, stamps((self.weight, self.bias))
+        if self._base_is_trained():
+            kept.base_trained = True  # and never holds rows of a task
+        elif kept.base_trained:
+            for one in kept.sets.values():
+                if one is not None:
+                    one.note_base(self.weight, kept.dim, self.bias)
+            kept.base_trained = False
+        elif kept.stamps is not None and kept.stamps != now:
+            kept.content, kept.written = UNKNOWN, None
+        kept.stamps = now
 
     def _writes(self, weight: Tensor, use: NeuronSet, rows: Tensor | None, bias: Tensor | None) -> list[Write]:
         found: list[Write] = []
@@ -283,6 +315,13 @@ class TunedLayer(TaskSwitched):
         index = use.on(parameter.device).index
         return (self.bias.data[None], index, True) if biases else (self.weight.data, index, kept.dim == 1)
 
+    def bring_anew(self, use: NeuronSet | None) -> None:
+        """Has the weight hold the rows of a task, or of the base, whatever was written to it, through ``.data`` too."""
+        self.look()
+        if not self._nspec.base_trained:
+            self._nspec.content = UNKNOWN
+        self.bring(*self.of(use))
+
     def bring_current(self) -> None:
         """Has the weight hold what the model is switched to, where it may be written to now."""
         kept = self._nspec
@@ -300,7 +339,7 @@ class TunedLayer(TaskSwitched):
         if not torch.compiler.is_compiling():
             noted: Any = sets[0] if batch is None else sets, batch
             x, *_ = self._nspec.passes.note(noted, x)
-            if self.is_writable() and self._nspec.content is not None:
+            if self.is_writable():
                 with outside_transforms():
                     self.bring(None)
         parts = [self.of(one) for one in sets]

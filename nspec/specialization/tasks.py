@@ -14,6 +14,7 @@ from nspec.nn.recompute import backward_pass
 from nspec.nn.state import Around
 from nspec.nn.switched import Holder, Switching, TaskSwitched, count_switch, fetches_ahead, traced
 from nspec.nn.task_layers import TaskLayer
+from nspec.nn.tuned_linear import TunedLayer
 
 from .layers import nearest
 
@@ -218,7 +219,8 @@ def _unknown(name: str | None, layer: TaskSwitched) -> str:
             f"some sentences have the task None, and {type(layer).__name__} layers take either a task for each sentence or "
             "None for the whole batch"
         )
-    return f"there are no masks of task {name!r}; {nearest(name, layer.tasks)}"
+    what = "neurons" if isinstance(layer, TunedLayer) else "masks"
+    return f"there are no {what} of task {name!r}; {nearest(name, layer.tasks)}"
 
 
 @contextlib.contextmanager

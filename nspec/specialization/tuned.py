@@ -44,7 +44,7 @@ def take_off(model: nn.Module, task: str | None = None) -> nn.Module:
     with torch.no_grad():
         for layer in layers:
             if layer.is_writable():
-                layer.bring(*layer.of(None if task is None else layer._nspec.sets[task]))
+                layer.bring_anew(None if task is None else layer._nspec.sets[task])
     for module in list(model.modules()):
         if isinstance(module, TunedBlock):
             untuned_block(module)

@@ -74,7 +74,9 @@ def finetune(
             all.
         biases: whether the biases of gate, up and fc1 belong to the neuron. Those of down and fc2 belong to none.
         dtype: of the trained numbers; None: float32, or that of the weight where it is wider. The base keeps its dtype.
-        also: modules or parameters that are trained in full: names, or patterns as in ``find_blocks``.
+        also: modules or parameters that are trained in full: names, or patterns as in ``find_blocks``. They belong to the
+            model, to no task: ``nspec.task(model, None)`` and ``nspec.despecialize`` leave what they have become, and
+            ``nspec.save_neurons`` does not write them (``nspec.merge`` and ``state_dict`` have them).
         layers: as in ``nspec.specialize``.
         quiet: whether nothing is printed of how many numbers are trained.
 
@@ -86,7 +88,7 @@ def finetune(
             wrapped; a layer that does not compute what a linear layer does, has a ``forward`` of its own, or is part of
             something else too, as is its weight or the memory of it (a whole block may be in several places); a 4-bit
             weight that was packed for inference; ``also`` that matches nothing; a dtype that is not floating.
-        TypeError: ``masks`` is not a ``NeuronMasks``.
+        TypeError: ``masks`` is not a ``NeuronMasks``, ``dtype`` none of PyTorch's.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -133,7 +135,9 @@ def _rank() -> int:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raises ValueError unless parameters may have that dtype; None: it is chosen."""
+    """Raises TypeError or ValueError unless parameters may have that dtype; None: it is chosen."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, expected one of PyTorch's, such as torch.float32")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, expected a floating one such as torch.float32")
 

@@ -177,6 +177,8 @@ def attach(
             biases = [one.bias for one in own_values if one.bias is not None]
             if biases:
                 layer.neuron_biases.add(task, torch.cat(biases).to(device), trained)
+            if layer.is_writable():
+                layer.look()
 
 
 def _layers(block: FeedForward) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .layers import (
     base_values,
     index_in,
     layer_of,
+    parameters_of,
     parts_of,
     prepare,
     tuned_layers,
@@ -56,6 +58,8 @@ def save_neurons(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the neurons of a model that have parameters of their own: ``neurons.safetensors`` and ``neurons.json``.
+
+    What else was trained (``also`` of ``nspec.finetune``) is not in them, and a warning says how much that is.
 
     Args:
         model: after ``nspec.finetune`` or ``nspec.load_neurons``; a wrapper around it too (DistributedDataParallel).
@@ -92,9 +96,17 @@ def save_neurons(
         raise ValueError(f"tasks is empty, expected some of {', '.join(known)}, or None for all")
     if unknown := [task for task in tasks if task not in known]:
         raise ValueError(f"there are no neurons of task {unknown[0]!r}; {nearest(str(unknown[0]), known)}")
+    own = {id(parameter) for parameter in parameters_of(model)}
+    if others := sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in own):
+        warnings.warn(
+            f"{others:,} numbers of other modules are trained too (also=...), and save_neurons writes neurons alone, which "
+            "were trained beside these: save the whole model (nspec.merge(model, task).save_pretrained, or its state_dict)",
+            stacklevel=2,
+        )
     tensors: dict[str, Tensor] = {}
     base: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
+    dtypes = {block: dict(parts) for block, parts in tuning.dtypes.items()}
     for task in dict.fromkeys(tasks):
         digest, counts[task] = hashlib.sha256(), {}
         for block, index in tuning.index[task].items():
@@ -112,12 +124,14 @@ def save_neurons(
                     tensors[f"{task}/{block}/{part}"] = _whole(rows)[here].to("cpu", wanted).contiguous()
                 if (bias := layer.neuron_biases.of(task)) is not None:
                     tensors[f"{task}/{block}/{part}.bias"] = _whole(bias)[here].to("cpu", wanted).contiguous()
-                _digest_base(digest, one, here)
+                if one.base is not None:  # the model may have another dtype than when it was fine-tuned
+                    dtypes[block][part] = str(layer.weight.dtype).removeprefix("torch.")
+                _digest_base(digest, _in_dtype(one, layer.weight.dtype), here)
         base[task] = digest.hexdigest()
     about: dict[str, Any] = {
         "format": FORMAT,
         "kind": "neurons",
-        "base": {"name": _name_of(model), "dtypes": tuning.dtypes, "rows_sha256": base},
+        "base": {"name": _name_of(model), "dtypes": dtypes, "rows_sha256": base},
         "tasks": list(counts),
         "parts": tuning.parts,
         "biases": tuning.biases,
@@ -153,6 +167,15 @@ def _name_of(model: nn.Module) -> str:
         if name := getattr(config, "_name_or_path", None):
             return str(name)
     return ""
+
+
+def _in_dtype(one: NeuronSet, dtype: torch.dtype) -> NeuronSet:
+    """A set with what the base has in another dtype; the same where it is packed."""
+    if one.base is None:
+        return one
+    return NeuronSet(
+        one.task, one.index, one.base.to(dtype), None if one.base_bias is None else one.base_bias.to(dtype)
+    )
 
 
 def _digest_base(digest: Any, one: NeuronSet, here: slice) -> None:
@@ -303,8 +326,7 @@ def _check_base(one: Stored, mine: Mapping[str, str], known: Mapping[str, FeedFo
                     f"{one.path}: the base of the training was packed: give verify=False if it is the same"
                 )
             rows, bias = base_values(layer, index_in(block, part, index), part not in ("down", "fc2"))
-            moved = NeuronSet(one.task, index, rows.to(dtype), None if bias is None else bias.to(dtype))
-            _digest_base(digest, moved, slice(None))
+            _digest_base(digest, _in_dtype(NeuronSet(one.task, index, rows, bias), dtype), slice(None))
     if digest.hexdigest() != one.about["base"]["rows_sha256"][one.task]:
         name = one.about["base"]["name"]
         then = {dtype for parts in dtypes.values() for dtype in parts.values()}

@@ -337,7 +337,7 @@ def test_what_is_wrong_is_said_before_anything_is_changed() -> None:
     masks = masks_of(base)
     with pytest.raises(ValueError, match="fine-tuned already"):
         nspec.finetune(model, masks)
-    with pytest.raises(ValueError, match="no masks of task 'xx'"), nspec.task(model, "xx"):
+    with pytest.raises(ValueError, match="no neurons of task 'xx'"), nspec.task(model, "xx"):
         pass
     for wrong, options, said in (
         (masks.renamed({"model.layers.1.mlp.gate_proj": "model.layers.9.mlp.gate_proj"}), {}, "layers.9.mlp.gate_proj"),
