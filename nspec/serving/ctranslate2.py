@@ -82,11 +82,16 @@ def row_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known:
         known: the ids of its tokens, of language tags too.
 
     Raises:
-        ValueError: two rows have the same name, by which CTranslate2 could not tell them apart.
+        ValueError: two rows have the same name, by which CTranslate2 could not tell them apart, or a token has no row.
     """
     embeddings: Any = model.get_input_embeddings()
     tokens: Any = tokenizer.convert_ids_to_tokens(list(known))
     names = [f"<unused{row}>" for row in range(embeddings.num_embeddings)]
+    if beyond := [token for row, token in zip(known, tokens) if row >= len(names)]:
+        raise ValueError(
+            f"the tokenizer has {len(beyond)} tokens, {beyond[0]!r} the first, beyond the {len(names)} rows of the "
+            "embeddings: it is another model's, or the embeddings have to be resized (model.resize_token_embeddings)"
+        )
     for row, token in zip(known, tokens):
         names[row] = token
     if len(set(names)) < len(names):
@@ -122,7 +127,7 @@ def convert(
             unknown quantization.
     """
     check(quantization)
-    if reason := why_not_started(model):
+    if reason := why_not_started(model) or _why_not_windowed(model):
         raise ValueError(reason)
     kind, given = type(model).__name__, _Rows(tokenizer, names) if takes_names(model) else tokenizer
     try:
@@ -187,6 +192,21 @@ def why_not_started(model: Any) -> str:
             "can be served by transformers only"
         )
     return ""
+
+
+def _why_not_windowed(model: Any) -> str:
+    """Why a window of attention stands against a conversion; empty where no text that the model takes is longer."""
+    config = model.config
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds and not any("sliding" in kind for kind in kinds):
+        window = None
+    if not window or window >= (getattr(config, "max_position_embeddings", None) or window + 1):
+        return ""
+    return (
+        f"attention of this {type(model).__name__} is over a window of {window} tokens, and that of what CTranslate2 "
+        f"{version()} converts it to is not the same on longer texts; {_OTHERWISE}, or, where no text is longer, set "
+        "model.config.sliding_window to None first"
+    )
 
 
 class _Rows:

@@ -35,6 +35,7 @@ class Settings:
         compact: without the neurons that the task does not use.
         beam: of the search that the README shows.
         length_penalty: likewise.
+        unshown: options of the run's search that the lines of the README do not have, in words.
         base: the model before it was specialised, for the README: a name on the hub, or a path.
         system: the name of the system in its run, likewise.
     """
@@ -44,6 +45,7 @@ class Settings:
     compact: bool = True
     beam: int = 5
     length_penalty: float = 1.0
+    unshown: str = ""
     base: str = ""
     system: str = ""
 
@@ -75,7 +77,8 @@ def export(
     lines that use it. It appears when it is whole.
 
     Args:
-        model: a model of ``transformers`` that is specialised, has neurons of its own or masks of weights.
+        model: a model of ``transformers`` that is specialised, has neurons of its own or masks of weights; a dense one is
+            written as it is.
         task: its name, such as ``en-de``; of a direction that the tokenizer has tags for, the README translates with it.
         folder: must not be there yet.
         format: ``transformers``, or ``ctranslate2``, which must be installed.
@@ -88,8 +91,8 @@ def export(
         The folder.
 
     Raises:
-        ValueError: a folder that is there, an unknown format or quantization, what :func:`nspec.merge` refuses, or a model
-            that CTranslate2 does not convert.
+        ValueError: a folder that is there, an unknown format or quantization, what :func:`nspec.merge` refuses, an unknown
+            task, a model that is not of ``transformers``, or one that CTranslate2 does not convert.
         ImportError: CTranslate2 is not installed.
 
     Example:
@@ -106,9 +109,24 @@ def export(
     """
     settings = Settings(format, quantization, compact, base=base)
     settings.check()
+    _check_model(model, task)
     with new_folder(Path(folder)) as part:
         write(model, [task], part, settings, tokenizer)
     return Path(folder)
+
+
+def _check_model(model: Any, task: str) -> None:
+    from nspec.nn.switched import TaskSwitched
+    from nspec.specialization.patterns import nearest
+
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers, whose formats these are: nspec.merge(model, task) "
+            "gives a plain module"
+        )
+    layers = [module for module in model.modules() if isinstance(module, TaskSwitched)]
+    if layers and task not in layers[0].tasks:  # a dense model is written as it is
+        raise ValueError(f"there are no masks of task {task!r}; {nearest(task, layers[0].tasks)}")
 
 
 def write(
@@ -189,6 +207,8 @@ def _readme(model: Any, merged: Any, tasks: Sequence[str], settings: Settings, t
             lines = usage.of_ctranslate2 if settings.format == "ctranslate2" else usage.of_transformers
             blocks.append(lines(framed, settings.beam, settings.length_penalty))
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if settings.unshown:
+        text += f"\n\nThe run's own search has {settings.unshown} too; these lines search without."
     if settings.system:
         text = f"The system `{settings.system}` of a run.\n\n{text}"
     if len(tasks) > 1:

@@ -254,3 +254,29 @@ def test_the_call_of_a_live_model_writes_the_same_weights(run: Run, tmp_path: Pa
     with pytest.raises(ValueError, match="is there already"):
         nspec.export(model, "de-en", folder)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_task_or_a_model_that_there_is_not_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
+    update, _ = load_system(run.folder / "systems/update/model")
+    masks = nspec.NeuronMasks({"en-de": {"0": torch.arange(8) < 2}})
+    other = nspec.specialize(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), masks)
+    for model, task, said in (
+        (update, "zz-qq", "there are no masks of task 'zz-qq'"),
+        (other, "en-de", "Sequential is no model of transformers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            nspec.export(model, task, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_lines_of_a_run_say_what_of_its_search_they_leave_out(run: Run, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run.folder, copied)
+    path = copied / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    write_text(path, text.replace("no_repeat_ngram_size: 0", "no_repeat_ngram_size: 2"))
+    assert cli.main(["export", str(copied), "--out", str(tmp_path / "out"), "--system", "dense", "--all"]) == 0
+    said = "The run's own search has `no_repeat_ngram_size=2` too; these lines search without."
+    assert said in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    out = exported(run, tmp_path / "plain", "--system", "dense", "--all")
+    assert "own search has" not in (out / "README.md").read_text(encoding="utf-8")

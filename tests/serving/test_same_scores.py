@@ -28,7 +28,6 @@ def plain(family: Family) -> tuple[Any, Any]:
     ("name", "options"),
     [
         ("Llama", {"hidden_act": "gelu"}),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
         ("Falcon", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
         ("GPT2", {"layer_norm_epsilon": 0.1}),
     ],
@@ -56,10 +55,19 @@ def test_weights_of_another_model_are_found_and_rounded_ones_taken(name: str, tm
         assert "are off by" in check_scores(model, tmp_path / str(quantization), quantization)
 
 
-def test_a_folder_that_does_not_run_is_told_of(tmp_path: Path) -> None:
-    model, tokenizer = plain(llama("Mistral", sliding_window=3))
-    with pytest.raises(ValueError, match="is another model: it cannot be run .buffer to copy is of size"):
-        converter.convert(model, tokenizer, tmp_path / "out")
+def test_a_window_of_attention_is_refused_unless_no_text_is_longer(tmp_path: Path) -> None:
+    """What is converted has none, or another one, which shows on texts that are longer."""
+    windowed = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    for number, family in enumerate(
+        [of("Qwen2", **windowed), of("Qwen3", **windowed), llama("Mistral", sliding_window=16)]
+    ):
+        model, tokenizer = plain(family)
+        with pytest.raises(ValueError, match="is over a window of 16 tokens, and that of what CTranslate2"):
+            converter.convert(model, tokenizer, tmp_path / "no")
+        if number == 2:
+            model.config.max_position_embeddings = 16
+            converter.convert(model, tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["T5, gated-gelu", "Llama", "Gemma2"])
