@@ -210,7 +210,7 @@ def measure(
     """A row for each system."""
     named = [("full", 0.0), ("lora", 0.0), ("published", max(shares)), *(("neurons", share) for share in shares)]
     if importlib.util.find_spec("peft") is None:
-        print("lora is left out: peft is not installed (pip install 'nspec[bench]')", file=sys.stderr)
+        print("lora is left out: peft is not installed (pip install '.[bench]')", file=sys.stderr)
         named.pop(1)
     systems = [build(name, base(shape, device, dtype), shape, share) for name, share in named]
     generator = torch.Generator().manual_seed(2)

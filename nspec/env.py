@@ -30,11 +30,14 @@ PACKAGES = (
     "Babel",
     "qwanqwa",
     "matplotlib",
+    "scipy",
     "tensorboard",
     "typer",
     "rich",
     "PyYAML",
     "Jinja2",
+    "peft",
+    "lang2vec",
 )
 
 Rows = list[tuple[str, str]]
@@ -73,7 +76,13 @@ def engines() -> list[tuple[str, str, str]]:
     import torch
 
     if importlib.util.find_spec("transformers") is None:
-        return [("search of translations", "none", "transformers is not installed (pip install 'nspec[mt]')")]
+        return [
+            (
+                "search of translations",
+                "none",
+                "transformers is not installed (pip install '.[mt]' in nspec's checkout)",
+            )
+        ]
     from nspec.mt.scoring.config import DecodeConfig
     from nspec.mt.scoring.engine import choose
 

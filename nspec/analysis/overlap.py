@@ -33,7 +33,7 @@ class Masks(Protocol):
 
 
 def layer_side(layer: str) -> Side:
-    """The half of the model that a layer is in, by its qualified name (``model.encoder.layers.0.fc1``).
+    """The side that a layer is on, by its qualified name (``model.encoder.layers.0.fc1``).
 
     Raises:
         ValueError: neither ``encoder`` nor ``decoder`` is a part of the name, or both are.
@@ -65,10 +65,10 @@ def sort_layers(layers: Iterable[str]) -> list[str]:
 
 
 def layer_numbers(layers: Sequence[str]) -> list[int]:
-    """The number of each layer in its half of the model, from 0: that in its name, so that it holds for a part of them.
+    """The number of each layer on its side, from 0: that in its name, so that it holds for a part of them.
 
     Args:
-        layers: of one half, such as ``model.encoder.layers.3.fc1``, whose number is 3: the first after the half.
+        layers: of one side, such as ``model.encoder.layers.3.fc1``, whose number is 3: the first after the side.
             Where names have no numbers or share them, the places in this list are taken.
 
     Example:
@@ -81,7 +81,7 @@ def layer_numbers(layers: Sequence[str]) -> list[int]:
 
 
 def side_layers(masks: Masks, side: Side) -> list[str]:
-    """The layers of one half of the model, from bottom to top; empty where there are none.
+    """The layers of one side, from bottom to top; empty where there are none.
 
     Raises:
         ValueError: a layer whose side its name does not say.

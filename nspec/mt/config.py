@@ -40,7 +40,7 @@ class ProfileConfig:
 
 
 PARTS = tuple(f"k_{way}_{side}" for way in ("from", "to") for side in ("encoder", "decoder"))
-"""The options of the section ``select`` with a k for one part: of directions from or to the pivot, in half of the model."""
+"""The options of the section ``select`` with a k for one part: of directions from or to the pivot, on one side."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class SelectConfig:
     )
     by: str = option(
         "half",
-        "of the rule loss: whether a k is of a half of the model, encoder or decoder, or of a layer",
+        "of the rule loss: whether a k is of a side, encoder or decoder (half), or of a layer",
         ("half", "layer"),
     )
     k: float = option(

@@ -70,10 +70,10 @@ def _choices(languages: Sequence[str]) -> str:
 
 
 def sides_of(model: nn.Module) -> dict[str, str]:
-    """The half of the model, ``encoder`` or ``decoder``, of each layer that knows tasks, by its qualified name.
+    """The side, ``encoder`` or ``decoder``, of each layer that knows tasks, by its qualified name.
 
     Raises:
-        ValueError: the model is not specialised, or the name of a layer does not say its half.
+        ValueError: the model is not specialised, or the name of a layer does not say its side.
     """
     switched = set(specialized_layers(model))
     sides = {}

@@ -25,7 +25,7 @@ from nspec.analysis.proximity import (
     mask_iou,
     proximity,
 )
-from nspec.analysis.typology import Aspect, typological_distances
+from nspec.analysis.typology import ASPECTS, Aspect, typological_distances
 from nspec.files import write_text
 from nspec.report import drawing, words
 from nspec.report.tables import terminal_table, write_tsv
@@ -98,7 +98,7 @@ def analyze_run(
     Raises:
         OSError: the file of distances cannot be read.
         ValueError: the run has no masks or no pivot, a direction type has fewer than 4 languages (without ``heads`` and
-            ``halves``), a language is not known, or the file of distances is wrong or lacks a pair. Nothing is
+            ``halves``), a language is not known, or the file of distances is not there, wrong or lacks a pair. Nothing is
             written then.
     """
     from nspec import NeuronMasks
@@ -167,7 +167,14 @@ def _distances(named: str) -> Callable[[Sequence[str]], Floats]:
     if not named:
         return genetic_distances
     kind, _, aspect = named.partition("-")
-    return typological_distances(cast("Aspect", aspect)) if kind == "uriel" else read_distances(named)
+    if kind == "uriel":
+        return typological_distances(cast("Aspect", aspect))
+    if not Path(named).is_file():
+        by_name = ", ".join(f"uriel-{known}" for known in ASPECTS)
+        raise ValueError(
+            f"--distances: {named} is no file; expected one with lines such as de nl 0.2, or one of {by_name}"
+        )
+    return read_distances(named)
 
 
 def script_control(codes: Sequence[str]) -> Floats | None:

@@ -70,5 +70,5 @@ def _result(data: RunData, primary: Primary) -> str:
     if not test:
         return f"{said}: not known yet."
     delta, p = test[f"{primary.metric}_delta"], words.p_value(test, primary.metric)
-    result = f"{words.signed(delta)} points ({words.p_text(p)}, {words.verdict(delta, p)})"
+    result = f"{words.difference(delta, p)} points ({words.p_text(p)}, {words.verdict(delta, p)})"
     return f"{said}: {result}, not corrected, as the one declared."

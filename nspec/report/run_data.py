@@ -17,6 +17,7 @@ from nspec.report import words
 from nspec.report.words import METRICS
 from nspec.run.config import Config
 from nspec.run.read import check_written, read_config
+from nspec.run.stages import trained_systems
 from nspec.run.systems import SYSTEMS, Variant, masks_folder, system_names, variants_of
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ class RunData:
         """Score of ``system`` minus that of ``than`` in points, for each direction that both have been scored in."""
         one, other = (self.scored.get(name, {"tasks": {}})["tasks"] for name in (system, than))
         return {task: one[task][metric] - other[task][metric] for task in self.tasks if task in one and task in other}
+
+    @property
+    def earlier(self) -> list[str]:
+        """Systems that the run has from before, which its configuration asks for no more; in the order of the page."""
+        asked = {"dense", *trained_systems(self.config)}
+        return [name for name in self.systems if name not in asked]
 
     @property
     def metric_names(self) -> dict[str, str]:

@@ -13,12 +13,12 @@ from nspec.report.run_data import RunData, load_run
 from nspec.report.words import (
     METRICS,
     arrow,
+    difference,
     group_name,
     in_sentence,
     names_of_scores,
     p_text,
     p_value,
-    signed,
     verdict,
 )
 
@@ -116,8 +116,8 @@ def score_cell(
     title = f"{about}: {entry[metric]:.2f} {data.metric_names[metric]}, 95 % interval {low:.2f} to {high:.2f}"
     delta = p = ""
     if test:
-        delta, p = signed(test[f"{metric}_delta"]), p_text(p_value(test, metric))
-        says = verdict(test[f"{metric}_delta"], p_value(test, metric))
+        found, value = test[f"{metric}_delta"], p_value(test, metric)
+        delta, p, says = difference(found, value), p_text(value), verdict(found, value)
         title += f"; {delta} against {in_sentence(data.name(test['system']))}, {p}, {says}"
     return {
         "score": f"{entry[metric]:.2f}",
@@ -152,7 +152,8 @@ def _score_lines(entry: Mapping[str, Any], metric: str, best: bool) -> str:
 
 def _test_lines(test: Mapping[str, Any], metric: str, p: str) -> str:
     """A difference with its arrow over its p value."""
-    return f"{signed(test[f'{metric}_delta'])}{arrow(test, metric) or ' '}\n[dim]{p}[/dim]"
+    delta = difference(test[f"{metric}_delta"], p_value(test, metric))
+    return f"{delta}{arrow(test, metric) or ' '}\n[dim]{p}[/dim]"
 
 
 def score_table(run: Path) -> Table:

@@ -151,8 +151,8 @@ def selection_sentence(select: SelectConfig) -> str:
         "specific": f"For each direction, a layer keeps the {part} that fire more often for it than for the others, by the "
         "ratio of the two.",
         "loss": "For each direction, a layer keeps the fewest feed-forward neurons that carry a share k of its "
-        f"activations, with the smallest k for each {'layer' if select.by == 'layer' else 'half of the model'} whose masks "
-        f"alone, without training, raise the validation loss by at most {select.tolerance:g} nats per token.",
+        f"activations, with the smallest k for each {'layer' if select.by == 'layer' else 'side (encoder, decoder)'} "
+        f"whose masks alone, without training, raise the validation loss by at most {select.tolerance:g} nats per token.",
         "random": f"For each direction, the {part} are drawn at random in each layer.",
     }[select.sized_by]
     drawn = "As many neurons are drawn at random as this rule keeps: "
@@ -180,6 +180,12 @@ def signed(value: float, digits: int = 2) -> str:
     if float(text) == 0:
         return f"±{0:.{digits}f}"
     return text.replace("-", "−")
+
+
+def difference(delta: float, p: float) -> str:
+    """A tested difference, signed; a significant one that two digits do not show has as many as show it, up to six."""
+    digits = next((digits for digits in range(2, 7) if round(delta, digits)), 2) if p < ALPHA else 2
+    return signed(delta, digits)
 
 
 def p_text(p: float) -> str:

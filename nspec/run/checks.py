@@ -128,7 +128,7 @@ def _layers(config: Config) -> None:
 
 
 def check_layers(config: Config, names: list[str]) -> None:
-    """Checks that every masked system keeps some of the feed-forward layers ``names``, and of its half of the model.
+    """Checks that every masked system keeps some of the feed-forward layers ``names``, and of its side.
 
     Raises:
         ValueError: a system, its patterns and what they match.

@@ -42,7 +42,7 @@ class RunConfig(PlaceConfig):
         ["dense", "continued", "forward", "update", "random"],
         "what is trained and compared; dense is always first, the others start from it with a fresh optimiser and train "
         "for the same number of updates: continued (dense), forward and update (specialised), these two with _encoder or "
-        "_decoder (only that half is), random (forward, with random masks of the same sizes), neurons and neurons+shared "
+        "_decoder (on that side only), random (forward, with random masks of the same sizes), neurons and neurons+shared "
         "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), heads (of "
         "attention, those that matter most to each direction) and random_heads (as many, at random), lass (masks of single "
         "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "

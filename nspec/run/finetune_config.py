@@ -107,8 +107,8 @@ def validate(config: TuningConfig) -> None:
         _check_new_model(config)
     if "lora" in methods and importlib.util.find_spec("peft") is None:
         raise ImportError(
-            "tune.methods: lora needs the peft library, which is not installed: pip install 'nspec[tuning]', or take lora "
-            "out of tune.methods"
+            "tune.methods: lora needs the peft library, which is not installed: pip install '.[tuning]' in nspec's "
+            "checkout, or take lora out of tune.methods"
         )
 
 

@@ -41,8 +41,8 @@ class ByLoss:
     def select(self, counts: nspec.ActivationCounts, select: SelectConfig) -> nspec.NeuronMasks:
         """For each direction and part the smallest k of the grid that is good enough, all other parts being dense.
 
-        Good enough is a loss at most ``select.tolerance`` above that of the dense model. A part is a half of the model or a
-        layer (``select.by``). Where no k is, all neurons are kept; layers in which all directions keep all are left out.
+        Good enough is a loss at most ``select.tolerance`` above that of the dense model. A part is a side or a layer
+        (``select.by``). Where no k is, all neurons are kept; layers in which all directions keep all are left out.
 
         Raises:
             ValueError: no k is good enough anywhere.

@@ -31,7 +31,7 @@ class System:
         method: see :data:`MadeBy`.
         mode: how neuron masks are used; empty without them.
         masks: where neuron masks come from: ``masks`` (selected) or ``random_masks``; empty without them.
-        side: the half of the model that is specialised; empty: both.
+        side: the side that is specialised, ``encoder`` or ``decoder``; empty: both.
         drawn: its attention heads are drawn at random.
         scratch: it starts from new weights rather than from the dense model's.
         recipe: how it trains where that is not plain, see :mod:`nspec.mt.training.recipe`.

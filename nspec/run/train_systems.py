@@ -94,7 +94,7 @@ def _method(
 
 
 def on_side(masks: nspec.NeuronMasks, side: str) -> nspec.NeuronMasks:
-    """The masks of the layers of one half of the model (``encoder``, ``decoder``); all of them for an empty side.
+    """The masks of the layers of one side (``encoder``, ``decoder``); all of them for an empty side.
 
     Raises:
         ValueError: there are none.

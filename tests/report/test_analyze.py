@@ -178,6 +178,13 @@ def test_what_cannot_be_analyzed_is_one_line(tmp_path: Path, capfd: pytest.Captu
         str(without)
     )
     assert cli.main(["analyze", str(without), "--pivot", "en", "--permutations", "9"]) == 0
+    capfd.readouterr()
+    known = make_run(tmp_path / "known")
+    assert fails(str(known), "--distances", "nosuch") == (
+        "nspec: error: --distances: nosuch is no file; expected one with lines such as de nl 0.2, or one of uriel-syntax, "
+        "uriel-phonology, uriel-inventory\n"
+    )
+    assert not (known / "analysis").exists()
 
 
 def test_distances_of_ones_own_test_languages_that_the_table_lacks(

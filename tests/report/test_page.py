@@ -157,6 +157,28 @@ def test_the_terminal_table_loads_neither_scipy_nor_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_systems_that_the_configuration_no_longer_names_are_said_to_be_of_before(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["dense", "continued", "forward", "random"])
+    build_report(run)
+    assert "earlier start" not in Page(run / "report" / "index.html").words
+    config = parse((run / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    config.run.systems = ["dense", "continued"]
+    write_text(run / "config.yaml", render(config))
+    build_report(run)
+    said = "From an earlier start of this run, and no longer in run.systems or run.variants: "
+    assert f"{said}Specialised (forward), Random masks." in Page(run / "report" / "index.html").words
+
+
+def test_models_that_lass_needs_are_not_of_before(tmp_path: Path) -> None:
+    run = make_methods_run(tmp_path / "methods")
+    config = parse((run / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    config.run.systems, config.run.variants = ["continued", "lass"], []
+    write_text(run / "config.yaml", render(config))
+    earlier = load_run(run).earlier
+    assert "adapters" in earlier
+    assert not {"dense", "finetuned", "lass"} & set(earlier)
+
+
 def test_a_run_that_has_only_begun_gets_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", systems=["dense", "continued"], scored=["dense"], with_masks=False)
     with open(run / "systems" / "continued" / "log.jsonl", "a") as file:

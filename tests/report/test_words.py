@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from nspec.mt.config import SelectConfig
 from nspec.report import drawing, words
 from nspec.run.systems import SYSTEMS, Variant
@@ -23,6 +25,20 @@ def test_a_variant_is_called_by_what_it_varies() -> None:
 def test_systems_without_a_colour_of_their_own_get_different_ones() -> None:
     names = [*SYSTEMS, "forward-k70", "forward-k50", "mine"]
     assert len({drawing.colour(name, names) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("delta", "p", "said"),
+    [
+        (0.004, 0.01, "+0.004"),
+        (-0.0004, 0.01, "−0.0004"),
+        (0.25, 0.01, "+0.25"),
+        (0.004, 0.5, "±0.00"),
+        (0.0, 0.01, "±0.00"),
+    ],
+)
+def test_a_significant_difference_is_never_shown_as_none(delta: float, p: float, said: str) -> None:
+    assert words.difference(delta, p) == said
 
 
 def test_ks_of_parts_are_said() -> None:

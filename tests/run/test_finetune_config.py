@@ -62,7 +62,9 @@ def test_a_folder_that_is_not_there_is_named() -> None:
 
 def test_lora_without_peft_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"lora needs the peft library.*pip install 'nspec\[tuning\]'"):
+    with pytest.raises(
+        ImportError, match=r"lora needs the peft library.*pip install '\.\[tuning\]' in nspec's checkout"
+    ):
         load(None)
 
 

@@ -97,7 +97,7 @@ def finding(data: RunData, system: str) -> str | None:
     said, names = [], data.metric_names
     for metric, name in names.items():
         delta, p = test[f"{metric}_delta"], words.p_value(test, metric)
-        said.append(f"{words.signed(delta)} {name} ({words.p_text(p)}, {words.verdict(delta, p)})")
+        said.append(f"{words.difference(delta, p)} {name} ({words.p_text(p)}, {words.verdict(delta, p)})")
     tests = [entry["baseline"] for entry in scores["tasks"].values() if entry.get("baseline")]
     up = sum(t["bleu_delta"] > 0 for t in tests)
     down = sum(t["bleu_delta"] < 0 for t in tests)
@@ -130,7 +130,7 @@ def headline(data: RunData) -> str:
             base = words.in_sentence(data.name(test["system"]))
             said.append(
                 f"{words.system_name(system)} {many if system in words.PLURAL else one} {than} {base}: "
-                f"{words.signed(delta)} {bleu} on average ({words.p_text(p)})."
+                f"{words.difference(delta, p)} {bleu} on average ({words.p_text(p)})."
             )
     if set(averages) - {"dense", "continued", *asked} and len(averages) > 1:
         best = max(averages, key=lambda name: averages[name]["bleu"])

@@ -108,7 +108,7 @@ def _label(data: RunData, group: str) -> str:
 
 
 def _selection(data: RunData, group: str, side: str) -> str:
-    """How neurons were selected for directions ``from`` or ``to`` the pivot, or ``all``, in half of the model."""
+    """How neurons were selected for directions ``from`` or ``to`` the pivot, or ``all``, on one side."""
     select = data.config.select
     part = select.rule == "share" and group != "all"
     return f"k = {select.k_of(group, side):g}" if part else words.selection(select)
@@ -218,7 +218,7 @@ def halves_section(data: RunData) -> dict[str, Any]:
 
 
 def iou_masks(data: RunData, group: str, side: str) -> tuple[Any, float]:
-    """The masks to compare with the published IoU of directions ``from`` or ``to`` the pivot in half of the model.
+    """The masks to compare with the published IoU of directions ``from`` or ``to`` the pivot on one side.
 
     Returns:
         Those of the published k, where the run has its counts; else its own, or those of a variant of forward that differs

@@ -22,9 +22,16 @@ def section(data: RunData) -> dict[str, Any]:
             for text, where in warnings(data.scored).items()
         ],
         "test": which_test(data),
+        "earlier": earlier(data),
         "two_sided": data.two_sided,
         "bootstrap": data.config.score.bootstrap,
     }
+
+
+def earlier(data: RunData) -> str:
+    """Which systems of the table the configuration names no more, as a sentence; empty where there are none."""
+    names = ", ".join(map(data.name, data.earlier))
+    return f"From an earlier start of this run, and no longer in run.systems or run.variants: {names}." if names else ""
 
 
 def which_test(data: RunData) -> str:

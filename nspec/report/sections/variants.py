@@ -163,8 +163,9 @@ def _row(data: RunData, name: str, stable: Stability | None) -> dict[str, Any]:
     for metric in METRICS:
         delta = p = ""
         if test:
-            delta = f"{words.signed(test[f'{metric}_delta'])} {words.arrow(test, metric)}".rstrip()
-            p = words.p_text(words.p_value(test, metric))
+            value = words.p_value(test, metric)
+            delta = f"{words.difference(test[f'{metric}_delta'], value)} {words.arrow(test, metric)}".rstrip()
+            p = words.p_text(value)
         cells.append({"score": f"{average[metric]:.2f}" if average else "–", "delta": delta or "–", "p": p})
     density = stable.density if stable else (system.summary or {}).get("density")
     return {

@@ -17,7 +17,9 @@ try:
     from babel import Locale, dates, localedata, numbers
     from babel.core import UnknownLocaleError, get_global
 except ImportError as error:
-    raise ImportError('the "cldr" corpus needs Babel; install it with: pip install "nspec[mt]"') from error
+    raise ImportError(
+        'the "cldr" corpus needs Babel; install it with: pip install ".[mt]" in nspec\'s checkout'
+    ) from error
 
 BABEL_VERSION = babel.__version__
 # Soft hyphens, marks and embeddings of direction, zero-width spaces and joiners of words: layout, not text. ZWNJ and ZWJ

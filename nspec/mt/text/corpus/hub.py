@@ -16,7 +16,7 @@ from nspec.mt.text.corpus.base import split_direction as split_codes
 from nspec.mt.text.corpus.files import VALID_NAMES
 from nspec.mt.text.corpus.parallel import text_of
 
-INSTALL = 'the "hub" corpus needs the datasets library; install it with: pip install "nspec[mt]"'
+INSTALL = 'the "hub" corpus needs the datasets library; install it with: pip install ".[mt]" in nspec\'s checkout'
 
 
 class HubCorpus(Corpus):

@@ -150,7 +150,7 @@ def test_codes_with_hyphens_in_subsets_and_columns_are_found(tmp_path, nested):
 
 def test_a_missing_library_is_an_error_with_the_line_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install .nspec\[mt\]") as caught:
+    with pytest.raises(ImportError, match=r"pip install .\.\[mt\]") as caught:
         open_corpus(config(tmp_path, "de"), 1)
     assert str(caught.value) == INSTALL
 
