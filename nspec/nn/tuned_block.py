@@ -307,6 +307,7 @@ def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, 
     x = x.to(weights[0].device, weights[0].dtype)
     training = module.training
     *first, down = layers
+    called = sorted([name, *(one for one in names if one is not None)])
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             for mode in (True, False):
@@ -316,7 +317,7 @@ def recognised(module: nn.Module, layers: list[Any], gated: bool) -> tuple[Any, 
                     h = activation(g) * u
                 else:
                     h = activation(first[0](x))
-                if not (torch.equal(module(x), down(h)) and _calls(module) == sorted([*names, name])):
+                if not (torch.equal(module(x), down(h)) and _calls(module) == called):
                     return None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None

@@ -181,7 +181,7 @@ class TunedLayer(TaskSwitched):
             ValueError: ``x`` does not say which of its tokens are of which sentence.
         """
         self.check_thread()
-        if "parametrizations" in self._modules:  # type: ignore[operator]
+        if "parametrizations" in self.__dict__["_modules"]:
             raise RuntimeError(
                 f"{self.qualified_name}: its weight was parametrised after its neurons got parameters of their own, and is "
                 "made anew in each pass, without them: remove the parametrisation, or merge the neurons first (nspec.merge)"

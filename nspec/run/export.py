@@ -87,10 +87,11 @@ def trained(run: Path, system: str, task: str | None, settings: Settings) -> tup
     if not (run / "systems" / system / "stage.json").is_file():
         raise ValueError(f"--system {system} is not trained to its end in {run}: `nspec run` goes on with it")
     decode = found.config.decode
-    named = {"no_repeat_ngram_size": decode.no_repeat_ngram_size or None}
-    named["repetition_penalty"] = decode.repetition_penalty if decode.repetition_penalty != 1 else None
-    unshown = " and ".join(f"`{name}={value:g}`" for name, value in named.items() if value is not None)
-    settings = replace(settings, beam=decode.beam, length_penalty=decode.length_penalty, unshown=unshown, system=system)
+    unshown = [f"`no_repeat_ngram_size={decode.no_repeat_ngram_size}`"] if decode.no_repeat_ngram_size else []
+    unshown += [f"`repetition_penalty={decode.repetition_penalty:g}`"] if decode.repetition_penalty != 1 else []
+    settings = replace(
+        settings, beam=decode.beam, length_penalty=decode.length_penalty, unshown=" and ".join(unshown), system=system
+    )
     return found, chosen, replace(settings, base=found.config.model.pretrained)
 
 
