@@ -267,13 +267,13 @@ def export(
         bool, typer.Option("--dense-width", help="Keeps masked neurons, so that all directions are of one size.")
     ] = False,
     k: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--k",
             metavar="0.5,0.9",
             help="A model for each share of the activations, and how good, fast and large it is on the validation set.",
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Writes a direction as a plain model that other tools serve: model, tokenizer, and a README that translates.
 
@@ -289,7 +289,7 @@ def export(
     if bool(task) == all_:
         known = "a direction such as en-de; of `nspec finetune` and saved neurons a language"
         raise ValueError(f"--task {task} and --all: give one of them" if task else f"give --task ({known}) or --all")
-    if k and (all_ or dense_width or base or has_neurons(Path(run))):
+    if k is not None and (all_ or dense_width or base or has_neurons(Path(run))):
         raise ValueError(
             "--k measures a direction of a run of translation: it goes with --system and --task, not with --all, "
             "--dense-width or --base"
@@ -302,7 +302,7 @@ def export(
         return
     from nspec.mt.languages import normalized_task
 
-    if k:
+    if k is not None:
         _curve(Path(run), system, normalized_task(task), k, place, settings)
         return
     with Display().bar("export", "directions") as progress:

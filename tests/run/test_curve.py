@@ -143,6 +143,7 @@ def test_models_take_turns_and_speed_is_that_of_the_median_round(monkeypatch: py
 def test_what_cannot_be_measured_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = ["export", str(run), "--system", "forward", "--task", "en-de"]
     wrong = {
+        "'' is no share in (0, 1]": [*good, "--k", ""],
         "'x' is no share in (0, 1]": [*good, "--k", "0.5,x"],
         "'1.5' is no share in (0, 1]": [*good, "--k", "1.5"],
         "0.5 is there twice": [*good, "--k", "0.5,0.50"],
