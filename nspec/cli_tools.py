@@ -374,6 +374,9 @@ def sweep(
         list[str], typer.Argument(metavar="RUN...", help="Run folders; the others are compared with the first.")
     ],
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Writes sweep.md, sweep.tsv and figures.")] = "",
+    systems: Annotated[
+        str, typer.Option(metavar="A,B", help="Those that are compared, such as forward,random [all].")
+    ] = "",
 ) -> None:
     """Compares runs that differ in an option: what each system gains over the baseline, by that option.
 
@@ -383,7 +386,7 @@ def sweep(
 
     if out:
         check_output("--out", out, folder=True)
-    compared = compare_runs(runs)
+    compared = compare_runs(runs, [name for part in systems.split(",") if (name := part.strip())])
     if out:
         write(compared, Path(out))
     print(markdown(compared), end="")

@@ -53,15 +53,17 @@ class Sweep:
         return None if loss is None else loss - point.losses[self.baseline][group]
 
 
-def compare_runs(folders: Iterable[Path | str]) -> Sweep:
+def compare_runs(folders: Iterable[Path | str], systems: Sequence[str] = ()) -> Sweep:
     """Compares runs that differ in options of their text, model or training with the first of them.
 
     Args:
         folders: run folders with trained systems; scores are not needed. Those that differ in the same options are points
             of one axis, with the first run. Runs of one configuration with different seeds are one point, their mean.
+        systems: those that are compared with the baseline, in this order; none: all.
 
     Raises:
-        ValueError: fewer than two configurations, other baselines, or a run whose baseline has no validation losses.
+        ValueError: a system that no run has trained, fewer than two configurations, other baselines, or a run whose
+            baseline has no validation losses.
     """
     runs = [load_run(Path(folder)) for folder in folders]
     for run in runs:
@@ -86,10 +88,12 @@ def compare_runs(folders: Iterable[Path | str]) -> Sweep:
     axes: dict[str, list[SweepPoint]] = {}
     for point in points[1:]:
         axes.setdefault(", ".join(point.changes), [points[0]]).append(point)
-    systems = dict.fromkeys(system for point in points for system in point.losses)
+    trained = dict.fromkeys(system for point in points for system in point.losses if system != runs[0].baseline)
+    if unknown := [system for system in systems if system not in trained]:
+        raise ValueError(f"no run has trained {unknown[0]} beside {runs[0].baseline}; there are {', '.join(trained)}")
     return Sweep(
         baseline=runs[0].baseline,
-        systems=tuple(system for system in systems if system != runs[0].baseline),
+        systems=tuple(systems or trained),
         groups=tuple(points[0].losses[runs[0].baseline]),
         options=flatten(runs[0].config),
         points=tuple(points),

@@ -46,6 +46,9 @@ def test_points_of_an_option_are_an_axis_and_seeds_are_one_point(tmp_path: Path)
     assert found.axes == {"model.d_model": (first, small), "select.rule": (first, rule, half)}
     assert [found.delta(p, "forward", "all") for p in (first, small, rule)] == pytest.approx([-0.15, -0.3, -0.05])
     assert found.delta(half, "forward", "from_en") is None
+    assert compare_runs(runs, ["forward"]).systems == ("forward",)
+    with pytest.raises(ValueError, match="no run has trained random beside continued; there are forward"):
+        compare_runs(runs, ["random"])
     left, right = draw(found, "all").axes
     assert list(left.get_lines()[1].get_xdata()) == [64, found.options["model.d_model"]]
     assert list(left.get_lines()[1].get_ydata()) == pytest.approx([-0.3, -0.15])
