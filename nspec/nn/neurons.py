@@ -39,15 +39,6 @@ class NeuronSet:
             self._copies.setdefault(device, NeuronSet(self.task, moved[0], moved[1], moved[2]))
         return self._copies[device]
 
-    def note_base(self, weight: Tensor, dim: int, bias: Tensor | None) -> None:
-        """What the base has there now."""
-        here = self.on(weight.device).index
-        rows = weight.detach().index_select(dim, here)
-        self.base = (rows.t() if dim == 1 else rows).contiguous().to(self.index.device)
-        if bias is not None and self.base_bias is not None:
-            self.base_bias = bias.detach().index_select(0, here).to(self.index.device)
-        self._copies = {}
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_copies": {}}
 
@@ -121,7 +112,7 @@ class TunedState(LayerState):
         content: whose rows the weight holds now; None: those of the base.
         written: that they were written by an optimiser; None where a pass has done it.
         stamps: of weight and bias when ``content`` was last known; None: nothing has looked yet.
-        base_trained: whether the weight has been trained itself since what the base has was last noted.
+        base_trained: whether the weight is trained itself, or has been.
         routed: whether a router chooses the tokens of the layer.
         batch_dim: the dimension of sentences in the layer's input, where the model says it.
         flattens: whether the model is known to flatten a batch to tokens before the layer.

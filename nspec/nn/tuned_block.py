@@ -15,6 +15,7 @@ has between its layers is open to hooks and to ``retain_grad``, which would find
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ class TunedBlock:
         activation, known = self._nspec_activation, self._nspec_known
         if activation is not known.activation or super().forward.__func__ is not known.forward:  # type: ignore[misc]
             return None
-        if _settings(self) != known.settings:
+        if _settings(self, known.names, activation) != known.settings:
             return None
         for layer in layers:
             if not isinstance(layer, TunedLayer) or _is_watched(layer) or not layer.in_place():
@@ -230,17 +231,41 @@ class _Found(NamedTuple):
     Attributes:
         activation: the module.
         forward: of the module's class.
+        names: of the attributes that its code may read; None: any.
         settings: see :func:`_settings`.
     """
 
     activation: Any
     forward: Any
-    settings: dict[str, int]
+    names: tuple[str, ...] | None
+    settings: dict[Any, int]
 
 
-def _settings(module: Any) -> dict[str, int]:
-    """Which objects a module's plain attributes are, but whether it trains."""
-    return {name: id(value) for name, value in module.__dict__.items() if name[0] != "_" and name != "training"}
+def _names_read(plain: Any) -> tuple[str, ...] | None:
+    """The names that the ``forward`` of a class reads; None where it may read others by way of other code."""
+    code = getattr(plain.forward, "__code__", None)
+    if code is None or code.co_freevars or any(hasattr(one, "co_names") for one in code.co_consts):
+        return None
+    if any(inspect.isroutine(getattr(plain, name, None)) for name in code.co_names):
+        return None
+    return tuple(code.co_names)
+
+
+def _settings(module: Any, names: tuple[str, ...] | None, activation: Any) -> dict[Any, int]:
+    """Which objects a module's plain attributes are, those of such an attribute, and those of its activation."""
+    own = (
+        module.__dict__ if names is None else {name: module.__dict__[name] for name in names if name in module.__dict__}
+    )
+    found: dict[Any, int] = {name: id(value) for name, value in own.items() if _is_setting(name)}
+    for name in [name for name in found if hasattr(own[name], "__dict__")]:
+        found |= {(name, key): id(value) for key, value in vars(own[name]).items()}
+    if isinstance(activation, nn.Module):
+        found |= {("", name): id(value) for name, value in activation.__dict__.items() if _is_setting(name)}
+    return found
+
+
+def _is_setting(name: str) -> bool:
+    return name[0] != "_" and name != "training"
 
 
 def _is_watched(module: Any) -> bool:
@@ -270,7 +295,8 @@ def tuned_block(module: Any, names: tuple[str, ...], kind: str, gated: bool) -> 
     plain: Any = type(module)
     module.__class__ = _class(plain)
     module._nspec_names, module._nspec_kind, module._nspec_gated = names, kind, gated
-    module._nspec_known = _Found(module._nspec_activation, plain.forward, _settings(module))
+    activation, read = module._nspec_activation, _names_read(plain)
+    module._nspec_known = _Found(activation, plain.forward, read, _settings(module, read, activation))
 
 
 def untuned_block(module: Any) -> None:

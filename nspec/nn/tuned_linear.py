@@ -232,7 +232,9 @@ class TunedLayer(TaskSwitched):
         return True
 
     def _base_is_trained(self) -> bool:
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        """Whether it is, or has been: from then on the base is what the weight holds, and no rows are written into it."""
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return trained or self._nspec.base_trained
 
     def is_writable(self) -> bool:
         """Whether the weight is a matrix here, neither packed nor sharded, and the layer's own.
@@ -277,18 +279,12 @@ class TunedLayer(TaskSwitched):
         """Looks whether the weight may hold something else than was noted.
 
         Averages, broadcasts, optimisers and copies write to it, or bring rows of a task along; what is written through
-        ``.data`` is not seen. The base is what it was when its neurons got parameters, or when it was last trained itself.
+        ``.data`` is not seen. The base is what it was when its neurons got parameters, unless it is trained itself.
         """
         kept, now = self._nspec, stamps((self.weight, self.bias))
-        if self._base_is_trained():
-            kept.base_trained = True  # and never holds rows of a task
-        elif kept.base_trained:
-            for one in kept.sets.values():
-                if one is not None:
-                    one.note_base(self.weight, kept.dim, self.bias)
-            kept.base_trained = False
-        elif kept.stamps is not None and kept.stamps != now:
+        if not kept.base_trained and kept.stamps not in (None, now):
             kept.content, kept.written = UNKNOWN, None
+        kept.base_trained = self._base_is_trained()
         kept.stamps = now
 
     def _writes(self, weight: Tensor, use: NeuronSet, rows: Tensor | None, bias: Tensor | None) -> list[Write]:

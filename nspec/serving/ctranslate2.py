@@ -82,16 +82,11 @@ def row_names(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known:
         known: the ids of its tokens, of language tags too.
 
     Raises:
-        ValueError: two rows have the same name, by which CTranslate2 could not tell them apart, or a token has no row.
+        ValueError: two rows have the same name, by which CTranslate2 could not tell them apart.
     """
     embeddings: Any = model.get_input_embeddings()
     tokens: Any = tokenizer.convert_ids_to_tokens(list(known))
     names = [f"<unused{row}>" for row in range(embeddings.num_embeddings)]
-    if beyond := [token for row, token in zip(known, tokens) if row >= len(names)]:
-        raise ValueError(
-            f"the tokenizer has {len(beyond)} tokens, {beyond[0]!r} the first, beyond the {len(names)} rows of the "
-            "embeddings: it is another model's, or the embeddings have to be resized (model.resize_token_embeddings)"
-        )
     for row, token in zip(known, tokens):
         names[row] = token
     if len(set(names)) < len(names):
@@ -205,7 +200,7 @@ def _why_not_windowed(model: Any) -> str:
     return (
         f"attention of this {type(model).__name__} is over a window of {window} tokens, and that of what CTranslate2 "
         f"{version()} converts it to is not the same on longer texts; {_OTHERWISE}, or, where no text is longer, set "
-        "model.config.sliding_window to None first"
+        "model.config.sliding_window to model.config.max_position_embeddings first"
     )
 
 

@@ -124,6 +124,8 @@ def _check_model(model: Any, task: str) -> None:
             f"{type(model).__name__} is no model of transformers, whose formats these are: nspec.merge(model, task) "
             "gives a plain module"
         )
+    if not isinstance(task, str):
+        raise TypeError(f"task is {task!r}, expected the name of one, such as en-de")
     layers = [module for module in model.modules() if isinstance(module, TaskSwitched)]
     if layers and task not in layers[0].tasks:  # a dense model is written as it is
         raise ValueError(f"there are no masks of task {task!r}; {nearest(task, layers[0].tasks)}")
@@ -152,6 +154,8 @@ def write(
 
     if settings.format == "ctranslate2" and tokenizer is None:
         raise ValueError("CTranslate2 needs the vocabulary: give tokenizer=, that of the model")
+    if tokenizer is not None:
+        _check_rows(model, tokenizer)
     merged: Any = plain(model, tasks[0], settings.compact)
     with quiet_transformers():
         if settings.format == "ctranslate2":
@@ -170,6 +174,17 @@ def write(
         _check_pieces(pieces, tokenizer)
         shutil.copyfile(pieces, folder / pieces.name)
     (folder / "README.md").write_text(_readme(model, merged, tasks, settings, tokenizer, folder), encoding="utf-8")
+
+
+def _check_rows(model: Any, tokenizer: Any) -> None:
+    """Raises ValueError where a token has no row of the embeddings."""
+    rows = int(model.get_input_embeddings().num_embeddings)
+    beyond = {row: token for token, row in tokenizer.get_vocab().items() if row >= rows}
+    if beyond:
+        raise ValueError(
+            f"the tokenizer has {len(beyond)} tokens, {beyond[min(beyond)]!r} the first, beyond the {rows} rows of the "
+            "embeddings: it is another model's, or the embeddings have to be resized (model.resize_token_embeddings)"
+        )
 
 
 def _names(model: Any, tokenizer: Any) -> list[str]:

@@ -266,6 +266,11 @@ def test_a_task_or_a_model_that_there_is_not_is_refused_before_anything_is_writt
     ):
         with pytest.raises(ValueError, match=said):
             nspec.export(model, task, tmp_path / "out")
+    with pytest.raises(TypeError, match="task is None, expected the name"):
+        nspec.export(update, None, tmp_path / "out")  # type: ignore[arg-type]
+    update.resize_token_embeddings(len(run.tokenizer) - 3)
+    with pytest.raises(ValueError, match="the tokenizer has 3 tokens, .* beyond the"):
+        nspec.export(update, "en-de", tmp_path / "out", tokenizer=run.tokenizer)
     assert not any(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,39 @@ def test_a_base_that_was_trained_too_stays_what_it_became_when_it_is_frozen(tmp_
     assert torch.equal(plain(nspec.despecialize(model)), wanted[None])
 
 
+def test_averages_of_a_base_that_is_trained_too_follow_it_frozen_or_not() -> None:
+    _, model = tuned(also=["0", "2"])
+    copied, average = copy.deepcopy(model).requires_grad_(False), AveragedModel(model)
+    for _ in range(3):
+        train(model, None, 1)
+        with torch.no_grad():
+            for mine, other in zip(copied.parameters(), model.parameters()):
+                mine.copy_(other)
+        for task in (None, "a"):
+            torch.testing.assert_close(output(copied, task), output(model, task), rtol=1e-12, atol=1e-12)
+    average.update_parameters(model)
+    wanted = output(model)
+    for number in (0, 2):
+        model[number].weight.requires_grad_(False)
+        model[number].bias.requires_grad_(False)
+    train(model, "a", 2)
+    average.update_parameters(model)
+    torch.testing.assert_close(output(average.module), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_a_task_that_are_copied_in_before_the_base_is_unfrozen_are_taken_out() -> None:
+    base, model = tuned()
+    train(model)
+    with nspec.task(model, "a"):
+        plain(model)
+        kept = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), kept):
+            parameter.copy_(value)
+    model[0].weight.requires_grad_(True)
+    assert torch.equal(output(model), plain(base))
+
+
 def test_a_weight_that_was_parametrised_afterwards_is_refused() -> None:
     _, model = tuned()
     parametrize.register_parametrization(model[0], "weight", nn.Identity())
@@ -173,11 +207,14 @@ class Clamped(nn.Module):
         self.down_proj = nn.Linear(16, 6, bias=False)
         self.act_fn = nn.SiLU()
         self.limit = limit
+        self.config = SimpleNamespace(scale=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         g, u = self.gate_proj(x), self.up_proj(x)
         if self.limit:
             g, u = g.clamp(max=self.limit), u.clamp(-self.limit, self.limit)
+        if self.config.scale != 1:
+            u = u * self.config.scale
         return self.down_proj(self.act_fn(g) * u)  # type: ignore[no-any-return]
 
 
@@ -201,10 +238,31 @@ def test_a_block_whose_attributes_or_class_are_changed_later_runs_its_own_code(m
         one[1].limit = 0.1
     assert torch.equal(model(inputs()), base(inputs()))
     base, model = of_clamped(0.0)
+    for one in (base, model):
+        one[1].config.scale = 2.0
+    assert torch.equal(model(inputs()), base(inputs()))
+    base, model = of_clamped(0.0)
     monkeypatch.setattr(
         Clamped, "forward", lambda self, x: 3 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     )
     assert torch.equal(model(inputs()), base(inputs()))
+
+
+def test_an_activation_whose_setting_is_changed_later_has_its_own_gradient() -> None:
+    torch.manual_seed(0)
+    block = Clamped(0.0)
+    block.act_fn = nn.GELU()
+    base = nn.Sequential(nn.Linear(6, 6), block).double()
+    model = nspec.finetune(
+        copy.deepcopy(base), nspec.NeuronMasks({"a": {"1.gate_proj": torch.arange(16) < 4}}), quiet=True
+    )
+    found = []
+    for one in (base, model):
+        one[1].act_fn.approximate = "tanh"
+        x = inputs().requires_grad_()
+        one(x).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def test_an_activation_that_differs_far_from_0_alone_is_not_taken_for_another() -> None:
