@@ -28,13 +28,14 @@ def run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_smoke_set_of_every_part_runs_and_leaves_rows_of_every_kind(tmp_path: Path) -> None:
+def test_the_smoke_set_of_several_parts_runs_and_leaves_their_rows_and_a_report(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
-    done = run("bench", "--set", "smoke", "--device", "cpu", "--out", str(tmp_path))
+    parts = ["operators", "profiling"]  # test_steps.py runs the steps
+    done = run("bench", "--set", "smoke", "--device", "cpu", "--out", str(tmp_path), "--only", *parts)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {row["kind"] for row in rows} >= {"operator", "ceiling", "step", "tasks", "profiling"}
+    assert {row["kind"] for row in rows} >= {"operator", "ceiling", "profiling"}
     assert all(row.keys() >= STAMP and row["device_type"] == "cpu" for row in rows)
     operators = [row for row in rows if row["kind"] == "operator"]
     assert {row["operator"] for row in operators} == set(OPERATORS)
@@ -46,7 +47,6 @@ def test_the_smoke_set_of_every_part_runs_and_leaves_rows_of_every_kind(tmp_path
     for row in operators:
         assert row["milliseconds"] > 0
         assert row["milliseconds_low"] <= row["milliseconds"] <= row["milliseconds_high"]
-    assert {row["system"] for row in rows if row["kind"] == "step"} == {"dense", "release", "forward", "update"}
     assert {row["way"] for row in rows if row["kind"] == "profiling"} == {"no counting", "release", "ours"}
     assert (tmp_path / "report.md").is_file()
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
