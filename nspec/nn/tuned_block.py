@@ -193,7 +193,7 @@ class TunedBlock:
             return None
         layers = self.projections()
         activation, known = self._nspec_activation, self._nspec_known
-        if activation is not known.activation or super().forward.__func__ is not known.forward:  # type: ignore[misc]
+        if activation is not known.activation or id(super().forward.__func__) != known.forward:  # type: ignore[misc]
             return None
         if _settings(self, known.names, activation) != known.settings:
             return None
@@ -230,13 +230,13 @@ class _Found(NamedTuple):
 
     Attributes:
         activation: the module.
-        forward: of the module's class.
+        forward: which function that of the module's class is; its ``id``, as not every function can be pickled.
         names: of the attributes that its code may read; None: any.
         settings: see :func:`_settings`.
     """
 
     activation: Any
-    forward: Any
+    forward: int
     names: tuple[str, ...] | None
     settings: dict[Any, int]
 
@@ -296,7 +296,7 @@ def tuned_block(module: Any, names: tuple[str, ...], kind: str, gated: bool) -> 
     module.__class__ = _class(plain)
     module._nspec_names, module._nspec_kind, module._nspec_gated = names, kind, gated
     activation, read = module._nspec_activation, _names_read(plain)
-    module._nspec_known = _Found(activation, plain.forward, read, _settings(module, read, activation))
+    module._nspec_known = _Found(activation, id(plain.forward), read, _settings(module, read, activation))
 
 
 def untuned_block(module: Any) -> None:

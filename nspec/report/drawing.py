@@ -176,9 +176,7 @@ def tree(linkage: Floats, names: Sequence[str], groups: Sequence[str], title: st
 
     figure, panels = new_figure(6.4, 1.1 + 0.22 * len(names))
     axes = panels[0]
-    with (
-        warnings.catch_warnings()
-    ):  # SciPy sets limits of no width where all masks are the same; those that hold are below
+    with warnings.catch_warnings():  # SciPy sets limits of no width where all masks are the same
         warnings.filterwarnings("ignore", "Attempting to set identical")
         hierarchy.dendrogram(linkage, labels=list(names), orientation="left", link_color_func=lambda _: INK, ax=axes)
     axes.invert_yaxis()

@@ -117,7 +117,7 @@ def export(
 
 def _check_model(model: Any, task: str) -> None:
     from nspec.nn.switched import TaskSwitched
-    from nspec.specialization.patterns import nearest
+    from nspec.specialization.tasks import unknown_task
 
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
@@ -128,7 +128,7 @@ def _check_model(model: Any, task: str) -> None:
         raise TypeError(f"task is {task!r}, expected the name of one, such as en-de")
     layers = [module for module in model.modules() if isinstance(module, TaskSwitched)]
     if layers and task not in layers[0].tasks:  # a dense model is written as it is
-        raise ValueError(f"there are no masks of task {task!r}; {nearest(task, layers[0].tasks)}")
+        raise ValueError(unknown_task(task, layers[0]))
 
 
 def write(

@@ -183,7 +183,7 @@ def check_task(
     for name in distinct:
         for layer in layers:
             if not layer.knows(name):
-                raise ValueError(_unknown(name, layer))
+                raise ValueError(unknown_task(name, layer))
     return names[0] if one else TaskBatch(names, batch_dim, flattened)
 
 
@@ -213,7 +213,8 @@ def task_name(task: Any, known: Sequence[str], sentence: int | None = None) -> s
     return known[task]
 
 
-def _unknown(name: str | None, layer: TaskSwitched) -> str:
+def unknown_task(name: str | None, layer: TaskSwitched) -> str:
+    """That a layer does not know a task, in words."""
     if name is None:
         return (
             f"some sentences have the task None, and {type(layer).__name__} layers take either a task for each sentence or "
