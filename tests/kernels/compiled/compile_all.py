@@ -13,8 +13,10 @@ Every kernel is compiled for every target, every product with all its block size
 bias, one task where several go the same way, float16 beside bfloat16) are compiled for EVERY alone; with
 ``NSPEC_COMPILE_COVERED=1`` the rules of ``test_compiled.py`` are checked for them on the other targets too.
 
-Figures are kept in ``build/compiled.json`` by what they depend on (the code of a kernel and of what it calls, its
-arguments, the target, Triton's version, and this tool), so that only what changed is compiled again.
+Figures are kept by what they depend on (the code of a kernel and of what it calls, its arguments, the target, Triton's
+version, and this tool), its ``code``: in ``build/compiled.json``, and in the snapshot. What has a code that the snapshot
+knows is taken from there, but for one kernel of each function and target, which are compiled wherever they have not been;
+``--update`` and ``--covered`` take nothing from it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -63,13 +66,13 @@ def _source(kernel: Any) -> Any:
     return ASTSource(fn=kernel.kernel, signature=signature, constexprs=kernel.constants, attrs=aligned)
 
 
-def _key(kernel: Any, target: str) -> str:
+def _code(kernel: Any, target: str) -> str:
     """A digest of everything that the figures of a kernel depend on."""
     import triton
 
-    tool = [(FOLDER / name).read_text(encoding="utf-8") for name in ("compile_all.py", "machine_code.py")]
+    tool = [inspect.getsource(_source), inspect.getsource(_compile), (FOLDER / "machine_code.py").read_text("utf-8")]
     parts = [triton.__version__, target, _source(kernel).hash(), kernel.name, kernel.options, kernel.expect, *tool]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _compile(kernel: Any, target: str) -> dict[str, Any]:
@@ -106,42 +109,58 @@ def _compile(kernel: Any, target: str) -> dict[str, Any]:
     return {**found, **machine_code.figures(kind, text)}
 
 
-def _work(share: int, workers: int, only: str, covered: bool, done: set[str]) -> None:
+def _known(kept: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures by code: what was compiled here, and with ``kept`` what the snapshot has (these without their codes)."""
+    import triton
+
+    here = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    path = snapshot(triton.__version__)
+    if not kept or not path.exists():
+        return here, {}
+    figures = [found for kernels in json.loads(path.read_text()).values() for found in kernels.values()]
+    return here, {found.pop("code"): found for found in figures if "code" in found}
+
+
+def _work(share: int, workers: int, only: str, covered: bool, kept: bool, done: set[str]) -> None:
     """In a process of its own: one line of JSON before and one after each kernel of its share."""
     kernels = [(target, f"{target}/{one.name}", one) for target in TARGETS for one in chosen(target, covered)]
     wanted = [entry for entry in kernels if only in entry[1]]
-    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    for target, name, kernel in wanted[share::workers]:
+    here, there = _known(kept)
+    probes = {(target, one.function): name for target, name, one in reversed(kernels)}
+    # Those that take long are shared out evenly.
+    order = sorted(wanted, key=lambda entry: entry[1] not in probes.values())
+    for target, name, kernel in order[share::workers]:
         if name in done:
             continue
-        key = _key(kernel, target)
-        if key not in known:
+        code = _code(kernel, target)
+        known = here.get(code) or (there.get(code) if name not in probes.values() else None)
+        if known is None:
             print(json.dumps([name, None]), flush=True)
         try:
-            result = known.get(key) or _compile(kernel, target)
+            result = known or {**_compile(kernel, target), "code": code}
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:400]}
-        print(json.dumps([name, result, key]), flush=True)
+        print(json.dumps([name, result]), flush=True)
 
 
-def _share(share: int, workers: int, only: str, covered: bool, cache: str, keys: dict[str, str]) -> dict[str, Any]:
-    """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes; notes their keys."""
+def _share(share: int, workers: int, only: str, covered: bool, kept: bool, cache: str) -> dict[str, Any]:
+    """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes."""
     # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = cache
     found: dict[str, Any] = {}
     while True:
         command = [sys.executable, __file__, "--worker", str(share), str(workers), "--only", only]
-        command += ["--done", json.dumps(list(found)), *(["--covered"] if covered else [])]
+        command += ["--done", json.dumps(list(found))]
+        command += [flag for flag, given in (("--covered", covered), ("--kept", kept)) if given]
         worker = subprocess.run(command, env=environment, capture_output=True, text=True)
         started = None
         for line in worker.stdout.splitlines():
             if line.startswith('["'):
-                name, result, *key = json.loads(line)
+                name, result = json.loads(line)
                 started = None if result else name
                 if result:
                     found[name] = result
-                    keys.update(dict.fromkeys(key, name))
         if worker.returncode == 0:
             return found
         tail = worker.stderr.strip().splitlines()[-1:]
@@ -150,22 +169,20 @@ def _share(share: int, workers: int, only: str, covered: bool, cache: str, keys:
         found[started] = {"error": f"the compiler ended the process ({worker.returncode}): {tail}"}
 
 
-def compile_all(only: str = "", covered: bool = False) -> dict[str, dict[str, Any]]:
+def compile_all(only: str = "", covered: bool = False, kept: bool = True) -> dict[str, dict[str, Any]]:
     """Figures of every kernel, by target and name; ``{"error": ...}`` for one that does not compile."""
     workers = min(os.cpu_count() or 1, 8)
-    keys: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        shares = list(pool.map(lambda share: _share(share, workers, only, covered, cache, keys), range(workers)))
+        shares = list(pool.map(lambda share: _share(share, workers, only, covered, kept, cache), range(workers)))
     figures: dict[str, dict[str, Any]] = {target: {} for target in TARGETS}
     for name, found in sorted(entry for share in shares for entry in share.items()):
         target, kernel = name.split("/", 1)
         figures[target][kernel] = found
-    everything = {name: found for share in shares for name, found in share.items()}
     others = json.loads(KNOWN.read_text()) if only and KNOWN.exists() else {}
-    kept = {key: everything[name] for key, name in keys.items() if "error" not in everything[name]}
+    here = {one["code"]: one for kernels in figures.values() for one in kernels.values() if "code" in one}
     KNOWN.parent.mkdir(exist_ok=True)
     part = KNOWN.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(others | kept))
+    part.write_text(json.dumps(others | here))
     part.replace(KNOWN)
     return figures
 
@@ -189,13 +206,14 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write the snapshot of this Triton version")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose target/operator/name contains this")
     parser.add_argument("--covered", action="store_true", help="also kernels that others cover, for every target")
+    parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # its number, and of how many
     parser.add_argument("--done", default="[]", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work(*options.worker, options.only, options.covered, set(json.loads(options.done)))
+        _work(*options.worker, options.only, options.covered, options.kept, set(json.loads(options.done)))
         return
-    figures = compile_all(options.only, options.covered)
+    figures = compile_all(options.only, options.covered, kept=not options.update and not options.covered)
     if not options.update:
         print(_dump(figures), end="")
         return

@@ -141,6 +141,8 @@ def test_figures_are_those_that_were_looked_at(compiled: dict[str, dict[str, Any
     if not path.exists():
         pytest.skip(f"no figures of Triton {version} are kept: only the rules were checked")
     kept = json.loads(path.read_text())
+    for found in (one for figures in (kept, compiled) for kernels in figures.values() for one in kernels.values()):
+        found.pop("code", None)  # what the figures are of, and no figure
     if COVERED:  # the snapshot has not all of them
         compiled = {t: {n: f for n, f in kernels.items() if n in kept[t]} for t, kernels in compiled.items()}
     changed = {
