@@ -140,7 +140,12 @@ class LassConfig:
 @dataclass
 class AdaptersConfig:
     bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder", least=1, most=65536)
-    lr: float = option(1e-3, "highest learning rate; the model itself is frozen", above=0, most=1000)
+    lr: float = option(
+        1e-3,
+        "highest learning rate where the model itself is frozen; adapters+shared has specialize.lr",
+        above=0,
+        most=1000,
+    )
     families: str = option(
         "branch",
         "of adapters_family: branch (Germanic, Romance, ...), family (Indo-European, ...) or ec30 (the five groups of that "

@@ -24,6 +24,8 @@ _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated b
 NSPEC_FILE = "nspec.json"
 NEURONS = ("neurons", "neurons+shared")
 """Names of :class:`Neurons`, over frozen weights and over weights that are trained too."""
+ADAPTERS = ("adapters", "adapters+shared")
+"""The same of :class:`Adapters`."""
 _MASKS, _WEIGHT_MASKS, _HEAD_MASKS = "masks", "weight_masks", "head_masks"  # folders beside it
 
 
@@ -117,20 +119,21 @@ class NeuronSpecialization(Method):
 
 
 class Adapters(Method):
-    """Bottlenecks after each layer, one set for each group of directions; the model itself is frozen.
+    """Bottlenecks after each layer, one set for each group of directions.
 
     Args:
         groups: task -> name of its group.
         bottleneck: their width.
         seed: of their initialisation.
+        shared: whether the dense weights are trained on too, by all directions; else they are frozen.
     """
 
-    name = "adapters"
     leaves_parameters = True
     has_weights = True
 
-    def __init__(self, groups: Mapping[str, str], bottleneck: int, seed: int = 0) -> None:
-        self.groups, self.bottleneck, self.seed = dict(groups), bottleneck, seed
+    def __init__(self, groups: Mapping[str, str], bottleneck: int, seed: int = 0, shared: bool = False) -> None:
+        self.groups, self.bottleneck, self.seed, self.shared = dict(groups), bottleneck, seed, shared
+        self.name = ADAPTERS[shared]
 
     @property
     def tasks(self) -> list[str]:
@@ -142,7 +145,8 @@ class Adapters(Method):
 
     def attach(self, model: nn.Module) -> None:
         adapters.add_adapters(model, self.groups, self.bottleneck, seed=self.seed)
-        adapters.freeze_all_but_adapters(model)
+        if not self.shared:
+            adapters.freeze_all_but_adapters(model)
 
     def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:
         widths = {shape[0] for name, shape in stored.items() if ".adapters." in name and name.endswith(".down.weight")}
@@ -292,12 +296,13 @@ def load_method(folder: Path) -> Method | None:
             return Heads(nspec.NeuronMasks.load(file.parent / _HEAD_MASKS))
         if described.get("method") == Lass.name:
             return Lass(lass.WeightMasks.load(file.parent / _WEIGHT_MASKS))
-        if described.get("method") == Adapters.name and _fits_adapters(described):
-            return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0)
+        if described.get("method") in ADAPTERS and _fits_adapters(described):
+            shared = described["method"] == ADAPTERS[1]
+            return Adapters(described["groups"], described["bottleneck"], described.get("seed") or 0, shared)
     raise ValueError(
         f'{file} is {repr(described)[:200]}; expected {{"mode": "forward"}}, with "silent": true or without, {{"mode": '
-        f'"update"}}, or the method adapters (with groups, names by direction, and bottleneck, from 1 to {_WIDEST}), '
-        f"weight_masks, heads, {' or '.join(NEURONS)}"
+        f'"update"}}, or the method {" or ".join(ADAPTERS)} (with groups, names by direction, and bottleneck, from 1 to '
+        f"{_WIDEST}), weight_masks, heads, {' or '.join(NEURONS)}"
     )
 
 

@@ -42,6 +42,7 @@ COLOURS = {
     "random_heads": "#d9a0aa",
     "lass": "#d55e00",
     "adapters": "#56b4e9",
+    "adapters+shared": "#2a7fb0",
     "adapters_family": "#7f7fd0",
     "finetuned": "#b8a200",
     "bilingual": "#8a5a2b",

@@ -47,7 +47,8 @@ SYSTEMS = {
         "Adapters per direction",
         "the dense model is frozen; small layers for each direction are trained in it",
     ),
-    "adapters_family": ("Adapters per family", "the same with one set for the directions of a language family"),
+    "adapters+shared": ("Adapters, shared weights too", "the same, and the weights of the dense model train on"),
+    "adapters_family": ("Adapters per family", "adapters with one set for the directions of a language family"),
     "finetuned": ("Fine-tuned models", "one model for each direction, trained on from dense with that direction alone"),
     "bilingual": ("Bilingual models", "one model for each direction, trained from scratch with that direction alone"),
     "pcgrad": (
@@ -73,6 +74,7 @@ PLURAL = {
     "heads",
     "random_heads",
     "adapters",
+    "adapters+shared",
     "adapters_family",
     "finetuned",
     "bilingual",

@@ -46,8 +46,9 @@ class RunConfig(PlaceConfig):
         "(the neurons of each direction get parameters of their own; the rest is frozen, or trains on too), heads (of "
         "attention, those that matter most to each direction) and random_heads (as many, at random), lass (masks of single "
         "weights), adapters and adapters_family (a bottleneck for each direction or language family, the rest "
-        "frozen); pcgrad and gradvac (gradient surgery between the directions of an update), temperature and curriculum (a "
-        "temperature that changes, easy sentences first) and reptile (meta-updates first), all dense; and finetuned "
+        "frozen), adapters+shared (for each direction, the rest trains on too); pcgrad and gradvac (gradient surgery "
+        "between the directions of an update), temperature and curriculum (a temperature that changes, easy sentences "
+        "first) and reptile (meta-updates first), all dense; and finetuned "
         "(from dense) and bilingual (from new weights), a model for each direction",
     )
     variants: list[str] = option(

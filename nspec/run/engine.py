@@ -84,7 +84,7 @@ def _obstacle(config: Config) -> str:
     from nspec.mt.plain import ADAPTERS
 
     for system in system_names(config):
-        if system_of(config, system).method == "adapters":
+        if system_of(config, system).method.startswith("adapters"):
             return f"the system {system} cannot be converted: {ADAPTERS}"
     path = Path(config.run.folder) / "systems" / "dense" / "model" / "config.json"
     if path.is_file():

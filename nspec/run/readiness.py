@@ -42,7 +42,7 @@ def check_model(config: Config, model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]):
             if methods & {"masks", "neurons", "neurons+shared"}:
                 _try_masks(config, model)
-            if "adapters" in methods:
+            if methods & {"adapters", "adapters+shared"}:
                 adapters.add_adapters(model, {"any": "any"}, 1)
                 adapters.remove_adapters(model)
             if "weight_masks" in methods:
@@ -104,7 +104,7 @@ def check_score(config: Config) -> None:
 def check_adapters(config: Config, tasks: list[str]) -> None:
     """Raises ValueError where adapters of language families have a language without one."""
     for system in trained_systems(config):
-        if system_of(config, system).method == "adapters":
+        if system_of(config, system).method.startswith("adapters"):
             from nspec.run.train_systems import adapter_groups
 
             adapter_groups(system, config, tasks)

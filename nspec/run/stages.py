@@ -289,7 +289,7 @@ def _training(config: Config, system: str) -> Stage:
         masks = weight_masks_folder(config, system)
         inputs += (f"{masks}/weight_masks.*",)
         after.append(stage_name("weight_masks", masks))
-    elif kind.method == "adapters":
+    elif kind.method.startswith("adapters"):
         options += ("adapters",)
     elif kind.scratch:
         options = ("model", *_but_updates("train"), "bilingual", "run.seed", *_length(own, "train"))

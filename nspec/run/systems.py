@@ -18,9 +18,11 @@ from nspec.options import show
 from nspec.run.config import Config
 from nspec.run.yaml import expand_paths, flatten, set_option
 
-MadeBy = Literal["", "masks", "neurons", "neurons+shared", "heads", "adapters", "weight_masks", "each"]
+MadeBy = Literal[
+    "", "masks", "neurons", "neurons+shared", "heads", "adapters", "adapters+shared", "weight_masks", "each"
+]
 """What makes a system: nothing (a dense model), neuron masks, neurons with parameters of their own (over frozen or trained
-weights), masks of attention heads, adapters, masks of single weights, a model for each direction."""
+weights), masks of attention heads, adapters (likewise), masks of single weights, a model for each direction."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ SYSTEMS: dict[str, System] = {
     "random_heads": System("heads", drawn=True),
     "lass": System("weight_masks"),
     "adapters": System("adapters"),
+    "adapters+shared": System("adapters+shared"),
     "adapters_family": System("adapters"),
     "finetuned": System("each"),
     "bilingual": System("each", scratch=True),

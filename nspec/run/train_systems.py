@@ -87,9 +87,10 @@ def _method(
         return methods.Heads(nspec.random_masks(heads, own.run.seed) if kind.drawn else heads), dense
     if kind.method == "weight_masks":
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
-    if kind.method == "adapters":
-        adapters = methods.Adapters(adapter_groups(system, config, data.tasks), own.adapters.bottleneck, own.run.seed)
-        return adapters, dataclasses.replace(dense, lr=own.adapters.lr)
+    if kind.method in methods.ADAPTERS:
+        groups, shared = adapter_groups(system, config, data.tasks), kind.method == methods.ADAPTERS[1]
+        adapters = methods.Adapters(groups, own.adapters.bottleneck, own.run.seed, shared)
+        return adapters, dense if shared else dataclasses.replace(dense, lr=own.adapters.lr)
     return None, dense
 
 

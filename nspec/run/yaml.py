@@ -39,7 +39,7 @@ SECTIONS = {
     "finetune": "fine-tuning on one direction alone: the system finetuned, and the first step of lass",
     "heads": "the systems heads and random_heads: which attention heads a direction keeps, by their importance to its loss",
     "lass": "the system lass (Lin et al. 2021): which weights it keeps",
-    "adapters": "the systems adapters and adapters_family (Bapna and Firat 2019)",
+    "adapters": "the systems adapters, adapters+shared and adapters_family (Bapna and Firat 2019)",
     "bilingual": "the system bilingual: a model for each direction",
     "surgery": "the systems pcgrad (Yu et al. 2020) and gradvac (Wang et al. 2021), trained as specialize says",
     "curriculum": "the systems temperature and curriculum (Platanios et al. 2019), trained as specialize says",

@@ -15,7 +15,17 @@ from toy_translation import Toy, run_options
 import nspec
 from nspec.analysis.heads import attention_layers
 from nspec.baselines import lass
-from nspec.mt.methods import NEURONS, Adapters, Heads, Lass, Method, Neurons, NeuronSpecialization, load_method
+from nspec.mt.methods import (
+    ADAPTERS,
+    NEURONS,
+    Adapters,
+    Heads,
+    Lass,
+    Method,
+    Neurons,
+    NeuronSpecialization,
+    load_method,
+)
 from nspec.mt.model import load_system
 from nspec.mt.training.loop import Loop
 from nspec.mt.training.train import train_system
@@ -23,13 +33,13 @@ from nspec.mt.training.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["forward", "silent", "update", "adapters", "lass", "heads", "neurons", "neurons+shared"]
+NAMES = ["forward", "silent", "update", "adapters", "adapters+shared", "lass", "heads", "neurons", "neurons+shared"]
 
 
 def method_of(toy: Toy, name: str) -> Method:
     tasks = toy.data.tasks
-    if name == "adapters":
-        return Adapters({task: task[:2] for task in tasks}, bottleneck=4, seed=3)
+    if name in ADAPTERS:
+        return Adapters({task: task[:2] for task in tasks}, 4, seed=3, shared=name == "adapters+shared")
     if name == "lass":
         kept = {task: lass.magnitude_masks(toy.model(seed=seed), 0.5) for seed, task in enumerate(tasks)}
         return Lass(lass.WeightMasks(kept))
@@ -82,6 +92,14 @@ def test_a_loaded_system_computes_what_the_trained_one_did(toy: Toy, name: str, 
             assert torch.equal(logits, expected(input_ids=ids, decoder_input_ids=ids).logits)
             outputs.append(logits)
     assert name == "update" or not torch.equal(outputs[0], outputs[-1])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_trained_alone_or_with_the_weights_that_they_stand_in(toy: Toy, name: str, tmp_path: Path) -> None:
+    stored, dense = train(toy, name, tmp_path, 2), toy.model(toy.config(updates=2)).state_dict()
+    same = {key: torch.equal(value, stored[key]) for key, value in dense.items() if key in stored}
+    assert any(same.values()) != (name == "adapters+shared")
+    assert any(bool(value.any()) for key, value in stored.items() if key.endswith(".up.weight"))
 
 
 @pytest.mark.parametrize("name", NEURONS)
