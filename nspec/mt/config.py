@@ -52,14 +52,16 @@ class SelectConfig:
         "most active share of each layer; specific: that with the highest ratio to the other directions' frequency; "
         "random: a share of each layer drawn at random, the control of the others; loss: as share, with the smallest k of "
         "the grid, for each direction and part of the model, whose masks alone, without training, raise its validation "
-        "loss by no more than the tolerance (on as many sentences as profile.sentences says)",
-        ("share", "lape", "top", "specific", "random", "loss"),
+        "loss by no more than the tolerance (on as many sentences as profile.sentences says); conflict: the share of the "
+        "whole model's neurons whose parameters the direction would train most differently from what all do together "
+        "(by gradients on the text of profile.split, likewise)",
+        ("share", "lape", "top", "specific", "random", "loss", "conflict"),
     )
     like: str = option(
         "",
         "of the rule random: another rule, which then says how many neurons of each direction and layer are drawn; empty: "
         "a share",
-        ("", "share", "lape", "top", "specific", "loss"),
+        ("", "share", "lape", "top", "specific", "loss", "conflict"),
     )
     tolerance: float = option(
         0.01, "of the rule loss: by how much the loss may rise, in nats per target token", least=0, most=100
@@ -89,7 +91,10 @@ class SelectConfig:
         0.01, "of the rule lape: share of all neurons that is kept for one direction or several", above=0, most=1
     )
     share: float = option(
-        0.01, "of the rules top, specific and random: share of a layer's neurons, at least one of them", above=0, most=1
+        0.01,
+        "of the rules top, specific and random: share of a layer's neurons, at least one of them; of conflict: of all",
+        above=0,
+        most=1,
     )
     layers: list[str] = option(
         [],
@@ -142,7 +147,7 @@ class AdaptersConfig:
     bottleneck: int = option(64, "width of an adapter, after each layer of encoder and decoder", least=1, most=65536)
     lr: float = option(
         1e-3,
-        "highest learning rate where the model itself is frozen; adapters+shared has specialize.lr",
+        "highest learning rate of adapters; the model itself is frozen, or has specialize.lr (adapters+shared)",
         above=0,
         most=1000,
     )

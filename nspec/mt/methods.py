@@ -19,6 +19,7 @@ from nspec.baselines import adapters, heads, lass
 from nspec.baselines.lass import kept_weights_only
 from nspec.files import read_json, write_json
 from nspec.nn.masked_linear import MODES, Mode
+from nspec.tuning.layers import parameters_of
 
 _WIDEST = 1 << 20  # of an adapter: more is no adapter, and would be allocated before anything else notices
 NSPEC_FILE = "nspec.json"
@@ -39,6 +40,7 @@ class Method(ABC):
         by_rows: RowSparseAdamW has rows to leave alone.
         leaves_parameters: a step trains only a part of the parameters, which DistributedDataParallel must be told.
         has_weights: it brings parameters of its own, which stand with those of the model.
+        lr: highest learning rate of these; 0: that of the others.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Method(ABC):
     by_rows = False
     leaves_parameters = False
     has_weights = False
+    lr = 0.0
 
     @property
     @abstractmethod
@@ -58,6 +61,10 @@ class Method(ABC):
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
         """Changes a dense model in place, so that ``nspec.task`` switches it."""
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Those that it has brought to a model."""
+        return []
 
     def stepping(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, tasks: Iterable[str]
@@ -126,13 +133,16 @@ class Adapters(Method):
         bottleneck: their width.
         seed: of their initialisation.
         shared: whether the dense weights are trained on too, by all directions; else they are frozen.
+        lr: see :class:`Method`.
     """
 
     leaves_parameters = True
     has_weights = True
 
-    def __init__(self, groups: Mapping[str, str], bottleneck: int, seed: int = 0, shared: bool = False) -> None:
-        self.groups, self.bottleneck, self.seed, self.shared = dict(groups), bottleneck, seed, shared
+    def __init__(
+        self, groups: Mapping[str, str], bottleneck: int, seed: int = 0, shared: bool = False, lr: float = 0.0
+    ) -> None:
+        self.groups, self.bottleneck, self.seed, self.shared, self.lr = dict(groups), bottleneck, seed, shared, lr
         self.name = ADAPTERS[shared]
 
     @property
@@ -147,6 +157,9 @@ class Adapters(Method):
         adapters.add_adapters(model, self.groups, self.bottleneck, seed=self.seed)
         if not self.shared:
             adapters.freeze_all_but_adapters(model)
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return adapters.adapter_parameters(model)
 
     def check(self, folder: Path, stored: Mapping[str, Sequence[int]]) -> None:
         widths = {shape[0] for name, shape in stored.items() if ".adapters." in name and name.endswith(".down.weight")}
@@ -233,13 +246,14 @@ class Neurons(Method):
     Args:
         masks: the neurons of each direction.
         shared: whether the dense weights are trained on too, by all directions; else they are frozen.
+        lr: see :class:`Method`.
     """
 
     leaves_parameters = True
     has_weights = True
 
-    def __init__(self, masks: nspec.NeuronMasks, shared: bool = False) -> None:
-        self.masks, self.shared = masks, shared
+    def __init__(self, masks: nspec.NeuronMasks, shared: bool = False, lr: float = 0.0) -> None:
+        self.masks, self.shared, self.lr = masks, shared, lr
         self.name = NEURONS[shared]
 
     @property
@@ -261,6 +275,9 @@ class Neurons(Method):
         if self.shared:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return list(parameters_of(model))
 
     def save(self, folder: Path) -> None:
         self.masks.save(folder / _MASKS)

@@ -155,6 +155,8 @@ def selection_sentence(select: SelectConfig) -> str:
         "loss": "For each direction, a layer keeps the fewest feed-forward neurons that carry a share k of its "
         f"activations, with the smallest k for each {'layer' if select.by == 'layer' else 'side (encoder, decoder)'} "
         f"whose masks alone, without training, raise the validation loss by at most {select.tolerance:g} nats per token.",
+        "conflict": f"Of the whole model each direction keeps the {part} whose parameters it would train most differently "
+        "from what all directions do together, by the gradients of its loss and of theirs.",
         "random": f"For each direction, the {part} are drawn at random in each layer.",
     }[select.sized_by]
     drawn = "As many neurons are drawn at random as this rule keeps: "

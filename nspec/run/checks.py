@@ -153,6 +153,21 @@ def check_layers(config: Config, names: list[str]) -> None:
                     f"select.rule of {system}: loss says what masking does, and nothing is masked where neurons get "
                     "parameters of their own; take another rule"
                 )
+        if select.sized_by == "conflict" and config_of(config, system).profile.path:
+            raise ValueError(
+                f"profile.path of {system}: select.rule conflict takes gradients on the run's own text; leave it out, or "
+                "take another rule"
+            )
+
+
+def _neurons_lr(config: Config) -> None:
+    """A learning rate of neurons in a variant that has none of its own."""
+    for system, variant in variants_of(config).items():
+        if "specialize.neurons_lr" in variant.overrides and not system_of(config, system).method.startswith("neurons"):
+            raise ValueError(
+                f"specialize.neurons_lr of {system}: no neurons have parameters of their own in it; make it an option of "
+                "neurons or neurons+shared, or give specialize.lr"
+            )
 
 
 def _silent(config: Config) -> None:
@@ -262,6 +277,7 @@ def validate(config: Config) -> None:
         except ValueError as error:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _silent(config)
+    _neurons_lr(config)
     _layers(config)
     _recipes(config)
     primary_of(config)

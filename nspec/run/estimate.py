@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nspec.mt.training.config import TrainConfig
 from nspec.run.config import Config
-from nspec.run.systems import config_of, system_of
+from nspec.run.systems import MEASURED, config_of, system_of
 from nspec.terminal import duration
 
 if TYPE_CHECKING:
@@ -123,9 +123,10 @@ def estimate(config: Config, data: PreparedData, stages: Iterable[str], speed: S
             seconds = sum(tokens.values()) * speed.token
         elif verb == "head_masks":
             seconds = 3 * sum(tokens.values()) * speed.token  # with a backward pass
-        elif verb == "select" and (select := config_of(config, system).select).sized_by == "loss":
+        elif verb == "select" and (select := config_of(config, system).select).sized_by in MEASURED:
             parts = 2 if select.by == "half" else own.model.encoder_layers + own.model.decoder_layers
-            seconds = (1 + parts * len(select.grid) / 2) * sum(tokens.values()) * speed.token
+            passes = 6 if select.sized_by == "conflict" else 1 + parts * len(select.grid) / 2  # 6: twice, and backward
+            seconds = passes * sum(tokens.values()) * speed.token
         elif verb == "evaluate":
             seconds = sizes["test"] * speed.sentence
         else:

@@ -120,7 +120,7 @@ def check_rules(config: Config, tasks: list[str]) -> None:
 
             for task in tasks:
                 way_of(task, config.corpus.pivot)
-        if rule in ("lape", "specific") and len(tasks) == 1:
+        if rule in ("lape", "specific", "conflict") and len(tasks) == 1:
             option = "rule" if rule == select.rule else "like"
             raise ValueError(
                 f"select.{option} of {system} is {rule}, which compares directions, and the run has {tasks[0]} alone: take "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,18 @@ from nspec.files import write_json
 from nspec.mt.config import PARTS, SelectConfig
 from nspec.mt.languages import languages_of_task
 from nspec.mt.masked_loss import MaskedLoss
+from nspec.mt.neuron_conflict import neuron_conflict
 from nspec.mt.text.prepared import PreparedData
 from nspec.run.config import Config
 from nspec.run.loss_rule import CHOSEN, ByLoss
 from nspec.run.systems import SELECT_USES
+from nspec.specialization.ranking import largest
 from nspec.terminal import Display
+
+Conflict = Mapping[str, Mapping[str, torch.Tensor]]
+_NO_CONFLICT = (
+    "select.rule conflict: no neuron of {} would train better apart from the other directions; take another rule"
+)
 
 
 def way_of(task: str, pivot: str) -> str:
@@ -44,6 +52,7 @@ def select_neurons(
     pivot: str,
     seed: int = 0,
     by_loss: ByLoss | None = None,
+    conflict: Conflict | None = None,
 ) -> nspec.NeuronMasks:
     """The masks of the directions, without the layers in which no direction is specialised.
 
@@ -53,6 +62,7 @@ def select_neurons(
         pivot: of the run's directions; needed with a k for single parts of the model.
         seed: of the rule random.
         by_loss: measures losses for the rule loss.
+        conflict: of each direction at each neuron, for the rule conflict.
 
     Raises:
         ValueError: a pattern that matches no layer, a direction without a part, no layer that is left, or what
@@ -73,6 +83,11 @@ def select_neurons(
         if by_loss is None:
             raise ValueError("select.rule loss measures the dense model: give by_loss")
         masks = by_loss.select(counts, select)
+    elif rule == "conflict":
+        if conflict is None:
+            raise ValueError("select.rule conflict measures the dense model: give conflict")
+        values = {task: {layer: conflict[task][layer] for layer in counts.layers} for task in counts.tasks}
+        masks = largest(values, Fraction(repr(select.share)), by_layer=False, none=_NO_CONFLICT)
     elif rule == "share" and select.parts:
         masks = _by_parts(counts, select, pivot)
     else:
@@ -116,7 +131,7 @@ def select_into(
         folder: where the masks go.
         counts: the folder with the activation counts.
         config: of the system.
-        dense: loads the dense model, for the rule loss.
+        dense: loads the dense model, for the rules loss and conflict.
         data: loads the prepared text, likewise.
         display: is told how many neurons are kept, and shows progress.
 
@@ -125,12 +140,17 @@ def select_into(
     """
     found, select = nspec.ActivationCounts.load(counts), config.select
     measured: ByLoss | None = None
+    conflict: Conflict | None = None
     with warnings.catch_warnings(record=True) as said, ExitStack() as shown:
         warnings.simplefilter("always", UserWarning)
         if select.sized_by == "loss":
             loss = MaskedLoss(dense(), data(), config.train.batch_tokens, config.profile.sentences)
             measured = ByLoss(loss, shown.enter_context(display.bar("select", "parts")))
-        masks = select_neurons(found, select, config.corpus.pivot, config.run.seed, measured)
+        elif select.sized_by == "conflict":
+            progress = shown.enter_context(display.bar("select", "directions"))
+            text = config.profile.split, config.profile.sentences
+            conflict = neuron_conflict(dense(), data(), config.train.batch_tokens, *text, progress)
+        masks = select_neurons(found, select, config.corpus.pivot, config.run.seed, measured, conflict)
     for warning in said:
         display.line(f"  {warning.message}")
     masks.save(folder)

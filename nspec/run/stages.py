@@ -15,6 +15,7 @@ from nspec.mt.training.config import TrainConfig
 from nspec.mt.training.recipe import SECTIONS
 from nspec.run.config import Config
 from nspec.run.systems import (
+    MEASURED,
     config_of,
     finetuned_system,
     heads_folder,
@@ -223,8 +224,8 @@ def _masks(config: Config) -> list[Stage]:
         needs, read = ["select"], [f"{counts}/counts.*"]
         if own_select.rule == "random":
             needs.append("run.seed")
-        if own_select.sized_by == "loss":
-            needs.append("profile.sentences")
+        if own_select.sized_by in MEASURED:
+            needs += ["profile.sentences", *(["profile.split"] if own_select.sized_by == "conflict" else [])]
             read += profiled
         stages.setdefault(
             select,

@@ -94,8 +94,12 @@ SELECT_USES = {
     "specific": ("share",),
     "random": ("share",),
     "loss": ("tolerance", "grid", "by"),
+    "conflict": ("share",),
 }
 """The numbers of the section ``select`` that each ``select.rule`` uses; ``random`` those of ``select.like``, if given."""
+
+MEASURED = ("loss", "conflict")
+"""The rules that run the dense model on validation text, beside its activation counts."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 _OPTION = r"[a-z_]+\.[a-z_]+=(?:\[.*?\](?!\S)|\S+)"  # a list may hold spaces

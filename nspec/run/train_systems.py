@@ -78,7 +78,8 @@ def _method(
         place = masks_folder(config, system)
         assert place is not None
         if kind.method in methods.NEURONS:
-            return methods.Neurons(nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]), dense
+            masks, shared = nspec.NeuronMasks.load(run / place), kind.method == methods.NEURONS[1]
+            return methods.Neurons(masks, shared, own.specialize.neurons_lr), dense
         assert kind.mode
         masks = on_side(nspec.NeuronMasks.load(run / place), kind.side)
         return methods.NeuronSpecialization(masks, kind.mode, own.specialize.silent), settings
@@ -89,8 +90,8 @@ def _method(
         return methods.Lass(lass.WeightMasks.load(run / weight_masks_folder(config, system))), dense
     if kind.method in methods.ADAPTERS:
         groups, shared = adapter_groups(system, config, data.tasks), kind.method == methods.ADAPTERS[1]
-        adapters = methods.Adapters(groups, own.adapters.bottleneck, own.run.seed, shared)
-        return adapters, dense if shared else dataclasses.replace(dense, lr=own.adapters.lr)
+        width, lr = own.adapters.bottleneck, own.adapters.lr
+        return methods.Adapters(groups, width, own.run.seed, shared, lr), dense
     return None, dense
 
 

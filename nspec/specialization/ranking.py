@@ -28,7 +28,7 @@ def top(counts: ActivationCounts | NeuronScores, share: Fraction, by_layer: bool
         values: Mapping[str, Mapping[str, Tensor]] = counts  # of as many tokens each
     else:
         values = counts.rates() if isinstance(counts, ActivationCounts) else counts.means()
-    return _largest(values, share, by_layer)
+    return largest(values, share, by_layer)
 
 
 def specific(counts: ActivationCounts, share: Fraction, by_layer: bool) -> NeuronMasks:
@@ -73,7 +73,7 @@ def specific(counts: ActivationCounts, share: Fraction, by_layer: bool) -> Neuro
                 )
             ratio = own / torch.stack(others).mean(0)
             ratios[task][layer] = ratio.masked_fill_(count == 0, 0)
-    return _largest(ratios, share, by_layer)
+    return largest(ratios, share, by_layer)
 
 
 def number_of(share: Fraction, width: int) -> int:
@@ -81,8 +81,20 @@ def number_of(share: Fraction, width: int) -> int:
     return max(1, int(share * width + Fraction(1, 2)))
 
 
-def _largest(values: Mapping[str, Mapping[str, Tensor]], share: Fraction, by_layer: bool) -> NeuronMasks:
-    """For each task the largest values, of those above 0; ties go to the earlier layer, then to the lower index."""
+_SILENT = "profile it on text that is not empty, or check the model (weights that are not trained)"
+
+
+def largest(
+    values: Mapping[str, Mapping[str, Tensor]],
+    share: Fraction,
+    by_layer: bool,
+    none: str = f"nothing fired in any layer for task {{}}: {_SILENT}",
+) -> NeuronMasks:
+    """For each task the largest values, of those above 0; ties go to the earlier layer, then to the lower index.
+
+    Raises:
+        ValueError: a task has none above 0: with the text ``none``, in which ``{}`` is the task.
+    """
     masks = {}
     for task, layers in values.items():
         if by_layer:
@@ -92,10 +104,7 @@ def _largest(values: Mapping[str, Mapping[str, Tensor]], share: Fraction, by_lay
             parts = _first(whole, number_of(share, len(whole))).split([len(value) for value in layers.values()])
             masks[task] = dict(zip(layers, parts))
         if not any(bool(mask.any()) for mask in masks[task].values()):
-            raise ValueError(
-                f"nothing fired in any layer for task {task}: profile it on text that is not empty, or check the model "
-                "(weights that are not trained)"
-            )
+            raise ValueError(none.format(task))
     return NeuronMasks(masks)
 
 

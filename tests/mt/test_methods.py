@@ -27,7 +27,8 @@ from nspec.mt.methods import (
     load_method,
 )
 from nspec.mt.model import load_system
-from nspec.mt.training.loop import Loop
+from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.loop import Loop, build_optimizer
 from nspec.mt.training.train import train_system
 from nspec.mt.training.validation import Validator
 
@@ -100,6 +101,19 @@ def test_adapters_are_trained_alone_or_with_the_weights_that_they_stand_in(toy: 
     same = {key: torch.equal(value, stored[key]) for key, value in dense.items() if key in stored}
     assert any(same.values()) != (name == "adapters+shared")
     assert any(bool(value.any()) for key, value in stored.items() if key.endswith(".up.weight"))
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, *NEURONS])
+def test_what_a_method_brings_may_have_a_learning_rate_of_its_own(toy: Toy, name: str) -> None:
+    method, model = method_of(toy, name), toy.model()
+    dense = {id(parameter) for parameter in model.parameters()}
+    method.attach(model)
+    for rate in (0.0, 0.3):
+        method.lr = rate
+        groups = build_optimizer(model, TrainConfig(lr=0.1), method).param_groups
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        assert rates.keys() == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert all(lr == (0.1 if key in dense else rate or 0.1) for key, lr in rates.items())
 
 
 @pytest.mark.parametrize("name", NEURONS)

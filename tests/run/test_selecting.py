@@ -48,6 +48,40 @@ def test_each_of_the_four_parts_has_its_own_k() -> None:
             assert torch.equal(found[task][layer], want[task][layer])
 
 
+def test_the_rule_conflict_takes_its_share_of_the_whole_model_and_none_that_is_trained_along() -> None:
+    generator = torch.Generator().manual_seed(3)
+    conflict = {t: {name: torch.randn(40, generator=generator) for name in (ENCODER, DECODER)} for t in TASKS}
+    for task in TASKS:
+        conflict[task][DECODER] += 1  # where most of it is
+    conflict["en-fr"] = {name: -value.abs() for name, value in conflict["en-fr"].items()}
+    conflict["en-fr"][ENCODER][[4, 9]] = 1.0
+    apart = "a = neurons+shared select.rule=conflict select.share=0.2"
+    found = config(apart, "b = update select.rule=random select.like=conflict select.share=0.2")
+    validate(found)
+    stages = {stage.name: stage for stage in stages_of(found)}
+    assert "systems/dense/model/*.safetensors" in stages["select:b"].inputs
+    masks = select_neurons(counts(), config_of(found, "a").select, "en", conflict=conflict)
+    for task in TASKS[:2]:
+        values = torch.cat([conflict[task][ENCODER], conflict[task][DECODER]])
+        kept = torch.cat([masks[task][ENCODER], masks[task][DECODER]])
+        assert int(kept.sum()) == 16
+        assert values[kept].min() > values[~kept].max()
+    assert masks["en-fr"][ENCODER].nonzero().flatten().tolist() == [4, 9]
+    assert not masks["en-fr"][DECODER].any()
+    select = config_of(found, "b").select
+    assert select_neurons(counts(), select, "en", conflict=conflict).density() == masks.density()
+    conflict["en-fr"][ENCODER][[4, 9]] = -1.0
+    with pytest.raises(ValueError, match="no neuron of en-fr would train better apart"):
+        select_neurons(counts(), select, "en", conflict=conflict)
+    found.profile.path = "news"
+    with pytest.raises(
+        ValueError, match="profile.path of a: select.rule conflict takes gradients on the run's own text"
+    ):
+        validate(found)
+    with pytest.raises(ValueError, match="conflict, which compares directions, and the run has en-de alone"):
+        check_rules(found, ["en-de"])
+
+
 def test_the_decoder_out_of_the_pivot_alone_is_one_line() -> None:
     found = of_variant("forward_decoder select.k_from_decoder=0.7 select.k_to_decoder=1")
     whole = "select.k_from_encoder=1 select.k_to_encoder=1 select.k_to_decoder=1"
@@ -123,6 +157,12 @@ def test_silent_neurons_are_of_systems_that_mask_both_passes() -> None:
         found.run.variants = [line]
         with pytest.raises(ValueError, match="specialize.silent of b: all neurons compute in it"):
             validate(found)
+
+
+def test_a_learning_rate_of_neurons_is_of_systems_whose_neurons_have_parameters() -> None:
+    validate(config("a = neurons specialize.neurons_lr=0.1", "b = neurons+shared specialize.neurons_lr=0.1"))
+    with pytest.raises(ValueError, match="specialize.neurons_lr of c: no neurons have parameters of their own"):
+        validate(config("c = forward specialize.neurons_lr=0.1"))
 
 
 def test_a_direction_beside_the_pivot_has_no_part() -> None:

@@ -28,6 +28,7 @@ VARIANTS = {
     "measured": "forward select.rule=loss select.tolerance=0.05 select.by=layer",
     "tenth": "random profile.share=0.3 select.k=0.6",
     "rows": "update specialize.optimizer=row_sparse_adamw",
+    "apart": "neurons+shared select.rule=conflict select.share=0.1 specialize.neurons_lr=0.02",
     "half": "lass lass.alpha=0.5",
     "out": "forward_decoder select.k_from_decoder=0.7 select.k_to_decoder=1 specialize.silent=true",
 }

@@ -66,6 +66,13 @@ class SpecializeConfig(TrainConfig):
         "of neuron masks in forward and random: a neuron that a direction does not keep gives nothing (the bias of fc1 and "
         "the column of fc2 are masked too); else, as in the paper, a constant",
     )
+    neurons_lr: float = option(
+        0.0,
+        "of neurons and neurons+shared: highest learning rate of the neurons' own parameters, which are trained in the "
+        "updates of one direction alone; 0: lr",
+        least=0,
+        most=1000,
+    )
 
 
 @dataclass

@@ -79,7 +79,7 @@ class Loop:
         sampling = self.recipe.sampling(s) if self.recipe else {}
         self.sampler = TaskBatchSampler(self.data, "train", *plan, tasks_per_batch=s.tasks_per_batch, **sampling)
         self.examples, self.place = Examples(self.data, "train"), self.folder / "checkpoints"
-        self.optimizer = build_optimizer(model, s)
+        self.optimizer = build_optimizer(model, s, self.method)
         self.scheduler = LambdaLR(self.optimizer, lambda done: inverse_square_root(done + 1, s.warmup))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.stored: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.scheduler}
@@ -361,17 +361,25 @@ def inverse_square_root(update: int, warmup: int) -> float:
     return min(update / warmup, math.sqrt(warmup / update))
 
 
-def build_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: TrainConfig, method: Method | None = None) -> torch.optim.Optimizer:
     """The optimiser that ``settings`` names. Weight decay is for matrices, not for biases and norms.
+
+    What a method has brought comes last, and may have a learning rate of its own.
 
     Raises:
         ValueError: ``row_sparse_adamw`` for a model that is not specialised.
     """
+    brought = {id(p) for p in method.own_parameters(model)} if method is not None and method.lr else set()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for own in (False, True):
+        mine = [p for p in parameters if (id(p) in brought) == own]
+        rate = {"lr": method.lr} if own and method is not None else {}
+        groups += [
+            {"params": [p for p in mine if p.dim() > 1], "weight_decay": settings.weight_decay, **rate},
+            {"params": [p for p in mine if p.dim() <= 1], "weight_decay": 0.0, **rate},
+        ]
+    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
     if settings.optimizer == "row_sparse_adamw":
         return nspec.RowSparseAdamW(groups, **options)
