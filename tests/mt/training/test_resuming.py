@@ -177,13 +177,12 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "gone": Path.unlink,
     "flipped": flip,
 }
-FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("file", "kind"),
-    [*((file, "cut") for file in FILES), *(("optimizer.pt", kind) for kind in DAMAGES if kind != "cut")]
-    + [("model.safetensors", "flipped"), ("nspec_state.json", "cut"), ("nspec_state.json", "emptied")],
+    [("model.safetensors", "cut"), ("rng_state.pth", "emptied"), ("scheduler.pt", "gone"), ("optimizer.pt", "flipped")]
+    + [("nspec_state.json", "cut"), ("nspec_state.json", "emptied")],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gone_on_from(
     toy: Toy, caplog: pytest.LogCaptureFixture, file: str, kind: str
@@ -247,7 +246,7 @@ def test_the_best_weights_of_the_checkpoint_before_are_kept_too(toy: Toy, monkey
     assert names == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
 
 
-@pytest.mark.parametrize(("first", "valid_every"), [(8, 4), (9, 4), (9, 3), (5, 5), (10, 4)])
+@pytest.mark.parametrize(("first", "valid_every"), [(8, 4), (9, 4), (9, 3)])
 def test_a_finished_training_that_goes_on_equals_one_that_was_asked_for_more(
     toy: Toy, first: int, valid_every: int
 ) -> None:
