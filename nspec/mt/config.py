@@ -102,6 +102,13 @@ class SelectConfig:
         "(model.encoder.layers.0.fc1) or a part of it between dots, such as encoder or decoder.layers.1",
     )
 
+    directions: str = option(
+        "all",
+        "of the system neurons+shared: the directions that get neurons of their own: all, or those from or to the pivot; "
+        "the others have the shared weights alone",
+        ("all", "from", "to"),
+    )
+
     @property
     def sized_by(self) -> str:
         """The rule that says how many neurons are kept."""

@@ -160,6 +160,19 @@ def check_layers(config: Config, names: list[str]) -> None:
             )
 
 
+def _directions(config: Config) -> None:
+    """Neurons for some directions alone, of systems in which a direction without any computes or trains nothing."""
+    for system in masked_systems(config):
+        if (
+            config_of(config, system).select.directions != "all"
+            and system_of(config, system).method != "neurons+shared"
+        ):
+            raise ValueError(
+                f"select.directions of {system}: a direction without neurons has nothing to compute with, or to train, in "
+                "it; make it an option of neurons+shared alone, in run.variants: NAME = neurons+shared select.directions=to"
+            )
+
+
 def _neurons_lr(config: Config) -> None:
     """A learning rate of neurons in a variant that has none of its own."""
     for system, variant in variants_of(config).items():
@@ -278,6 +291,7 @@ def validate(config: Config) -> None:
             raise ValueError(f"run.variants: {variant}: {error}") from None
     _silent(config)
     _neurons_lr(config)
+    _directions(config)
     _layers(config)
     _recipes(config)
     primary_of(config)

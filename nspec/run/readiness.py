@@ -115,11 +115,15 @@ def check_rules(config: Config, tasks: list[str]) -> None:
     for system in masked_systems(config):
         select = config_of(config, system).select
         rule = select.sized_by
-        if rule == "share" and select.parts:
+        if select.directions != "all" or (rule == "share" and select.parts):
             from nspec.run.selecting import way_of
 
-            for task in tasks:
-                way_of(task, config.corpus.pivot)
+            ways = {way_of(task, config.corpus.pivot) for task in tasks}
+            if select.directions not in ("all", *ways):
+                raise ValueError(
+                    f"select.directions of {system} is {select.directions}, and no direction goes {select.directions} the "
+                    f"pivot ({config.corpus.pivot}); take another, or other directions"
+                )
         if rule in ("lape", "specific", "conflict") and len(tasks) == 1:
             option = "rule" if rule == select.rule else "like"
             raise ValueError(

@@ -78,7 +78,8 @@ def select_neurons(
             raise ValueError(f"select.layers: {error}") from None
     rule = select.sized_by
     if rule == "random":
-        return nspec.select(counts, rule="random", share=select.share, seed=seed)
+        masks = nspec.select(counts, rule="random", share=select.share, seed=seed)
+        return _of_directions(masks, select.directions, pivot)
     if rule == "loss":
         if by_loss is None:
             raise ValueError("select.rule loss measures the dense model: give by_loss")
@@ -93,7 +94,22 @@ def select_neurons(
     else:
         options: dict[str, float] = {used: getattr(select, used) for used in SELECT_USES[rule] if used not in PARTS}
         masks = nspec.select(counts, rule=rule, **options)  # type: ignore[arg-type]
+    masks = _of_directions(masks, select.directions, pivot)
     return nspec.random_masks(masks, seed) if select.rule == "random" else masks
+
+
+def _of_directions(masks: nspec.NeuronMasks, way: str, pivot: str) -> nspec.NeuronMasks:
+    """Without the neurons of the directions that do not go ``from`` or ``to`` the pivot; ``all``: as they are."""
+    if way == "all":
+        return masks
+    return nspec.NeuronMasks(
+        {
+            task: {
+                layer: mask if way_of(task, pivot) == way else torch.zeros_like(mask) for layer, mask in layers.items()
+            }
+            for task, layers in masks.items()
+        }
+    )
 
 
 def _by_parts(counts: nspec.ActivationCounts, select: SelectConfig, pivot: str) -> nspec.NeuronMasks:

@@ -82,6 +82,25 @@ def test_the_rule_conflict_takes_its_share_of_the_whole_model_and_none_that_is_t
         check_rules(found, ["en-de"])
 
 
+@pytest.mark.parametrize("rule", ["select.rule=specific", "select.rule=random", "select.rule=random select.like=share"])
+def test_directions_from_or_to_the_pivot_alone_may_have_neurons_of_their_own(rule: str) -> None:
+    every = of_variant(f"neurons+shared {rule}")
+    for way in ("from", "to"):
+        some = of_variant(f"neurons+shared {rule} select.directions={way}")
+        for task in TASKS:
+            wanted = every[task] if task.startswith("en-") == (way == "from") else None
+            for layer, mask in some[task].items():
+                assert int(mask.sum()) == (0 if wanted is None else int(wanted[layer].sum()))
+    found = config("a = neurons+shared select.directions=to")
+    with pytest.raises(ValueError, match=r"select.directions of a is to, and no direction goes to the pivot \(en\)"):
+        check_rules(found, ["en-de", "en-fr"])
+    for system in ("neurons", "forward", "update"):
+        with pytest.raises(
+            ValueError, match="select.directions of b: a direction without neurons has nothing to compute"
+        ):
+            validate(config(f"b = {system} select.directions=from"))
+
+
 def test_the_decoder_out_of_the_pivot_alone_is_one_line() -> None:
     found = of_variant("forward_decoder select.k_from_decoder=0.7 select.k_to_decoder=1")
     whole = "select.k_from_encoder=1 select.k_to_encoder=1 select.k_to_decoder=1"
