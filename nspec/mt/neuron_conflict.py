@@ -30,6 +30,7 @@ def neuron_conflict(
     batch_tokens: int,
     split: str = "valid",
     sentences: int = 0,
+    share: float = 1.0,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """The conflict of each direction at each neuron, in evaluation mode.
@@ -43,16 +44,22 @@ def neuron_conflict(
         batch_tokens: most tokens of a batch, padding counted.
         split: the text, ``valid`` or ``train``.
         sentences: most sentences of a direction; 0: all.
+        share: of a direction's sentences, evenly spread, in (0, 1].
         progress: called as ``progress(task, directions done, directions in all)``.
 
     Returns:
         task -> {name of fc1: float64 ``[d_ff]``}, in nats per target token and unit of squared step.
 
     Raises:
-        ValueError: a direction has no such text, or the model no feed-forward blocks, or a gradient is not finite.
+        ValueError: there is one direction, or one without such text; the model has no feed-forward blocks, or some that are
+            frozen; a gradient is not finite.
     """
+    if len(data.tasks) < 2:
+        raise ValueError(f"the conflict of directions is between two or more, and the text has {data.tasks[0]} alone")
     blocks, examples, training = find_blocks(model), Examples(data, split), model.training
-    batches = {task: evaluation_batches(data, split, task, batch_tokens, sentences) for task in data.tasks}
+    if frozen := [block.name for block in blocks if not all(p.requires_grad for p in _parameters(_layers(block)))]:
+        raise ValueError(f"{frozen[0]}: its parameters are frozen, and have no gradients: let them require some first")
+    batches = {task: evaluation_batches(data, split, task, batch_tokens, sentences, share) for task in data.tasks}
     if without := [task for task in data.tasks if not batches[task]]:
         raise ValueError(f"{without[0]} has no {split} text to measure the gradients of its neurons on")
 
@@ -93,14 +100,17 @@ def neuron_conflict(
 
 def _of_neurons(loss: Tensor, blocks: list[FeedForward]) -> list[Tensor]:
     """The gradient of a loss in the parameters of each block's neurons, ``[d_ff, numbers]`` float64."""
-    layers = [[layer for layer in (block.fc1, block.up, block.fc2) if layer is not None] for block in blocks]
-    parameters = [_parameters(of) for of in layers]
+    parameters = [_parameters(_layers(block)) for block in blocks]
     flat = torch.autograd.grad(loss, [one for of in parameters for one in of])
     taken, found = iter(flat), []
     for of in parameters:
         *first, last = [next(taken).double() for _ in of]
         found.append(torch.cat([*(one.reshape(one.shape[0], -1) for one in first), last.t()], 1))
     return found
+
+
+def _layers(block: FeedForward) -> list[nn.Module]:
+    return [layer for layer in (block.fc1, block.up, block.fc2) if layer is not None]
 
 
 def _parameters(layers: list[nn.Module]) -> list[nn.Parameter]:

@@ -164,7 +164,7 @@ def select_into(
             measured = ByLoss(loss, shown.enter_context(display.bar("select", "parts")))
         elif select.sized_by == "conflict":
             progress = shown.enter_context(display.bar("select", "directions"))
-            text = config.profile.split, config.profile.sentences
+            text = config.profile.split, config.profile.sentences, config.profile.share
             conflict = neuron_conflict(dense(), data(), config.train.batch_tokens, *text, progress)
         masks = select_neurons(found, select, config.corpus.pivot, config.run.seed, measured, conflict)
     for warning in said:

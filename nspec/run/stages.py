@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nspec.mt.training.config import TrainConfig
+from nspec.mt.training.config import SpecializeConfig, TrainConfig
 from nspec.mt.training.recipe import SECTIONS
 from nspec.run.config import Config
 from nspec.run.systems import (
@@ -225,7 +225,8 @@ def _masks(config: Config) -> list[Stage]:
         if own_select.rule == "random":
             needs.append("run.seed")
         if own_select.sized_by in MEASURED:
-            needs += ["profile.sentences", *(["profile.split"] if own_select.sized_by == "conflict" else [])]
+            more = ("profile.split", "profile.share") if own_select.sized_by == "conflict" else ()
+            needs += ["profile.sentences", *more]
             read += profiled
         stages.setdefault(
             select,
@@ -274,7 +275,9 @@ def _training(config: Config, system: str) -> Stage:
     """The stage that trains a system other than dense."""
     kind, own = system_of(config, system), config_of(config, system)
     raisable = _raisable("specialize")
-    options: tuple[str, ...] = ("specialize", "run.seed", *_length(own, "specialize"))
+    neurons = kind.method.startswith("neurons")
+    section = [f.name for f in fields(SpecializeConfig) if neurons or f.name != "neurons_lr"]
+    options: tuple[str, ...] = (*(f"specialize.{name}" for name in section), "run.seed", *_length(own, "specialize"))
     inputs: tuple[str, ...] = (*_PREPARED, *_weights(config, "dense"))
     after = ["train"]
     if kind.masks:
@@ -296,7 +299,8 @@ def _training(config: Config, system: str) -> Stage:
         options = ("model", *_but_updates("train"), "bilingual", "run.seed", *_length(own, "train"))
         inputs, after, raisable = _PREPARED, ["prepare"], ("train.patience",)
     elif kind.method == "each":
-        options, raisable = (*_but_updates("specialize"), "finetune", *options[1:]), ("specialize.patience",)
+        options = (*_but_updates("specialize"), "finetune", "run.seed", *_length(own, "specialize"))
+        raisable = ("specialize.patience",)
     if kind.recipe is not None:
         options += (SECTIONS[kind.recipe],)
         if recipe_of(kind, own).has_length:

@@ -73,6 +73,8 @@ def _method(
     system: str, config: Config, own: Config, kind: System, run: Path, data: PreparedData
 ) -> tuple[methods.Method | None, TrainConfig]:
     settings: TrainConfig = own.specialize
+    if kind.method not in methods.NEURONS:  # what has no neurons of its own goes on whatever their rate is
+        settings = dataclasses.replace(own.specialize, neurons_lr=0.0)
     dense = dataclasses.replace(settings, optimizer="adamw")  # with every row in the task, row_sparse_adamw is this
     if kind.masks:
         place = masks_folder(config, system)
@@ -91,7 +93,8 @@ def _method(
     if kind.method in methods.ADAPTERS:
         groups, shared = adapter_groups(system, config, data.tasks), kind.method == methods.ADAPTERS[1]
         width, lr = own.adapters.bottleneck, own.adapters.lr
-        return methods.Adapters(groups, width, own.run.seed, shared, lr), dense
+        alone = dense if shared else dataclasses.replace(dense, lr=lr)
+        return methods.Adapters(groups, width, own.run.seed, shared, lr if shared else 0.0), alone
     return None, dense
 
 

@@ -63,6 +63,17 @@ def test_it_is_of_the_text_that_was_asked_for(toy: Toy) -> None:
     assert not torch.equal(few[task][layer], other[task][layer])
 
 
+def test_frozen_neurons_and_a_single_direction_are_errors(toy: Toy) -> None:
+    model = toy.model()
+    model.model.decoder.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"model.decoder.layers.0.fc1: its parameters are frozen, and have no gradients"
+    ):
+        neuron_conflict(model, toy.data, 200)
+    with pytest.raises(ValueError, match=f"between two or more, and the text has {toy.data.tasks[0]} alone"):
+        neuron_conflict(toy.model(), toy.data.only(toy.data.tasks[0]), 200)
+
+
 def test_a_gradient_that_is_not_finite_names_the_direction(toy: Toy) -> None:
     model = toy.model()
     with torch.no_grad():

@@ -198,6 +198,7 @@ class Loop:
         if self.surgery is not None:
             self.surgery.put(progress.step)
         self.rate = optimizer.param_groups[0]["lr"]
+        self.own_rate = optimizer.param_groups[-1]["lr"] if self.method is not None and self.method.lr else None
         self.scaler.unscale_(optimizer)
         norm = clip_grad_norm_(self.model.parameters(), self.settings.clip_norm or math.inf)
         targets, tokens, self.norm, *parts = torch.cat([counts.double(), torch.stack([norm, *losses])]).tolist()
@@ -241,8 +242,9 @@ class Loop:
 
     def _diverged(self, what: str) -> TrainingDiverged:
         scaled = ", or precision bf16 or fp32" if self.scaler.is_enabled() else ""
+        own = "" if self.own_rate is None else f" ({self.own_rate:.3g} of what the directions have of their own)"
         return TrainingDiverged(
-            f"training diverged at update {self.progress.step + 1}: {what}, at a learning rate of {self.rate:.3g}. "
+            f"training diverged at update {self.progress.step + 1}: {what}, at a learning rate of {self.rate:.3g}{own}. "
             f"Nothing was changed by this update and the checkpoints in {self.place} are intact; take a lower lr, a "
             f"longer warmup or a smaller clip_norm{scaled}"
         )
@@ -263,6 +265,7 @@ class Loop:
             "updates": p.step,
             "loss": loss / p.window_targets,
             "lr": self.rate,
+            **({} if self.own_rate is None else {"own_lr": self.own_rate}),
             "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "tokens_per_second": p.window_tokens / max(now - p.window_start, 1e-9),
             "seconds": now,

@@ -66,6 +66,7 @@ def resume_point(
     checkpoints.check_places(folder)
     options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
     options |= {"seed": seed, "mode": method and (method.mode or method.name), "masks": method and method.digest()}
+    options |= {"own_lr": method.lr} if method and method.lr else {}
     options["recipe"] = recipe and recipe.described(settings)
     place, summary = folder / "checkpoints", _summary(folder)
     found = checkpoints.whole(place)

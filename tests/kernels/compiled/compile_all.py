@@ -44,6 +44,9 @@ EVERY = ("cuda:90", "hip:gfx942")
 LIKE = {"cuda:86": "cuda:80"}
 
 
+SETTINGS = ("TRITON_", "AMDGCN_", "PTXAS_", "DISABLE_PTXAS_", "NVPTX_", "LLVM_", "USE_IR_LOC")
+
+
 def chosen(target: str, covered: bool) -> list[Any]:
     """The kernels of a target that are compiled; ``covered``: all of them."""
     from record import recorded
@@ -145,8 +148,8 @@ def _work(share: int, workers: int, only: str, covered: bool, kept: bool, done: 
 
 def _share(share: int, workers: int, only: str, covered: bool, kept: bool, cache: str) -> dict[str, Any]:
     """Figures of every ``workers``-th kernel by target and name, from as many processes as it takes."""
-    # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    # Settings of Triton that change what is compiled: its interpreter, other tools, an old cache, options of assemblers.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
     environment["TRITON_CACHE_DIR"] = cache
     found: dict[str, Any] = {}
     while True:
@@ -213,6 +216,8 @@ def main() -> None:
     if options.worker:
         _work(*options.worker, options.only, options.covered, options.kept, set(json.loads(options.done)))
         return
+    if options.update:  # whatever is there was perhaps compiled by other tools
+        KNOWN.unlink(missing_ok=True)
     figures = compile_all(options.only, options.covered, kept=not options.update and not options.covered)
     if not options.update:
         print(_dump(figures), end="")
