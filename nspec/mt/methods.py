@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -271,7 +272,10 @@ class Neurons(Method):
                 "select.share), or by another select.rule"
             )
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        nspec.finetune(model, self.masks, quiet=True)
+        with warnings.catch_warnings():
+            if self.shared:  # a direction without neurons trains the shared weights
+                warnings.filterwarnings("ignore", message="masks have no neuron of")
+            nspec.finetune(model, self.masks, quiet=True)
         if self.shared:
             for parameter in trained:
                 parameter.requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ def test_a_direction_without_neurons_is_named_where_nothing_else_is_trained(toy:
     few = nspec.NeuronMasks({task: empty if task == none else dict(masks[task]) for task in masks.tasks})
     with pytest.raises(ValueError, match=f"{none} has no neuron in the masks"):
         Neurons(few).attach(toy.model())
+    with warnings.catch_warnings():  # over shared weights it trains these
+        warnings.simplefilter("error")
+        Neurons(few, shared=True).attach(toy.model())
 
 
 def test_a_checkpoint_of_another_method_is_refused(toy: Toy, tmp_path: Path) -> None:
