@@ -15,6 +15,7 @@ from nspec.specialization.feed_forward import features
 from nspec.specialization.layers import find_blocks
 from nspec.specialization.naming import Layer
 from nspec.specialization.tasks import check_task, specialized_layers
+from nspec.tuning.layers import tuned_layers
 
 
 def widths(model: nn.Module, layers: Iterable[Layer] | None = None) -> dict[str, int]:
@@ -132,7 +133,9 @@ def _told(model: nn.Module, task: str, masked: bool, base: str | None) -> str:
     """How the model was made, in a sentence or two."""
     of = f" of `{base_name(base)}`" if base else ""
     forward = any(isinstance(layer, TaskLayer) and layer.mode == "forward" for layer in model.modules())
-    if not masked:
+    if not masked and not any(layer._nspec.sets.get(task) is not None for layer in tuned_layers(model)):
+        what = f"The shared weights{of}: the task {task} has no neurons of its own"
+    elif not masked:
         what = f"The weights{of} with the neurons that were fine-tuned for the task {task} in their places"
     elif forward:
         what = f"The feed-forward neurons{of} that the task {task} keeps; those that it masks give constants"

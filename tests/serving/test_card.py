@@ -39,3 +39,10 @@ def test_a_card_of_a_model_without_masked_neurons_says_how_it_was_trained() -> N
     assert "sparse updates" in model_card(model, "en-de", nspec.merge(model, "en-de"))
     nspec.finetune(nspec.despecialize(model), masks_for(model))
     assert "fine-tuned for the task en-de" in model_card(model, "en-de", nspec.merge(model, "en-de"))
+    model = m2m100()
+    masks = masks_for(model)
+    few = {t: {n: m & (t == masks.tasks[0]) for n, m in layers.items()} for t, layers in masks.items()}
+    with pytest.warns(UserWarning, match="masks have no neuron of"):
+        nspec.finetune(model, nspec.NeuronMasks(few), quiet=True)
+    for task, told in zip(masks.tasks, ("fine-tuned for the task", "has no neurons of its own")):
+        assert told in model_card(model, task, nspec.merge(model, task))
