@@ -21,8 +21,6 @@ from nspec.mt.training.loss import token_losses
 from nspec.specialization.feed_forward import FeedForward
 from nspec.specialization.layers import find_blocks
 
-Progress = Callable[[str, int, int], None]
-
 
 def neuron_conflict(
     model: PreTrainedModel,
@@ -31,7 +29,7 @@ def neuron_conflict(
     split: str = "valid",
     sentences: int = 0,
     share: float = 1.0,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """The conflict of each direction at each neuron, in evaluation mode.
 
@@ -57,7 +55,7 @@ def neuron_conflict(
     if len(data.tasks) < 2:
         raise ValueError(f"the conflict of directions is between two or more, and the text has {data.tasks[0]} alone")
     blocks, examples, training = find_blocks(model), Examples(data, split), model.training
-    if frozen := [block.name for block in blocks if not all(p.requires_grad for p in _parameters(_layers(block)))]:
+    if frozen := [block.name for block in blocks if not all(p.requires_grad for p in _parameters(block))]:
         raise ValueError(f"{frozen[0]}: its parameters are frozen, and have no gradients: let them require some first")
     batches = {task: evaluation_batches(data, split, task, batch_tokens, sentences, share) for task in data.tasks}
     if without := [task for task in data.tasks if not batches[task]]:
@@ -100,7 +98,7 @@ def neuron_conflict(
 
 def _of_neurons(loss: Tensor, blocks: list[FeedForward]) -> list[Tensor]:
     """The gradient of a loss in the parameters of each block's neurons, ``[d_ff, numbers]`` float64."""
-    parameters = [_parameters(_layers(block)) for block in blocks]
+    parameters = [_parameters(block) for block in blocks]
     flat = torch.autograd.grad(loss, [one for of in parameters for one in of])
     taken, found = iter(flat), []
     for of in parameters:
@@ -109,12 +107,8 @@ def _of_neurons(loss: Tensor, blocks: list[FeedForward]) -> list[Tensor]:
     return found
 
 
-def _layers(block: FeedForward) -> list[nn.Module]:
-    return [layer for layer in (block.fc1, block.up, block.fc2) if layer is not None]
-
-
-def _parameters(layers: list[nn.Module]) -> list[nn.Parameter]:
+def _parameters(block: FeedForward) -> list[nn.Parameter]:
     """What the neurons of a block are made of: weights and biases by rows, and at last the weight with their columns."""
-    *first, last = layers
+    first = [layer for layer in (block.fc1, block.up) if layer is not None]
     found = [parameter for layer in first for parameter in layer.parameters(recurse=False)]
-    return [*found, last.get_parameter("weight")]
+    return [*found, block.fc2.get_parameter("weight")]

@@ -25,8 +25,12 @@ RECIPES = [
 
 @pytest.fixture(scope="module")
 def alone(toy: Toy) -> Any:
-    """Plain training on one direction."""
-    return toy.train("alone", task="en-de", accumulate=2)
+    """Plain training on one direction, on one thread like what is compared with it: it is made before ``one_thread``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trained = toy.train("alone", task="en-de", accumulate=2)
+    torch.set_num_threads(threads)
+    return trained
 
 
 @pytest.mark.parametrize(
